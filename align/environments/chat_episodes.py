@@ -15,11 +15,11 @@ from align.data.call_values import MalformedCall, call_from_json
 from align.data.rows import Message
 from align.data.tool_calls import ParsedTurn, ToolCall
 from align.environments.episode import Episode, PolicyTurn, dialogue
-from align.environments.episode_run import EpisodeRules, EpisodeRun, SampleTurn, UserRules
+from align.environments.episode_run import EpisodeRules, EpisodeRun, SampleTurn, limits
 from align.environments.journal import Journal, Position
 from align.environments.player import EpisodePlayer, EpisodeTask
 from align.environments.results import cut_text
-from align.inference.protocol import Response, TurnRequest
+from align.inference.protocol import Response, Session, TurnRequest
 from align.inference.requests import Answer, Request
 
 ANSWER = "answer"
@@ -137,8 +137,8 @@ class ChatResponse(Response):
     answer: Answer = field(kw_only=True)
 
 
-class ChatSession:
-    """Asks for all turns of a round at once; a ``Session``. Answers are in the journal before they are used.
+class ChatSession(Session):
+    """Asks for all turns of a round at once. Answers are in the journal before they are used.
 
     A resumed stage reads them from the journal, whose calls belong to exactly these answers.
     """
@@ -190,10 +190,6 @@ class ChatSession:
             for place, answer in zip(places, answers, strict=True)
         ]
 
-    def cache_statistics(self) -> dict[str, float] | None:
-        """Return None: servers report no statistics of their caches."""
-        return None
-
     def close(self) -> None:
         """Drop what was submitted."""
         self._limits.clear()
@@ -235,10 +231,6 @@ def chat_rules(config: EnvironmentConfig, has_step: bool) -> EpisodeRules:
         call_format=None,
         decode=lambda ids: "",
         shorten=lambda result: cut_text(result, CHARACTERS_PER_TOKEN * config.max_result_tokens),
-        has_step=has_step,
-        max_turns=config.max_turns,
-        max_tokens=config.max_tokens,
-        turn_max_tokens=config.turn_max_tokens or config.max_tokens,
         max_prompt_tokens=0,
-        user=None if config.user is None else UserRules(config.user.stop, config.user.opens),
+        **limits(config, has_step),
     )

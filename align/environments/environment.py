@@ -191,15 +191,16 @@ PLAIN = (str, int, float, bool, type(None), Any, list, dict, tuple)
 """Hints with a JSON schema."""
 CONTAINERS = (list, dict, tuple)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-WORDS = {
-    "string": "a text",
-    "integer": "a whole number",
-    "number": "a number",
-    "boolean": "true or false",
-    "array": "a list",
-    "object": "a mapping",
-    "null": "null",
+KINDS: dict[str, tuple[str, Any]] = {
+    "string": ("a text", str),
+    "integer": ("a whole number", int),
+    "number": ("a number", (int, float)),
+    "boolean": ("true or false", bool),
+    "array": ("a list", list),
+    "object": ("a mapping", dict),
+    "null": ("null", type(None)),
 }
+"""JSON's types: their names for the model, and Python's types."""
 
 
 def tool_schema(function: Callable[..., Any], name: str, place: str) -> dict[str, Any]:
@@ -285,8 +286,7 @@ def _check_hint(hint: Any, argument: str, where: str) -> None:
         return
     name = getattr(hint, "__name__", None) if origin is None else None
     raise UserError(
-        f"{where}: the type hint of '{argument}', {name or hint}, has no JSON schema; use str, int, float, bool, list, "
-        "dict or Literal."
+        f"{where}: the type hint of '{argument}', {name or hint}, has no JSON schema; use str, int, list or similar."
     )
 
 
@@ -320,7 +320,7 @@ def _value_problem(schema: Mapping[str, Any], value: Any) -> str | None:
     kinds = schema.get("type", ())
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     if kinds and not any(_is_of_kind(value, kind) for kind in kinds):
-        return " or ".join(WORDS.get(kind, kind) for kind in kinds)
+        return " or ".join(KINDS[kind][0] if kind in KINDS else kind for kind in kinds)
     items = schema.get("items")
     if items and isinstance(value, list):
         problems = [_value_problem(items, item) for item in value]
@@ -331,14 +331,6 @@ def _value_problem(schema: Mapping[str, Any], value: Any) -> str | None:
 
 def _is_of_kind(value: Any, kind: str) -> bool:
     # In Python True is an integer. In JSON it is not.
-    if isinstance(value, bool) or kind == "boolean":
-        return kind == "boolean" and isinstance(value, bool)
-    types_of_kind: dict[str, Any] = {
-        "string": str,
-        "integer": int,
-        "number": (int, float),
-        "array": list,
-        "object": dict,
-        "null": type(None),
-    }
-    return kind not in types_of_kind or isinstance(value, types_of_kind[kind])
+    if isinstance(value, bool):
+        return kind == "boolean"
+    return kind not in KINDS or isinstance(value, KINDS[kind][1])

@@ -315,14 +315,11 @@ def _row_message(message: Message) -> Message:
     fields = {name: message[name] for name in ROW_FIELDS if message.get(name)}
     fields["content"] = message.get("content") or ""
     if fields.get("tool_calls"):
-        calls = [_with_text(call) for call in _listed(fields["tool_calls"])]
-        fields["tool_calls"] = tool_calls(calls, "messages")
+        calls = fields["tool_calls"]
+        if isinstance(calls, str):
+            calls = json.loads(calls)
+        fields["tool_calls"] = tool_calls([_with_text(call) for call in calls], "messages")
     return fields
-
-
-def _listed(calls: Any) -> list[dict[str, Any]]:
-    parsed: list[dict[str, Any]] = json.loads(calls) if isinstance(calls, str) else calls
-    return parsed
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from align.config.environment import EnvironmentConfig
 from align.data.rows import Message, user
 from align.data.tool_calls import ParsedTurn, ToolCall, ToolCallFormat
 from align.environments.episode import CallRecord, Episode, PolicyTurn, failed_episode
@@ -94,6 +95,17 @@ class EpisodeRules:
     max_prompt_tokens: int
     user: UserRules | None = None
     """The simulated user, which answers turns without calls; None if there is none."""
+
+
+def limits(config: EnvironmentConfig, has_step: bool) -> dict[str, Any]:
+    """Return the fields of ``EpisodeRules`` that follow from an ``environment`` block and its environment."""
+    return {
+        "has_step": has_step,
+        "max_turns": config.max_turns,
+        "max_tokens": config.max_tokens,
+        "turn_max_tokens": config.turn_max_tokens or config.max_tokens,
+        "user": None if config.user is None else UserRules(config.user.stop, config.user.opens),
+    }
 
 
 @dataclass(frozen=True)

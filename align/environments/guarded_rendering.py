@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from align.errors import UserError
@@ -29,7 +30,7 @@ TAG = re.compile(r"</?[^<>\s]+>|\[/?[A-Z_]+\]|<\uff5c[^<>\uff5c]+\uff5c>")
 """Added tokens that are control tokens although the tokenizer does not call them special, as ``<tool_call>``."""
 TURN_TAG = re.compile(r"<\|[^<>]+\|>")
 """Control tokens that are not allowed in the text of an answer."""
-DATE = "26 July 2025"
+DATE = datetime(2025, 7, 26)
 """The date that templates read, so a prompt does not change from day to day."""
 PLAIN_FIELDS = ("role",)
 HIDDEN_FIELDS = ("train",)
@@ -74,7 +75,7 @@ class GuardedRenderer:
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                strftime_now=_today,
+                strftime_now=DATE.strftime,
             )
         except TemplateError as error:
             raise explain_refusal(self.tokenizer, messages, error) from None
@@ -87,10 +88,6 @@ class GuardedRenderer:
         """Return the ids of a rendering, or of a part that begins and ends between tokens."""
         ids = self._copy.encode(text, add_special_tokens=False).ids
         return [self._real_ids.get(index, index) for index in ids]
-
-    def name_of(self, token: int) -> str:
-        """Return the private name of a control token."""
-        return private_name(token)
 
     def readable(self, text: str) -> str:
         """Return a rendering as the template wrote it."""
@@ -137,12 +134,6 @@ class GuardedRenderer:
 def private_name(token: int) -> str:
     """Return the name of a control token in the copy of the tokenizer."""
     return f"{NAME_START}{token}{NAME_END}"
-
-
-def _today(form: str) -> str:
-    from datetime import datetime
-
-    return datetime.strptime(DATE, "%d %B %Y").strftime(form)
 
 
 def _any_of(texts: Mapping[str, int] | set[str]) -> re.Pattern[str]:

@@ -87,8 +87,7 @@ def open_openenv(config: EnvironmentConfig, place: str) -> OpenEnvSource:
         tools = _list_tools(url) if is_mcp else []
     except Exception as error:
         raise UserError(
-            f"{where}: {url} does not answer as an OpenEnv server does ({describe_exception(error)}); start the server "
-            "first, or correct the address."
+            f"{where}: {url} does not answer as an OpenEnv server does ({describe_exception(error)}); start it."
         ) from None
     required = [name for name in schema.get("required", ()) if name in properties]
     message_field = None

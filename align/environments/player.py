@@ -22,7 +22,7 @@ from align.config.runtime.rollouts import EPISODES_TOGETHER
 from align.data.tool_calls import tool_call_format
 from align.environments.environment import EnvironmentSource
 from align.environments.episode import Episode, PolicyTurn
-from align.environments.episode_run import Act, EpisodeRules, EpisodeRun, SampleTurn, UserRules
+from align.environments.episode_run import Act, EpisodeRules, EpisodeRun, SampleTurn, limits
 from align.environments.journal import Journal, JournaledEnvironment, Position
 from align.environments.results import EnvironmentFailed, cut_text, split_notice, with_notice
 from align.environments.simulated_user import SimulatedUser, UserTurns
@@ -255,12 +255,8 @@ class EnvironmentPlayer:
             call_format=tool_call_format(config.tool_format, turns.template) if source.tools else None,
             decode=self._decode,
             shorten=self._shorten,
-            has_step=source.has_step,
-            max_turns=config.max_turns,
-            max_tokens=config.max_tokens,
-            turn_max_tokens=config.turn_max_tokens or config.max_tokens,
             max_prompt_tokens=max_prompt_tokens,
-            user=None if config.user is None else UserRules(config.user.stop, config.user.opens),
+            **limits(config, source.has_step),
         )
         self.training_template = turns.training
         """Name of the template that replaces the model's template if that rewrites earlier turns; otherwise empty."""

@@ -26,8 +26,7 @@ from align.environments.sources import open_environment
 from align.environments.user_models import UserResources, open_user
 from align.errors import UserError
 from align.inference.engine import open_engine
-from align.inference.protocol import Response, RolloutEngine
-from align.inference.sessions import TurnRequest
+from align.inference.protocol import Response, RolloutEngine, Session, TurnRequest
 from align.models.loading import load_tokenizer
 from align.store.json_files import numbered_lines, write_text_atomically
 
@@ -153,8 +152,8 @@ def _measure(engine: RolloutEngine, episodes: Sequence[Episode]) -> list[float |
     return gaps
 
 
-class ReplaySession:
-    """Returns stored turns instead of sampling; a ``Session``."""
+class ReplaySession(Session):
+    """Returns stored turns instead of sampling."""
 
     is_lockstep = True
 
@@ -185,40 +184,23 @@ class ReplaySession:
             responses.append((episode, Response(turn.token_ids, turn.logprobs, turn.finished, turn.text)))
         return responses
 
-    def cache_statistics(self) -> dict[str, float] | None:
-        """Return None: a replay has no cache."""
-        return None
 
-    def close(self) -> None:
-        """Release no resources."""
-
-
-class ReplayUser:
-    """Returns the stored answers of a simulated user; a ``SimulatedUser``."""
+class ReplayUser(SimulatedUser):
+    """Returns the stored answers of a simulated user."""
 
     in_background = False
 
     def __init__(self, answers: Sequence[Sequence[str]]) -> None:
         self._answers = [deque(texts) for texts in answers]
 
-    def load(self) -> None:
-        """Load no weights."""
-
     def answer(self, requests: Sequence[UserRequest]) -> list[UserAnswer]:
         """Return the next answer of each episode."""
-        return [self._next(self._answers[request.episode]) for request in requests]
-
-    def _next(self, texts: deque[str]) -> UserAnswer:
-        if not texts:
-            return UserAnswer(failure="the stored episode has no further answer of the user.")
-        return UserAnswer(texts.popleft())
-
-    def usage(self) -> dict[str, Any]:
-        """Return an empty mapping, because there is no server."""
-        return {}
-
-    def close(self) -> None:
-        """Release no resources."""
+        answers = []
+        for request in requests:
+            texts = self._answers[request.episode]
+            missing = UserAnswer(failure="the stored episode has no further answer of the user.")
+            answers.append(UserAnswer(texts.popleft()) if texts else missing)
+        return answers
 
 
 def write_episodes(path: Path, stored: Iterable[StoredEpisode]) -> None:
@@ -241,8 +223,7 @@ def read_episodes(path: Path) -> list[StoredEpisode]:
             stored.append(StoredEpisode(entry["row"], int(entry["seed"]), Episode.from_json(entry["episode"])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path}:{number}: no episode ({type(error).__name__}: {error}). `align rollout … --save FILE` "
-                "writes such files."
+                f"{path}:{number}: no episode of `align rollout … --save` ({type(error).__name__}: {error})."
             ) from None
     if not stored:
         raise UserError(f"{path}: has no episodes.")

@@ -57,7 +57,6 @@ class SimulatedUser(Protocol):
 
     def load(self) -> None:
         """Load the weights once, if the model runs in this process."""
-        ...
 
     def answer(self, requests: Sequence[UserRequest]) -> list[UserAnswer]:
         """Return an answer to each request, in their order.
@@ -68,11 +67,10 @@ class SimulatedUser(Protocol):
 
     def usage(self) -> dict[str, Any]:
         """Return requests, tokens and cost of a server; empty for a model in this process."""
-        ...
+        return {}
 
     def close(self) -> None:
         """Free the model."""
-        ...
 
 
 def user_conversation(system: str, messages: Sequence[Message]) -> list[Message]:
@@ -184,19 +182,16 @@ class UserTurns:
         return answers
 
     def _answer_in_thread(self, batch: Sequence[Waiting]) -> None:
-        failure: BaseException | None = None
-        answers: list[UserAnswer] = []
+        # The thread is not busy any more before an answer wakes another thread, which may send the next batch.
         try:
             answers = self._answer(batch)
-        except BaseException as error:  # the futures raise it
-            failure = error
-        # Set this first, because a thread that an answer wakes may send the next batch.
-        self._is_busy = False
-        if failure is None:
+        except BaseException as error:
+            self._is_busy = False
+            for _, future in batch:
+                future.set_exception(error)
+        else:
+            self._is_busy = False
             _hand_out(batch, answers)
-            return
-        for _, future in batch:
-            future.set_exception(failure)
 
 
 def _hand_out(batch: Sequence[Waiting], answers: Sequence[UserAnswer]) -> None:

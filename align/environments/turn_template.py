@@ -14,7 +14,7 @@ from typing import Any
 
 from align.data.tool_calls import ToolCall
 from align.environments.episode import call_id
-from align.environments.guarded_rendering import GuardedRenderer, Message
+from align.environments.guarded_rendering import GuardedRenderer, Message, private_name
 from align.errors import UserError
 from align.models.chat.named_templates import templates_with_tools, training_templates
 from align.models.chat.render import require_chat_template
@@ -60,7 +60,7 @@ class TurnTemplate:
         self._tools = list(tools) if tools else None
         self._where = where
         self.eos = int(tokenizer.eos_token_id)
-        self._end = self._renderer.name_of(self.eos)
+        self._end = private_name(self.eos)
         self.template = str(tokenizer.get_chat_template(tools=self._tools))
         self._choose(set(tokenizer.get_vocab()))
 
@@ -254,14 +254,10 @@ class NotPreserving(UserError):
 def _answer(text: str, calls: Sequence[ToolCall] = ()) -> Message:
     answer: dict[str, Any] = {"role": "assistant", "content": text}
     if calls:
-        answer["tool_calls"] = [
-            {
-                "type": "function",
-                "id": call_id(call, index),
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for index, call in enumerate(calls)
-        ]
+        answer["tool_calls"] = []
+    for index, call in enumerate(calls):
+        function = {"name": call.name, "arguments": call.arguments}
+        answer["tool_calls"].append({"type": "function", "id": call_id(call, index), "function": function})
     return answer
 
 

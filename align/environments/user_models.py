@@ -131,8 +131,8 @@ def user_usage(user: SimulatedUser | None) -> dict[str, Any]:
     return {"user": usage} if usage else {}
 
 
-class EndpointUser:
-    """A server that plays the user; a ``SimulatedUser``."""
+class EndpointUser(SimulatedUser):
+    """A server that plays the user."""
 
     in_background = True
 
@@ -224,19 +224,13 @@ class EndpointUser:
         """Return requests, tokens and cost of all attempts and processes of the stage so far."""
         return self._client.usage_of_stage(self._endpoint, NAME).to_json()
 
-    def load(self) -> None:
-        """Load no weights: the server has them."""
-
-    def close(self) -> None:
-        """Release no resources: each batch closes its connections."""
-
 
 PROBE: list[Message] = [{"role": "system", "content": "Qanat"}, user("Xylem"), assistant("Vortex"), user("Zephyrus")]
 """A conversation as users read them."""
 
 
-class CheckpointUser:
-    """A checkpoint that plays the user; a ``SimulatedUser``."""
+class CheckpointUser(SimulatedUser):
+    """A checkpoint that plays the user."""
 
     in_background = False
 
@@ -298,10 +292,6 @@ class CheckpointUser:
             f"the user's model reads a conversation of {prompt_tokens} tokens, and has {self._positions} positions, "
             f"{self._config.max_tokens} of them for its answer."
         )
-
-    def usage(self) -> dict[str, Any]:
-        """Return an empty mapping, because there is no server."""
-        return {}
 
     def close(self) -> None:
         """Free the model."""

@@ -201,7 +201,8 @@ class VerifiersEnvironment(Environment):
         index = row.get("task")
         if not isinstance(index, int):
             # The task depends only on the row's id, so a restored episode has the same task.
-            index = int(digest(str(row.get("id", "")))[:8], 16) % _count(self._source.name, self._source.arguments)
+            count = _count(self._source.name, _canonical(self._source.arguments))
+            index = int(digest(str(row.get("id", "")))[:8], 16) % count
         task = next(itertools.islice(self._env.taskset, index, None), None)
         if task is None:
             raise EnvironmentFailed(f"{self._source.name} has no task {index}.")
@@ -216,13 +217,9 @@ def _load(name: str, arguments: str) -> Any:
     return vf.load_environment(vf.resolve_env_config({"taskset": json.loads(arguments) | {"id": name}}))
 
 
-def _count(name: str, arguments: Mapping[str, Any]) -> int:
-    """Return the number of tasks, up to ``MOST_TASKS``."""
-    return _counted(name, _canonical(arguments))
-
-
 @functools.lru_cache(maxsize=8)
-def _counted(name: str, arguments: str) -> int:
+def _count(name: str, arguments: str) -> int:
+    """Return the number of tasks, up to ``MOST_TASKS``."""
     count = sum(1 for _ in itertools.islice(_load(name, arguments).taskset, MOST_TASKS))
     if not count:
         raise EnvironmentFailed(f"{name} has no tasks.")

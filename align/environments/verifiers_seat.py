@@ -34,14 +34,13 @@ class Play:
     """One episode of a verifiers environment, which waits for the policy's turns."""
 
     def __init__(self, env: Any, task: Any) -> None:
-        self._env = env
+        self.env = env
         self._task = task
         self._said: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         """Events of the coroutine: ``turn`` with new messages, ``done`` or ``failed``."""
         self._reply: asyncio.Future[list[Any] | None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._coroutine: Future[Any] | None = None
-        self._is_seated = False
         self.trace: Any = None
         self.tools: dict[str, Any] = {}
         """Functions that the policy may call, by their names in its schemas."""
@@ -73,23 +72,17 @@ class Play:
         self._said.put(("turn", messages))
         return await waiting
 
-    def take_seat(self) -> None:
-        """Raise ``EnvironmentFailed`` for a second conversation in an episode."""
-        if self._is_seated:
-            raise EnvironmentFailed("the environment plays several conversations in one episode; align plays one.")
-        self._is_seated = True
-
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         try:
             record = vf.TraceTask(
                 type=type(self._task).__name__, data=self._task.data, key=self._task.key, hash=self._task.hash
             )
-            episode = vf.Episode(env=vf.EnvInfo(id=self._env.config.env_id), task=record)
-            agents = vf.Agents(self._env.config, lambda name, config: Seat(self, episode, name, config))
-            await self._env.setup(agents)
-            await self._env.run(self._task, agents)
-            await self._env.finalize(self._task, episode)
+            episode = vf.Episode(env=vf.EnvInfo(id=self.env.config.env_id), task=record)
+            agents = vf.Agents(self.env.config, lambda name, config: Seat(self, episode, name, config))
+            await self.env.setup(agents)
+            await self.env.run(self._task, agents)
+            await self.env.finalize(self._task, episode)
             self._said.put(("done", None))
         except BaseException as error:
             # start() or answer() waits for a message, so a failure and a cancellation must send one.
@@ -121,7 +114,8 @@ class Seat:
         refused = [name for name, value in options.items() if value is not None]
         if refused:
             raise EnvironmentFailed(f"the environment gives its agent a {refused[0]}, which align does not support.")
-        self._play.take_seat()
+        if self._play.trace is not None:
+            raise EnvironmentFailed("the environment plays several conversations in one episode; align plays one.")
         trace = vf.Trace(
             task=vf.TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash),
             state=state_cls(type(task))(),
@@ -130,7 +124,10 @@ class Seat:
         self._play.trace = trace
         available = {"task": task.data, "trace": trace, "runtime": None}
         await _wait(invoke(task.setup, available))
-        self._play.tools = await start_tools(task, self._play_toolsets(task), trace.state)
+        # verifiers shares some tool servers among all tasks. Here every task has its own.
+        taskset = self._play.env.taskset
+        toolsets = [*taskset.toolsets(taskset.config), *task.toolsets(task.config)]
+        self._play.tools = await start_tools(task, toolsets, trace.state)
         conversation = Conversation(self._play, task, trace, self._config.max_turns)
         # The environment's code now talks to the policy. Then its task scores the trace.
         yield conversation
@@ -139,9 +136,6 @@ class Seat:
         await task.score(trace)
         trace.ok = True
         self._episode.traces.append(trace)
-
-    def _play_toolsets(self, task: Any) -> list[Any]:
-        return make_toolsets(self._play._env, task)
 
 
 class Conversation:
@@ -209,11 +203,6 @@ def plain_message(message: Any) -> Message:
         functions = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in calls]
         converted["tool_calls"] = json.dumps([{"type": "function", "function": function} for function in functions])
     return converted
-
-
-def make_toolsets(env: Any, task: Any) -> list[Any]:
-    """Return new tool servers for one task, including the servers that verifiers shares among all tasks."""
-    return [*env.taskset.toolsets(env.taskset.config), *task.toolsets(task.config)]
 
 
 async def start_tools(task: Any, toolsets: list[Any], state: Any) -> dict[str, Any]:

@@ -65,22 +65,6 @@ def bounds(request: Request) -> tuple[int, int]:
     return content + CALL_FORM * (calls + schemas) + TEMPLATE_TOKENS, request.max_tokens
 
 
-class AnswerSink(Protocol):
-    """Receiver of a backend's answers, and keeper of its budget."""
-
-    def reserve(self, request: Request) -> contextlib.AbstractAsyncContextManager[None]:
-        """Reserve the request's highest cost inside the context. Raises ``UserError`` when the budget is exceeded."""
-        ...
-
-    def record(self, answered: list[tuple[Request, Answer]]) -> None:
-        """Write answers to the caches: all of them, or none."""
-        ...
-
-    def record_lost(self, request: Request) -> None:
-        """Count an attempt that was given up, but may have been answered and charged for."""
-        ...
-
-
 class Backend(Protocol):
     """A model that answers."""
 
@@ -227,7 +211,7 @@ class CachedClient:
             self._copy_shared(self.shared, missing)
         # 2. Have the backend answer the rest. The sink writes each answer to the caches as it comes.
         unanswered = [request for key, request in missing.items() if key not in self.cache]
-        sink = _CachingSink(self, name)
+        sink = AnswerSink(self, name)
         if unanswered:
             backend.answer(unanswered, sink)
             self.cache.sync()
@@ -246,7 +230,7 @@ class CachedClient:
                 copies.append((request, lookup.answer))
         self.cache.put(copies, copied=True)
 
-    def _take_answer(self, request: Request, sink: _CachingSink, name: str) -> Answer:
+    def _take_answer(self, request: Request, sink: AnswerSink, name: str) -> Answer:
         """Return the answer to one request, and count its usage unless that was done before."""
         lookup = self.cache.get(request.key)
         if lookup is None and request.key not in sink.failed:
@@ -327,19 +311,23 @@ def prices_of(endpoint: EndpointConfig) -> Prices | None:
     return Prices(endpoint.price_input, endpoint.price_output)
 
 
-class _CachingSink:
-    """The sink of one ``ask``: writes answers to the caches and counts their cost."""
+class AnswerSink:
+    """Receiver of a backend's answers during one ``ask``: writes them to the caches and counts their cost."""
 
     def __init__(self, client: CachedClient, name: str) -> None:
-        self.client, self.name, self.prices = client, name, client.prices.get(name)
+        self.client = client
+        self.name = name
+        self.prices = client.prices.get(name)
         self.failed: dict[str, Answer] = {}
         """Key → answer with an error, which no cache holds."""
         self.done = 0
 
     def reserve(self, request: Request) -> contextlib.AbstractAsyncContextManager[None]:
+        """Reserve the request's highest cost inside the context. Raises ``UserError`` when the budget is exceeded."""
         return self.client.budget.reserve(0.0 if self.prices is None else self.prices.bound(request), self.name)
 
     def record(self, answered: list[tuple[Request, Answer]]) -> None:
+        """Write answers to the caches: all of them, or none."""
         # Failed requests stay out of the caches: another attempt may succeed.
         good = [(request, answer) for request, answer in answered if not answer.error]
         self.failed |= {request.key: answer for request, answer in answered if answer.error}
@@ -354,6 +342,7 @@ class _CachingSink:
         self.client.report(self.done)
 
     def record_lost(self, request: Request) -> None:
+        """Count an attempt that was given up, but may have been answered and charged for."""
         self.client.cache.record_lost(request)
         if self.prices is not None:
             self.client.count_lost(self.name, self.prices, request)

@@ -22,7 +22,7 @@ from align.data.rows import Message
 from align.errors import UserError, printable, redact, shorten
 from align.inference.cached_client import AnswerSink
 from align.inference.requests import Answer, Request
-from align.inference.servers.transport import Reply, ReplyTooLong, Transport
+from align.inference.servers.server_client import Reply, ReplyTooLong, Transport
 
 COMPLETIONS, MODELS = "/chat/completions", "/models"
 RETRIED_STATUSES = frozenset({408, 409, 425, 429})

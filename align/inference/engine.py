@@ -167,6 +167,8 @@ def _open_pool(
 
 def _check_pool(model_dir: Path, runtime: Runtime, device: torch.device, shared_engine: bool) -> None:
     """Raise ``UserError`` for what servers cannot do, before any is started."""
+    import torch
+
     from align.inference.vllm_internals import why_unsupported
 
     pool = runtime.rollouts
@@ -188,24 +190,14 @@ def _check_pool(model_dir: Path, runtime: Runtime, device: torch.device, shared_
     if pool.weights != "nccl":
         return
     if device.type != "cuda":
-        raise UserError(
-            "runtime.rollouts.weights is nccl, but the trainer has no CUDA device. Take `weights: folder`, which works "
-            "everywhere."
-        )
-    if pool.servers and _shares_gpus(runtime):
+        raise UserError("runtime.rollouts.weights is nccl, but the trainer has no CUDA device. Use `weights: folder`.")
+    gpu_count = torch.cuda.device_count()
+    server_gpus = {gpu for number in range(pool.servers) for gpu in pool.gpus_of(number, gpu_count, local_size())}
+    if any(gpu in server_gpus for gpu in range(local_size())):
         raise UserError(
             "runtime.rollouts.weights is nccl, but servers would share a GPU with the trainer, and NCCL wants one for "
             "each side. Name others as runtime.rollouts.gpus, or take `weights: folder`."
         )
-
-
-def _shares_gpus(runtime: Runtime) -> bool:
-    """Return True when a server would run on one of the GPUs of the training processes."""
-    import torch
-
-    pool, gpu_count = runtime.rollouts, torch.cuda.device_count()
-    server_gpus = {gpu for number in range(pool.servers) for gpu in pool.gpus_of(number, gpu_count, local_size())}
-    return any(gpu in server_gpus for gpu in range(local_size()))
 
 
 VOLATILE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")

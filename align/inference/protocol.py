@@ -169,13 +169,12 @@ class Session(Protocol):
     def cache_statistics(self) -> dict[str, float] | None:
         """Return ``prefix_hit_rate``, the share of prompt tokens that was in the engine's cache.
 
-        Counts the turns that came back. None if the engine has no such cache or does not tell.
+        Counts the turns that came back. None if the engine has no such cache or does not report it.
         """
-        ...
+        return None
 
     def close(self) -> None:
         """Abort what is in flight, and let the engine sleep if it does after ``generate``."""
-        ...
 
 
 def check_idle(session: Session | None, call: str) -> None:

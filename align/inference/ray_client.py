@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.config.runtime.executor import RayExecutor
+from align.config.runtime.executor import RayExecutor, SamplersConfig
 from align.errors import UserError
 
 GIB = 2**30
@@ -45,16 +45,16 @@ def connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def required_resources(block: RayExecutor) -> dict[str, float]:
-    """Return the resources that a task needs on a node, by Ray's names."""
+def required_resources(block: RayExecutor | SamplersConfig) -> dict[str, float]:
+    """Return the resources that a task or an engine needs on a node, by Ray's names."""
     resources = {"CPU": block.cpus, "GPU": block.gpus, **block.resources}
-    if block.memory_gb is not None:
+    if isinstance(block, RayExecutor) and block.memory_gb is not None:
         resources["memory"] = block.memory_gb * GIB
     return {name: amount for name, amount in resources.items() if amount}
 
 
-def describe_resources(block: RayExecutor) -> str:
-    """Return the resources that a task needs, as text."""
+def describe_resources(block: RayExecutor | SamplersConfig) -> str:
+    """Return the resources that a task or an engine needs, as text."""
     return ", ".join(f"{name} {amount:g}" for name, amount in required_resources(block).items())
 
 
@@ -72,13 +72,9 @@ def start(ray: Any, function: Callable[..., Any], block: RayExecutor, name: str,
     return ray.remote(function).options(**options).remote(*arguments)
 
 
-def could_hold(ray: Any, block: RayExecutor) -> bool:
-    """Return True when a live node could run the task once it is free."""
-    return could_ever_hold(ray, required_resources(block))
-
-
-def could_ever_hold(ray: Any, needs: dict[str, float]) -> bool:
-    """Return True when a live node has as much of everything, free or not."""
+def could_hold(ray: Any, block: RayExecutor | SamplersConfig) -> bool:
+    """Return True when a live node could run the task or engine once it is free."""
+    needs = required_resources(block)
     for node in ray.nodes():
         resources = node["Resources"]
         if node["Alive"] and all(resources.get(name, 0.0) >= amount for name, amount in needs.items()):

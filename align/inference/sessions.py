@@ -26,7 +26,6 @@ from align.inference.servers.dispatch import Dispatcher, ServerRequest
 from align.inference.servers.pool import PoolEngine
 from align.inference.servers.server import COMPLETIONS, FAULTS, Member
 from align.inference.servers.server_client import POLL_SECONDS, WeightsChanged
-from align.inference.trainer_engine import RemoteRankEngine
 from align.inference.vllm import CACHE, WEIGHTS, VllmEngine
 from align.inference.vllm_internals import VllmChanged
 
@@ -39,8 +38,6 @@ def open_session(engine: RolloutEngine, temperature: float, top_p: float = 1.0) 
         return PoolSession(engine, temperature, top_p)
     if isinstance(engine, BatchEngine):
         return LockstepSession(engine, temperature, top_p)
-    if isinstance(engine, RemoteRankEngine):
-        return RemoteRankSession()
     raise TypeError(f"{type(engine).__name__} has no sessions")
 
 
@@ -61,7 +58,7 @@ class CacheUse:
         return {"prefix_hit_rate": self.cached_tokens / self.prompt_tokens} if self.prompt_tokens else None
 
 
-class VllmSession:
+class VllmSession(Session):
     """Turns by vLLM in this process: each joins the batch between two decoding steps, and leaves it when it ends.
 
     The engine has one session at a time. It stays awake from the first turn until the session is closed, on a shared
@@ -127,7 +124,7 @@ class VllmSession:
             self.engine.sleep_mode.sleep()
 
 
-class PoolSession:
+class PoolSession(Session):
     """Turns by a pool of servers: each goes to one of them, and to another where that is lost. One session at a time.
 
     An episode's turns go to the server that had the last one, and first turns of one prompt to one server, as long as
@@ -225,7 +222,7 @@ class PoolSession:
         self.dispatcher.cancel()
 
 
-class LockstepSession:
+class LockstepSession(Session):
     """Turns in batches, by transformers here or by engines of a Ray cluster.
 
     The same set of turns gives the same responses bit for bit, in whatever order it was submitted.
@@ -258,36 +255,10 @@ class LockstepSession:
         responses = self.engine.sample(requests, self.temperature, self.top_p)
         return [(request.key, response) for request, response in zip(requests, responses, strict=True)]
 
-    def cache_statistics(self) -> dict[str, float] | None:
-        """Return None: no cache outlives a batch here."""
-        return None
-
     def close(self) -> None:
         """Drop what was submitted."""
         self._is_closed = True
         self._requests.clear()
-
-
-class RemoteRankSession:
-    """Placeholder in a stage's other processes for the session of the first one, which calls the servers for them."""
-
-    is_lockstep = False
-    pending = 0
-
-    def submit(self, request: TurnRequest) -> None:
-        """Refuse: only the first process may call servers."""
-        raise RuntimeError("the servers of runtime.rollouts are asked by the stage's first process")
-
-    def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
-        """Return no turns."""
-        return []
-
-    def cache_statistics(self) -> dict[str, float] | None:
-        """Return None: this process has no engine."""
-        return None
-
-    def close(self) -> None:
-        """Do nothing: no turn is in flight."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from align.config.runtime.launch import rank
-from align.inference.protocol import Progress, Response, RolloutEngine, Sampling
+from align.inference.protocol import RolloutEngine, Sampling
 from align.inference.servers.pool import PoolEngine
 from align.models.compute.processes import rank_range
 
@@ -31,17 +31,11 @@ class RemoteRankEngine:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def generate(
-        self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None
-    ) -> list[list[Response]]:
+    def generate(self, *_: Any) -> Any:
         """Refuse: only the first process may call servers."""
-        raise RuntimeError("the servers of runtime.rollouts are asked by the stage's first process")
+        raise RuntimeError("only the stage's first process calls the servers of runtime.rollouts")
 
-    def score_tokens(
-        self, prompts: list[list[int]], responses: list[list[int]], temperature: float
-    ) -> list[list[float]]:
-        """Refuse: only the first process may call servers."""
-        raise RuntimeError("the servers of runtime.rollouts are asked by the stage's first process")
+    sample = score_tokens = generate
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Do nothing with weights of any shape: the first process gives the servers theirs."""

@@ -1,15 +1,14 @@
 """Parts of vLLM 0.30 and 0.31 that it does not document; raises ``VllmChanged`` if they have moved.
 
-Stored adapters, which no plain checkpoint can hold, run as hooks inside the model.
-
 They are the modules of an engine, the head sizes and blocks of attention on a CPU, the path from ``LLM`` to the model
 runner, its ``reload_weights``, and the core's scheduler and queue of batches. ``align.patches.vllm`` has what is
 replaced.
 
-vLLM names a layer's modules as transformers does, but queries, keys and values come from one matrix, ``qkv_proj``. The
-hooks compute what ``align.models.tuning`` computes in training, on (N, hidden) tokens without a batch dimension. They
-need the eager model: a compiled one was traced without them. A prefix is safe with vLLM's caches, because it replaces
-the keys and values of real positions. Leaves out servers, whose process is not ours, and tensor parallelism.
+Stored adapters, which no plain checkpoint can hold, run as hooks inside the model. vLLM names a layer's modules as
+transformers does, but queries, keys and values come from one matrix, ``qkv_proj``. The hooks compute what
+``align.models.tuning`` computes in training, on (N, hidden) tokens without a batch dimension. They need an eager model:
+a compiled one was traced without them. A prefix is safe with vLLM's caches, because it replaces the keys and values of
+real positions. Excluded: servers, whose process is not ours, and tensor parallelism.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,19 +227,19 @@ class Adapter:
 
     def _register(self, layer: Any, name: str) -> None:
         if isinstance(self.tuning, PrefixTuning):
-            hook = _Hook(self._insert_prefix, name, layer.self_attn)
+            hook = partial(self._insert_prefix, name, layer.self_attn)
             self.handles.append(layer.self_attn.qkv_proj.register_forward_hook(hook))
             return
         assert isinstance(self.tuning, AdaptersTuning)
         if self.tuning.kind == "llama_adapter":
             if f"{name}.self_attn.llama_adapter.gate" in self.weights:
-                hook = _Hook(self._add_llama_adapter, name)
+                hook = partial(self._add_llama_adapter, name)
                 self.handles.append(layer.self_attn.register_forward_hook(hook, with_kwargs=True))
             return
         for part in self.tuning.after:
             module = layer.self_attn if part == "attention" else layer.mlp
             prefix = f"{name}.{'self_attn' if part == 'attention' else 'mlp'}.bottleneck"
-            self.handles.append(module.register_forward_hook(_Hook(self._add_bottleneck, prefix)))
+            self.handles.append(module.register_forward_hook(partial(self._add_bottleneck, prefix)))
 
     def _add_bottleneck(self, prefix: str, module: Any, inputs: Any, outputs: torch.Tensor) -> torch.Tensor:
         """Return ``outputs`` (N, hidden) plus the bottleneck adapter's."""
@@ -283,13 +283,3 @@ class Adapter:
         weights = (gate.float() * torch.softmax(scores, dim=-1)).to(values.dtype)
         added, _ = attention.o_proj((weights @ values).transpose(0, 1).flatten(1))
         return outputs + added
-
-
-class _Hook:
-    """A method of :class:`Adapter` with its first arguments filled in."""
-
-    def __init__(self, method: Any, *first: Any) -> None:
-        self.method, self.first = method, first
-
-    def __call__(self, *args: Any) -> Any:
-        return self.method(*self.first, *args)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from align.config.user_paths import user_path
-from align.models.checkpoints import files
+from align.models.checkpoints.files import weight_files
 from align.pipeline.process_limits import usable_cores
 from align.store.json_files import write_text_atomically
 
@@ -43,11 +43,6 @@ def with_tied_head(weights: Iterable[tuple[str, torch.Tensor]], tied: bool) -> I
     # Some checkpoints store a tied head, some do not.
     if tied and not has_head and embedding is not None:
         yield HEAD, embedding
-
-
-def weight_files(model_dir: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint. Raises ``UserError`` when there are none."""
-    return files.weight_files(model_dir)
 
 
 def adapter_weights(model_dir: Path) -> dict[str, torch.Tensor]:
@@ -95,9 +90,7 @@ MAX_THREADS = 16
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Return the sha256 of a tensor's type, shape and bytes, for any shape and device."""
-    import torch
-
-    values = tensor.detach().to("cpu").contiguous()
+    values = tensor.detach().cpu().contiguous()
     hasher = hashlib.sha256(f"{str(values.dtype).removeprefix('torch.')} {tuple(values.shape)}".encode())
     content: Any = values.reshape(-1).view(torch.uint8).numpy()  # numpy's arrays are buffers, which its types omit
     hasher.update(content)

@@ -57,8 +57,7 @@ def load_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
     model, missing = _load("classifier", model_dir, dtype, may_lack={HEAD}, **SCORING)
     if missing:
         raise UserError(
-            f"{model_dir} is not a trained reward model: it has no {', '.join(sorted(missing))}. "
-            "Point at the output of a reward stage."
+            f"{model_dir} is not a trained reward model: it has no {HEAD}. Point at the output of a reward stage."
         )
     return model
 

@@ -106,7 +106,11 @@ def open_model(
 
     # 1. Check the files and compare the shapes. No tensor is read yet.
     config = open_config(folder, trust_remote_code=trust_remote_code)
-    _refuse_adapter(folder)
+    # transformers would load an adapter in the folder on top of the weights, wherever its base is.
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG}: is an adapter next to weights. Remove it, or merge it by `align export`."
+        )
     if not trust_remote_code:  # only its own code knows which tensors such a model has
         compare_shapes(task, folder, config, may_lack, options)
     # 2. Load. transformers draws numbers for missing weights, so the random state is kept.
@@ -161,15 +165,6 @@ def needs_eager_attention(folder: Path, config: Any, has_own_code: bool = False)
     return True
 
 
-def _refuse_adapter(folder: Path) -> None:
-    """Refuse an adapter in the folder: transformers would load it on top of the weights, wherever its base is."""
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"{folder / 'adapter_config.json'}: an adapter among the weights, so it is unclear which model is meant. "
-            "Remove the adapter's files, or merge it by `align export`."
-        )
-
-
 def compare_shapes(
     task: Task, folder: Path, config: Any, may_lack: Collection[str] = (), options: dict[str, Any] | None = None
 ) -> None:
@@ -191,8 +186,7 @@ def compare_shapes(
     kind = classifier_class(expected_config) if task == "classifier" else classes.get(type(expected_config), None)
     if kind is None:
         raise UserError(
-            f"{folder / CONFIG}: {expected_config.model_type} has no {AUTO_CLASSES[task]} in transformers. Name a "
-            "language model."
+            f"{folder / CONFIG}: {expected_config.model_type} has no {AUTO_CLASSES[task]}. Name another model."
         )
     entries = tensor_entries(folder)
     # Tensors of the files' shapes without memory, for transformers to load into a model without memory.
@@ -395,8 +389,6 @@ class StepModels:
 
     def open_tokenizer(self, name: str, revision: str | None) -> Any:
         """Return the tokenizer of a folder, or of the Hub at a commit. Raises whatever its files cause."""
-        from align.models.pretrained import open_tokenizer
-
         return open_tokenizer(name, revision=revision)
 
     def make_scorer(self, config: Any, folder: Path, device: str) -> Any:

@@ -63,7 +63,8 @@ class RewardModel:
         self.pass_tokens = pass_tokens
         self.on_progress: OnProgress | None = None
         """Told of the different rows that were scored, and of all rows of the call."""
-        self._steps = Steps.read(model_dir)
+        self.steps = Steps.read(model_dir)
+        """Rule by which a process reward model splits answers; None for a model that scores whole answers."""
         self._ragged = can_run_ragged(self.model)
         if self._ragged:
             enable_ragged(self.model)
@@ -85,11 +86,6 @@ class RewardModel:
             low_residual(self.model)
         self.round_weights()
 
-    @property
-    def steps(self) -> Steps | None:
-        """Return how a process reward model splits answers into steps; None for a model that scores whole answers."""
-        return self._steps
-
     def score(
         self,
         prompts: list[list[Message]],
@@ -106,8 +102,8 @@ class RewardModel:
         ended = finished if finished is not None else [True] * len(responses)
         offered = tools if tools is not None else [None] * len(responses)
         answers = list(zip(prompts, responses, ended, offered, strict=True))
-        if self._steps is not None:
-            return [combine_steps(logits, self._steps.aggregate) for logits in self._score_steps(answers, self._steps)]
+        if self.steps is not None:
+            return [combine_steps(logits, self.steps.aggregate) for logits in self._score_steps(answers, self.steps)]
         rows = [
             render_conversation(
                 self.tokenizer, [*prompt, {"role": "assistant", "content": response}], is_finished_answer, row_tools

@@ -1,8 +1,7 @@
 """Score rows of data by a model (reward, perplexity, or instruction-following difficulty), and embed texts.
 
-The data step ``score`` uses it. Excluded: filtering rows by their scores.
-
-The data step ``semantic_duplicates`` uses it. Both read local folders and run no code that comes with the weights.
+The data steps ``score`` and ``semantic_duplicates`` use it. Both read local folders and run no code that comes with the
+weights. Excluded: filtering rows by their scores.
 """
 
 from __future__ import annotations
@@ -31,11 +30,16 @@ Scorer = Callable[[list[Row]], list[float]]
 
 def make_scorer(config: Any, folder: Path, device: str) -> Scorer:
     """Return the scorer of a ``ScoreConfig``, with the model in ``folder``."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(device)
     if config.by == "reward":
         return _RewardScorer(folder, device, config)
     return _PerplexityScorer(folder, device, config, alone=config.by == "ifd")
+
+
+def _device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def reply_text(row: Row) -> str | None:
@@ -58,7 +62,7 @@ class _RewardScorer:
 
 
 class _PerplexityScorer:
-    """Perplexity of an answer's last turn given all before it; with ``only``, divided by the turn's own (IFD).
+    """Perplexity of an answer's last turn given all before it; with ``alone``, divided by the turn's own (IFD).
 
     Raises ``PromptRewritten`` for a template that renders the text before the turn differently once it follows.
     """
@@ -127,11 +131,10 @@ class _PerplexityScorer:
         scored = torch.tensor(
             [[skip <= position < len(row) for position in range(1, width)] for row, skip in texts]
         )  # (B, T-1)
+        scored = scored.to(self.device)
         with autocast(self.device, self.precision):
             # Rows are right-padded and attention is causal, so padding needs no mask.
             hidden = self._trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
-        scored = scored.to(self.device)
-        with autocast(self.device, self.precision):
             product = self._head(hidden[scored])  # only of tokens that count: (N, V)
         logits = self._transform.apply(product.float())
         # Sum the losses per row: nonzero()[:, 0] is the row of each scored token.
@@ -163,8 +166,7 @@ def _static(folder: Path, max_length: int) -> Embedder:
         model = open_static(folder)
     except ImportError:
         raise UserError(
-            f"{folder} holds static embeddings, which model2vec reads: pip install 'align-pipeline[data]'. "
-            "A transformers model needs nothing more."
+            f"{folder} holds static embeddings, which model2vec reads: pip install 'align-pipeline[data]'."
         ) from None
 
     def embed(texts: list[str]) -> np.ndarray:
@@ -176,7 +178,7 @@ def _static(folder: Path, max_length: int) -> Embedder:
 
 class _Transformer:
     def __init__(self, folder: Path, device: str, max_length: int, batch_size: int) -> None:
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.device = _device(device)
         self.max_length, self.batch_size = max_length, batch_size
         self.tokenizer = open_tokenizer(folder)
         self.model: Any = open_model("encoder", folder, torch.float32)[0]

@@ -15,11 +15,10 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from align.inference.protocol import Progress
-from align.inference.servers.server_client import POLL_SECONDS, BadReply, EngineLost
-from align.inference.servers.transport import Reply
+from align.inference.servers.server_client import POLL_SECONDS, BadReply, EngineLost, Reply
 
 HEALTH_SECONDS = 15.0
 """Silence after which a server's ``/health`` is asked, and time that it then has to answer."""
@@ -27,27 +26,6 @@ HEALTH_MISSES = 3
 """Unanswered questions of health in a row after which a server is lost."""
 BAD_REPLIES = 3
 """Bad replies in a row after which a server is lost; bad replies to one request after which it is given up."""
-
-
-class Pool(Protocol):
-    """The owner of the servers."""
-
-    @property
-    def members(self) -> Sequence[Any]:
-        """Servers. ``client`` makes calls to one."""
-        ...
-
-    def takes_requests(self, member: Any) -> bool:
-        """Return True while requests may be sent to a server: it holds the weights to sample from."""
-        ...
-
-    def lose(self, member: Any, error: Exception) -> None:
-        """Mark a server as lost."""
-        ...
-
-    def await_ready(self) -> None:
-        """Wait until a server is ready. Raises ``EngineLost`` when none will be."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -107,13 +85,13 @@ class Dispatcher:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Any,
         path: str,
         requests: Sequence[ServerRequest],
         concurrency: int,
         on_progress: Progress | None = None,
     ) -> None:
-        """``concurrency`` is how many requests a server has in flight at most."""
+        """``concurrency`` is how many requests a server of the ``PoolEngine`` has in flight at most."""
         self.pool, self.path, self.concurrency = pool, path, concurrency
         self.on_progress = on_progress
         self.requests = dict(enumerate(requests))
@@ -245,10 +223,10 @@ class Dispatcher:
             candidates = with_room
         # A server that had an episode's last turn has the keys and values of all before the next.
         homes = [self.homes[name] for name in self.requests[group[0]].affinity if name in self.homes]
+        by_index = {state.index: state for state in candidates}
         for home in homes:
-            for state in candidates:
-                if state.index == home:
-                    return state
+            if home in by_index:
+                return by_index[home]
         return min(candidates, key=lambda state: state.tokens, default=None)
 
     def _send(self, state: ServerState, index: int) -> None:

@@ -135,11 +135,9 @@ class RayEngine:
 
     def _start_actors(self, spec: EngineSpec, open_engine: EngineOpener) -> list[Any]:
         block = spec.runtime.samplers
-        needs = {"CPU": block.cpus, "GPU": block.gpus, **block.resources}
-        needs = {name: amount for name, amount in needs.items() if amount}
-        if not ray_client.could_ever_hold(self.ray, needs):
-            text = ", ".join(f"{name} {amount:g}" for name, amount in needs.items())
-            raise UserError(f"runtime.executor.samplers: no node of the Ray cluster has what each asks for ({text}).")
+        if not ray_client.could_hold(self.ray, block):
+            needs = ray_client.describe_resources(block)
+            raise UserError(f"runtime.executor.samplers: no node of the Ray cluster has what each asks for ({needs}).")
         settings = {
             "model_dir": str(spec.model_dir.resolve()),
             "runtime": local_runtime(spec.runtime).model_dump(mode="json"),

@@ -151,8 +151,7 @@ def check_server(client: Client, spec: ServerSpec) -> None:
     without_key = client.exchange("GET", path, with_key=False)
     if without_key.error is None and without_key.status not in (401, 403):
         raise UserError(
-            f"{place} the server there answers without a key (status {without_key.status}): anybody could change its "
-            f"weights.\n{remedy}"
+            f"{place} it needs no key (status {without_key.status}), so anybody can change its weights.\n{remedy}"
         )
     # 2. Ours must be its key.
     reply = client.exchange("GET", path)

@@ -109,8 +109,7 @@ def explain_refusal(tokenizer: Any, messages: Sequence[Mapping[str, Any]], error
     template = f"the chat template of {place}" if place else "the chat template"
     if isinstance(error, TemplateOutOfBounds):
         return UserError(
-            f"{template} {error}, which no conversation needs. It is broken or hostile: name another template in the "
-            "model stage's chat_template field."
+            f"{template} {error}. It is broken or hostile: name another in the model stage's chat_template field."
         )
     roles = ", ".join(str(message["role"]) for message in messages)
     return UserError(

@@ -1,10 +1,7 @@
-"""Convert an external model into the folder that every later stage reads: safetensors, tokenizer, chat template.
+"""Convert an external model, or a peft adapter and its base, into the folder that every later stage reads.
 
-Excluded: resolving the source (``source.py``) and the download.
-
-peft adapters from outside: find the base of one, and merge it. Torch-free until one is merged.
-
-Excluded: adapters that align trains (``tuning/``), and checking the files (``folder_checks.py``).
+The folder has safetensors, a tokenizer and a chat template. Torch-free at import. Excluded: resolving the source
+(``source.py``), the download, checking the files (``folder_checks.py``), and adapters that align trains (``tuning/``).
 """
 
 from __future__ import annotations
@@ -19,10 +16,10 @@ from typing import Any
 from align.errors import UserError
 from align.models.chat.named_templates import require_tokens
 from align.models.chat.render import require_chat_template
-from align.models.chat.special_tokens import add_tokens, unify_special_tokens
-from align.models.checkpoints.files import ADAPTER_WEIGHTS, read_object, read_optional
-from align.models.checkpoints.folder_checks import require_embeddings
-from align.models.pretrained import open_gguf, open_model, open_tokenizer, refusing
+from align.models.chat.special_tokens import add_tokens, grow_embeddings, unify_special_tokens
+from align.models.checkpoints.files import ADAPTER_WEIGHTS, read_header, read_object, read_optional
+from align.models.checkpoints.folder_checks import EMBEDDINGS, require_embeddings
+from align.models.pretrained import adapter_config, attach_adapter, open_gguf, open_model, open_tokenizer, refusing
 from align.store.json_files import write_text_atomically
 
 LOG = logging.getLogger(__name__)
@@ -200,9 +197,6 @@ def load_merged(base: Path, adapter: Path, tokens: int, *, trust_remote_code: bo
     """
     import torch
 
-    from align.models.chat.special_tokens import grow_embeddings
-    from align.models.pretrained import open_model
-
     model, _ = open_model("causal", base, torch.float32, trust_remote_code=trust_remote_code)
     # An adapter that stores a whole embedding decides the number of rows.
     grow_embeddings(model, _embedding_rows(adapter) or tokens)
@@ -211,17 +205,12 @@ def load_merged(base: Path, adapter: Path, tokens: int, *, trust_remote_code: bo
 
 def _embedding_rows(adapter: Path) -> int | None:
     """Return the number of tokens that an adapter stores embeddings of; None if it stores no whole embedding."""
-    from align.models.checkpoints.files import read_header
-    from align.models.checkpoints.folder_checks import EMBEDDINGS
-
     entries = read_header(adapter / ADAPTER_WEIGHTS)
     return next((entry.shape[0] for name, entry in entries.items() if name.endswith(EMBEDDINGS)), None)
 
 
 def attach(base: Any, adapter: Path, merge: bool) -> Any:
     """Put the adapter of a folder on ``base``, in place, and merge it if required."""
-    from align.models.pretrained import adapter_config, attach_adapter
-
     kind = adapter_config(adapter).peft_type
     try:
         model, warned = attach_adapter(base, adapter)
@@ -235,7 +224,7 @@ def attach(base: Any, adapter: Path, merge: bool) -> Any:
         raise UserError(f"{adapter}: {missing[0][:300]} The file is damaged, or belongs to another base. {OTHER_BASE}")
     if not hasattr(model, "merge_and_unload") or model.active_peft_config.is_prompt_learning:
         raise UserError(
-            f"{adapter}: {str(kind).rpartition('.')[2]} cannot be merged into weights; use the adapter beside its base."
+            f"{adapter}: {str(kind).rpartition('.')[2]} cannot be merged into weights; use the adapter with its base."
         )
     if merge:
         _untie(model.get_base_model())
@@ -259,12 +248,13 @@ def _untie(base: Any) -> None:
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    modules: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
-    has_adapter = [isinstance(module, BaseTunerLayer) for module in modules]
-    embedding, head = (
-        module.get_base_layer() if adapted else module for module, adapted in zip(modules, has_adapter, strict=True)
-    )
-    if not any(has_adapter) or head is None or head.weight is not embedding.weight:
+    embedding: Any = base.get_input_embeddings()
+    head: Any = base.get_output_embeddings()
+    if not isinstance(embedding, BaseTunerLayer) and not isinstance(head, BaseTunerLayer):
+        return
+    embedding = getattr(embedding, "base_layer", embedding)
+    head = getattr(head, "base_layer", head)
+    if head is None or head.weight is not embedding.weight:
         return
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     base.config.get_text_config().tie_word_embeddings = False

@@ -124,8 +124,7 @@ def weight_files(folder: Path) -> list[Path]:
     # transformers prefers model.safetensors, other loaders prefer the index.
     if single.is_file() and names != [SINGLE]:
         raise UserError(
-            f"{index}: names {names[0]} and there is a {SINGLE} as well, so loaders differ in which they read. Remove "
-            "the wrong one."
+            f"{index}: names {names[0]}, but there is also a {SINGLE}, which other loaders read. Remove the wrong one."
         )
     for name in names:
         if not (folder / name).is_file():
@@ -149,8 +148,7 @@ def _indexed(index: Path) -> list[str]:
             )
         if not name.endswith(".safetensors") or name != Path(name).name or "\\" in name:
             raise UserError(
-                f"{index}: names {name}; only .safetensors files in the same folder are read. Do not use this model "
-                "unless you know why it names another."
+                f"{index}: names {name}; only .safetensors files in the same folder are read. The model may be hostile."
             )
     return sorted(set(names))
 
@@ -161,8 +159,7 @@ def _refuse_no_weights(folder: Path) -> None:
     pickled = [name for name in names if name.endswith(PICKLES)]
     if shards:
         raise UserError(
-            f"{folder}: holds {shards[0]} and neither {SINGLE} nor {INDEX}, which says what its files hold. Fetch the "
-            "missing file."
+            f"{folder}: has {shards[0]}, but neither {SINGLE} nor the index {INDEX}. Fetch the missing file."
         )
     if pickled:
         raise UserError(
@@ -181,8 +178,7 @@ def refuse_links(folder: Path) -> None:
         target = file.resolve()
         if not target.is_relative_to(inside) and target.parent != blobs:
             raise UserError(
-                f"{folder / name}: is a link to {target}, outside the model's folder. Copy the file, or name the "
-                "folder that it lies in."
+                f"{folder / name}: is a link to {target}, outside the folder. Copy the file, or name its folder."
             )
 
 

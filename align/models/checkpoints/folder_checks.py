@@ -91,10 +91,7 @@ def tensor_entries(folder: Path) -> dict[str, Entry]:
     weights = [entry for name, entry in entries.items() if name.endswith("weight")]
     quantized = next((entry for entry in weights if entry.dtype not in FLOATS), None)
     if quantized is not None:
-        raise UserError(
-            f"{folder}: its tensor {quantized.name} is of type {quantized.dtype}, so the weights are quantized; align "
-            "reads float weights. Name the model that it was quantized from."
-        )
+        raise UserError(f"{folder}: the tensor {quantized.name} is quantized ({quantized.dtype}). {UNQUANTIZED}")
     return entries
 
 
@@ -146,6 +143,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 FIX = "Fetch the model again, or correct the file."
+UNQUANTIZED = "align reads float weights: name the model that it was quantized from."
 
 
 def check_config(folder: Path, tensors: int) -> dict[str, Any]:
@@ -189,14 +187,10 @@ def _refuse_foreign(file: Path, config: Mapping[str, Any]) -> None:
     named = config.get("transformers_weights")
     if named is not None and named != SINGLE:
         raise UserError(
-            f"{file}: transformers_weights names {named!r}; weights are read from {SINGLE} or by its index. Rename the "
-            "file and remove the line."
+            f"{file}: transformers_weights is {named!r}, but only {SINGLE} or its index is read. Rename the file."
         )
     if config.get("quantization_config") is not None:
-        raise UserError(
-            f"{file}: has a quantization_config, so its weights are quantized; align reads float weights. Name the "
-            "model that it was quantized from."
-        )
+        raise UserError(f"{file}: has a quantization_config, so the weights are quantized. {UNQUANTIZED}")
 
 
 def _values(value: Any) -> list[Any]:
@@ -299,8 +293,7 @@ def check_tokenizer(folder: Path, rows: int | None) -> None:
     highest = max(ids.values(), default=-1)
     if rows is not None and highest >= rows:
         raise UserError(
-            f"{file}: has a token of the id {highest}, and the model embeds {rows} tokens: it is the tokenizer of "
-            "another model. Fetch the model's own."
+            f"{file}: has a token of the id {highest}, but the model embeds {rows} tokens. Fetch the model's own."
         )
 
 

@@ -83,8 +83,7 @@ def separate_shared_parameters(model: nn.Module, layers: list[nn.Module]) -> Non
                     continue
                 if parameter.requires_grad:
                     raise UserError(
-                        f"strategy fsdp2: a weight that is trained, {name} of {type(part).__name__}, is part of two "
-                        "layers, which cannot be sharded; take ddp."
+                        f"strategy fsdp2: two layers share {name} of {type(part).__name__}, which is trained; use ddp."
                     )
                 # Within a group a shared parameter stays shared: all its names get the same copy.
                 copied = copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone(), requires_grad=False))

@@ -27,13 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def compute_dtype(precision: Precision) -> Any:
-    """Return the ``torch.dtype`` of a precision."""
-    import torch
-
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
-
-
 def autocast(device: Any, precision: Precision) -> Any:
     """Return a context in which a forward pass computes in ``precision``; it has no effect for float32."""
     import torch

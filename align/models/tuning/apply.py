@@ -119,10 +119,10 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
     weights = {name: tensor.detach() for name, tensor in merged_weights(model)}
     config = plain.config
     # Other tools read these tokens from the configs, not from the tokenizer.
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    generation = getattr(plain, "generation_config", None)
-    if generation is not None:
-        generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    for settings in (config, getattr(plain, "generation_config", None)):
+        if settings is not None:
+            settings.eos_token_id = tokenizer.eos_token_id
+            settings.pad_token_id = tokenizer.pad_token_id
     # Merging may widen or untie matrices, and the written config must say so.
     weights, changes = stored.prepare_save(plain, weights, tokenizer, out_dir)
     with stored.config_with(config, changes):
@@ -163,15 +163,11 @@ def weight_bytes(model: Any) -> int:
     total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        total += parameter.numel() * parameter.element_size()
+        total += parameter.nbytes
         if state is not None:
-            total += _scale_bytes(state)
+            total += state.absmax.nbytes
+            total += 0 if state.state2 is None else state.state2.absmax.nbytes
     return total
-
-
-def _scale_bytes(state: Any) -> int:
-    nested = 0 if state.state2 is None else state.state2.absmax.numel() * state.state2.absmax.element_size()
-    return int(state.absmax.numel() * state.absmax.element_size() + nested)
 
 
 def notice(

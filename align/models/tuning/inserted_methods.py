@@ -73,8 +73,11 @@ class Sequential(Insertion):
         return outputs + F.linear(inner, self.up, self.up_bias)
 
 
-def insert_bottleneck(model: Any, tuning: AdaptersTuning) -> None:
-    """Insert the modules into every layer, initialized from torch's global generator."""
+def insert_adapters(model: Any, tuning: AdaptersTuning) -> None:
+    """Insert the modules of ``tuning``, initialized from torch's global generator."""
+    if tuning.kind == "llama_adapter":
+        _insert_llama_adapter(model, tuning)
+        return
     hidden, method = model.config.get_text_config().hidden_size, "adapters"
     if tuning.position == "parallel":
         for mlp in gated_mlps(model, method):
@@ -186,12 +189,11 @@ def _rotated(queries: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor])
     return queries * cos + torch.cat([-second_half, first_half], dim=-1) * sin
 
 
-def insert_llama_adapter(model: Any, tuning: AdaptersTuning) -> None:
-    """Insert the tokens into the last layers, initialized from torch's global generator."""
+def _insert_llama_adapter(model: Any, tuning: AdaptersTuning) -> None:
+    """Insert the tokens into the last layers."""
     if model.config.model_type not in KINDS:
         raise UserError(
-            f"tuning.kind: llama_adapter supports models of the kind {', '.join(KINDS)}, and this one is "
-            f"{model.config.model_type}. Take kind: bottleneck."
+            f"tuning.kind: llama_adapter supports {', '.join(KINDS)}, not {model.config.model_type}; use bottleneck."
         )
     attention_modules = attentions(model, "adapters")
     count = tuning.layers if tuning.layers is not None else max(1, len(attention_modules) - 2)

@@ -73,11 +73,9 @@ def apply(model: Any, tuning: Inserted, seed: int, tokenizer: Any) -> Any:
     if isinstance(tuning, PrefixTuning):
         model = inserted_methods.wrap(model, tuning, seed, tokenizer)
     elif isinstance(tuning, AdaptersTuning):
-        is_llama_adapter = tuning.kind == "llama_adapter"
-        insert = inserted_methods.insert_llama_adapter if is_llama_adapter else inserted_methods.insert_bottleneck
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            insert(model, tuning)
+            inserted_methods.insert_adapters(model, tuning)
         model = train_insertions_only(model)
     else:
         model = virtual_tokens.wrap(model, tuning, seed, tokenizer)
@@ -110,11 +108,9 @@ def insert_empty(model: Any, tuning: Inserted, first_token: int | None) -> None:
                 for layer in inserted_methods.widths(model)
             ]
             inserted_methods.insert_prefix(model, first_token, rows)
-        elif isinstance(tuning, AdaptersTuning) and tuning.kind == "llama_adapter":
-            inserted_methods.insert_llama_adapter(model, tuning)
         else:
             assert isinstance(tuning, AdaptersTuning)
-            inserted_methods.insert_bottleneck(model, tuning)
+            inserted_methods.insert_adapters(model, tuning)
     model.inserted_tuning = tuning
 
 

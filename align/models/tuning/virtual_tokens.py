@@ -70,8 +70,7 @@ def new_tokens(tokenizer: Any, tuning: VirtualTokens) -> list[int]:
     ids: list[int] = getattr(tokenizer, "new_virtual_tokens", [])
     if len(ids) != tuning.tokens:
         raise UserError(
-            f"tuning.method: {tuning.method} puts virtual tokens in front of every conversation, which this kind of "
-            "stage does not support. Take lora or adapters."
+            f"tuning.method: this kind of stage does not support the virtual tokens of {tuning.method}. Use lora."
         )
     return ids
 
@@ -84,8 +83,7 @@ def add_embedding_rows(model: Any, ids: list[int]) -> None:
     table = model.get_input_embeddings()
     if type(table) is not nn.Embedding:
         raise UserError(
-            f"tuning: virtual tokens need a plain embedding, and this model's is {type(table).__name__}, which changes "
-            "the vectors. Take lora or adapters."
+            f"tuning: virtual tokens need a plain embedding, not {type(table).__name__}. Use lora or adapters."
         )
     if ids[-1] >= table.weight.shape[0]:
         with torch.random.fork_rng(devices=[]):  # transformers draws the new rows before they are set to zero

@@ -289,15 +289,15 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "index beside other weights": (
         shard(lambda names: dict.fromkeys(names, "part-1.safetensors"), rename=None),
         INDEX,
-        "loaders differ",
+        "other loaders",
     ),
     "shards without an index": (
         lambda folder: void((folder / WEIGHTS).rename(folder / "part-1.safetensors")),
         "",
-        "part-1.safetensors and neither",
+        "part-1.safetensors, but neither",
     ),
-    "weights a link out": (link_out(WEIGHTS), WEIGHTS, "outside the model's folder"),
-    "tokenizer a link out": (link_out(TOKENIZER), TOKENIZER, "outside the model's folder"),
+    "weights a link out": (link_out(WEIGHTS), WEIGHTS, "outside the folder"),
+    "tokenizer a link out": (link_out(TOKENIZER), TOKENIZER, "outside the folder"),
     "only pickles": (
         lambda folder: void((folder / WEIGHTS).rename(folder / "pytorch_model.bin")),
         "",

@@ -30,5 +30,5 @@ def test_a_frozen_weight_of_two_layers_becomes_two() -> None:
 
 def test_a_trained_one_is_refused() -> None:
     model, layers = two()
-    with pytest.raises(UserError, match="weight of Linear, is part of two layers, which cannot be sharded; take ddp"):
+    with pytest.raises(UserError, match="two layers share weight of Linear, which is trained; use ddp"):
         separate_shared_parameters(model, layers)

@@ -189,7 +189,7 @@ def test_a_model_that_would_sample_them_is_refused_before_and_after_training(tin
 def test_a_stage_without_their_tokenizer_is_refused(base: Path) -> None:
     for tuning in (METHODS["prompt"], PrefixTuning(tokens=5)):
         model = load_for_tuning(base, tuning)
-        with pytest.raises(UserError, match=f"tuning.method: {tuning.method} puts virtual tokens in front"):
+        with pytest.raises(UserError, match=f"does not support the virtual tokens of {tuning.method}"):
             apply_tuning(model, tuning, 1, tokenizer=load_tokenizer(base))
 
 
