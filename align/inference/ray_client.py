@@ -96,8 +96,8 @@ class Outcome:
 
 def outcome(ray: Any, reference: Any) -> Outcome:
     """Return whether a task is over, with its result or the reason why it has none."""
-    done, _ = ray.wait([reference], timeout=0)
-    if not done:
+    ready, _ = ray.wait([reference], timeout=0)
+    if not ready:
         return Outcome(is_over=False)
     try:
         return Outcome(is_over=True, result=ray.get(reference))

@@ -96,17 +96,17 @@ class VllmSession(Session):
             return []
         deadline = None if timeout is None else time.monotonic() + timeout
         with self.engine.call("generate"):
-            finished = self.steps.step()
-            while not finished and (deadline is None or time.monotonic() < deadline):
-                finished = self.steps.step()
-        if not finished:
+            outputs = self.steps.step()
+            while not outputs and (deadline is None or time.monotonic() < deadline):
+                outputs = self.steps.step()
+        if not outputs:
             return []
-        if not finished.keys() <= self._keys.keys():
+        if not outputs.keys() <= self._keys.keys():
             raise VllmChanged("name of a request")
-        for output in finished.values():
+        for output in outputs.values():
             self.cache_use.count(len(output.prompt_token_ids), output.num_cached_tokens)
-        keys = [self._keys.pop(name) for name in finished]
-        return list(zip(keys, self.engine.responses(list(finished.values())), strict=True))
+        keys = [self._keys.pop(name) for name in outputs]
+        return list(zip(keys, self.engine.responses(list(outputs.values())), strict=True))
 
     def cache_statistics(self) -> dict[str, float] | None:
         """Return the share of prompt tokens that vLLM took from its cache."""
@@ -172,19 +172,19 @@ class PoolSession(Session):
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while self._requests:
             self.rolling_update.advance()
-            left = deadline - time.monotonic()
+            seconds_left = deadline - time.monotonic()
             # Waiting is short, so weights that are offered meanwhile are seen.
-            finished = self.dispatcher.poll(min(POLL_SECONDS, max(0.0, left)))
-            if finished:
+            outputs = self.dispatcher.poll(min(POLL_SECONDS, max(0.0, seconds_left)))
+            if outputs:
                 self._check_weights()
-                return self._build_responses(finished)
-            if left <= 0:
+                return self._build_responses(outputs)
+            if seconds_left <= 0:
                 break
         return []
 
-    def _build_responses(self, finished: dict[int, ServedTurn]) -> list[tuple[int, Response]]:
+    def _build_responses(self, turns_by_index: dict[int, ServedTurn]) -> list[tuple[int, Response]]:
         """Return the turns that came back, with the update of their weights if the pool was told it."""
-        requests, turns = [self._requests.pop(index) for index in finished], list(finished.values())
+        requests, turns = [self._requests.pop(index) for index in turns_by_index], list(turns_by_index.values())
         for request, turn in zip(requests, turns, strict=True):
             self.cache_use.count(len(request.prompt), turn.cached_tokens)
         responses = self.pool.members[0].engine.build_responses([turn.sample for turn in turns], 1)

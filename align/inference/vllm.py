@@ -221,11 +221,11 @@ class VllmEngine:
             self.sleep_mode.wake(WEIGHTS, CACHE)
             names = [self.steps.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
             while len(outputs) < len(names):
-                finished = self.steps.step()
-                if not finished.keys() <= set(names):
+                ended = self.steps.step()
+                if not ended.keys() <= set(names):
                     raise VllmChanged("name of a request")
-                outputs |= finished
-                if finished and on_progress is not None:
+                outputs |= ended
+                if ended and on_progress is not None:
                     on_progress(len(outputs), len(names))
             if call == "generate":
                 self.sleep_mode.sleep()

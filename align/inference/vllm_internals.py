@@ -158,11 +158,11 @@ class Steps:
 
     def step(self) -> dict[str, Any]:
         """Decode another token of each request; return the outputs of the requests that ended, by name."""
-        finished = {output.request_id: output for output in self.engine.step() if output.finished}
-        self.quiet = 0 if finished else self.quiet + 1
+        outputs = {output.request_id: output for output in self.engine.step() if output.finished}
+        self.quiet = 0 if outputs else self.quiet + 1
         if self.quiet <= self.max_quiet:
             self.progress()
-        return finished
+        return outputs
 
     def abort(self, names: list[str]) -> None:
         """Drop requests, and step until none of them is left on the device or in the scheduler."""

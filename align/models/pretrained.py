@@ -303,10 +303,10 @@ def attach_adapter(base: Any, adapter: Path) -> tuple[Any, list[str]]:
         model = PeftModel.from_pretrained(base, str(adapter), torch_device="cpu")
     # peft drops tensors that match no module, so compare the file's names with those in the model.
     names = model.state_dict().keys()
-    known = get_peft_model_state_dict(model, save_embedding_layers=False).keys() | names
+    known_names = get_peft_model_state_dict(model, save_embedding_layers=False).keys() | names
     # Tied and resized embeddings are written twice, the second time under the module's name without the adapter's.
-    known |= {name.replace(".default", "") for name in names}
-    unused = sorted(read_header(adapter / ADAPTER_WEIGHTS).keys() - known)
+    known_names |= {name.replace(".default", "") for name in names}
+    unused = sorted(read_header(adapter / ADAPTER_WEIGHTS).keys() - known_names)
     if unused:
         raise UserError(
             f"{adapter / ADAPTER_WEIGHTS}: holds {_count(unused)} for which the base has no place: {_named(unused)}. "

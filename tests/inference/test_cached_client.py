@@ -60,7 +60,7 @@ def test_usage_counts_each_answer_once_and_failures_apart(tmp_path: Path) -> Non
     assert client.usage_json()["model"] == actual
 
 
-def test_a_shared_cache_is_copied_from_and_filled_and_a_resumed_stage_counts_alike(tmp_path: Path) -> None:
+def test_shared_cache_is_read_and_filled(tmp_path: Path) -> None:
     requests = _requests(5)
     CachedClient(RequestCache(tmp_path / "one"), RequestCache(tmp_path / "shared")).ask(Counter(), requests[:2])
     backend = Counter()

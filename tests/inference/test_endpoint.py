@@ -55,7 +55,7 @@ def _ask(endpoint: Endpoint, folder: Path, count: int = 10) -> list[str]:
     return [answer.text or answer.error for answer in client.ask(endpoint, _requests(endpoint, count))]
 
 
-def test_each_request_goes_once_with_its_own_seed_and_answers_keep_their_order(fake: FakeChat, tmp_path: Path) -> None:
+def test_requests_have_seeds_and_answers_keep_their_order(fake: FakeChat, tmp_path: Path) -> None:
     fake.delay = 0.3  # long enough for a busy machine to start four threads
     endpoint = _endpoint(fake, extra={"top_k": 5})
     requests = _requests(endpoint, 12)
@@ -209,13 +209,13 @@ def test_retry_after_is_honored_by_all_under_way(fake: FakeChat, tmp_path: Path,
     assert len(fake.bodies) == 13
 
 
-def test_a_wait_that_is_too_long_ends_the_run_with_what_was_asked_for(fake: FakeChat, tmp_path: Path) -> None:
+def test_too_long_wait_ends_the_run(fake: FakeChat, tmp_path: Path) -> None:
     fake.reply = _failing((429, {"error": {"message": "daily limit"}}, {"Retry-After": "86400"}))
     with pytest.raises(EndpointLost, match=r"status 429: daily limit and asks to wait 86400 s.*kept: run again"):
         _ask(_endpoint(fake), tmp_path)
 
 
-def test_after_the_last_retry_the_run_ends_and_what_was_answered_is_kept(fake: FakeChat, tmp_path: Path) -> None:
+def test_last_retry_ends_the_run_and_keeps_answers(fake: FakeChat, tmp_path: Path) -> None:
     fake.reply = lambda body: (500, b"broken") if body["messages"][0]["content"] == "q6" else echo(body)
     with pytest.raises(EndpointLost, match=r"answered with status 500: broken; gave up after 3 attempts"):
         _ask(_endpoint(fake, retries=2), tmp_path)
@@ -299,7 +299,7 @@ def test_a_list_of_models_that_nests_or_grows_without_end(fake: FakeChat, tmp_pa
             fake.http.RequestHandlerClass._send = real  # type: ignore[attr-defined]
 
 
-def test_what_a_server_says_is_shown_without_what_a_terminal_obeys(fake: FakeChat, tmp_path: Path) -> None:
+def test_server_errors_are_shown_without_control_characters(fake: FakeChat, tmp_path: Path) -> None:
     fake.reply = lambda body: (400, {"error": {"message": "\u202edrow \u200bhttps://me:geheim@proxy:1 \x1b[2J"}})
     with pytest.raises(UserError) as caught:
         _ask(_endpoint(fake), tmp_path)

@@ -59,7 +59,7 @@ def test_answers_are_found_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40, 10_000])
-def test_a_half_written_last_line_is_not_there_whatever_its_length(tmp_path: Path, cut: int) -> None:
+def test_half_written_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
     first, second, third = _requests(3)
     cache, path = RequestCache(tmp_path), tmp_path / "answers-1.jsonl"
     cache.put([(first, Answer("kept"))])
@@ -72,9 +72,7 @@ def test_a_half_written_last_line_is_not_there_whatever_its_length(tmp_path: Pat
     assert RequestCache(tmp_path).get(second.key).answer.text == "anew"  # type: ignore[union-attr]
 
 
-def test_a_write_that_failed_half_way_does_not_spoil_the_next_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_does_not_damage_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = _requests(3)
     cache = RequestCache(tmp_path)
     cache.put([(first, Answer("a"))])

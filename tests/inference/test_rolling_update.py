@@ -122,9 +122,7 @@ def next_turns(session: Any) -> dict[int, Response]:
     return turns
 
 
-def test_a_turn_in_flight_ends_with_its_weights_and_the_next_ones_have_the_new(
-    fakes: list[VersionedServer], opened: Opened, offer: Offer
-) -> None:
+def test_turn_in_flight_keeps_its_weights(fakes: list[VersionedServer], opened: Opened, offer: Offer) -> None:
     pool = opened(batch_size=1)
     old = offer(pool, 3)
     pool.adopt(old)
@@ -156,7 +154,7 @@ def test_a_turn_in_flight_ends_with_its_weights_and_the_next_ones_have_the_new(
     assert all(fake.in_flight_at_load == [0, 0, 0] for fake in fakes)  # the checkpoint's, and two more
 
 
-def test_weights_that_come_while_tools_run_are_those_of_the_next_turn(
+def test_weights_offered_during_tools_sample_the_next_turn(
     fakes: list[VersionedServer], opened: Opened, offer: Offer
 ) -> None:
     pool = opened()
@@ -170,7 +168,7 @@ def test_weights_that_come_while_tools_run_are_those_of_the_next_turn(
     session.close()
 
 
-def test_no_turn_has_two_versions_and_no_cache_outlives_its_weights(
+def test_turn_has_one_version_and_cache_ends_with_it(
     fakes: list[VersionedServer], opened: Opened, offer: Offer
 ) -> None:
     """Episodes of several turns, while weights come in the middle of some."""
@@ -218,7 +216,7 @@ def test_servers_that_took_the_offer_read_nothing_again(
     assert pool.generate(PROMPTS[:2], Sampling(4))
 
 
-def test_a_server_lost_on_the_way_comes_back_with_the_new_weights(
+def test_server_lost_during_an_update_returns_with_new_weights(
     fakes: list[VersionedServer], opened: Opened, offer: Offer, warnings: list[str]
 ) -> None:
     pool = opened(batch_size=1, timeout=5)
@@ -291,9 +289,7 @@ def test_where_no_server_can_read_the_weights_the_session_ends(
     session.close()
 
 
-def test_weights_that_somebody_else_changed_before_end_the_session(
-    fakes: list[VersionedServer], opened: Opened, offer: Offer
-) -> None:
+def test_weights_changed_by_others_end_the_session(fakes: list[VersionedServer], opened: Opened, offer: Offer) -> None:
     """What they hold is compared before it is replaced, tensors included."""
     pool = opened()
     session = open_session(pool, 1.0)

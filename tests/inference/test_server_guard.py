@@ -117,7 +117,7 @@ def test_a_request_without_a_host_or_with_two(guard: Guard) -> None:
     assert status(guard, [*GOOD.items(), ("host", "localhost")]) == 403
 
 
-def test_websockets_are_closed_and_the_start_of_the_server_passes(guard: Guard, behind: Behind) -> None:
+def test_websockets_are_closed_and_lifespan_passes(guard: Guard, behind: Behind) -> None:
     (closed,) = ask(guard, [("host", "localhost")], kind="websocket")
     assert (closed["type"], closed["code"]) == ("websocket.close", 1008)
     assert behind.scopes == []
@@ -125,9 +125,7 @@ def test_websockets_are_closed_and_the_start_of_the_server_passes(guard: Guard, 
     assert [scope["type"] for scope in behind.scopes] == ["lifespan"]
 
 
-def test_the_key_comes_from_a_file_of_this_user_or_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_key_comes_from_a_private_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "server.key"
     write_key(KEY, file)
     assert file.stat().st_mode & 0o777 == 0o600

@@ -60,7 +60,7 @@ def test_digests_tell_names_types_shapes_and_every_bit_apart() -> None:
     assert combine(digest_all(pairs)) != combine(digest_all(pairs[:-1]))
 
 
-def test_parts_are_replaced_once_on_a_cpu_before_anything_is_sampled(replaced: list[str]) -> None:
+def test_cpu_parts_are_replaced_once_before_sampling(replaced: list[str]) -> None:
     Worker("meta").align_report_weights()
     assert replaced == []
     worker = Worker()
@@ -69,7 +69,7 @@ def test_parts_are_replaced_once_on_a_cpu_before_anything_is_sampled(replaced: l
     assert replaced == ["norms", "sampler"]
 
 
-def test_weights_are_loaded_under_their_name_if_they_are_those_announced(tmp_path: Path) -> None:
+def test_weights_are_loaded_if_their_digest_fits(tmp_path: Path) -> None:
     worker = Worker()
     folder, digest = saved(tmp_path / "one", 1)
     assert worker.align_report_weights() == {"version": None, "digest": None, "loads": 0}

@@ -47,7 +47,7 @@ def test_the_mean_hidden_state_of_a_transformers_model(tiny_model: Path) -> None
         assert embedding == pytest.approx(hidden.mean(dim=0).numpy(), abs=1e-5)
 
 
-def test_padding_and_batches_change_nothing_and_long_texts_are_cut(tiny_model: Path) -> None:
+def test_embeddings_ignore_padding_and_cut_long_texts(tiny_model: Path) -> None:
     together = make_embedder(tiny_model, "cpu", 256, 64)(TEXTS)
     alone = make_embedder(tiny_model, "cpu", 256, 1)(TEXTS)
     assert together == pytest.approx(alone, abs=1e-5)

@@ -66,7 +66,7 @@ def test_a_new_head_is_zero_and_draws_nothing(tiny_model: Path) -> None:
         assert not model(IDS).logits.any()
 
 
-def test_reward_without_head_is_refused_and_lora_reward_survives_saving(tiny_model: Path, tmp_path: Path) -> None:
+def test_reward_needs_a_head_and_survives_saving(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no score\.weight"):
         load_reward(tiny_model)
     model = apply_tuning(new_reward(tiny_model), LoraTuning(rank=4), seed=0)
@@ -79,7 +79,7 @@ def test_reward_without_head_is_refused_and_lora_reward_survives_saving(tiny_mod
         assert torch.allclose(load_reward(tmp_path / "model")(IDS).logits, live, atol=1e-5)
 
 
-def test_full_tuning_adds_nothing_and_seeds_give_the_same_adapter(tiny_model: Path) -> None:
+def test_full_tuning_adds_no_adapter_and_seeds_repeat_one(tiny_model: Path) -> None:
     model = load_policy(tiny_model)
     assert apply_tuning(model, FullTuning(), seed=0) is model
     torch.manual_seed(1)

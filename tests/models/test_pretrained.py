@@ -46,7 +46,7 @@ def calls() -> Iterator[tuple[Path, ast.Call, str]]:
                 yield file.relative_to(PACKAGE), node, name
 
 
-def test_every_call_that_loads_a_model_is_in_the_door_or_says_that_it_runs_no_code() -> None:
+def test_models_are_loaded_only_by_pretrained_or_without_code() -> None:
     count = 0
     for file, call, name in calls():
         if name not in LOADERS or (name == "pipeline" and not isinstance(call.func, ast.Name)):
@@ -70,7 +70,7 @@ def _is_false(word: ast.keyword) -> bool:
     return word.arg == "trust_remote_code" and isinstance(word.value, ast.Constant) and word.value.value is False
 
 
-def test_code_of_a_model_is_allowed_by_the_config_of_a_model_stage_alone() -> None:
+def test_only_a_model_stage_allows_code_of_a_model() -> None:
     for file, call, _ in calls():
         for word in call.keywords:
             if word.arg == "trust_remote_code" and not _is_false(word):
@@ -115,7 +115,7 @@ def with_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", ["chat", "data show", "lint", "policy", "reward", "tokenizer"])
-def test_no_command_asks_for_or_runs_code_that_comes_with_a_model(name: str, with_code: Path) -> None:
+def test_commands_run_no_code_of_a_model(name: str, with_code: Path) -> None:
     commands = {
         "chat": lambda: Replier(with_code, 0.0, 8),
         "data show": lambda: find_tokenizer(str(with_code), None),
@@ -136,7 +136,7 @@ def test_a_tokenizers_code_alone_is_not_run_either(with_code: Path, tiny_model: 
     assert not (with_code.parent / "code-ran").exists()
 
 
-def test_code_beside_a_type_that_transformers_knows_is_left_alone(folder: Path) -> None:
+def test_code_next_to_a_known_type_is_ignored(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "mine.M"}}
     (folder / "config.json").write_text(json.dumps(config))
     assert type(load_policy(folder)).__name__ == "LlamaForCausalLM"
@@ -179,7 +179,7 @@ def test_what_transformers_documents_as_absent_or_ignorable_is(folder: Path) -> 
     assert torch.equal(load_policy(folder).lm_head.weight, plain.lm_head.weight)
 
 
-def test_an_untied_head_that_is_missing_is_an_error_for_a_policy_and_none_for_a_reward_model(folder: Path) -> None:
+def test_missing_untied_head_fails_only_a_policy(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"asks for: lm_head\.weight"):
@@ -199,9 +199,7 @@ def test_an_encoder_leaves_heads_aside_and_no_layer(folder: Path) -> None:
         open_model("encoder", folder, torch.float32)
 
 
-def test_loading_draws_nothing_and_reads_no_tensor_of_a_model_that_does_not_fit(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_draws_no_numbers_and_reads_no_unfit_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_rng_state()
     load_policy(folder)
     assert torch.equal(torch.get_rng_state(), before)

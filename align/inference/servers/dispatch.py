@@ -141,9 +141,9 @@ class Dispatcher:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while self.remaining and not self.results:
-            left = POLL_SECONDS if deadline is None else deadline - time.monotonic()
-            self._advance(min(POLL_SECONDS, max(0.0, left)))
-            if self.results or left <= 0:
+            seconds_left = POLL_SECONDS if deadline is None else deadline - time.monotonic()
+            self._advance(min(POLL_SECONDS, max(0.0, seconds_left)))
+            if self.results or seconds_left <= 0:
                 break
             self._await_server()
         # Also read the replies that have arrived meanwhile, without waiting.

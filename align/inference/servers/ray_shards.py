@@ -157,10 +157,10 @@ class RayEngine:
     def _await_first(self, seconds: float) -> tuple[str, str, list[str]]:
         """Return ``Shard.about`` of the first engine that is open. The others may come later."""
         references = [actor.about.remote() for actor in self.actors]
-        done, _ = self.ray.wait(references, num_returns=1, timeout=seconds)
-        if not done:
+        ready, _ = self.ray.wait(references, num_returns=1, timeout=seconds)
+        if not ready:
             raise RuntimeError(f"no engine opened on the Ray cluster within {seconds:.0f} s (runtime.engine.timeout)")
-        about: tuple[str, str, list[str]] = self.ray.get(done[0])
+        about: tuple[str, str, list[str]] = self.ray.get(ready[0])
         return about
 
     def generate(
@@ -219,10 +219,10 @@ class RayEngine:
                 actor, share = idle.pop(0), waiting.pop(0)
                 in_flight[start(actor, *share)] = (actor, share)
             # 2. Take the first result.
-            (done, *_), _ = self.ray.wait(list(in_flight), num_returns=1)
-            actor, share = in_flight.pop(done)
+            (reference, *_), _ = self.ray.wait(list(in_flight), num_returns=1)
+            actor, share = in_flight.pop(reference)
             try:
-                results[share[0]] = self.ray.get(done)
+                results[share[0]] = self.ray.get(reference)
             except self.ray.exceptions.RayActorError as error:
                 # 3. The engine died: its share goes to the head of the queue. Ray restarts the actor meanwhile.
                 losses += 1

@@ -223,13 +223,13 @@ class Client:
 
         Raises ``EngineLost`` or ``BadReply`` at the first call that fails, and cancels the others of ``bodies``.
         """
-        finished: queue.SimpleQueue[tuple[int, Future[Reply]]] = queue.SimpleQueue()
+        ended_calls: queue.SimpleQueue[tuple[int, Future[Reply]]] = queue.SimpleQueue()
         unfinished: set[Future[Reply]] = set()
 
         def start(index: int) -> None:
             future = self.submit(method, path, bodies[index])
             unfinished.add(future)
-            future.add_done_callback(lambda done: finished.put((index, done)))
+            future.add_done_callback(lambda ended: ended_calls.put((index, ended)))
 
         replies: list[Any] = [None] * len(bodies)
         try:
@@ -237,15 +237,15 @@ class Client:
             started = min(concurrency, len(bodies))
             for index in range(started):
                 start(index)
-            for done in range(1, len(bodies) + 1):
-                index, future = self._next_finished(finished, path)
+            for count in range(1, len(bodies) + 1):
+                index, future = self._next_finished(ended_calls, path)
                 unfinished.discard(future)
                 replies[index] = self.read(_outcome(future, path))
                 if started < len(bodies):
                     start(started)
                     started += 1
                 if on_progress is not None:
-                    on_progress(done, len(bodies))
+                    on_progress(count, len(bodies))
             return replies
         finally:
             # Only these: a session has requests under way while it asks for the weights that the server holds.
@@ -253,7 +253,7 @@ class Client:
                 future.cancel()
 
     def _next_finished(
-        self, finished: queue.SimpleQueue[tuple[int, Future[Reply]]], path: str
+        self, ended_calls: queue.SimpleQueue[tuple[int, Future[Reply]]], path: str
     ) -> tuple[int, Future[Reply]]:
         """Return the next call to end. Raises ``EngineLost`` as soon as the server's process has ended.
 
@@ -262,7 +262,7 @@ class Client:
         seconds = 0.0
         while True:
             with contextlib.suppress(queue.Empty):
-                return finished.get(timeout=POLL_SECONDS)
+                return ended_calls.get(timeout=POLL_SECONDS)
             seconds += POLL_SECONDS
             if self.has_exited():
                 raise self.lost(Reply(path, seconds, error=ConnectionError("its process ended")))

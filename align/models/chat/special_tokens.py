@@ -116,8 +116,8 @@ def add_tokens(tokenizer: Any, model: Any, tokens: Sequence[str]) -> list[int]:
     """
     from tokenizers import AddedToken
 
-    known = tokenizer.get_vocab()
-    new = [token for token in tokens if token not in known]
+    vocabulary = tokenizer.get_vocab()
+    new = [token for token in tokens if token not in vocabulary]
     trained_rows = len(tokenizer)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
     ids = [int(index) for index in tokenizer.convert_tokens_to_ids(new)]

@@ -184,10 +184,10 @@ def _refuse_foreign(file: Path, config: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{file}: {name} is {config[name]!r}, code that would be fetched from the Hub and run. Remove the line."
             )
-    named = config.get("transformers_weights")
-    if named is not None and named != SINGLE:
+    file_name = config.get("transformers_weights")
+    if file_name is not None and file_name != SINGLE:
         raise UserError(
-            f"{file}: transformers_weights is {named!r}, but only {SINGLE} or its index is read. Rename the file."
+            f"{file}: transformers_weights is {file_name!r}, but only {SINGLE} or its index is read. Rename the file."
         )
     if config.get("quantization_config") is not None:
         raise UserError(f"{file}: has a quantization_config, so the weights are quantized. {UNQUANTIZED}")
@@ -317,11 +317,11 @@ def _check_settings(folder: Path) -> None:
     settings = read_optional(file)
     template = settings.get("chat_template")
     # transformers also accepts a list of named templates.
-    named = isinstance(template, list) and all(
+    are_named_templates = isinstance(template, list) and all(
         isinstance(entry, dict) and isinstance(entry.get("template"), str) and isinstance(entry.get("name"), str)
         for entry in template
     )
-    if template is not None and not isinstance(template, str | dict) and not named:
+    if template is not None and not isinstance(template, str | dict) and not are_named_templates:
         raise UserError(f"{file}: chat_template is a {type(template).__name__}; expected text. {FIX}")
     for name in NAMES:
         value = settings.get(name)

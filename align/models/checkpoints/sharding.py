@@ -121,9 +121,9 @@ def local_shard(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def load_weights(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
     """Copy full tensors into the parameters of these names and shapes."""
     reshard(model)
-    named = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in values.items():
-        named[name].copy_(local_shard(value, named[name]))
+        parameters[name].copy_(local_shard(value, parameters[name]))
 
 
 def reshard(model: Any) -> None:
@@ -149,11 +149,11 @@ def full_model(model: Any, store: bool = False) -> Iterator[Any]:
             yield model
         return
     reshard(model)
-    named = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     shell_parameters = dict(shell.named_parameters())
     # One full parameter per parameter of the shell, keyed by the shell parameter's id, so tied names stay tied.
     full_parameters = {
-        id(parameter): nn.Parameter(full_tensor(named[name].detach()), parameter.requires_grad)
+        id(parameter): nn.Parameter(full_tensor(parameters[name].detach()), parameter.requires_grad)
         for name, parameter in shell_parameters.items()
     }
     _set_parameters(shell, full_parameters)

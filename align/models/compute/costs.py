@@ -181,8 +181,8 @@ def activations_of_layer(
     model: Architecture, tuning: TuningBase, precision: Precision, low_residual: bool, flash: bool
 ) -> int | None:
     """Return the bytes that one layer keeps per token."""
-    plain = tuning.trains_all or (isinstance(tuning, LowRank) and not tuning.dora)
-    if model.norms is None or not plain:
+    has_rule = tuning.trains_all or (isinstance(tuning, LowRank) and not tuning.dora)
+    if model.norms is None or not has_rule:
         return None
     size = SIZES[precision]
     out = next(linear for linear in model.linears if "o_proj" in linear.path)

@@ -191,24 +191,24 @@ def _speed_in(dtype: torch.dtype, device: torch.device) -> float:
     import torch
 
     rows, inputs, outputs = GPU_SHAPE if device.type == "cuda" else CPU_SHAPE
-    left = torch.ones(rows, inputs, dtype=dtype, device=device)
+    rows_matrix = torch.ones(rows, inputs, dtype=dtype, device=device)
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
-    _seconds(left, weight)  # the first product also prepares kernels
-    best = spent = _seconds(left, weight)
+    _seconds(rows_matrix, weight)  # the first product also prepares kernels
+    best = spent = _seconds(rows_matrix, weight)
     while spent < TYPE_SECONDS:
-        seconds = _seconds(left, weight)
+        seconds = _seconds(rows_matrix, weight)
         best = min(best, seconds)
         spent += seconds
     return 2 * rows * inputs * outputs / best / 1e9
 
 
-def _seconds(left: torch.Tensor, weight: torch.Tensor) -> float:
+def _seconds(rows_matrix: torch.Tensor, weight: torch.Tensor) -> float:
     import torch
 
-    _synchronize(left.device)
+    _synchronize(rows_matrix.device)
     start = time.perf_counter()
-    torch.nn.functional.linear(left, weight)
-    _synchronize(left.device)
+    torch.nn.functional.linear(rows_matrix, weight)
+    _synchronize(rows_matrix.device)
     return max(time.perf_counter() - start, 1e-9)
 
 

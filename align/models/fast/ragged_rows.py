@@ -265,10 +265,10 @@ def ragged_attention(
             )
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        output: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-        return plain
+        return output
     unsupported = ("position_bias", "softcap", "s_aux", "sliding_window")
     unknown = [name for name in unsupported if kwargs.get(name) is not None]
     unknown += ["dropout"] if kwargs.get("dropout") else []

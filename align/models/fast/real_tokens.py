@@ -42,25 +42,25 @@ def compute_real_tokens(model: Any, share: bool = True) -> bool:
     With ``share`` off every row is computed whole, for methods that treat rows as separate (noise on embeddings). The
     hooks are verified on two short rows, by the model itself, and removed with a warning if its states differ.
     """
-    plain = plain_of(model)
-    if not can_compute_real_tokens(plain):
+    inner = plain_of(model)
+    if not can_compute_real_tokens(inner):
         return False
-    trunk = plain.base_model
+    trunk = inner.base_model
     remove_hooks(trunk)
-    enable_ragged(plain)
+    enable_ragged(inner)
     hooks = _RealTokens(trunk, share)
     if not hooks.are_exact(trunk):
         hooks.remove()
-        LOG.warning("%s computes rows in one line differently; its rows are padded instead", type(plain).__name__)
+        LOG.warning("%s computes rows in one line differently; its rows are padded instead", type(inner).__name__)
         return False
     return True
 
 
-def can_compute_real_tokens(plain: Any) -> bool:
+def can_compute_real_tokens(model: Any) -> bool:
     """Return True for a transformers model with full attention from the registry, and without attention dropout."""
-    config = plain.config.get_text_config()
+    config = model.config.get_text_config()
     has_dropout = any(getattr(config, name, None) for name in ATTENTION_DROPOUTS)
-    return not has_dropout and can_run_ragged(plain)
+    return not has_dropout and can_run_ragged(model)
 
 
 def computes_real_tokens(model: Any) -> bool:

@@ -111,22 +111,22 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
 
     # Merging needs float32 copies of matrices, one at a time, so return what training has freed.
     trim_malloc()
-    plain = model
+    inner = model
     # The bare adapter is kept next to the merged model.
     if isinstance(model, PeftModel):
         save_adapter(model, out_dir.parent / "adapter")
-        plain = model.get_base_model()
+        inner = model.get_base_model()
     weights = {name: tensor.detach() for name, tensor in merged_weights(model)}
-    config = plain.config
+    config = inner.config
     # Other tools read these tokens from the configs, not from the tokenizer.
-    for settings in (config, getattr(plain, "generation_config", None)):
+    for settings in (config, getattr(inner, "generation_config", None)):
         if settings is not None:
             settings.eos_token_id = tokenizer.eos_token_id
             settings.pad_token_id = tokenizer.pad_token_id
     # Merging may widen or untie matrices, and the written config must say so.
-    weights, changes = stored.prepare_save(plain, weights, tokenizer, out_dir)
+    weights, changes = stored.prepare_save(inner, weights, tokenizer, out_dir)
     with stored.config_with(config, changes):
-        save_everything(plain, save_directory=out_dir, state_dict=weights, is_main_process=True)
+        save_everything(inner, save_directory=out_dir, state_dict=weights, is_main_process=True)
     tokenizer.save_pretrained(out_dir)
 
 
@@ -193,8 +193,8 @@ def notice(
     # Weights as they are kept, and gradient and AdamW's averages for those that train together.
     needed = weight_bytes(loaded) + GRADIENT_AND_ADAMW * trained_at_once
     if precision == "bfloat16":  # autocast's bfloat16 copies of the matrices live until the backward pass
-        plain = (module.weight for module in loaded.modules() if isinstance(module, torch.nn.Linear))
-        needed += 2 * sum(weight.numel() for weight in plain if weight.is_floating_point())
+        matrices = (module.weight for module in loaded.modules() if isinstance(module, torch.nn.Linear))
+        needed += 2 * sum(weight.numel() for weight in matrices if weight.is_floating_point())
     unit, label = (2**30, "GiB") if needed >= 2**29 else (2**20, "MiB")
     activations = _activations(model, tuning, precision, low_residual=low_residual)
     words = f"{trained:,} of {total:,} parameters are trained ({_percent(trained / total)})"
@@ -205,9 +205,9 @@ def notice(
 
 
 def _activations(model: Any, tuning: TuningBase, precision: Precision, low_residual: bool) -> str:
-    plain = plain_of(model)
+    inner = plain_of(model)
     try:
-        sizes = architecture_of(plain.config.to_dict())
+        sizes = architecture_of(inner.config.to_dict())
         per_token = activations_per_token(sizes, tuning, precision, low_residual=low_residual)
     except UnknownArchitecture:
         per_token = None

@@ -280,16 +280,16 @@ def note_ids(model: Any, source: Path, tuning: TuningBase) -> None:
     """
     if not isinstance(tuning, LowRank) or not tuning.train_tokens:
         return
-    known = token_ids(source / TOKENIZER)
+    ids = token_ids(source / TOKENIZER)
     for token in tuning.train_tokens:
-        if token not in known:
-            close = nearest(token, [name for name in known if name.startswith(token[:1])])
+        if token not in ids:
+            close = nearest(token, [name for name in ids if name.startswith(token[:1])])
             hint = f" Did you mean '{close}'?" if close else ""
             raise UserError(
                 f"tuning.train_tokens: the vocabulary of {source} has no token {token!r}.{hint} `add_tokens` of a "
                 "model stage adds one."
             )
-    setattr(model, IDS, [known[token] for token in tuning.train_tokens])
+    setattr(model, IDS, [ids[token] for token in tuning.train_tokens])
 
 
 def rows_by_module(model: Any, tokens: Sequence[str]) -> dict[str, list[int]] | None:

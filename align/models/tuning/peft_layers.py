@@ -156,10 +156,10 @@ def _is_plain_lora(layer: Any) -> bool:
 
 def _dequantize(quantized: Any) -> torch.nn.Linear:
     """Return the float32 layer of a 4-bit matrix."""
-    plain = torch.nn.Linear(quantized.in_features, quantized.out_features, quantized.bias is not None, device="meta")
-    plain.weight = torch.nn.Parameter(float_weight(quantized), requires_grad=False)
-    plain.bias = quantized.bias
-    return plain
+    linear = torch.nn.Linear(quantized.in_features, quantized.out_features, quantized.bias is not None, device="meta")
+    linear.weight = torch.nn.Parameter(float_weight(quantized), requires_grad=False)
+    linear.bias = quantized.bias
+    return linear
 
 
 def is_trained_rows(layer: Any) -> bool:

@@ -114,10 +114,10 @@ def _quantized(module: torch.nn.Linear, tuning: QloraTuning) -> QuantizedLinear:
     if tuning.init == "loftq":
         # LoftQ: the adapters start as the best low-rank approximation of the quantization error.
         error = module.weight.data.float() - dequantized(quantized)
-        left, sizes, right = torch.linalg.svd(error, full_matrices=False)
+        left_vectors, sizes, right = torch.linalg.svd(error, full_matrices=False)
         # Each factor gets the root of the singular values, so both have the same scale.
         root = sizes[: tuning.rank].sqrt()
-        quantized.loftq = (root[:, None] * right[: tuning.rank], left[:, : tuning.rank] * root)
+        quantized.loftq = (root[:, None] * right[: tuning.rank], left_vectors[:, : tuning.rank] * root)
     return quantized
 
 

@@ -172,8 +172,8 @@ def wrap(model: Any, tuning: PromptTuning | PTuning, seed: int, tokenizer: Any) 
 def first_ids(tokenizer: Any, text: str | None, count: int) -> list[int]:
     """Return ids of ``count`` real tokens to start from: the tokens of ``text``, repeated, or random ones."""
     if text is not None:
-        known = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-        return [known[index % len(known)] for index in range(count)]
+        ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return [ids[index % len(ids)] for index in range(count)]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     usable = [token for token in range(len(tokenizer)) if token not in special]
     return [usable[index] for index in torch.randint(len(usable), (count,)).tolist()]

@@ -141,7 +141,7 @@ def test_a_folder_that_none_can_read_is_an_error_at_once(
     assert warnings == []
 
 
-def test_a_server_lost_while_weights_come_samples_no_more_before_it_has_them(
+def test_server_lost_during_update_waits_for_weights(
     fakes: list[FakeServer], opened: Opened, tiny_model: Path, warnings: list[str]
 ) -> None:
     pool, sampling = opened(), Sampling(4)
@@ -197,7 +197,7 @@ def test_a_foreign_reload_while_servers_answer_ends_the_run(fakes: list[FakeServ
         pool.generate(PROMPTS, Sampling(4))
 
 
-def test_values_that_change_without_a_load_are_noticed_at_the_next_update(
+def test_changed_values_without_a_load_fail_the_next_update(
     fakes: list[FakeServer], opened: Opened, tiny_model: Path
 ) -> None:
     pool = opened()
@@ -214,7 +214,7 @@ def test_another_run_at_the_same_server_is_noticed(fakes: list[FakeServer], open
         first.generate(PROMPTS, Sampling(4))
 
 
-def test_a_server_that_was_started_anew_between_rounds_is_given_weights_first(
+def test_server_restarted_between_rounds_gets_weights_first(
     fakes: list[FakeServer], opened: Opened, warnings: list[str]
 ) -> None:
     pool, sampling = opened(), Sampling(4)
@@ -226,7 +226,7 @@ def test_a_server_that_was_started_anew_between_rounds_is_given_weights_first(
     assert returns(pool) == 1
 
 
-def test_a_server_that_was_started_anew_before_an_update_is_given_weights(
+def test_server_restarted_before_an_update_gets_weights(
     fakes: list[FakeServer], opened: Opened, tiny_model: Path, warnings: list[str]
 ) -> None:
     """Nothing was sampled since the last comparison, so nothing is spoiled."""
@@ -316,7 +316,7 @@ def test_a_question_that_nobody_answers(fakes: list[FakeServer], opened: Opened)
     assert tokens(pool.generate(PROMPTS[:3], Sampling(4))) == expected(Sampling(4), PROMPTS[:3])
 
 
-def test_the_end_of_a_round_leaves_a_server_alone_that_reads_its_weights(
+def test_end_of_a_round_does_not_stop_reading_weights(
     fakes: list[FakeServer], opened: Opened, warnings: list[str], tiny_model: Path
 ) -> None:
     pool, sampling, reading, gate = opened(timeout=20, restarts=3), Sampling(4), threading.Event(), threading.Event()

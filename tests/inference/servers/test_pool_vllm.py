@@ -91,7 +91,7 @@ def test_two_servers_say_what_each_says(pool: PoolEngine) -> None:
     assert ask_each(pool, lambda engine: tokens(engine.generate(PROMPTS, sampling))) == [together, together]
 
 
-def test_a_session_samples_what_a_round_does_and_finds_first_turns_cached(pool: PoolEngine) -> None:
+def test_session_samples_as_a_round_with_cached_first_turns(pool: PoolEngine) -> None:
     prompts = [[1, 100 + index, *range(30, 64)] for index in range(8)]  # a block of 32, and four tokens
     sampling = Sampling(16, seed=3)
     session = open_session(pool, 1.0)

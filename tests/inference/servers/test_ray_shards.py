@@ -54,7 +54,7 @@ def engine(losses: int) -> RayEngine:
     return ray_engine
 
 
-def test_shares_are_put_together_in_order_and_repeated_where_an_engine_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_keep_their_order_if_an_engine_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_shards.time, "sleep", lambda _: None)
     messages: list[int] = []
     for count in (1, 2, 7, 50):

@@ -36,7 +36,7 @@ from tests.support.inference.server_harness import PROMPTS, served_at, soon, wai
     ("device", "tensor_parallel", "binding", "in_one_process"),
     [("cpu", 1, None, True), ("cpu", 2, None, False), ("cpu", 1, "0-3", False), ("cuda", 1, None, False)],
 )
-def test_only_an_unbound_server_of_one_rank_on_a_cpu_has_no_worker_process(
+def test_unbound_cpu_server_of_one_rank_has_no_worker_process(
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
     device: str,

@@ -282,9 +282,7 @@ def test_it_dies_with_its_parent(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_threads_of_a_server_sleep_where_those_of_its_stage_spin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_threads_sleep_if_the_stage_spins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SPINNING.items():
         monkeypatch.setenv(name, value)
     assert SLEEPING.items() <= server_process._environment(tmp_path, Placement(), None).items()

@@ -101,7 +101,7 @@ def test_prompts_are_those_of_the_published_format(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_conversation_goes_on_from_its_prompt_and_ends_with_the_end_of_turn(name: str) -> None:
+def test_conversation_continues_its_prompt_up_to_the_turn_end(name: str) -> None:
     tokenizer = tokenizer_with(name)
     end = TEMPLATES[name].tokens[-1] if TEMPLATES[name].tokens else "</s>"
     assert turn_end_token(tokenizer) == tokenizer.convert_tokens_to_ids(end)
@@ -139,7 +139,7 @@ def test_texts_equal_those_of_the_models_own_templates(name: str) -> None:
         assert own == theirs
 
 
-def test_qwen_writes_tools_calls_and_results_as_its_own_template_does() -> None:
+def test_qwen_template_writes_tools_as_the_models_own() -> None:
     tokenizer = tokenizer_with("qwen2.5")
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}

@@ -516,7 +516,7 @@ def test_a_chat_with_a_damaged_folder_ends_with_code_2(folder: Path, capsys: pyt
     assert f"{folder / WEIGHTS}: has" in capsys.readouterr().err
 
 
-def test_an_adapter_of_our_own_is_not_left_behind_by_a_model_stage(folder: Path) -> None:
+def test_model_stage_refuses_a_stored_adapter(folder: Path) -> None:
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter.json").write_text("{}")
     with pytest.raises(UserError, match="stage: artifact"):

@@ -140,7 +140,7 @@ def test_a_method_without_a_rule_is_not_guessed() -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(RULES))
-def test_what_is_rounded_and_which_norms_are_lean_is_as_the_trainer_has_it(kind: str) -> None:
+def test_rounded_parts_and_lean_norms_agree_with_the_trainer(kind: str) -> None:
     model = built(kind).requires_grad_(False)
     trunk = getattr(model, model.base_model_prefix)
     low_residual(model)

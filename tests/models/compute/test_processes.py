@@ -158,7 +158,7 @@ print(torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algor
 """
 
 
-def test_only_deterministic_kernels_are_left_and_others_are_errors() -> None:
+def test_kernels_that_are_not_deterministic_raise() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False", "True", "False", ":4096:8", "1"]
 
@@ -177,7 +177,7 @@ class OnGpu(torch.Tensor):
         return self.as_subclass(torch.Tensor)
 
 
-def test_a_scan_on_a_gpu_moves_to_the_processor_in_deterministic_mode_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_scan_moves_to_the_cpu_in_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     expected = torch.tensor([[1.0, 3.0], [3.0, 7.0]])
     assert torch.equal(cumulative_sum(values, dim=1), expected)

@@ -79,7 +79,7 @@ def test_gradients_are_those_of_differences():
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen2RMSNorm])
-def test_under_autocast_it_is_the_norm_of_rounded_input_and_else_the_old_one(kind):
+def test_lean_norm_rounds_its_input_only_under_autocast(kind):
     torch.manual_seed(0)
     norm, x = kind(8), torch.randn(4, 8)
     norm.weight.data.normal_()
@@ -151,7 +151,7 @@ def test_under_autocast_and_with_a_wider_up_projection():
         assert torch.equal(lean.model.layers[0].mlp(x), plain.model.layers[0].mlp(x))
 
 
-def test_another_activation_and_an_mlp_written_otherwise_are_left_alone():
+def test_mlps_unlike_llamas_are_not_replaced():
     plain, lean = make_pair(GemmaConfig)
     lean_mlps(lean)
     ids = torch.randint(0, 50, (2, 9))

@@ -136,7 +136,7 @@ def test_no_other_cut_of_the_sorted_segments_takes_less_work(sizes, worth, most)
             assert work <= sum(pairs(group) + worth for group in others)
 
 
-def test_pieces_that_see_as_much_before_them_are_together_and_no_mask_is_made_twice(monkeypatch):
+def test_segments_with_equal_prefixes_share_a_group(monkeypatch):
     monkeypatch.setattr(ragged_rows, "GROUP_PAIRS", 1)
     layout = make_layout([10, 4, 4, 5, 4], [None, 0, 0, None, 1])
     assert layout["shapes"] == [(1, 10, 10), (1, 5, 5), (1, 4, 18), (2, 4, 14)]

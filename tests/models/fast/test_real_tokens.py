@@ -200,7 +200,7 @@ def test_a_model_with_other_attention_is_refused(config: Any) -> None:
     assert not computes_real_tokens(model)
 
 
-def test_a_model_that_computes_lines_differently_is_refused_with_a_warning(
+def test_model_that_computes_lines_differently_is_refused(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Absolute positions that ignore ``position_ids``: rows behind the first one have others in a line."""

@@ -89,7 +89,7 @@ def test_softmax_is_float32_under_autocast():
     assert (entropies > 0).all()
 
 
-def test_micro_batches_of_different_sizes_multiply_matrices_of_the_same_shapes(monkeypatch):
+def test_micro_batches_have_products_of_equal_shapes(monkeypatch):
     shapes = []
     blocks = module._blocks
 

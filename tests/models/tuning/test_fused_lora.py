@@ -91,7 +91,7 @@ def test_gradients_are_those_of_differences() -> None:
     assert torch.autograd.gradcheck(lambda x, a, b: fused_lora._LowRankSum.apply(x, w, bias, a, b, 1.7), (x, a, b))
 
 
-def test_autocast_computes_in_its_type_and_gradients_keep_that_of_the_parameters(calls: list[str]) -> None:
+def test_fused_lora_computes_in_the_type_of_autocast(calls: list[str]) -> None:
     x, model = torch.randn(7, 12), make_adapted()
     with torch.autocast("cpu", torch.bfloat16):
         expected = compute_results(model, x)

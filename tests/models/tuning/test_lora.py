@@ -17,7 +17,7 @@ from align.models.tuning.peft_layers import merged_weights
 from tests.support.models.tuning.tuning_cases import ROWS, logits, push
 
 
-def test_adapters_that_take_their_part_out_leave_shared_tensors_alone(tiny_model: Path) -> None:
+def test_adapters_from_weights_do_not_change_shared_tensors(tiny_model: Path) -> None:
     model = load_policy(tiny_model)
     shared = dict(model.named_parameters())
     before = {name: tensor.detach().clone() for name, tensor in shared.items()}
@@ -57,7 +57,7 @@ def test_eva_spans_what_the_inputs_vary_in(tiny_model: Path) -> None:
         apply_tuning(load_policy(tiny_model), LoraTuning(init="eva"), 0)
 
 
-def test_an_adapter_from_the_weights_is_stored_as_one_of_twice_the_rank(tiny_model: Path, tmp_path: Path) -> None:
+def test_adapter_from_weights_is_saved_with_twice_the_rank(tiny_model: Path, tmp_path: Path) -> None:
     model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4, alpha=8, init="olora"), 0)
     save_tuned(model, load_tokenizer(tiny_model), tmp_path / "model")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

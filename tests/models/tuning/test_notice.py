@@ -36,7 +36,7 @@ def test_the_line_by_hand(tiny_model: Path) -> None:
     assert f"about {low / 2**20:.2f} MiB" in notice(model, LoraTuning(rank=4), "bfloat16")
 
 
-def test_full_tuning_trains_all_and_frozen_weights_are_not_counted_as_trained(tiny_model: Path) -> None:
+def test_notice_counts_only_trained_weights(tiny_model: Path) -> None:
     model = load_policy(tiny_model)
     assert f"full: {WHOLE:,} of {WHOLE:,} parameters are trained (100 %)" in notice(model, FullTuning(), "float32")
     model.model.embed_tokens.requires_grad_(False)

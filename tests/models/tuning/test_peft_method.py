@@ -31,7 +31,7 @@ def test_options_that_do_not_fit_are_the_users_error(options: Any, message: str,
         apply_tuning(load_policy(tiny_model), PeftTuning.model_validate(options), 0)
 
 
-def test_a_method_that_does_not_fold_is_refused_even_if_no_table_knows_it(tiny_model: Path) -> None:
+def test_method_that_cannot_be_merged_is_refused(tiny_model: Path) -> None:
     unknown = PeftTuning.model_construct(type="lily", options={})
     with pytest.raises(UserError, match="cannot be merged into the weights.*run in no engine"):
         apply_tuning(load_policy(tiny_model), unknown, 0)

@@ -83,7 +83,7 @@ def test_loftq_makes_up_for_a_part_of_what_is_lost(dora: bool, tiny_model: Path)
         assert left < 0.85 * lost
 
 
-def test_a_second_tree_over_the_same_tensors_keeps_its_own_numbers(tiny_model: Path) -> None:
+def test_second_tree_of_the_same_tensors_keeps_its_values(tiny_model: Path) -> None:
     """What PPO does for its critic: the copy is quantized or shared, the first model stays."""
     model = load_policy(tiny_model)
     before = logits(model)

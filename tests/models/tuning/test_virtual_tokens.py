@@ -173,7 +173,7 @@ def test_only_they_are_trained(base: Path) -> None:
     }
 
 
-def test_a_model_that_would_sample_them_is_refused_before_and_after_training(tiny_model: Path, base: Path) -> None:
+def test_model_that_samples_virtual_tokens_is_refused(tiny_model: Path, base: Path) -> None:
     with pytest.raises(UserError, match=r"gives its 5 new tokens 0\.\d+ of the probability, and 0\.001 is the limit"):
         tuned(tiny_model, METHODS["prompt"])
     model, tokenizer = tuned(base, METHODS["prompt"])
@@ -193,7 +193,7 @@ def test_a_stage_without_their_tokenizer_is_refused(base: Path) -> None:
             apply_tuning(model, tuning, 1, tokenizer=load_tokenizer(base))
 
 
-def test_a_tokenizer_that_cuts_text_otherwise_behind_them_is_refused(base: Path, tmp_path: Path) -> None:
+def test_tokenizer_that_splits_text_differently_is_refused(base: Path, tmp_path: Path) -> None:
     folder = confident_copy(base, tmp_path / "metaspace")
     file = folder / "tokenizer.json"
     # marks the beginning of a text, and of nothing that stands behind a special token
