@@ -7,6 +7,7 @@ of gigabytes. What is not on this machine and cannot be fetched is not checked h
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,27 +110,10 @@ def _hub_facts(source: Source) -> TokenizerFacts | None:
     return TokenizerFacts(has_template(settings.parent), fetch_vocabulary)
 
 
-EMBEDDED_SIZES: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
+SIZES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("built_in.json").read_text(encoding="utf-8"))
+EMBEDDED_SIZES = SIZES["embedded"]
 """Sizes of SmolLM2-135M, known before it is fetched."""
-
-TINY_SIZES: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 260,
-    "tie_word_embeddings": True,
-}
+TINY_SIZES = SIZES["tiny"]
 """Sizes of ``make_tiny``'s default model."""
 
 

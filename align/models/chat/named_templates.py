@@ -11,7 +11,8 @@ model's own, which its user checks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import json
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from align.errors import UserError
 from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE, token_ids
 
 FOLDER = Path(__file__).parent / "templates"
+TABLES = json.loads((FOLDER / "templates.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -30,32 +32,13 @@ class NamedTemplate:
 
     models: str
     """Models that use it."""
-    tokens: tuple[str, ...] = ()
+    tokens: Sequence[str] = ()
     """Special tokens that it writes, next to bos and eos. The last one ends a turn; without any, eos does."""
     tools: bool = False
     """True if it has a place for tools, their calls and their results."""
 
 
-TEMPLATES: dict[str, NamedTemplate] = {
-    "alpaca": NamedTemplate("Stanford Alpaca: ### Instruction, ### Response"),
-    "chatml": NamedTemplate(
-        "SmolLM2, OpenHermes and many others, without a default system prompt", ("<|im_start|>", "<|im_end|>")
-    ),
-    "chatml-tools": NamedTemplate(
-        "ChatML with tools, for models that learn to call them; calls as Hermes writes them",
-        ("<|im_start|>", "<|im_end|>"),
-        tools=True,
-    ),
-    "gemma": NamedTemplate("Gemma 1 to 3", ("<start_of_turn>", "<end_of_turn>")),
-    "llama2": NamedTemplate("Llama 2 Chat"),
-    "llama3": NamedTemplate("Llama 3, 3.1, 3.2 and 3.3", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
-    "mistral": NamedTemplate("Mistral Instruct v0.3 and Mixtral"),
-    "phi3": NamedTemplate("Phi 3", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
-    "qwen2.5": NamedTemplate("Qwen2.5, with tools", ("<|im_start|>", "<|im_end|>"), tools=True),
-    "tulu": NamedTemplate("Tulu 2 and 3"),
-    "vicuna": NamedTemplate("Vicuna 1.1 and 1.5"),
-    "zephyr": NamedTemplate("Zephyr: <|user|> and <|assistant|> as plain text"),
-}
+TEMPLATES: dict[str, NamedTemplate] = {name: NamedTemplate(**fields) for name, fields in TABLES["named"].items()}
 
 
 def template_file(chat_template: str, base: Path) -> Path:
@@ -150,38 +133,19 @@ def explain_no_template(name: str, vocabulary: Collection[str]) -> str:
 
 
 TRAINING = FOLDER / "training"
+TRAINING_TEMPLATES: dict[str, dict[str, list[str]]] = TABLES["training"]
+"""Training templates by name, a narrower family's first.
 
-
-@dataclass(frozen=True)
-class TrainingTemplate:
-    """A family of templates, known by texts that its published ones have."""
-
-    marks: tuple[str, ...]
-    """Texts that the model's own template has, all of them."""
-    tokens: tuple[str, ...]
-    """Special tokens that the training template writes, next to bos and eos."""
-
-
-CHATML = ("<|im_start|>", "<|im_end|>")
-LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-TRAINING_TEMPLATES: dict[str, TrainingTemplate] = {
-    "smollm3": TrainingTemplate(("Reasoning Mode: ",), CHATML),
-    "smollm2": TrainingTemplate(("named SmolLM, trained by Hugging Face<|im_end|>",), CHATML),
-    "olmo3": TrainingTemplate(("<functions>", "<|im_start|>"), CHATML),
-    "qwen2.5": TrainingTemplate(("You are Qwen, created by Alibaba Cloud.",), CHATML),
-    "qwen3": TrainingTemplate(("<tool_call>", "<tool_response>", "<|im_start|>"), CHATML),
-    "llama3.1": TrainingTemplate(("Cutting Knowledge Date: ", "<|start_header_id|>"), LLAMA3),
-    "llama3": TrainingTemplate(("<|start_header_id|>",), LLAMA3),
-    "mistral": TrainingTemplate(("[INST]", "[TOOL_CALLS]"), ("[INST]", "[/INST]")),
-    "chatml": TrainingTemplate(("<|im_start|>",), CHATML),
-}
-"""Training templates by name, a narrower family's first."""
+``marks`` are texts that the model's own template has, all of them. ``tokens`` are the special tokens that the training
+template writes, next to bos and eos.
+"""
 
 
 def training_templates(template: str, vocabulary: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield name and text of the training templates of a template's family whose tokens are in the vocabulary."""
     for name, training in TRAINING_TEMPLATES.items():
-        if all(mark in template for mark in training.marks) and all(token in vocabulary for token in training.tokens):
+        is_of_family = all(mark in template for mark in training["marks"])
+        if is_of_family and all(token in vocabulary for token in training["tokens"]):
             yield name, read_training_template(name)
 
 
