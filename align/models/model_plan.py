@@ -43,16 +43,16 @@ def check_template(config: ModelConfig, base: Path) -> None:
     """Raise ``UserError`` for a model without a chat template, and for a named one whose tokens it lacks."""
     if config.chat_template is not None:
         template_file(config.chat_template, base)
-    known = list(_known_tokenizers(config, base))
-    if not known:
+    tokenizers = list(_known_tokenizers(config, base))
+    if not tokenizers:
         return
     if config.chat_template is None:
         # An adapter's own tokenizer counts, with the base's template if it has none.
-        if not any(tokenizer.has_template for tokenizer in known):
-            vocabulary = known[0].read_vocabulary() | set(config.add_tokens)
+        if not any(tokenizer.has_template for tokenizer in tokenizers):
+            vocabulary = tokenizers[0].read_vocabulary() | set(config.add_tokens)
             raise UserError(f"source: {explain_no_template(config.source, vocabulary)}")
         return
-    vocabulary = known[0].read_vocabulary()
+    vocabulary = tokenizers[0].read_vocabulary()
     if vocabulary:
         place = f"the vocabulary of '{config.source}'"
         require_tokens(config.chat_template, vocabulary | set(config.add_tokens), place)

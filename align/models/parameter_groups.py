@@ -35,7 +35,7 @@ def layer_stack(model: Any) -> tuple[str, nn.ModuleList]:
     if len(stacks) != 1:
         raise UserError(
             f"{type(model).__name__} has {len(stacks)} stacks of {count} layers where one is expected, so layers "
-            "cannot be told apart. Take `tuning: {method: full}` without unfreeze, lisa and layer_decay."
+            "cannot be told apart. Use `tuning: {method: full}` without unfreeze, lisa and layer_decay."
         )
     return stacks[0]
 

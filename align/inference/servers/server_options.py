@@ -69,29 +69,17 @@ class ServerSpec:
     """Rows of the output head: every token id is below."""
 
     @classmethod
-    def of(
-        cls,
-        model_dir: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        config: EngineConfig,
-        pool: RolloutsConfig,
-        max_length: int,
-        seed: int,
-    ) -> ServerSpec:
-        """Return the spec for a checkpoint, whose configuration and tokenizer are read."""
+    def of(cls, model_dir: Path, **settings: Any) -> ServerSpec:
+        """Return the spec for a checkpoint, whose configuration and tokenizer are read.
+
+        ``settings`` are the fields from ``device`` to ``seed``.
+        """
         tokenizer = load_tokenizer(model_dir)
         architecture = open_config(model_dir)
         return cls(
             model_dir,
-            device,
-            dtype,
-            config,
-            pool,
-            max_length,
-            seed,
-            tokenizer,
+            **settings,
+            tokenizer=tokenizer,
             eos=int(tokenizer.eos_token_id),
             tensor_names=frozenset(weight_names(model_dir)),
             tied_embeddings=bool(getattr(architecture, "tie_word_embeddings", False)),
@@ -271,7 +259,7 @@ class NcclSender:
         except ImportError as error:
             raise UserError(
                 f"runtime.rollouts.weights is nccl, but vLLM's sender does not import here ({error}). Install vLLM "
-                "0.31 on the trainer's side too, or take `weights: folder`."
+                "0.31 on the trainer's side as well, or use `weights: folder`."
             ) from None
         # A tensor-parallel server has several workers. Each is a rank of the group; the trainer is rank 0.
         workers = client.find(WORKERS, client.call(WORKERS, method="GET"), "world_size")

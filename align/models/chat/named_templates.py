@@ -83,7 +83,7 @@ def require_tokens(chat_template: str, vocabulary: Collection[str], place: str) 
         fitting = fitting_templates(vocabulary)
         raise UserError(
             f"chat_template: {chat_template} writes {', '.join(missing)}, which {place} has no token for. Add "
-            f"`add_tokens: [{quoted}]`, whose embeddings training must learn, or take a template of tokens that are "
+            f"`add_tokens: [{quoted}]`, whose embeddings training must learn, or use a template of tokens that are "
             f"there: {', '.join(fitting)}."
         )
 

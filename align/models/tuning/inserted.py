@@ -38,7 +38,7 @@ def swapped_values(parameters: Mapping[str, torch.Tensor], values: Mapping[str, 
     if any(_is_partitioned(parameter) for parameter in parameters.values()):
         raise UserError(
             "the adapters were part of the initial model, and a partitioned model cannot return to it: fsdp2 and "
-            "stage 3 of deepspeed always gather the current adapters. Take `strategy: ddp`."
+            "stage 3 of deepspeed always gather the current adapters. Use `strategy: ddp`."
         )
     original = {name: parameter.data for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
@@ -175,6 +175,6 @@ def _has(module: Any, names: tuple[str, ...]) -> bool:
 
 def _unsupported(model: Any, method: str, expected: str) -> UserError:
     return UserError(
-        f"tuning.method: {method} needs {expected}, which this {model.config.model_type} has not. Take lora, or a "
+        f"tuning.method: {method} needs {expected}, which this {model.config.model_type} lacks. Use lora, or a "
         "model of the llama, mistral, qwen2, qwen3 or smollm3 kind."
     )

@@ -200,7 +200,7 @@ def _insert_llama_adapter(model: Any, tuning: AdaptersTuning) -> None:
     if count > len(attention_modules):
         raise UserError(f"tuning.layers: {count} is more than the {len(attention_modules)} layers that this model has.")
     if any(getattr(module.o_proj, "bias", None) is not None for module in attention_modules):
-        raise UserError("tuning.kind: llama_adapter needs attention whose output has no bias. Take kind: bottleneck.")
+        raise UserError("tuning.kind: llama_adapter needs attention whose output has no bias. Use kind: bottleneck.")
     for attention in attention_modules[-count:]:
         weight = attention.o_proj.weight
         adapter = Gated(tuning.tokens, model.config.get_text_config().hidden_size)

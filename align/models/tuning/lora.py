@@ -45,7 +45,7 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
     from peft import get_peft_model
 
     if tuning.init == "eva" and not rows:
-        raise UserError("tuning.init: eva reads training rows, and this stage has none; take another init.")
+        raise UserError("tuning.init: eva reads training rows, and this stage has none; use another init.")
     experts = expert_targets(model, tuning)
     if isinstance(tuning.targets, list):
         check_names(model, [name for name in tuning.targets if name not in experts], "tuning.targets")
@@ -362,7 +362,7 @@ def wrap_method(model: Any, tuning: Ia3Tuning | PeftTuning, seed: int) -> Any:
         if not any(weight.is_meta for weight in first.parameters()):
             merge_layer(first)
     except ValueError as error:
-        raise UserError(f"{place}: {error} Its result would run in no engine; take another method.") from None
+        raise UserError(f"{place}: {error} Its result would run in no engine; use another method.") from None
     return peft_model
 
 

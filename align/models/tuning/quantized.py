@@ -21,7 +21,7 @@ try:
     bnb: Any = importlib.import_module("bitsandbytes")
 except ModuleNotFoundError:
     raise UserError(
-        "tuning: qlora needs bitsandbytes, which is not installed: `pip install bitsandbytes`, or take `method: lora`."
+        "tuning: qlora needs bitsandbytes, which is not installed: `pip install bitsandbytes`, or use `method: lora`."
     ) from None
 
 
@@ -88,7 +88,7 @@ def quantize(model: Any, tuning: QloraTuning) -> None:
         if isinstance(module, torch.nn.Linear) and id(module) not in heads
     ]
     if not linears:
-        raise UserError(f"tuning: qlora finds no linear layer in {type(model).__name__} to keep in 4 bits; take lora.")
+        raise UserError(f"tuning: qlora finds no linear layer in {type(model).__name__} to keep in 4 bits; use lora.")
     for name, module in linears:
         model.set_submodule(name, _quantized(module, tuning))
 

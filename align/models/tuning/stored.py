@@ -93,7 +93,7 @@ def require_same(model: Any, tuning: Any) -> None:
     if type(carried) is not type(tuning) or not same_fields:
         raise UserError(
             f"tuning.method: the checkpoint carries an adapter of tuning {carried.label}, which is trained further "
-            f"by the same tuning or with method full, not by {tuning.label}. Take one of these, or start from the "
+            f"by the same tuning or with method full, not by {tuning.label}. Use one of these, or start from the "
             "checkpoint before it."
         )
 

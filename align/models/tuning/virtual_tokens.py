@@ -59,7 +59,7 @@ def extend_tokenizer(tokenizer: Any, tuning: Any) -> Any:
     if render_prompt(tokenizer, probe) != ids + before or ids != list(range(ids[0], ids[0] + len(ids))):
         raise UserError(
             f"tuning.method: {tuning.method}: with {len(ids)} new tokens in front, this tokenizer splits the text "
-            "after them differently, so the model would see unfamiliar tokens. Take lora or adapters."
+            "after them differently, so the model would see unfamiliar tokens. Use lora or adapters."
         )
     tokenizer.new_virtual_tokens = ids
     return tokenizer
@@ -244,7 +244,7 @@ def require_small_mass(model: Any, tokenizer: Any, ids: list[int], where: str) -
         raise UserError(
             f"{where}: this model gives its {len(ids)} new tokens {mass:.2g} of the probability, and {LARGEST_MASS:g} "
             "is the limit: it barely distinguishes tokens, as an untrained model does. Train it "
-            "with lora or in full first, or take fewer tokens."
+            "with lora or in full first, or use fewer tokens."
         )
 
 

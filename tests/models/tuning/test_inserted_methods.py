@@ -298,7 +298,7 @@ def test_models_they_have_no_place_in_are_refused(tiny_model: Path, tmp_path: Pa
 
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=1, vocab_size=40))
     for tuning in (PARALLEL, HOULSBY):
-        with pytest.raises(UserError, match="tuning.method: adapters needs .*, which this gpt2 has not"):
+        with pytest.raises(UserError, match="tuning.method: adapters needs .*, which this gpt2 lacks"):
             apply_tuning(gpt2, tuning, 1)
     qwen3 = Qwen3ForCausalLM(
         Qwen3Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=32,

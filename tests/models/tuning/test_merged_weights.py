@@ -111,5 +111,5 @@ def test_no_look_back_at_a_start_that_a_pass_would_not_see(tiny_model: Path) -> 
     model = wrapped(tiny_model, tuning_of(CASES["pissa"]))
     trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)
     trained.ds_id = 0
-    with pytest.raises(UserError, match="a partitioned model cannot return to it.*Take `strategy: ddp`"):
+    with pytest.raises(UserError, match="a partitioned model cannot return to it.*Use `strategy: ddp`"):
         initial_policy(model).__enter__()
