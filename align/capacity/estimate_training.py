@@ -30,8 +30,7 @@ from align.config.stages.rl import RolloutFields
 from align.config.stages.training import TrainingFields
 from align.config.tuning import FullTuning, LoraTuning, LowRank, TuningBase
 from align.models.compute.architecture import Architecture, UnknownArchitecture
-from align.models.compute.costs import resolved
-from align.models.compute.costs import FLOAT, SHORT, SIZES, activations_per_token, passing_per_token
+from align.models.compute.costs import FLOAT, SHORT, SIZES, activations_per_token, passing_per_token, resolved
 
 TRAINED_FIELDS = ("model", "policy", "student")
 """Input fields that name the trained checkpoint."""

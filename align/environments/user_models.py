@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import Precision
-from align.config.environment import EnvironmentConfig
-from align.config.runtime.launch import world_size
+from align.config.environment import USER_INPUT, EnvironmentConfig, SimulatedUserConfig
 from align.config.runtime import Runtime
-from align.config.environment import USER_INPUT, SimulatedUserConfig
+from align.config.runtime.launch import world_size
 from align.data.rows import Message, assistant, user
 from align.environments.simulated_user import SimulatedUser, UserAnswer, UserRequest, read_answer
 from align.environments.turn_template import TurnTemplate

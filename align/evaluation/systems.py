@@ -23,8 +23,8 @@ from align.data.rows import Message, assistant, user
 from align.errors import UserError
 from align.evaluation.answers import Example, ResponseSet
 from align.evaluation.scorecard import SystemInfo
-from align.inference.protocol import Response, RolloutEngine, Sampling
 from align.inference.engine import SwitchingEngine, architecture
+from align.inference.protocol import Response, RolloutEngine, Sampling
 from align.models.chat.render import render_prompt
 from align.store.fingerprint import digest, file_digest
 from align.store.json_files import numbered_lines, read_entry, write_entry

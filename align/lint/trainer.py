@@ -351,12 +351,11 @@ def model_folder(model: str, scratch: Path) -> Path:
     Raises ``UserError`` for a name that is none of these.
     """
     from align.config.validation import suggest
-    from align.models import embedded
+    from align.models.built_in import NAME, fetch, make_tiny
     from align.models.checkpoints.source import BUILT_IN, TINY
-    from align.models.built_in import make_tiny
 
-    if model == embedded.NAME:
-        return embedded.fetch()
+    if model == NAME:
+        return fetch()
     if model == TINY:
         return make_tiny(scratch / TINY)
     for folder in (Path(model), Path(model) / "model"):

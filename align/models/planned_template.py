@@ -13,12 +13,12 @@ from typing import Any
 
 from align.config.hub_commits import small_file
 from align.config.stages.inputs import ModelConfig
+from align.models.built_in import CHAT_TEMPLATE as TINY_TEMPLATE
 from align.models.chat.named_templates import read_template, read_training_template, templates_with_tools
 from align.models.checkpoints.files import read_optional
 from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE
 from align.models.checkpoints.source import BUILT_IN, Origin, resolve
 from align.models.model_plan import known_vocabulary
-from align.models.built_in import CHAT_TEMPLATE as TINY_TEMPLATE
 
 FIRST, ANSWER, SECOND, RESULT = "Qanat", "Zephyrus", "Xylem", "Vortex"
 """Rare words of the probes. All other text in a rendering is the template's."""

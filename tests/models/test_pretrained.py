@@ -18,10 +18,10 @@ from align.cli.arguments import find_tokenizer
 from align.errors import UserError
 from align.inference.transformers import Replier
 from align.lint.trainer import load_tokenizer_and_limits as load_for_lint
+from align.models.built_in import make_tiny_tokenizer
 from align.models.fast.real_tokens import compute_real_tokens
 from align.models.loading import load_policy, load_reward, load_tokenizer, new_reward
 from align.models.pretrained import needs_eager_attention, open_model, open_tokenizer
-from align.models.built_in import make_tiny_tokenizer
 
 PACKAGE = Path(align.__file__).parent
 DOOR = Path("models", "pretrained.py")

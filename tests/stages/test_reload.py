@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from align.config.options import peft_types
-from align.models.loading import load_tokenizer
 from align.models.built_in import make_tiny
+from align.models.loading import load_tokenizer
 from align.models.tuning.apply import save_tuned
 from tests.support.fork_server import start_module
 from tests.support.models.tuning.tuning_cases import CASES, FEW, peft_case, push, tuning_of, wrapped

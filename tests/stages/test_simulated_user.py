@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from align.config.environment import USER_INPUT
-from align.environments.user_models import CheckpointUser
 from align.environments.simulated_user import GREETING
+from align.environments.user_models import CheckpointUser
 from align.errors import UserError
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES

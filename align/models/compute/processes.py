@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from align.config.runtime.launch import local_rank, local_size, rank, world_size
 from align.config.runtime import Runtime
+from align.config.runtime.launch import local_rank, local_size, rank, world_size
 from align.errors import UserError
 from align.pipeline.process_limits import usable_cores
 

@@ -15,8 +15,8 @@ import yaml
 
 from align.data.builds.build_files import LEDGER
 from align.data.card import UNKNOWN, mixture_license, normalize_license
-from align.models.checkpoints.source import TINY
 from align.models.built_in import LICENSE, NAME
+from align.models.checkpoints.source import TINY
 from align.report.page.assets import AssetWriter
 from align.store.artifacts import DATASETS, Artifact
 

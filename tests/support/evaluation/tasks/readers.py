@@ -9,8 +9,8 @@ from typing import Any
 
 from align.evaluation.answers import Example
 from align.evaluation.scorecard import SystemInfo
-from align.models.chat.render import render_prompt
 from align.models.built_in import make_tiny_tokenizer
+from align.models.chat.render import render_prompt
 
 Rule = Callable[[str, str], float]
 """Texts of context and answer → log-likelihood of the answer."""
