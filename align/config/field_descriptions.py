@@ -233,7 +233,7 @@ def describe_fields(model: type[BaseModel], name_blocks: BlockNaming) -> list[Fi
         FieldDescription(
             field.alias or name,
             field.is_required(),
-            describe_type(_with_marker(field), name_blocks),
+            describe_type(marked_annotation(field), name_blocks),
             describe_default(field),
             describe_bounds(field),
             join_lines(docstrings.get(name, "")),
@@ -242,8 +242,8 @@ def describe_fields(model: type[BaseModel], name_blocks: BlockNaming) -> list[Fi
     ]
 
 
-def _with_marker(field: FieldInfo) -> Any:
-    # pydantic moves the outermost ``Annotated`` of a field into its metadata
+def marked_annotation(field: FieldInfo) -> Any:
+    """Return a field's annotation with the marker of a stage's name, which pydantic moves to the metadata."""
     for marker in field.metadata:
         if hasattr(marker, "kinds"):
             return Annotated[field.annotation, marker]

@@ -46,10 +46,12 @@ def find_commit(name: str, revision: str | None, repo_type: RepoType) -> str:
     if huggingface_hub.is_offline_mode():
         cached = cached_commit(name, revision, repo_type)
         if cached is None:
-            command = _download_command(name, revision, repo_type)
+            options = " --repo-type dataset" if repo_type == "dataset" else ""
+            options += f" --revision {revision}" if revision else ""
             raise UserError(
                 f"the Hub {repo_type} '{name}'{_at(revision)} is not in the Hub's cache, and --offline "
-                f"(HF_HUB_OFFLINE=1) reads nothing else. Fetch it where there is a network: `{command}`."
+                "(HF_HUB_OFFLINE=1) reads nothing else. Fetch it where there is a network: "
+                f"`hf download {name}{options}`."
             )
         return cached
     return _current_commit(name, revision or DEFAULT, repo_type)
@@ -152,8 +154,3 @@ def _is_answering(name: str, commit: str, repo_type: RepoType) -> bool:
 
 def _at(revision: str | None) -> str:
     return f" at {revision}" if revision else ""
-
-
-def _download_command(name: str, revision: str | None, repo_type: RepoType) -> str:
-    kind = " --repo-type dataset" if repo_type == "dataset" else ""
-    return f"hf download {name}{kind}" + (f" --revision {revision}" if revision else "")

@@ -313,13 +313,13 @@ def method_names(path: str, place: str) -> list[str]:
     Raises ``UserError`` as ``check_class`` does.
     """
     lineage = _find_class(path, place) or []
+    names: dict[str, None] = {}
     functions = [child for node in reversed(lineage) for child in node.body if isinstance(child, FUNCTIONS)]
-    return list(dict.fromkeys(function.name for function in functions if not _is_property(function)))
-
-
-def _is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    decorators = [ast.unparse(decorator).rpartition(".")[2] for decorator in function.decorator_list]
-    return any(name in PROPERTIES for name in decorators)
+    for function in functions:
+        decorators = {ast.unparse(decorator).rpartition(".")[2] for decorator in function.decorator_list}
+        if not decorators & PROPERTIES:
+            names[function.name] = None
+    return list(names)
 
 
 def check_methods(path: str, methods: Collection[str], required: Collection[str], place: str) -> None:

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from align.config.base import Config
-from align.config.field_descriptions import discriminator
+from align.config.field_descriptions import discriminator, marked_annotation
 from align.config.synonyms import TAGS, VALUES, find_synonym
 from align.errors import MOST_SHOWN, UserError, shorten
 
@@ -292,19 +292,13 @@ def _locate(config_class: type[BaseModel], detail: ErrorDetails) -> _Place:
         if not fields and (part != last or detail["type"] != "extra_forbidden"):
             continue  # a branch label of a plain union, which the YAML does not spell
         shown.append(part)
-        current = [member for field in fields for member in _members([_annotation(field)])]
+        current = [member for field in fields for member in _members([marked_annotation(field)])]
     return _Place(tuple(shown), holders, current)
 
 
 def _fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
     """Return a block's fields by their YAML key: an alias, if the name is a word of Python's."""
     return {field.alias or name: field for name, field in model.model_fields.items()}
-
-
-def _annotation(field: FieldInfo) -> Any:
-    """Return a field's annotation with the marker of a stage's name, which pydantic moves to the metadata."""
-    marks = [item for item in field.metadata if hasattr(item, "kinds")]
-    return typing.Annotated[field.annotation, marks[0]] if marks else field.annotation
 
 
 def _members(annotations: Iterable[Any]) -> list[Any]:
