@@ -182,7 +182,7 @@ def test_a_change_of_align_makes_a_dump_again(
     real = field_dumps.file_digest
     class_options(SFT)
     look_up_anew()
-    monkeypatch.setattr(field_dumps, "file_digest", lambda file: real(file) + ("x" if file.name == "grpo.py" else ""))
+    monkeypatch.setattr(field_dumps, "file_digest", lambda file: real(file) + ("x" if file.name == "rl.py" else ""))
     class_options(SFT)
     assert subjects == [TRAINERS, TRAINERS]
 
