@@ -31,7 +31,7 @@ class RemoteRankEngine:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def generate(self, *_: Any) -> Any:
+    def generate(self, *_: Any, **__: Any) -> Any:
         """Refuse: only the first process may call servers."""
         raise RuntimeError("only the stage's first process calls the servers of runtime.rollouts")
 

@@ -42,5 +42,5 @@ def test_causal_model_is_no_reward_model(tmp_path: Path) -> None:
 
 def test_model_without_attention_has_no_score_head(tmp_path: Path) -> None:
     assert classifier_class(family_config("mamba2")) is None
-    with pytest.raises(UserError, match="mamba2 has no AutoModelForSequenceClassification in transformers"):
+    with pytest.raises(UserError, match="mamba2 has no AutoModelForSequenceClassification"):
         new_reward(write_family("mamba2", tmp_path))

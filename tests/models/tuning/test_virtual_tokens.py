@@ -214,7 +214,7 @@ def test_an_embedding_that_scales_is_refused(base: Path) -> None:
     model.get_input_embeddings().__class__ = Scaled
     from align.models.tuning.virtual_tokens import add_embedding_rows
 
-    with pytest.raises(UserError, match="this model's is Scaled"):
+    with pytest.raises(UserError, match="not Scaled"):
         add_embedding_rows(model, [260, 261])
 
 
