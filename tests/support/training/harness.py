@@ -10,6 +10,7 @@ from align.config.base import Config
 from align.config.runtime import Runtime
 from align.data.rows import assistant, user, write_rows
 from align.pipeline.context import StageContext
+from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind
 
 WORDS = ["red", "green", "blue", "amber", "violet", "silver", "copper", "ivory"]
@@ -54,8 +55,9 @@ def context(root: Path, config: Config, model: Path, data: Artifact, field: str 
         (holder / "model").symlink_to(model)
     inputs = {field: Artifact("model", Kind.MODEL, holder, {"key": "model"}), "data": data}
     places = (output, checkpoints, root / "events.jsonl")
-    # A kind's config is defined in a module of its name.
-    kind = type(config).__module__.rpartition(".")[2]
+    kinds = {stage.config_class(): kind for kind, stage in STAGES.items()}
+    # A stage of a test's own has a module of its name.
+    kind = kinds.get(type(config), type(config).__module__.rpartition(".")[2])
     return StageContext("stage", config, inputs, 17, Runtime(device="cpu"), *places, kind=kind)
 
 
