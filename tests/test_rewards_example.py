@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from align import Pipeline
-from align.report.curves.metric_series import group_by_panel, read_events
-from align.report.scorecard.rollout_lines import read_rollouts
+from align.report.page.metric_series import group_by_panel, read_events
+from align.report.scorecard.rollouts import read_rollouts
 from examples import rewards
 
 

@@ -222,7 +222,7 @@ def find_tokenizer(name: str, store: str | None) -> Any:
     """
     from align.models.built_in import make_tiny_tokenizer
     from align.models.checkpoints.source import TINY
-    from align.report.dataset.token_views import load_preview_tokenizer
+    from align.report.dataset.preview import load_preview_tokenizer
 
     if name == TINY:
         return make_tiny_tokenizer()

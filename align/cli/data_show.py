@@ -106,7 +106,7 @@ def _write_page(options: argparse.Namespace, folder: Any, name: str, tokenizer: 
 
 
 def _as_json(number: int, row: Row, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
-    from align.report.dataset.token_views import token_views
+    from align.report.dataset.preview import token_views
 
     document: dict[str, Any] = {"number": number, "row": row}
     if tokenizer is not None:
@@ -138,7 +138,7 @@ class Printer:
             self._print(Text(printable(head), DIM if self.colored else ""))
             self._messages(row)
             return
-        from align.report.dataset.token_views import token_views
+        from align.report.dataset.preview import token_views
 
         for view in token_views(self.tokenizer, row, self.max_length):
             counts = f"{view.title}: {len(view.ids)} tokens, {sum(view.trained)} trained on"

@@ -202,7 +202,7 @@ def _write_index(
 ) -> None:
     """Write the page with all runs and print its path; a store that is read-only gets none."""
     from align.cli.run_page import PAGE
-    from align.report.run.run_index import IndexedRun, write_index
+    from align.report.page.templates import IndexedRun, write_index
     from align.store.store import REPORTS
 
     if not store.is_writable:

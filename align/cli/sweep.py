@@ -123,7 +123,7 @@ def _write_page(sweep: Sweep, study: Study, store: Store, folder: Path | None) -
     from align.cli.run_page import damaged_stages, finished_artifacts, stored_outline
     from align.cli.sweep_table import sentences, short_name, trial_rows
     from align.report.compare.comparison import write_comparison
-    from align.report.compare.sweep_trials import SweepTrials
+    from align.report.compare.run_table import SweepTrials
     from align.store.store import REPORTS
 
     rows = trial_rows(sweep, study)

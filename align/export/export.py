@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,33 @@ class Written:
     architecture: str
     files: dict[str, int]
     """Sizes in bytes by name."""
+
+
+@dataclass
+class Agreement:
+    """Result of a verification, for the user and the model card."""
+
+    what: str
+    """``tokens`` or ``scores``."""
+    prompts: int
+    compared: int
+    """Tokens, or scores, that agree in every engine."""
+    engines: list[str] = field(default_factory=list)
+    largest_gap: float = 0.0
+    """Largest difference between two engines: of a chosen token's log-probability in nats, or of a score."""
+    ties: int = 0
+    """Answers that diverge at two tokens of equal probability."""
+    rounding: int | None = None
+    """Answers that change only by the type of the written weights; None if the weights keep their type."""
+    unchecked: str | None = None
+    """The reason if vLLM was not checked."""
+
+    def add(self, engines: Sequence[str], gap: float, ties: int, compared: int) -> None:
+        """Add the comparison of two engines."""
+        self.engines = list(dict.fromkeys([*self.engines, *engines]))
+        self.largest_gap = max(self.largest_gap, gap)
+        self.ties += ties
+        self.compared = compared if self.compared == 0 else min(self.compared, compared)
 
 
 def silence_transformers() -> None:

@@ -7,7 +7,9 @@ are untrusted and are escaped. Excluded: samples and texts of rows. Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,24 @@ from align.export.model_card_facts import (
     reward_results,
     weight_history,
 )
-from align.report.curves.metric_series import read_events
-from align.report.page.assets import AssetWriter
-from align.report.page.number_format import MISSING, duration, interval, number, p_value, signed, size
+from align.report.page.metric_series import read_events
+from align.report.page.number_format import (
+    MISSING,
+    duration,
+    interval,
+    number,
+    p_value,
+    signed,
+    size,
+    value_with_interval,
+)
 from align.report.run.data_ledgers import data_sections, license_rows
 from align.report.scorecard.conclusions import find_difference
 from align.store.artifacts import VERSION, Artifact
 from align.store.json_files import write_text_atomically
 
 MOST_COUNTS = 12
+MOST_REASONS = 8
 MOST_WARNINGS = 12
 MOST_RIVALS = 3
 """Most columns for prompted and best-of-N systems."""
@@ -67,13 +78,11 @@ def _body(facts: Facts) -> list[str]:
 def _about(facts: Facts) -> list[str]:
     written = facts.written
     kind = "Reward model" if written.is_reward else "Language model"
-    lines = [
-        f"{kind}, {written.parameters:,} parameters, {written.dtype} ({written.architecture}), written by align "
-        f"{VERSION}."
-    ]
+    size_text = f"{written.parameters:,} parameters, {written.dtype} ({written.architecture})"
+    lines = [f"{kind}, {size_text}, written by align {VERSION}."]
     artifact = facts.artifact
     if artifact is None:
-        return [*lines, "Nothing is recorded of how it was trained."]
+        return [*lines, "It has no record of its training."]
     # The verbs of a record are text like any other of its fields, which a bucket may have brought.
     history = [(plain(entry.stage), plain(str(card_verb(entry)))) for entry in weight_history(facts.lineage)]
     base = base_model(facts.lineage)
@@ -88,27 +97,8 @@ def _about(facts: Facts) -> list[str]:
 
 
 def _use(facts: Facts) -> list[str]:
-    loader = "AutoModelForSequenceClassification" if facts.written.is_reward else "AutoModelForCausalLM"
-    code = (
-        f"from transformers import {loader}, AutoTokenizer\n\n"
-        'folder = "path/to/this/folder"\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        f"model = {loader}.from_pretrained(folder)\n"
-    )
-    if facts.written.is_reward:
-        code += (
-            'turns = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello to you."}]\n'
-            'given = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)\n'
-            "print(float(model(**given).logits[0, 0]))  # only differences of scores mean something"
-        )
-    else:
-        code += (
-            'turns = [{"role": "user", "content": "Hello!"}]\n'
-            "given = tokenizer.apply_chat_template(\n"
-            '    turns, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
-            ")\n"
-            "print(tokenizer.decode(model.generate(**given, max_new_tokens=128)[0]))"
-        )
+    examples = json.loads(Path(__file__).with_name("usage.json").read_text(encoding="utf-8"))
+    code = "\n".join(examples["reward" if facts.written.is_reward else "policy"])
     return [*fenced(code, "python"), "", *_checked(facts)]
 
 
@@ -138,7 +128,7 @@ def _training(facts: Facts) -> list[str]:
     rows = []
     for artifact in facts.lineage:
         record = artifact.record
-        metrics = artifact.record.get("metrics") or {}
+        metrics = record.get("metrics") or {}
         steps = metrics.get("updates", metrics.get("steps"))
         rows.append(
             (
@@ -159,41 +149,34 @@ def _training(facts: Facts) -> list[str]:
 
 def _data(facts: Facts) -> list[str]:
     lines: list[str] = []
-    for section in data_sections(facts.lineage, AssetWriter()):
-        counted = [f"{rows:,} {plain(name)}" for name, rows in section["splits"].items()]
+    for section in data_sections(facts.lineage):
+        counts = [f"{rows:,} {plain(name)}" for name, rows in section["splits"].items()]
         # Stages without splits list their counts instead.
-        counted = counted or [f"{plain(name)} {number(value)}" for name, value in section["counts"][:MOST_COUNTS]]
-        row_counts = ", ".join(counted) or "rows not counted"
+        counts = counts or [f"{plain(name)} {number(value)}" for name, value in section["counts"][:MOST_COUNTS]]
+        row_counts = ", ".join(counts) or "rows not counted"
         lines += [f"### {plain(section['stage'])}", "", f"{plain(section['makes'])}: {row_counts}.", ""]
         if section["sources"]:
-            rows = [
-                (
-                    source["source"],
-                    source["type"],
-                    _license(source["license"]),
-                    f"{source['rows_in']:,}",
-                    f"{source['rows_out']:,}",
-                )
-                for source in section["sources"]
-            ]
+            rows = []
+            for source in section["sources"]:
+                amounts = (f"{source['rows_in']:,}", f"{source['rows_out']:,}")
+                rows.append((source["source"], source["type"], _license(source["license"]), *amounts))
             head = ("source", "type", "license", "records", "rows")
             lines += [*table(head, rows, numbers=(3, 4)), ""]
-        dropped = _dropped(section["steps"])
-        if dropped:
-            lines += [*dropped, ""]
+        if section["steps"]:
+            lines += [_dropped(section["steps"]), ""]
     return lines[:-1] or ["No rows are recorded."]
 
 
-def _dropped(steps: Sequence[Mapping[str, Any]]) -> list[str]:
-    reasons: dict[str, int] = {}
+def _dropped(steps: Sequence[Mapping[str, Any]]) -> str:
+    reasons: Counter[str] = Counter()
     for step in steps:
         for entry in step["reasons"]:
-            reasons[entry["reason"]] = reasons.get(entry["reason"], 0) + entry["rows"]
+            reasons[entry["reason"]] += entry["rows"]
     if not reasons:
-        return ["No row was dropped."] if steps else []
-    largest = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:8]
+        return "No row was dropped."
+    largest = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:MOST_REASONS]
     listed = ", ".join(f"{rows:,} {plain(reason)}" for reason, rows in largest)
-    return [f"{sum(reasons.values()):,} rows were dropped: {listed}."]
+    return f"{reasons.total():,} rows were dropped: {listed}."
 
 
 def _license(name: str) -> str:
@@ -206,7 +189,7 @@ def _licenses(facts: Facts) -> list[str]:
     lines += [f"- {plain(concern)}." for concern in license.concerns]
     rows = [
         (row["stage"], row["what"], row["name"], _license(row["license"]), row["identity"])
-        for row in license_rows(facts.lineage, AssetWriter())
+        for row in license_rows(facts.lineage)
     ]
     if rows:
         lines += ["", *table(("stage", "what", "name", "license", "identity"), rows)]
@@ -216,15 +199,13 @@ def _licenses(facts: Facts) -> list[str]:
 def _recipe(facts: Facts) -> list[str]:
     recipe = facts.pipeline
     if recipe is None:
-        recipe = {
-            "stages": {
-                artifact.stage: {"stage": artifact.record.get("kind"), **(artifact.record.get("config") or {})}
-                for artifact in facts.lineage
-            }
-        }
+        stages = {}
+        for artifact in facts.lineage:
+            stages[artifact.stage] = {"stage": artifact.record.get("kind"), **(artifact.record.get("config") or {})}
+        recipe = {"stages": stages}
         lines = ["The resolved settings of every stage; its pipeline file is not recorded.", ""]
     else:
-        lines = ["The pipeline file; where and how it ran (`runtime`) changes no result and is left out.", ""]
+        lines = ["The pipeline file; where and how it ran (`runtime`) changes no result and is omitted.", ""]
     # The runtime describes machines and does not change the result.
     shown = {name: value for name, value in recipe.items() if name != "runtime"}
     text = _without_home(printable(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110)))
@@ -232,16 +213,15 @@ def _recipe(facts: Facts) -> list[str]:
 
 
 def _reproduce(facts: Facts) -> list[str]:
-    commands = _distinct(
-        _without_home(str(artifact.record["command"])) for artifact in facts.lineage if artifact.record.get("command")
-    )
+    commands = _record_values(facts.lineage, "command")
     lines: list[str] = []
     if commands:
-        lines = [*fenced("\n".join(printable(command) for command in commands), "sh"), ""]
+        lines = [*fenced("\n".join(printable(_without_home(command)) for command in commands), "sh"), ""]
     record = facts.lineage[-1].record
     packages = ", ".join(f"{name} {version}" for name, version in (record.get("packages") or {}).items())
+    commits = ", ".join(_record_values(facts.lineage, "git"))
     rows = [
-        ("align", f"{record.get('align', '')} {_commit(facts.lineage)}".strip()),
+        ("align", f"{record.get('align', '')} {f'(commit {commits})' if commits else ''}".strip()),
         ("packages", packages),
         ("machine", str(record.get("platform", ""))),
         ("precision", str(record.get("precision") or "")),
@@ -256,13 +236,9 @@ def _without_home(text: str) -> str:
     return text.replace(f"{home}/", "~/") if len(home) > 1 else text
 
 
-def _commit(lineage: Sequence[Artifact]) -> str:
-    commits = _distinct(str(artifact.record["git"]) for artifact in lineage if artifact.record.get("git"))
-    return f"(commit {', '.join(commits)})" if commits else ""
-
-
-def _distinct(texts: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(texts))
+def _record_values(lineage: Sequence[Artifact], field: str) -> list[str]:
+    """Return the different values of a field in the records, in order."""
+    return list(dict.fromkeys(str(artifact.record[field]) for artifact in lineage if artifact.record.get(field)))
 
 
 def results(facts: Facts) -> list[str]:
@@ -319,7 +295,7 @@ def _describe_rival(system: Mapping[str, Any]) -> str:
 def _estimate(estimate: Mapping[str, Any] | None) -> str:
     if estimate is None or estimate["value"] is None:
         return MISSING
-    return f"{number(estimate['value'])} ({interval(dict(estimate))})"
+    return value_with_interval(estimate)
 
 
 def _change(card: Mapping[str, Any], own_name: str, against: str, metric: str) -> str:
@@ -385,14 +361,11 @@ def limitations(facts: Facts) -> list[str]:
         lines.append(
             "- No flag was raised and no gate failed in the evaluation above. It says nothing beyond its tasks."
         )
-    if measured and not facts.written.is_reward and "xstest" not in _kinds(card):
+    kinds = {task.get("kind") for task in ((card or {}).get("tasks") or {}).values()}
+    if measured and not facts.written.is_reward and "xstest" not in kinds:
         lines.append("- Safety was not measured: no task of the evaluation asks for refusals.")
     for artifact in facts.lineage:
         if is_trained(artifact):
             warnings = read_events(artifact.path).warnings[:MOST_WARNINGS]
             lines += [f"- Warning in training, {plain(artifact.stage)}: {plain(text)}" for text in warnings]
     return lines
-
-
-def _kinds(card: Mapping[str, Any] | None) -> set[str]:
-    return {str(task.get("kind")) for task in ((card or {}).get("tasks") or {}).values()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align.config.hub_commits import HUB_NAME
@@ -13,7 +13,6 @@ from align.data.card import CARD, OTHER, License, mixture_license, normalize_lic
 from align.errors import UserError, printable
 from align.models.built_in import NAME as EMBEDDED
 from align.pipeline.registry import STAGES
-from align.report.page.assets import AssetWriter
 from align.report.page.number_format import interval, number
 from align.report.run.data_ledgers import MADE_HERE, license_rows
 from align.store.artifacts import Artifact, Kind
@@ -21,8 +20,7 @@ from align.store.artifacts import Artifact, Kind
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
-    from align.export.export import Written
-    from align.export.verify import Agreement
+    from align.export.export import Agreement, Written
 
 EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BASE_FIELDS = ("model", "policy", "policies", "rewards")
@@ -48,7 +46,6 @@ class Facts:
     scored_by: Artifact | None = None
     license: str | None = None
     """License as stated by the exporting user."""
-    licenses: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def artifact(self) -> Artifact | None:
@@ -165,7 +162,7 @@ def license_of(lineage: Sequence[Artifact], stated: str | None = None) -> Licens
 
     Raises ``UserError`` for a statement that is not the name of a license.
     """
-    names = [row["license"] for row in license_rows(lineage, AssetWriter()) if row["license"] != MADE_HERE]
+    names = [row["license"] for row in license_rows(lineage) if row["license"] != MADE_HERE]
     # The combined license of everything that the checkpoint was trained on or started from.
     mixture = mixture_license(names)
     if stated is None:
@@ -205,8 +202,6 @@ REWARD_METRICS = {
 
 def eval_results(facts: Facts) -> list[EvalResult]:
     """Return the scorecard's estimates of this checkpoint for ``model-index``, with n and interval in their names."""
-    from huggingface_hub import EvalResult
-
     card = facts.scorecard
     if card is None:
         return []
@@ -216,59 +211,48 @@ def eval_results(facts: Facts) -> list[EvalResult]:
     # A checkpoint may have several names in the scorecard; the metadata has the first.
     for system in own_names(facts)[:1]:
         for metric, estimate in card["estimates"][system].items():
-            if estimate["value"] is None or not math.isfinite(estimate["value"]):
-                continue
             title = card["metrics"].get(metric, {}).get("title", metric)
             task = card["metrics"].get(metric, {}).get("task", "prompts")
             task_entry = (card.get("tasks") or {}).get(task) or {}
             settings = task_entry.get("settings") or {}
             dataset = settings.get("dataset")
-            results.append(
-                EvalResult(
-                    task_type="text-generation",
-                    dataset_type=str(dataset) if HUB_NAME.fullmatch(str(dataset or "")) else _slug(task),
-                    dataset_name=_line(str(task_entry.get("title") or task)),
-                    dataset_revision=settings.get("revision") if dataset else None,
-                    metric_type=_slug(metric.rpartition(".")[2]),
-                    metric_name=_measured(title, estimate),
-                    metric_value=_value(estimate["value"]),
-                    metric_args=_arguments(estimate),
-                )
-            )
+            about = {
+                "task_type": "text-generation",
+                "dataset_type": str(dataset) if HUB_NAME.fullmatch(str(dataset or "")) else _slug(task),
+                "dataset_name": _line(str(task_entry.get("title") or task)),
+                "dataset_revision": settings.get("revision") if dataset else None,
+                "metric_type": _slug(metric.rpartition(".")[2]),
+            }
+            results += _eval_result(title, estimate, about)
     return results[:MOST_RESULTS]
 
 
 def _reward_eval_results(facts: Facts) -> list[EvalResult]:
-    from huggingface_hub import EvalResult
-
     results = []
     for result in reward_results(facts):
+        about = {
+            "task_type": "text-classification",
+            "dataset_type": _slug(result.get("task") or "pairs"),
+            "dataset_name": _line(str(result.get("task") or "held-out pairs")),
+            "metric_type": "accuracy",
+        }
         for name, title in REWARD_METRICS.items():
-            estimate = result.get(name)
             # Taking the longer answer is a baseline, no result of this model.
-            if name == "longer" or not estimate or estimate["value"] is None:
-                continue
-            results.append(
-                EvalResult(
-                    task_type="text-classification",
-                    dataset_type=_slug(result.get("task") or "pairs"),
-                    dataset_name=_line(str(result.get("task") or "held-out pairs")),
-                    metric_type="accuracy",
-                    metric_name=_measured(title, estimate),
-                    metric_value=_value(estimate["value"]),
-                    metric_args=_arguments(estimate),
-                )
-            )
+            if name != "longer" and result.get(name):
+                results += _eval_result(title, result[name], about)
     return results
 
 
-def _measured(title: str, estimate: Mapping[str, Any]) -> str:
-    ends = interval(dict(estimate)).replace("−", "-")
-    return f"{_line(title)} (n {number(estimate['n'])}, 95 % interval {ends})"
+def _eval_result(title: str, estimate: Mapping[str, Any], about: Mapping[str, Any]) -> list[EvalResult]:
+    """Return an estimate as a result of the Hub's metadata; none for a value that is not finite."""
+    from huggingface_hub import EvalResult
 
-
-def _arguments(estimate: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _value(estimate[name]) for name in ("n", "low", "high") if estimate.get(name) is not None}
+    if estimate["value"] is None or not math.isfinite(estimate["value"]):
+        return []
+    ends = interval(estimate).replace("−", "-")
+    name = f"{_line(title)} (n {number(estimate['n'])}, 95 % interval {ends})"
+    arguments = {key: _value(estimate[key]) for key in ("n", "low", "high") if estimate.get(key) is not None}
+    return [EvalResult(metric_name=name, metric_value=_value(estimate["value"]), metric_args=arguments, **about)]
 
 
 def _value(value: float) -> float | int:

@@ -16,7 +16,7 @@ from align.errors import NO_SPACE, StageFailed, UserError, no_space
 from align.evaluation.scorecard import Scorecard
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import StopRequest
-from align.report.curves.metric_series import metric_values
+from align.report.page.metric_series import metric_values
 from align.runner.listener import Listener
 from align.runner.open_store import fetch_missing, open_store, upload
 from align.runner.plan import History, check_sources, choose_stages, refuse_without_state, stages_to_make

@@ -136,4 +136,4 @@ def test_over_seeds_prints_the_decision_and_every_seed(
 def test_over_seeds_needs_runs_that_differ_by_seed_alone(example: SimpleNamespace, capsys: Capture) -> None:
     assert main(["compare", "low", "high", "--over", "seed", "--store", example.store]) == 2
     error = capsys.readouterr().err
-    assert "no two of these runs differ by their seed alone; they also differ in two.number, two.steps" in error
+    assert "no two of these runs differ only by their seed; they also differ in two.number, two.steps" in error

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from align.cli.lineage import find_scorecard, lineage, pipeline_of
 from align.cli.main import main
 from align.errors import StageFailed
-from align.export import verify_worker
+from align.export import verify
 from align.export.export import prepare, push
 from align.models.loading import load_reward
 from tests.support.cli.example_store import LICENSES, ExampleStore, add_scorecard, make_store
@@ -57,7 +57,7 @@ def checked(
     word = str(example.sft.path / "adapter")
     options = ["--output", str(root / "out"), "--dtype", "bfloat16", "--store", str(example.store.root)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify_worker, "subprocess", Forking(vllm=True))
+        patch.setattr(verify, "subprocess", Forking(vllm=True))
         assert main(["export", word, *options]) == 0
     return root / "out", example
 

@@ -12,10 +12,9 @@ from huggingface_hub import ModelCard
 
 from align.data.card import plain, write_card
 from align.errors import UserError
-from align.export.export import Written
+from align.export.export import Agreement, Written
 from align.export.model_card import write_model_card
 from align.export.model_card_facts import Facts, base_model, license_of, weight_history
-from align.export.verify import Agreement
 from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind
 from tests.support.data.sample_build import HOSTILE, row, write_build
@@ -310,7 +309,7 @@ def test_a_base_that_is_not_of_the_hub_is_not_named_as_one(tmp_path: Path) -> No
 def test_a_folder_of_which_nothing_is_recorded(tmp_path: Path) -> None:
     data, text = written(tmp_path, Facts("x", POLICY, CHECKED))
     assert data["license"] == "unknown" and data["tags"] == ["align"]
-    assert "Nothing is recorded of how it was trained." in text and "## Recipe" not in text
+    assert "It has no record of its training." in text and "## Recipe" not in text
 
 
 def test_a_reward_model_has_its_pairs(tmp_path: Path) -> None:

@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from align.config.tuning import LoraTuning
 from align.errors import StageFailed
-from align.export import verify_worker
-from align.export.export import Source, export
-from align.export.verify import MAX_TOKENS, QUESTIONS, TIE, Agreement, verify
-from align.export.verify_worker import Job, JobFailed, JobResult, execute, run_job
+from align.export import verify as verify_module
+from align.export.export import Agreement, Source, export
+from align.export.verify import MAX_TOKENS, QUESTIONS, TIE, Job, JobFailed, JobResult, execute, run_job, verify
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.tuning.apply import apply_tuning, save_tuned
 from tests.support.fork_server import Forking
@@ -204,7 +203,7 @@ def test_an_answer_that_ends_earlier_is_no_tie(tiny_model: Path, with_vllm: None
         done = engines(job, scratch)
         return done if job.engine != "vllm" else replace(done, tokens=[done.tokens[0][:5], *done.tokens[1:]])
 
-    with pytest.raises(StageFailed, match=r"at position 6: it ends where the other goes on"):
+    with pytest.raises(StageFailed, match=r"at position 6: it ends where the other continues"):
         compared(Source(tiny_model), tiny_model, run=shorter)
 
 
@@ -246,6 +245,6 @@ def test_a_folder_that_transformers_cannot_read_is_a_failure(tiny_model: Path, w
 
 
 def test_a_process_that_fails_is_quoted_by_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_worker, "subprocess", Forking())
+    monkeypatch.setattr(verify_module, "subprocess", Forking())
     with pytest.raises(StageFailed, match=r"transformers could not answer from .*nowhere.* \(exit code 1\): .*nowhere"):
         run_job(Job("transformers", str(tmp_path / "nowhere"), "tokens", [[1, 2]]), tmp_path / "scratch")

@@ -180,9 +180,7 @@ def thresholds() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("thresholds")
-@pytest.mark.parametrize(
-    "module", ["align.runner.worker", "align.export.verify_worker", "align.evaluation.lm_eval.worker"]
-)
+@pytest.mark.parametrize("module", ["align.runner.worker", "align.export.verify", "align.evaluation.lm_eval.worker"])
 def test_processes_start_with_rare_collections(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [module, str(tmp_path / "nowhere")])
     monkeypatch.delitem(sys.modules, module, raising=False)

@@ -153,7 +153,7 @@ def test_rollouts_of_training(driver, opened):
     ]  # fmt: skip
 
 
-def test_an_episode_is_a_conversation_and_its_environment_s_tokens_are_gray(driver, tmp_path):
+def test_tokens_of_the_environment_are_gray(driver, tmp_path):
     ppo = write_artifact(tmp_path, "ppo", Kind.POLICY)
     prompt = [{"role": "user", "content": "1+1?"}]
     call = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'

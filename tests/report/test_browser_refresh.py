@@ -13,7 +13,7 @@ from tests.support.report.example_run import write_artifact
 pytestmark = needs_browser
 
 
-def test_the_page_of_a_run_that_goes_on_reloads_itself_and_keeps_what_is_open(driver, tmp_path):
+def test_page_of_a_running_run_reloads_and_keeps_folds(driver, tmp_path):
     model = write_artifact(tmp_path, "model", Kind.MODEL)
     running = {"stage": "sft", "message": "runs", "status": "running"}
     page = write_report([model], None, tmp_path / "r.html", running, title="before", refresh=1)
@@ -45,7 +45,7 @@ def test_a_pause_stops_a_reload_that_is_on_its_way(driver, tmp_path):
     assert wait_for_page(driver, "after", "true")
 
 
-def test_after_a_reload_folds_that_differ_in_a_digit_are_told_apart(driver, tmp_path):
+def test_similar_folds_differ_after_a_reload(driver, tmp_path):
     stages = [write_artifact(tmp_path, name, Kind.POLICY) for name in ("dpo_1", "dpo_2")]
     running = {"stage": "evaluate", "message": "runs", "status": "running"}
     page = write_report(stages, None, tmp_path / "r.html", running, title="before", refresh=60)
@@ -57,7 +57,7 @@ def test_after_a_reload_folds_that_differ_in_a_digit_are_told_apart(driver, tmp_
     assert wait_for_page(driver, "after", f"{folds}.map((fold) => fold.open)") == [False, True]
 
 
-def test_after_a_reload_the_same_samples_have_their_further_answers_open(driver, full_run, tmp_path):
+def test_open_answers_stay_open_after_a_reload(driver, full_run, tmp_path):
     artifacts, card = full_run
     evaluate = next(artifact for artifact in artifacts if (artifact.path / "samples.jsonl").is_file())
     folder = tmp_path / "evaluate"

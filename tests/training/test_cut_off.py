@@ -14,7 +14,7 @@ from align.data.rows import read_rows, write_rows
 from align.evaluation.logprobs import heldout_losses
 from align.models.chat.render import render_answered, split_answer
 from align.models.loading import load_tokenizer
-from align.report.dataset.token_views import token_views
+from align.report.dataset.preview import token_views
 from align.rl.prompts import PtxRows
 from align.training.reward_objectives import Scale, encode_scored, encode_steps, scored_answers, stepwise_answers
 from align.training.rows import (

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.evaluation.scorecard import program_metrics
-from align.report.compare.kl_gaps import kl_gaps
 from align.report.compare.merged_scorecard import (
     SAMPLES,
     SCORECARD,
@@ -27,30 +25,23 @@ from align.report.compare.merged_scorecard import (
     read_cards,
 )
 from align.report.compare.over_seeds import SeedComparison
-from align.report.compare.overlays import MAX_RUNS, drawn_runs, overlays, pareto_front, pareto_plot, points
-from align.report.compare.run_table import Runs, cost_rows, run_table
+from align.report.compare.run_table import Runs, SweepTrials, cost_rows, run_table, sweep_section
 from align.report.compare.seed_section import seed_findings, seed_headlines, seed_section
-from align.report.compare.sweep_trials import SweepTrials, sweep_section
-from align.report.curves.curve_panels import MAX_PANELS, add_panels, curve_section
-from align.report.curves.metric_series import Events, read_events
-from align.report.page.assets import FIGURES, TABLES, AssetWriter, Figure
+from align.report.compare.trade_offs import find_trade_offs, kl_gaps
+from align.report.page.assets import FIGURES, TABLES, AssetWriter
+from align.report.page.curve_panels import MAX_PANELS, CurveSections, run_curves
+from align.report.page.metric_series import Events, read_events
 from align.report.page.number_format import interval, signed
 from align.report.page.panels import Panel
 from align.report.page.templates import load_template, page_shell, script_json
-from align.report.scorecard.conclusions import find_difference, group_findings, metric_phrase
-from align.report.scorecard.decision import Decision, decide_by_items
+from align.report.scorecard.conclusions import find_difference, group_findings
+from align.report.scorecard.decision import decide_by_items
 from align.report.scorecard.sections import evaluation_sections
 from align.store.artifacts import Artifact, Kind
 from align.store.json_files import write_text_atomically
 
-TRADE_OFF_COLUMNS = {
-    "score": "Score",
-    "system": "System",
-    "run": "Run",
-    "kl": "KL",
-    "value": "Value",
-    "best": "Best trade-off",
-}
+MAX_RUNS = 21
+"""Runs in the panels of a stage; the names of more would not fit next to the axes."""
 
 
 def write_comparison(
@@ -82,12 +73,12 @@ def write_comparison(
         run: {stage: read_events(artifact.path) for stage, artifact in artifacts.items()}
         for run, artifacts in runs.items()
     }
-    curves, readings, same_stages = _curve_sections(runs, events, assets)
+    curves, same_stages = _curve_sections(runs, events, assets)
     table = run_table(runs, evaluated, card, run_notes, assets)
     sections = evaluation_sections(merged, card, _events_by_label(runs, events), assets)
     # The trade-off figures below show the same points as the plots of score against KL.
     assets.figures[:] = [figure for figure in assets.figures if figure not in sections["drift"]]
-    trade_offs = _trade_offs(evaluated, card, assets)
+    trade_offs = find_trade_offs(evaluated, card, assets)
     gaps = kl_gaps(runs, events)
     for text in gaps:
         warn(text)
@@ -101,8 +92,8 @@ def write_comparison(
         trade_offs=[trade_off["figure"] for trade_off in trade_offs],
         kl_gaps=gaps,
         other_items=[*differing_item_counts(evaluated), *differing_prompts(evaluated)],
-        curves=curves,
-        curves_json=script_json(readings),
+        curves=curves.sections,
+        curves_json=script_json(curves.readings),
         max_runs=MAX_RUNS,
         same=same_stages,
         costs=cost_rows(runs, assets),
@@ -133,22 +124,20 @@ def _summary(
 ) -> dict[str, Any]:
     """Return the first section: the decision, boxes and findings, about runs or about settings over their seeds."""
     if seeds is not None:
-        return {
-            "decision": seeds.decision,
-            "heads": seed_headlines(seeds),
-            "findings": group_findings(seed_findings(seeds)),
-        }
+        findings = group_findings(seed_findings(seeds))
+        return {"decision": seeds.decision, "heads": seed_headlines(seeds), "findings": findings}
+    if card is None:
+        return {"decision": None, "heads": [], "findings": []}
+    subjects = [run.subject_label for run in evaluated]
     return {
-        "decision": _decision(evaluated, card),
+        "decision": decide_by_items(card, comparable_columns(evaluated, card), subjects),
         "heads": _headlines(evaluated, card),
         "findings": _findings(evaluated, card, trade_offs),
     }
 
 
-def _headlines(evaluated: Sequence[EvaluatedRun], card: Card | None) -> list[dict[str, Any]]:
+def _headlines(evaluated: Sequence[EvaluatedRun], card: Card) -> list[dict[str, Any]]:
     """Return a box for each run: the primary metric of the checkpoint that the run is about."""
-    if card is None:
-        return []
     first = evaluated[0]
     return [
         {
@@ -162,19 +151,10 @@ def _headlines(evaluated: Sequence[EvaluatedRun], card: Card | None) -> list[dic
     ]
 
 
-def _decision(evaluated: Sequence[EvaluatedRun], card: Card | None) -> Decision | None:
-    """Return the decision between the runs' checkpoints."""
-    if card is None:
-        return None
-    return decide_by_items(card, comparable_columns(evaluated, card), [run.subject_label for run in evaluated])
-
-
 def _findings(
-    evaluated: Sequence[EvaluatedRun], card: Card | None, trade_offs: Sequence[Mapping[str, Any]]
+    evaluated: Sequence[EvaluatedRun], card: Card, trade_offs: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return the comparison's findings as sentences by group; ``kind`` is a verdict or ``note``."""
-    if card is None:
-        return []
     lines = []
     first = evaluated[0]
     for run in evaluated[1:]:
@@ -184,48 +164,7 @@ def _findings(
             relation = "is not clearly different from" if unclear else f"is {row['verdict']} than"
             text = f"{run.name} {relation} {first.name}: {signed(row['value'])} (95 % interval {interval(row, True)})."
             lines.append({"kind": row["verdict"], "text": text})
-    lines += [{"kind": "note", "text": trade_off["text"]} for trade_off in trade_offs]
-    return group_findings(lines)
-
-
-def _trade_offs(evaluated: Sequence[EvaluatedRun], card: Card | None, assets: AssetWriter) -> list[dict[str, Any]]:
-    """Return figures of score against KL, each with a sentence on its front; none if KL was not measured."""
-    if card is None:
-        return []
-    run_of = {label: run.name for run in evaluated for name, label in run.labels.items() if label != name}
-    # KL is a distance from the reference; with different references the points share no axis.
-    references = {_system_key(run.card, run.card["reference"]) for run in evaluated}
-    warning = ""
-    if len(references) > 1:
-        warning = " Runs measure KL to different references, so compare it within a run only."
-    trade_offs: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
-    scores = [name for name in (*program_metrics(card["metrics"]), "reward") if name in card["metrics"]]
-    for name in scores or [card["primary"]]:
-        metric = card["metrics"].get(name)
-        candidates = points(card, name, run_of)
-        if metric is None or len(candidates) < 2:
-            continue
-        front = pareto_front(candidates, metric["better"])
-        for point in candidates:
-            values = {"kl": point.kl["value"], "value": point.score["value"], "best": point in front}
-            rows.append({"score": name, "system": point.label, "run": point.run, **values})
-        names = ", ".join(point.label for point in front)
-        caption = (
-            f"{metric['title']} against KL to {card['reference']}, one point per checkpoint with 95 % intervals. "
-            f"Ringed and joined: the checkpoints that no other beats in both.{warning}"
-        )
-        plot = pareto_plot(candidates, front, metric["title"], card["reference"])
-        figure: Figure = assets.add_figure(f"trade-off-{name}", plot, caption)
-        text = f"Best trade-offs of {metric_phrase(card, name)} and KL: {names}.{warning}"
-        trade_offs.append({"figure": figure, "text": text})
-    if rows:
-        assets.add_table("trade-offs", "Score against KL", TRADE_OFF_COLUMNS, rows)
-    return trade_offs
-
-
-def _system_key(card: Card, name: str) -> str:
-    return next((str(system["key"]) for system in card["systems"] if system["name"] == name), name)
+    return group_findings(lines + [{"kind": "note", "text": trade_off["text"]} for trade_off in trade_offs])
 
 
 def _stage_keys(runs: Runs, stage: str) -> set[str]:
@@ -245,13 +184,12 @@ def _events_by_label(runs: Runs, events: Mapping[str, Mapping[str, Events]]) -> 
 
 def _curve_sections(
     runs: Runs, events: Mapping[str, Mapping[str, Events]], assets: AssetWriter
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-    """Return panels with a line for each run, by stage; the panels' numbers; and the stages that all runs share.
+) -> tuple[CurveSections, list[str]]:
+    """Return panels with a line for each run, by stage, and the stages that all runs share.
 
     A shared stage has the same curves in every run, so it gets no panels.
     """
-    sections: list[dict[str, Any]] = []
-    readings: list[dict[str, Any]] = []
+    sections = CurveSections(assets)
     same_stages: list[str] = []
     for stage in dict.fromkeys(stage for artifacts in runs.values() for stage in artifacts):
         by_run = {run: by_stage[stage] for run, by_stage in events.items() if stage in by_stage}
@@ -260,10 +198,7 @@ def _curve_sections(
             same_stages.append(stage)
             continue
         # Choose the runs before the curves, because a metric that only undrawn runs have would get an empty panel.
-        shown_runs, undrawn = drawn_runs(by_run)
-        curves, left_out = overlays(shown_runs, MAX_PANELS)
-        if curves:
-            panels = add_panels(stage, curves, readings, assets)
-            section = curve_section(stage, panels, left_out, steps_per_point=1)
-            sections.append({**section, "undrawn_runs": undrawn})
-    return sections, readings, same_stages
+        drawn_runs = dict(list(by_run.items())[:MAX_RUNS])
+        curves, left_out = run_curves(drawn_runs, MAX_PANELS)
+        sections.add(stage, curves, left_out, undrawn_runs=list(by_run)[MAX_RUNS:])
+    return sections, same_stages

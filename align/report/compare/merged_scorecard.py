@@ -21,8 +21,7 @@ from typing import Any
 from align.evaluation.comparisons import Column, Resampling, correct_table, difference, per_item
 from align.evaluation.scorecard import FORMAT
 from align.evaluation.scorecard.scorecard_builder import DRIFT
-from align.report.scorecard.episode_view import is_episode
-from align.report.scorecard.rollout_lines import read_lines
+from align.report.scorecard.rollouts import is_episode, read_lines
 from align.report.scorecard.samples import read_samples
 from align.store.artifacts import Artifact, Kind
 
@@ -301,7 +300,6 @@ def _differences(evaluated: Sequence[EvaluatedRun], card: Card) -> list[Row]:
     pairs = [(run.subject_label, first) for run in evaluated[1:]]
     for policy in card["policies"]:
         pairs += [(policy, against) for against in (card["reference"], card["base"]) if against not in (None, policy)]
-    resampling = Resampling(int(card["settings"].get("bootstrap", 10_000)), int(card["settings"].get("seed", 0)))
     for policy, against in dict.fromkeys(pairs):
         if policy in (against, card["base"]):
             continue
@@ -309,7 +307,7 @@ def _differences(evaluated: Sequence[EvaluatedRun], card: Card) -> list[Row]:
             comparison = policy, against, metric
             if comparison in rows or metric in DRIFT:
                 continue
-            row = _comparison_row(columns, comparison, resampling)
+            row = paired_difference(columns, comparison, card)
             if row is not None:
                 rows[comparison] = row
     return list(rows.values())
@@ -336,27 +334,25 @@ def comparable_columns(evaluated: Sequence[EvaluatedRun], card: Card) -> dict[tu
     return columns
 
 
-def _comparison_row(
-    columns: Mapping[tuple[str, str], Items], comparison: tuple[str, str, str], resampling: Resampling
+def paired_difference(
+    columns: Mapping[tuple[str, str], Items], comparison: tuple[str, str, str], card: Card
 ) -> Row | None:
-    """Return a comparison's row; None without items that both systems answered."""
+    """Return a difference over the items that both systems answered; None without such items.
+
+    ``comparison`` is (system, the other system, metric); ``card`` has the settings of the resampling.
+    """
     policy, against, metric = comparison
-    first = columns.get((policy, metric))
-    second = columns.get((against, metric))
-    if first is None or second is None:
-        return None
-    row = paired_difference(first, second, resampling)
-    return None if row is None else {"policy": policy, "against": against, "metric": metric, **row}
-
-
-def paired_difference(first: Items, second: Items, resampling: Resampling) -> Row | None:
-    """Return the difference over the items that both systems answered; None without such items."""
+    first = columns.get((policy, metric), {})
+    second = columns.get((against, metric), {})
     common = [item for item in first if item in second]
     if not common:
         return None
-    left = Column([first[item] for item in common])
-    right = Column([second[item] for item in common])
-    return difference(left, right, resampling)
+    first_column = Column([first[item] for item in common])
+    second_column = Column([second[item] for item in common])
+    settings = card["settings"]
+    resampling = Resampling(int(settings.get("bootstrap", 10_000)), int(settings.get("seed", 0)))
+    row = difference(first_column, second_column, resampling)
+    return None if row is None else {"policy": policy, "against": against, "metric": metric, **row}
 
 
 # ---- samples ----------------------------------------------------------------------------------------------------

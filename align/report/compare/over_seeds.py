@@ -1,11 +1,12 @@
-"""Merge runs that differ only by seed: mean and interval over seeds, and differences between settings. Torch-free.
+"""Runs that differ only by seed: groups by setting, mean and interval over seeds, and differences between settings.
 
 The unit is a run: one number per seed. A difference between settings is paired by seed if both have the same seeds,
-else it is Welch's. P-values are corrected over the table as in a scorecard.
+else it is Welch's. P-values are corrected over the table as in a scorecard. Torch-free.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -15,13 +16,27 @@ from align.errors import UserError
 from align.evaluation.comparisons import correct_table
 from align.evaluation.statistics import seed_difference, seed_mean
 from align.report.compare.merged_scorecard import EvaluatedRun, read_cards
-from align.report.compare.run_table import Runs, result_metrics
-from align.report.compare.seed_groups import SeedGroup, group_by_seed
+from align.report.compare.run_table import Runs, differing_fields, result_metrics, setting_text, stage_settings
 from align.report.page.number_format import interval, number
 from align.report.scorecard.conclusions import metric_phrase
-from align.report.scorecard.decision import Best, Decision, checkpoints, decide
+from align.report.scorecard.decision import Decision, checkpoints, decide, find_best
+from align.store.artifacts import Artifact, Kind
 
 Row = dict[str, Any]
+
+ONLY_SETTING = "all runs"
+"""Name of the setting if there is only one."""
+MAX_LISTED_FIELDS = 6
+"""Fields that an error lists."""
+
+
+@dataclass
+class SeedGroup:
+    """The runs of one setting; ``runs`` maps a seed to the name of its run, ``settings`` are the fields that differ."""
+
+    name: str = ONLY_SETTING
+    settings: dict[str, Any] = field(default_factory=dict)
+    runs: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,29 +74,26 @@ class SeedComparison:
     @property
     def decision(self) -> Decision | None:
         """The recommended setting, or the recommended checkpoint if there is one setting."""
-        return decide(self.card, self.candidates, self._best(), f"over {self.seed_counts}")
+        return decide(self.card, self.candidates, find_best(self.card, {}, self.candidates), f"over {self.seed_counts}")
 
     def estimate(self, label: str, metric: str) -> Row | None:
         """Return mean and interval of a system's metric; None if it was not measured."""
         row: Row | None = self.card["estimates"][label].get(metric)
         return row
 
+    def system(self, label: str) -> SeedSystem:
+        """Return the system called ``label``."""
+        return next(system for system in self.systems if system.label == label)
+
     def as_rows(self) -> list[Row]:
         """Return each candidate's numbers in the primary metric, JSON-able."""
         primary = self.card["primary"]
-        by_label = {system.label: system for system in self.systems}
-        return [
-            {
-                "setting": by_label[label].group.name,
-                "system": by_label[label].name,
-                "settings": by_label[label].group.settings,
-                "metric": primary,
-                "runs": by_label[label].group.runs,
-                "by_seed": by_label[label].values.get(primary, {}),
-                **(self.estimate(label, primary) or {}),
-            }
-            for label in self.candidates
-        ]
+        rows = []
+        for system in map(self.system, self.candidates):
+            setting = {"setting": system.group.name, "system": system.name, "settings": system.group.settings}
+            values = {"metric": primary, "runs": system.group.runs, "by_seed": system.values.get(primary, {})}
+            rows.append({**setting, **values, **(self.estimate(system.label, primary) or {})})
+        return rows
 
     def as_lines(self) -> list[str]:
         """Return each candidate's numbers in the primary metric as a line of text."""
@@ -93,36 +105,6 @@ class SeedComparison:
             lines.append(f"{label}: {title} {number(row.get('value'))}{bounds}; by seed {seeds}")
         return lines
 
-    def _best(self) -> Best:
-        """Return the candidate with the best mean, and the difference of every other one to it."""
-        primary = self.card["primary"]
-        better = self.card["metrics"][primary]["better"]
-        measured = {label: row["value"] for label in self.candidates if (row := self.estimate(label, primary))}
-        if better is None or not measured:
-            return Best(None, {})
-        sign = -1 if better == "lower" else 1
-        best = max(measured, key=lambda label: sign * measured[label])
-        differences = {}
-        for row in self.card["differences"]:
-            if row["metric"] != primary or best not in (row["policy"], row["against"]):
-                continue
-            is_turned = row["policy"] == best
-            label = row["against"] if is_turned else row["policy"]
-            if label in measured:
-                differences[label] = turn(row) if is_turned else row
-        return Best(best, differences)
-
-
-TURNED_VERDICTS = {"better": "worse", "worse": "better", "higher": "lower", "lower": "higher", "unclear": "unclear"}
-
-
-def turn(row: Mapping[str, Any]) -> Row:
-    """Return a difference from the other side."""
-    low = None if row["high"] is None else -row["high"]
-    high = None if row["low"] is None else -row["low"]
-    sides = {"policy": row["against"], "against": row["policy"], "value": -row["value"]}
-    return {**row, **sides, "low": low, "high": high, "verdict": TURNED_VERDICTS[row["verdict"]]}
-
 
 def compare_over_seeds(runs: Runs) -> SeedComparison:
     """Return the runs by setting, with means, intervals and differences over their seeds.
@@ -133,7 +115,7 @@ def compare_over_seeds(runs: Runs) -> SeedComparison:
     evaluated, problems = read_cards(runs)
     if problems:
         listed = "; ".join(f"{run}: {problem}" for run, problem in problems.items())
-        raise UserError(f"{listed}. Over seeds, every run needs its numbers: run its evaluation, or leave it out.")
+        raise UserError(f"{listed}. Over seeds, every run needs its numbers: run its evaluation, or omit the run.")
     by_run = {run.name: run for run in evaluated}
     first = evaluated[0].card
     metrics = [name for name in result_metrics(first) if all(name in run.card["metrics"] for run in evaluated)]
@@ -213,8 +195,82 @@ def _differences(
     # A pair of candidates may also be a subject and its reference.
     for policy, against in {frozenset(pair): pair for pair in pairs}.values():
         for metric in metrics:
-            first, second = by_label[policy].values[metric], by_label[against].values[metric]
-            difference = seed_difference(first, second)
+            difference = seed_difference(by_label[policy].values[metric], by_label[against].values[metric])
             if difference is not None:
                 rows.append({"policy": policy, "against": against, "metric": metric, **difference.as_dict()})
     return rows
+
+
+# ---- groups -------------------------------------------------------------------------------------------------------
+
+
+def group_by_seed(runs: Runs) -> list[SeedGroup]:
+    """Return the runs by setting, in the order of each setting's first run.
+
+    Raises ``UserError`` if no two runs differ only by their seed, or if two have the same setting and seed.
+    """
+    settings = {run: _run_settings(artifacts) for run, artifacts in runs.items()}
+    seeds = _varying_seeds(runs)
+    groups: dict[str, SeedGroup] = {}
+    for run, fields in settings.items():
+        group = groups.setdefault(json.dumps(fields, sort_keys=True, default=str), SeedGroup())
+        if seeds[run] in group.runs:
+            raise UserError(
+                f"{run} and {group.runs[seeds[run]]} have the same settings and the same seed ({seeds[run]}), so they "
+                "are one run; name it once, or run it with another seed: `align run FILE --set seed=1 --set name=…`."
+            )
+        group.runs[seeds[run]] = run
+    differing = differing_fields(settings[next(iter(group.runs.values()))] for group in groups.values())
+    if all(len(group.runs) < 2 for group in groups.values()):
+        listed = ", ".join(differing[:MAX_LISTED_FIELDS])
+        if len(differing) > MAX_LISTED_FIELDS:
+            listed += f" and {len(differing) - MAX_LISTED_FIELDS} more fields"
+        raise UserError(
+            f"no two of these runs differ only by their seed; they also differ in {listed}. Omit `--over seed`, or run "
+            "each setting with several seeds: `align run FILE --set seed=1 --set name=…`."
+        )
+    for group in groups.values():
+        fields = settings[next(iter(group.runs.values()))]
+        group.settings = {name: fields.get(name) for name in differing}
+        if differing:
+            group.name = _setting_name(group.settings)
+    return list(groups.values())
+
+
+def _run_settings(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Return all settings of a run, ``stage.field`` → value, without its seeds."""
+    settings = {}
+    for stage, artifact in artifacts.items():
+        if artifact.kind != Kind.REPORT:
+            for name, value in stage_settings(artifact.record, with_seed=False).items():
+                settings[f"{stage}.{name}"] = value
+    return settings
+
+
+def _varying_seeds(runs: Runs) -> dict[str, str]:
+    """Return the seed of every run, as text: ``3``, or ``ppo=3, sft=1`` if its stages have different seeds.
+
+    A stage with the same seed in all runs is skipped: it ran once, and the runs share it.
+    """
+    by_stage: dict[str, dict[str, Any]] = {}
+    for run, artifacts in runs.items():
+        for stage, artifact in artifacts.items():
+            by_stage.setdefault(stage, {})[run] = artifact.record.get("seed")
+    varying = {stage: seeds for stage, seeds in by_stage.items() if len(set(seeds.values())) > 1}
+    texts = {}
+    for run in runs:
+        seeds = {stage: by_run[run] for stage, by_run in varying.items() if run in by_run}
+        if len(set(seeds.values())) == 1:
+            texts[run] = str(next(iter(seeds.values())))
+        else:
+            texts[run] = ", ".join(f"{stage}={seed}" for stage, seed in seeds.items()) or "the same"
+    return texts
+
+
+def _setting_name(settings: Mapping[str, Any]) -> str:
+    """Return a setting's name, ``kl_coef=0.05, learning_rate=1e-05``; a stage only if the field is ambiguous."""
+    short = [name.partition(".")[2] for name in settings]
+    return ", ".join(
+        f"{name if short.count(last) > 1 else last}={setting_text(value)}"
+        for (name, value), last in zip(settings.items(), short, strict=True)
+    )

@@ -1,15 +1,28 @@
-"""Differences between runs: changed settings, results and costs, one row for each run. Torch-free."""
+"""Tables of runs: changed settings, results and costs of each run, and the trials of a sweep. Torch-free."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from markupsafe import Markup
+
+from align.errors import printable
 from align.evaluation.scorecard import program_metrics
 from align.report.compare.merged_scorecard import Card, EvaluatedRun
-from align.report.page.assets import AssetWriter, estimate_cells, estimate_columns
-from align.report.page.number_format import MARKS, MISSING, WORDS, duration, interval, number, signed, size
+from align.report.page.assets import AssetWriter, Figure, estimate_cells, estimate_columns
+from align.report.page.number_format import (
+    MISSING,
+    difference_text,
+    duration,
+    estimate_text,
+    shorten,
+    size,
+    with_minus_signs,
+)
+from align.report.page.panels import INK, Panel, legend_name, styled
 from align.report.run.stage_costs import endpoint_cost
 from align.report.scorecard.conclusions import find_difference
 from align.store.artifacts import Artifact, Kind
@@ -22,17 +35,9 @@ MAX_VALUE_LENGTH = 60
 DIGEST_LENGTH = 12
 RESULTS = ("reward", "kl", "length", "finished", "heldout_loss")
 """Metrics of the prompt set that are results if they were measured, in addition to the metrics of programs."""
-COST_COLUMNS = {
-    "run": "Run",
-    "stage": "Stage",
-    "kind": "Kind",
-    "seconds": "Seconds",
-    "peak_memory_bytes": "Peak memory, bytes",
-    "tokens": "Tokens",
-    "cost": "Cost",
-    "shared": "Shared with another run",
-    "key": "Key",
-}
+MAX_FIGURES = 12
+LOG_SCALE_RATIO = 30.0
+"""Ratio of the largest to the smallest value from which an axis is logarithmic."""
 
 
 def changed_fields(runs: Runs) -> dict[str, dict[str, Any]]:
@@ -62,12 +67,21 @@ def changed_fields(runs: Runs) -> dict[str, dict[str, Any]]:
             run: stage_settings(artifacts[stage].record, with_seed=not has_single_seeds)
             for run, artifacts in runs.items()
         }
-        for field in dict.fromkeys(name for fields in settings.values() for name in fields):
-            values = {run: fields.get(field) for run, fields in settings.items()}
-            # JSON makes lists and blocks comparable, and equal whatever the order of keys.
-            if len({json.dumps(value, sort_keys=True, default=str) for value in values.values()}) > 1:
-                changed[f"{stage}.{field}"] = values
+        for name in differing_fields(settings.values()):
+            changed[f"{stage}.{name}"] = {run: fields.get(name) for run, fields in settings.items()}
     return changed
+
+
+def differing_fields(settings: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the fields that are not the same in all ``settings``; a field that some lack is None there."""
+    settings = list(settings)
+    differing = []
+    for name in dict.fromkeys(name for fields in settings for name in fields):
+        # JSON makes lists and blocks comparable, and equal whatever the order of keys.
+        values = {json.dumps(fields.get(name), sort_keys=True, default=str) for fields in settings}
+        if len(values) > 1:
+            differing.append(name)
+    return differing
 
 
 def stage_settings(record: Mapping[str, Any], with_seed: bool) -> dict[str, Any]:
@@ -117,90 +131,42 @@ def run_table(
     table: list[dict[str, Any]] = []
     for name, artifacts in runs.items():
         run = by_run.get(name)
-        settings, results = _settings_columns(changed, name), _result_columns(card, run, metrics)
-        table.append(
-            {"run": name, "note": notes.get(name, ""), "seconds": _total_seconds(artifacts), **settings, **results}
-        )
-        rows.append(
-            {
-                "run": name,
-                "note": notes.get(name, ""),
-                "subject": "" if run is None else run.subject,
-                "values": [setting_text(values[name]) for values in changed.values()],
-                "cells": [_result_cell(card, evaluated, run, metric) for metric in metrics],
-                "seconds": duration(_total_seconds(artifacts)),
-            }
-        )
-    assets.add_table("runs", "Runs: changed settings and results", _table_columns(changed, metrics), table)
-    return {
-        "fields": list(changed),
-        "metrics": [{"name": name, **card["metrics"][name]} for name in metrics] if card is not None else [],
-        "rows": rows,
-    }
+        estimates = {} if run is None or card is None else card["estimates"][run.subject_label]
+        seconds = sum(float(artifact.record.get("seconds") or 0) for artifact in artifacts.values())
+        about = {"run": name, "note": notes.get(name, "")}
+        line = {**about, "system": "" if run is None else run.subject, "seconds": seconds}
+        for field_name, values in changed.items():
+            value = values[name]
+            is_scalar = isinstance(value, (int, float, str)) or value is None
+            line[f"set {field_name}"] = value if is_scalar else json.dumps(value)
+        for metric in metrics:
+            line |= estimate_cells(metric, estimates.get(metric))
+        table.append(line)
+        texts = [setting_text(values[name]) for values in changed.values()]
+        cells = [_result_cell(card, evaluated[0], run, metric) for metric in metrics]
+        subject = "" if run is None else run.subject
+        rows.append({**about, "subject": subject, "values": texts, "cells": cells, "seconds": duration(seconds)})
+    columns = {f"set {name}": name for name in changed} | {"system": "System"} | estimate_columns(metrics)
+    assets.add_table("runs", table, columns)
+    descriptions = [{"name": name, **card["metrics"][name]} for name in metrics] if card is not None else []
+    return {"fields": list(changed), "metrics": descriptions, "rows": rows}
 
 
 def setting_text(value: Any) -> str:
+    """Return a setting's value for a table, shortened to :data:`MAX_VALUE_LENGTH` characters."""
     if value is None:
         return MISSING
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[: MAX_VALUE_LENGTH - 1]}…"
+    return shorten(text, MAX_VALUE_LENGTH)
 
 
-def _result_cell(
-    card: Card | None, evaluated: Sequence[EvaluatedRun], run: EvaluatedRun | None, metric: str
-) -> dict[str, Any]:
+def _result_cell(card: Card | None, first: EvaluatedRun, run: EvaluatedRun | None, metric: str) -> dict[str, Any]:
     """Return the metric of the checkpoint that the run is about, and its difference to the first run's metric."""
-    empty = {"value": MISSING, "interval": "", "change": None}
-    if card is None or run is None:
-        return empty
-    label = run.subject_label
-    first = evaluated[0].subject_label
-    estimate = card["estimates"][label].get(metric)
-    if estimate is None or estimate["value"] is None:
-        return empty
-    row = find_difference(card, label, first, metric) if label != first else None
-    change = None
-    if row is not None:
-        change = {
-            "verdict": row["verdict"],
-            "mark": MARKS[row["verdict"]],
-            "words": WORDS[row["verdict"]],
-            "change": signed(row["value"]),
-            "interval": interval(row, True),
-        }
-    return {"value": number(estimate["value"]), "interval": interval(estimate), "change": change}
-
-
-def _total_seconds(artifacts: Mapping[str, Artifact]) -> float:
-    return sum(float(artifact.record.get("seconds") or 0) for artifact in artifacts.values())
-
-
-def _table_columns(changed: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, str]:
-    """Return the columns of the table next to the page: settings, and each metric with its interval."""
-    columns = {"run": "Run", "note": "State", **{f"set {field}": field for field in changed}, "system": "System"}
-    for metric in metrics:
-        columns |= estimate_columns(metric, metric)
-    return columns | {"seconds": "Seconds"}
-
-
-def _settings_columns(changed: Mapping[str, Mapping[str, Any]], run: str) -> dict[str, Any]:
-    """Return the changed settings of a run with their full values."""
-    row = {}
-    for field, values in changed.items():
-        value = values[run]
-        is_plain = isinstance(value, (int, float, str)) or value is None
-        row[f"set {field}"] = value if is_plain else json.dumps(value)
-    return row
-
-
-def _result_columns(card: Card | None, run: EvaluatedRun | None, metrics: Sequence[str]) -> dict[str, Any]:
-    """Return the unrounded metrics of the checkpoint that the run is about; empty for a run without a scorecard."""
-    if card is None or run is None:
-        return {}
-    row: dict[str, Any] = {"system": run.subject}
-    for metric in metrics:
-        row |= estimate_cells(metric, card["estimates"][run.subject_label].get(metric))
-    return row
+    estimate = None if card is None or run is None else card["estimates"][run.subject_label].get(metric)
+    if card is None or run is None or estimate is None or estimate["value"] is None:
+        return {**estimate_text(None), "change": None}
+    row = find_difference(card, run.subject_label, first.subject_label, metric)
+    return {**estimate_text(estimate), "change": None if row is None else difference_text(row)}
 
 
 def cost_rows(runs: Runs, assets: AssetWriter) -> list[dict[str, Any]]:
@@ -221,15 +187,115 @@ def cost_rows(runs: Runs, assets: AssetWriter) -> list[dict[str, Any]]:
             record = artifacts[stage].record
             # Runs share a stage if they have the same key: it ran once and was reused.
             is_shared = keys.count(record.get("key")) > 1
-            cells.append(
-                {
-                    "time": duration(record.get("seconds")),
-                    "memory": size(record.get("peak_memory_bytes")),
-                    "shared": is_shared,
-                }
-            )
-            row = {name: record.get(name) for name in COST_COLUMNS}
-            table.append({**row, "run": run, "stage": stage, "shared": is_shared, "cost": endpoint_cost(record)})
+            memory = size(record.get("peak_memory_bytes"))
+            cells.append({"time": duration(record.get("seconds")), "memory": memory, "shared": is_shared})
+            table.append({**record, "run": run, "stage": stage, "shared": is_shared, "cost": endpoint_cost(record)})
         rows.append({"stage": stage, "cells": cells})
-    assets.add_table("costs", "Cost of every stage of every run", COST_COLUMNS, table)
+    assets.add_table("costs", table)
     return rows
+
+
+# ---- trials of a sweep --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SweepTrials:
+    """A sweep's trials as plain data, in the order shown.
+
+    Each row has ``number``, ``run``, ``state``, ``best``, ``draw`` (setting → value), ``values`` and ``intervals`` (by
+    objective), ``seconds`` and ``note``.
+    """
+
+    dimensions: Sequence[str]
+    objectives: Sequence[Mapping[str, Any]]
+    """Each with ``name`` and ``better`` (``higher`` or ``lower``)."""
+    rows: Sequence[Mapping[str, Any]]
+    sentences: Sequence[str] = field(default_factory=list)
+
+
+def sweep_section(trials: SweepTrials | None, assets: AssetWriter) -> dict[str, Any] | None:
+    """Return the page's section about a sweep; its table is added to the files next to the page."""
+    if trials is None:
+        return None
+    objectives = [str(objective["name"]) for objective in trials.objectives]
+    table = []
+    for row in trials.rows:
+        line = {**row, **{f"set {name}": value for name, value in row["draw"].items()}}
+        for name in objectives:
+            line |= estimate_cells(name, _estimate(row, name))
+        table.append(line)
+    assets.add_table(
+        "trials", table, {f"set {name}": name for name in trials.dimensions} | estimate_columns(objectives)
+    )
+    return {
+        "dimensions": trials.dimensions,
+        "objectives": trials.objectives,
+        "has_ties": sum(bool(row["best"]) for row in trials.rows) > 1,
+        "rows": [_trial_row(row, trials) for row in trials.rows],
+        "sentences": [with_minus_signs(sentence) for sentence in trials.sentences],
+        "figures": _trial_figures(trials, assets),
+    }
+
+
+def _estimate(row: Mapping[str, Any], objective: str) -> dict[str, Any]:
+    low, high = row["intervals"].get(objective) or (None, None)
+    return {"value": row["values"].get(objective), "low": low, "high": high}
+
+
+def _trial_row(row: Mapping[str, Any], trials: SweepTrials) -> dict[str, Any]:
+    """Return a trial with its numbers as text."""
+    cells = []
+    for objective in trials.objectives:
+        estimate = _estimate(row, objective["name"])
+        cell = estimate_text(estimate)
+        if estimate["low"] is None or estimate["high"] is None:
+            cell["interval"] = ""
+        cells.append(cell)
+    settings = []
+    for name in trials.dimensions:
+        value = row["draw"].get(name)
+        settings.append(with_minus_signs(f"{value:g}") if isinstance(value, float) else setting_text(value))
+    return {**row, "draw": settings, "cells": cells, "seconds": duration(row["seconds"])}
+
+
+def _trial_figures(trials: SweepTrials, assets: AssetWriter) -> list[Figure]:
+    """Return each objective against each setting that varies, one point per finished trial."""
+    figures: list[Figure] = []
+    for objective in trials.objectives:
+        title = str(objective["name"])
+        for name in trials.dimensions:
+            rows = [row for row in trials.rows if row["values"] and name in row["draw"]]
+            # A setting with one value in all finished trials has no visible effect on the objective.
+            is_varied = len({str(row["draw"][name]) for row in rows}) > 1
+            if not is_varied or len(figures) >= MAX_FIGURES:
+                continue
+            caption = f"{title} ({objective['better']} is better) against {name}, one point per trial"
+            figures.append(assets.add_figure(f"sweep-{title}-{name}", _trial_plot(rows, title, name), caption))
+    return figures
+
+
+@styled
+def _trial_plot(rows: Sequence[Mapping[str, Any]], objective: str, name: str) -> Markup:
+    """Draw an objective against one setting with 95 % intervals; rings mark trials that no other beats."""
+    panel = Panel(3.9, 2.6)
+    axes = panel.axes
+    settings = [row["draw"][name] for row in rows]
+    # Settings that are not all numbers get one position each, in the order of their first trial.
+    is_numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in settings)
+    labels = list(dict.fromkeys(str(value) for value in settings))
+    positions = [float(value) if is_numeric else float(labels.index(str(value))) for value in settings]
+    ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "markeredgecolor": INK, "linestyle": "none"}
+    for position, row in zip(positions, rows, strict=True):
+        estimate = _estimate(row, objective)
+        panel.add_point(position, estimate, markersize=5, linewidth=0.9)
+        if row["best"]:
+            axes.plot(position, estimate["value"], **ring)
+    if not is_numeric:
+        axes.set_xticks(range(len(labels)), [legend_name(label) for label in labels], fontsize=7.5)
+        axes.set_xlim(-0.5, len(labels) - 0.5)
+    elif min(positions) > 0 and max(positions) / min(positions) >= LOG_SCALE_RATIO:
+        # Learning rates and the like are searched over orders of magnitude.
+        axes.set_xscale("log")
+    axes.set_xlabel(printable(name))
+    axes.set_ylabel(printable(objective))
+    return panel.svg(f"{objective} against {name}, {len(rows)} trials")

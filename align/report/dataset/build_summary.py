@@ -6,13 +6,11 @@ It reads the rows once and the dropped rows twice, a batch at a time. Its memory
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import json
 import zlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from markupsafe import Markup
 
 from align.data.builds.build_files import SPLITS, batches, row_of_batch
 from align.data.rows import Row
+from align.report.page.panels import COLORS, LINES, Panel, legend_name, nth, styled
 
 MAX_SOURCES = 24
 """Sources with samples on the page, the largest first."""
@@ -35,8 +35,8 @@ EDGES = np.unique(np.round(2.0 ** (np.arange(0, 4 * 22 + 1) / 4)).astype(np.int6
 """Bins of lengths in characters, four to a doubling, up to four million."""
 ANSWERS = ("completion", "chosen", "rejected")
 INSTEAD = '"instead"'
-_SERIAL_NUMBERS = itertools.count()
-"""Breaks ties between samples in a heap, which would otherwise compare their rows."""
+_Sample = tuple[tuple[int, str], str, Row]
+"""A row with its rank (checksum, id) and its split."""
 
 
 @dataclass
@@ -91,43 +91,36 @@ def summarize(folder: Path) -> BuildSummary:
     for cluster in clusters:
         clusters_by_id[cluster.instead.get("id", "")].append(cluster)
     lengths: dict[str, Lengths] = defaultdict(Lengths)
-    heaps: dict[str, list[tuple[int, str, int, str, Row]]] = defaultdict(list)
+    samples_of: dict[str, list[_Sample]] = defaultdict(list)
     for split in SPLITS:
         for batch in batches(folder, split):
             sources = batch.column("source").to_pylist()
             ids = batch.column("id").to_pylist()
             _count_lengths(batch, split, sources, lengths)
-            _draw_samples(batch, split, sources, ids, heaps)
+            _draw_samples(batch, split, sources, ids, samples_of)
             for index, row_id in enumerate(ids) if clusters else ():
                 for cluster in clusters_by_id.get(row_id, ()):
                     cluster.kept = cluster.kept or row_of_batch(batch, index)
-    largest = sorted(heaps, key=lambda name: (-lengths[name].total, name))[:MAX_SOURCES]
-    samples = {name: _in_order(heaps[name]) for name in largest}
+    largest = sorted(samples_of, key=lambda name: (-lengths[name].total, name))[:MAX_SOURCES]
+    samples = {name: [(split, row) for _, split, row in samples_of[name]] for name in largest}
     return BuildSummary(dict(lengths), samples, clusters, duplicates)
 
 
-def _draw_samples(batch: pa.RecordBatch, split: str, sources: list[str], ids: list[str], heaps: dict[str, Any]) -> None:
-    """Keep in each source's heap the rows whose ids have the lowest checksums.
+def _draw_samples(
+    batch: pa.RecordBatch, split: str, sources: list[str], ids: list[str], samples_of: dict[str, list[_Sample]]
+) -> None:
+    """Keep for each source the rows whose ids have the lowest checksums, in order.
 
-    A checksum is as good as a random draw. It depends only on the id, not on the order of rows or on a seed.
+    A checksum is as good as a random draw. It depends only on the id, not on the order of rows or on a seed, so the
+    page shows the same rows after every build.
     """
     for index, (source, row_id) in enumerate(zip(sources, ids, strict=True)):
-        # A checksum instead of a random draw: the page shows the same rows after every build.
-        priority = -zlib.crc32(str(row_id).encode())  # the heap's first entry has the highest checksum
-        heap = heaps[source]
-        is_full = len(heap) == SAMPLES_PER_SOURCE
-        if is_full and priority <= heap[0][0]:
-            continue
-        entry = (priority, str(row_id), next(_SERIAL_NUMBERS), split, row_of_batch(batch, index))
-        if is_full:
-            heapq.heapreplace(heap, entry)
-        else:
-            heapq.heappush(heap, entry)
-
-
-def _in_order(heap: list[tuple[int, str, int, str, Row]]) -> list[tuple[str, Row]]:
-    """Return a heap's samples as (split, row), lowest checksum first."""
-    return [(split, row) for _, _, _, split, row in sorted(heap, key=lambda entry: (-entry[0], entry[1]))]
+        rank = (zlib.crc32(str(row_id).encode()), str(row_id))
+        samples = samples_of[source]
+        if len(samples) < SAMPLES_PER_SOURCE or rank < samples[-1][0]:
+            samples.append((rank, split, row_of_batch(batch, index)))
+            samples.sort(key=lambda sample: sample[0])
+            del samples[SAMPLES_PER_SOURCE:]
 
 
 def _count_lengths(batch: pa.RecordBatch, split: str, sources: list[str], lengths: dict[str, Lengths]) -> None:
@@ -201,15 +194,11 @@ def _dropped_duplicates(folder: Path) -> Iterator[tuple[dict[str, str], dict[str
         duplicates = batch.filter(pc.match_substring(batch.column("detail"), INSTEAD))
         for line in duplicates.to_pylist():
             instead = _parse(line["detail"]).get("instead")
+            # Steps write the id and the place of a row, or only the id.
+            if instead and not isinstance(instead, dict):
+                instead = {"id": instead}
             if instead:
-                yield _row_reference(instead), line
-
-
-def _row_reference(instead: Any) -> dict[str, str]:
-    """Return the id and the place of a row; steps write both, or only the id."""
-    if isinstance(instead, dict):
-        return {"id": str(instead.get("id", "")), "where": str(instead.get("where", ""))}
-    return {"id": str(instead), "where": ""}
+                yield {name: str(instead.get(name, "")) for name in ("id", "where")}, line
 
 
 def _hash(instead: dict[str, str]) -> int:
@@ -233,3 +222,116 @@ def quantile(counts: Iterable[int], share: float) -> int:
     if numbers.sum() == 0:
         return 0
     return int(EDGES[np.searchsorted(np.cumsum(numbers), share * numbers.sum())])
+
+
+MAX_LABEL_LENGTH = 28
+MAX_OUTLINES = 6
+"""Maximum number of sources with a separate outline; the others are merged."""
+CAPTIONS = {"completion": ("answer", "Answers."), "chosen": ("answer", "Chosen answers."), "text": ("text", "Texts.")}
+"""Side → the subject of its axis, and the caption of its plot."""
+
+
+def length_plots(lengths: Mapping[str, Lengths]) -> list[tuple[Markup, str]]:
+    """Return each plot with its caption; plain texts have none of prompts and turns."""
+    groups = merge_small_sources(lengths)
+    total = _sum(groups.values())
+    has_prompts = bool(total.prompt.any())
+    plots = []
+    if has_prompts:
+        prompts = {name: group.prompt for name, group in groups.items()}
+        plots.append((plot_lengths(prompts, "prompt"), "Prompts, all turns together."))
+    for side, (subject, caption) in CAPTIONS.items():
+        counts = {name: group.answers[side] for name, group in groups.items() if side in group.answers}
+        if counts:
+            plots.append((plot_lengths(counts, subject), caption))
+    if "chosen" in total.answers and "rejected" in total.answers:
+        pair = {side: total.answers[side] for side in ("chosen", "rejected")}
+        caption = "Both sides of all pairs: a model can learn that longer is better."
+        plots.append((plot_lengths(pair, "answer"), caption))
+    if has_prompts:
+        plots.append((plot_turns(groups), "Messages in the prompt; 1 is a single question."))
+    return plots
+
+
+def merge_small_sources(lengths: Mapping[str, Lengths]) -> dict[str, Lengths]:
+    """Return the largest sources, and all others as one."""
+    # Sort by size, then by name, so the same build always gets the same colors.
+    order = sorted(lengths, key=lambda name: (-lengths[name].total, name))
+    # One source more than the limit is drawn as itself, because "1 others" would not save an outline.
+    if len(order) <= MAX_OUTLINES + 1:
+        return {name: lengths[name] for name in order}
+    rest = order[MAX_OUTLINES:]
+    largest = {name: lengths[name] for name in order[:MAX_OUTLINES]}
+    return largest | {f"{len(rest)} others": _sum(lengths[name] for name in rest)}
+
+
+def _sum(parts: Iterable[Lengths]) -> Lengths:
+    total = Lengths()
+    for part in parts:
+        total.prompt = total.prompt + part.prompt
+        total.turns = total.turns + part.turns
+        total.rows.update(part.rows)
+        for side, counts in part.answers.items():
+            total.answers[side] = total.answers.get(side, 0) + counts
+    return total
+
+
+@styled
+def plot_lengths(counts: Mapping[str, np.ndarray], subject: str) -> Markup:
+    """Draw the share of rows by length in characters on a logarithmic axis, with an outline for each name.
+
+    ``subject`` says what is measured: a prompt, an answer or a text.
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    panel = Panel()
+    # Only bins with rows are drawn, of the millions of characters that the bins cover.
+    used = np.flatnonzero(sum(counts.values(), np.zeros(len(EDGES), np.int64)))
+    first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 1)
+    # The axis ends one empty bin beyond the shortest and the longest row.
+    edges = np.r_[EDGES, EDGES[-1] * 2][max(0, first - 1) : last + 3]
+    for index, (name, numbers) in enumerate(counts.items()):
+        if numbers.sum():
+            part = numbers[max(0, first - 1) : last + 2]
+            panel.axes.stairs(
+                part / numbers.sum(),
+                edges[: len(part) + 1],
+                color=nth(COLORS, index),
+                linestyle=nth(LINES, index),
+                linewidth=1.5,
+                label=legend_name(name, MAX_LABEL_LENGTH),
+            )
+    panel.axes.set_xscale("log", base=2)
+    panel.axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    panel.axes.set_xlabel(f"characters of the {subject}")
+    panel.axes.set_ylabel("share of rows")
+    if len(counts) > 1:
+        panel.figure.legend(loc="outside upper center", ncols=2)
+    return panel.svg(f"Lengths of the {subject} in characters, by {', '.join(counts)}")
+
+
+@styled
+def plot_turns(groups: Mapping[str, Lengths]) -> Markup:
+    """Draw the share of rows by messages in the prompt."""
+    panel = Panel()
+    used = np.flatnonzero(_sum(groups.values()).turns)
+    longest = int(used[-1]) if len(used) else 1
+    width = 0.8 / max(1, len(groups))
+    for index, (name, group) in enumerate(groups.items()):
+        # The bars of a count of messages are side by side, centered on it.
+        positions = np.arange(longest + 1) + (index - (len(groups) - 1) / 2) * width
+        panel.axes.bar(
+            positions[1:],
+            group.turns[1 : longest + 1] / max(1, group.total),
+            width,
+            color=nth(COLORS, index),
+            label=legend_name(name, MAX_LABEL_LENGTH),
+        )
+    ticks: Sequence[int] = range(1, longest + 1) if longest <= 10 else range(1, longest + 1, 3)
+    panel.axes.set_xticks(list(ticks), [f"{tick}+" if tick == MAX_TURNS else str(tick) for tick in ticks])
+    panel.axes.set_xlabel("messages in the prompt")
+    panel.axes.set_ylabel("share of rows")
+    panel.axes.grid(axis="x", visible=False)
+    if len(groups) > 1:
+        panel.figure.legend(loc="outside upper center", ncols=2)
+    return panel.svg(f"Messages in prompts, by {', '.join(groups)}")

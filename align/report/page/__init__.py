@@ -1,1 +1,1 @@
-"""Parts that every page is built from: templates, escaping, panels, number formats and the files next to a page."""
+"""Parts that every page is built from: templates, escaping, panels, curves, number formats, files next to a page."""

@@ -9,11 +9,12 @@ are. Hidden characters are spelled out in both. Torch-free.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ FIGURES, TABLES, INDEX = "figures", "tables", "index.json"
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 """Beginnings of a cell that Excel, LibreOffice or Google Sheets may read as a formula."""
 MAX_NAME_LENGTH = 80
+TABLE_FILE = Path(__file__).with_name("tables.json")
+"""Title and columns (name → heading) of each table."""
+MORE_COLUMNS = "..."
+"""Place in ``TABLE_FILE`` of the columns that depend on the run, such as its metrics."""
 
 
 @dataclass(frozen=True)
@@ -63,40 +68,47 @@ class AssetWriter:
         self.figures.append(figure)
         return figure
 
-    def add_table(self, name: str, title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Table:
-        """Add a table under a unique file name and return it."""
-        names = {table.name for table in self.tables}
-        table = Table(unique_name(file_name(name), names), title, columns, rows)
-        self.tables.append(table)
-        return table
+    def add_table(
+        self, name: str, rows: Sequence[Mapping[str, Any]], more_columns: Mapping[str, str] | None = None
+    ) -> None:
+        """Add a table of :data:`TABLE_FILE`; ``more_columns`` are the columns that depend on the run."""
+        table = _table_descriptions()[name]
+        columns: dict[str, str] = {}
+        for column, heading in table["columns"].items():
+            columns |= (more_columns or {}) if column == MORE_COLUMNS else {column: heading}
+        self.tables.append(Table(name, table["title"], columns, rows))
 
     def write(self, folder: Path) -> None:
         """Write all figures and tables below ``folder``.
 
         Files that an earlier page wrote (by its index) and this page lacks are deleted.
         """
-        drawings = {f"{figure.name}.svg": standalone(figure.svg) for figure in self.figures}
-        captions = {f"{figure.name}.svg": figure.caption for figure in self.figures}
-        _replace_files(folder / FIGURES, drawings, captions)
-        texts: dict[str, str] = {}
-        titles: dict[str, str] = {}
+        drawings = {f"{figure.name}.svg": (standalone(figure.svg), figure.caption) for figure in self.figures}
+        _replace_files(folder / FIGURES, drawings)
+        texts: dict[str, tuple[str, str]] = {}
         for table in self.tables:
-            texts[f"{table.name}.csv"] = as_csv(table)
-            texts[f"{table.name}.json"] = as_json(table)
-            titles[f"{table.name}.csv"] = table.title
-            titles[f"{table.name}.json"] = table.title
-        _replace_files(folder / TABLES, texts, titles)
+            texts[f"{table.name}.csv"] = as_csv(table), table.title
+            texts[f"{table.name}.json"] = as_json(table), table.title
+        _replace_files(folder / TABLES, texts)
 
 
-def estimate_columns(name: str, title: str) -> dict[str, str]:
-    """Return the columns of a metric and of its interval's bounds."""
-    return {name: title, f"{name} low": f"{title} 95 % low", f"{name} high": f"{title} 95 % high"}
+@functools.cache
+def _table_descriptions() -> Any:
+    return json.loads(TABLE_FILE.read_text(encoding="utf-8"))
+
+
+def estimate_columns(names: Iterable[str]) -> dict[str, str]:
+    """Return the columns of metrics and of their intervals' bounds."""
+    columns: dict[str, str] = {}
+    for name in names:
+        columns |= {name: name, f"{name} low": f"{name} 95 % low", f"{name} high": f"{name} 95 % high"}
+    return columns
 
 
 def estimate_cells(name: str, estimate: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a row's cells under ``estimate_columns``; empty ones without an estimate."""
-    known = estimate or {}
-    return {name: known.get("value"), f"{name} low": known.get("low"), f"{name} high": known.get("high")}
+    bounds = estimate or {}
+    return {name: bounds.get("value"), f"{name} low": bounds.get("low"), f"{name} high": bounds.get("high")}
 
 
 def as_csv(table: Table) -> str:
@@ -153,8 +165,8 @@ def _json_value(value: Any) -> Any:
     return printable(str(value))
 
 
-def _replace_files(folder: Path, texts: Mapping[str, str], titles: Mapping[str, str]) -> None:
-    """Write ``texts`` (file name → content) and the index, and delete what only the earlier index lists."""
+def _replace_files(folder: Path, texts: Mapping[str, tuple[str, str]]) -> None:
+    """Write ``texts`` (file name → content, title) and the index, and delete what only the earlier index lists."""
     index = folder / INDEX
     # The index of the earlier page says which files are ours: others in the folder stay.
     try:
@@ -164,10 +176,11 @@ def _replace_files(folder: Path, texts: Mapping[str, str], titles: Mapping[str, 
     if not texts and not earlier:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
+    for name, (text, _) in texts.items():
         write_text_atomically(folder / name, text)
     for name in earlier:
         # The index may be damaged or forged: only plain names with our suffixes are deleted.
         if name not in texts and Path(name).name == name and name.endswith((".svg", ".csv", ".json")):
             (folder / name).unlink(missing_ok=True)
-    write_text_atomically(index, json.dumps({name: printable(titles[name]) for name in texts}, indent=1) + "\n")
+    titles = {name: printable(title) for name, (_, title) in texts.items()}
+    write_text_atomically(index, json.dumps(titles, indent=1) + "\n")

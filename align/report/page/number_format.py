@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 MISSING = "–"
@@ -60,6 +61,11 @@ def number(value: Any, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
+def shorten(text: str, length: int) -> str:
+    """Return ``text`` in at most ``length`` characters; an ellipsis replaces the end of a longer text."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def signed(value: Any) -> str:
     """Return a number with its sign: ``+0.310``, ``−0.020``."""
     text = number(value)
@@ -74,10 +80,29 @@ def with_minus_signs(text: str) -> str:
     return HYPHEN_AS_MINUS.sub("−", text)
 
 
-def interval(row: dict[str, Any], with_sign: bool = False) -> str:
+def interval(row: Mapping[str, Any], with_sign: bool = False) -> str:
     """Return the bounds ``low`` and ``high`` of ``row``, ``0.38 to 0.44``; a missing bound is a dash."""
     format_bound = signed if with_sign else number
     return f"{format_bound(row.get('low'))} to {format_bound(row.get('high'))}"
+
+
+def estimate_text(estimate: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the ``value`` and the ``interval`` of an estimate as text; a dash and no interval without an estimate."""
+    if estimate is None:
+        return {"value": MISSING, "interval": ""}
+    return {"value": number(estimate["value"]), "interval": interval(estimate)}
+
+
+def value_with_interval(estimate: Mapping[str, Any]) -> str:
+    """Return an estimate as ``0.412 (0.38 to 0.44)``."""
+    return f"{number(estimate['value'])} ({interval(estimate)})"
+
+
+def difference_text(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return a difference as text: ``change``, ``interval``, corrected ``p``, ``verdict``, ``mark`` and ``words``."""
+    verdict = row["verdict"]
+    texts = {"change": signed(row["value"]), "interval": interval(row, True), "p": p_value(row["p_holm"])}
+    return texts | {"verdict": verdict, "mark": MARKS[verdict], "words": WORDS[verdict]}
 
 
 def duration(seconds: Any) -> str:

@@ -1,47 +1,34 @@
-"""Figures as inline SVG: small panels that a page can lay out for any width.
+"""Figures as inline SVG: small panels that a page can lay out for any width, with ticks that a reader can count on.
 
-Lines differ by marker and line style as well as by color. Matplotlib is imported only by the functions that draw. Its
-SVG backend escapes text that comes from data, and never reads it as mathematics.
+Lines differ by marker and line style as well as by color. Ticks have steps of 1, 2 or 5 times a power of ten and labels
+of one length. Matplotlib is imported only by the functions that draw. Its SVG backend escapes text that comes from
+data, and never reads it as mathematics.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import itertools
+import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from markupsafe import Markup
 
 from align.errors import printable
+from align.report.page.number_format import shorten
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
 """Okabe and Ito's palette, which color-blind readers can distinguish."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)), (0, (8, 2)))
-INK, GRID = "#3d4654", "#e3e6eb"
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "align",
-    "text.parse_math": False,
-    "axes.formatter.use_mathtext": False,
-    "font.size": 9,
-    "axes.edgecolor": "#b8bfca",
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "text.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
+STYLE: dict[Any, Any] = json.loads(Path(__file__).with_name("style.json").read_text(encoding="utf-8"))
+"""Settings of matplotlib."""
+INK, GRID = STYLE["text.color"], STYLE["grid.color"]
 MAX_NAME_LENGTH = 32
 PIXELS_PER_INCH = 96
 
@@ -100,6 +87,16 @@ class Panel:
         Panel.svg_count += 1
         return _embed(drawing, label, f"f{Panel.svg_count}-")
 
+    def add_point(self, x: Any, y: Any, index: int = 0, **style: Any) -> None:
+        """Draw the ``index``-th kind of point; ``x`` and ``y`` are numbers, or estimates with their 95 % intervals."""
+        bars: dict[str, Any] = {}
+        for name, estimate in (("xerr", x), ("yerr", y)):
+            if isinstance(estimate, Mapping):
+                bars[name] = error_bars(estimate)
+        x_value, y_value = (estimate["value"] if isinstance(estimate, Mapping) else estimate for estimate in (x, y))
+        look = {"marker": nth(MARKERS, index), "color": nth(COLORS, index), "markersize": 6, "capsize": 2}
+        self.axes.errorbar(x_value, y_value, **bars, **look | {"linewidth": 1.2} | style)
+
     def name_rows(self, names: Sequence[str]) -> None:
         """Name the rows of a plot from top to bottom, without lines of the grid between them."""
         self.axes.set_yticks(range(len(names)), names)
@@ -114,16 +111,7 @@ def dots(rows: Sequence[tuple[str, Mapping[str, Any]]], xlabel: str, label: str,
     for index, (_, estimate) in enumerate(rows):
         if estimate["value"] is None:
             continue
-        panel.axes.errorbar(
-            estimate["value"],
-            index,
-            xerr=error_bars(estimate),
-            marker=nth(MARKERS, index % 3),
-            color=COLORS[0],
-            markersize=6,
-            capsize=2,
-            linewidth=1.2,
-        )
+        panel.add_point(estimate, index, index % 3, color=COLORS[0])
     if line is not None:
         panel.axes.axvline(line, color=INK, linestyle=":", linewidth=1.2)
     panel.name_rows([legend_name(name) for name, _ in rows])
@@ -131,14 +119,12 @@ def dots(rows: Sequence[tuple[str, Mapping[str, Any]]], xlabel: str, label: str,
     return panel.svg(label)
 
 
-def legend_name(text: str) -> str:
-    """Return a name as a legend shows it: printable and short.
+def legend_name(text: str, length: int = MAX_NAME_LENGTH) -> str:
+    """Return a name as a legend shows it: printable, and at most ``length`` characters.
 
     Matplotlib leaves labels that begin with ``_`` out of legends; such a name gets a leading space.
     """
-    name = printable(text)
-    if len(name) > MAX_NAME_LENGTH:
-        name = f"{name[: MAX_NAME_LENGTH - 1]}…"
+    name = shorten(printable(text), length)
     return f" {name}" if name.startswith("_") else name
 
 
@@ -201,3 +187,109 @@ def _embed(text: str, label: str, prefix: str) -> Markup:
         f'class="plot" style="max-width:{pixels}px" role="img" aria-label="{escape(printable(label))}">'
     )
     return Markup(opening + rest)  # noqa: S704  (written by matplotlib, which escapes text)
+
+
+TICK_STEPS = (1, 2, 5, 10)
+"""Steps between ticks, in powers of ten. Matplotlib also uses steps of 1.5, 2.5, 3, 4, 6 and 8."""
+MAX_TICKS = 5
+MIN_PLAIN, MAX_PLAIN = 0.01, 1e5
+"""Axes whose largest number is outside this range have powers of ten on them."""
+ROOT_TICKS = 7
+"""Ticks that a root axis has room for."""
+
+
+def set_short_ticks(axes: Any) -> None:
+    """Give both axes few ticks with short labels, whole numbers across; call it once the limits are final."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
+    steps = list(TICK_STEPS)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=MAX_TICKS, steps=steps, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=MAX_TICKS, steps=steps))
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        ticks = [float(tick) for tick in axis.get_major_locator().tick_values(low, high) if low <= tick <= high]
+        labels = dict(zip(ticks, tick_labels(ticks), strict=True))
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter(FuncFormatter(lambda value, _, labels=labels: labels.get(value, "")))
+
+
+def set_whole_ticks(axis: Any) -> None:
+    """Give an axis of counts whole numbers, in steps of 1, 2 or 5."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=MAX_TICKS, steps=list(TICK_STEPS), integer=True))
+
+
+def set_root_ticks(axis: Any) -> None:
+    """Give a root-scaled axis ticks that are evenly spread on paper, at 1, 2 or 5 times a power of ten."""
+    from matplotlib.ticker import FuncFormatter, Locator
+
+    class RootLocator(Locator):
+        """Ticks for the limits that the axis has when it is drawn."""
+
+        def __call__(self) -> list[float]:
+            assert self.axis is not None
+            return self.tick_values(*self.axis.get_view_interval())
+
+        def tick_values(self, vmin: float, vmax: float) -> list[float]:
+            return root_ticks(vmin, vmax)
+
+    axis.set_major_locator(RootLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+
+
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """Return the labels of evenly spaced ticks, all with the decimals that their step needs."""
+    if not ticks:
+        return []
+    # All labels of an axis have the same form, which depends on its largest tick.
+    if not MIN_PLAIN <= max(map(abs, ticks)) < MAX_PLAIN:
+        return [_power_label(tick) for tick in ticks]
+    step = min((after - before for before, after in itertools.pairwise(ticks)), default=abs(ticks[0]))
+    # The margin keeps a step of 0.1 from looking like 0.0999.
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step else 0
+    return [f"{tick + 0:.{decimals}f}".replace("-", "−") for tick in ticks]
+
+
+def root_ticks(low: float, high: float) -> list[float]:
+    """Return ticks between two limits of an axis with a signed root scale: 0, and each way out from it.
+
+    Neighbors are at least a :data:`ROOT_TICKS`-th of the axis apart, as it is drawn.
+    """
+    gap = (_signed_root(high) - _signed_root(low)) / ROOT_TICKS
+    ticks = [0.0] if low <= 0 <= high else []
+    for sign in (1, -1):
+        limit = sign * (high if sign > 0 else low)
+        start = max(0.0, sign * (low if sign > 0 else high))
+        last = math.sqrt(start) - (gap if start else 0.0)
+        for value in _nice_values(limit):
+            if value >= start and math.sqrt(value) - last >= gap:
+                ticks.append(sign * value)
+                last = math.sqrt(value)
+    return sorted(ticks)
+
+
+def _nice_values(limit: float) -> list[float]:
+    """Return 1, 2 and 5 times powers of ten up to ``limit``, over four powers, ascending."""
+    if limit <= 0:
+        return []
+    top = math.floor(math.log10(limit))
+    # Below 1, divide by a power of ten instead of multiplying, which gives exactly 0.2.
+    values = [
+        factor * 10.0**power if power >= 0 else factor / 10.0**-power
+        for power in range(top - 3, top + 1)
+        for factor in (1, 2, 5)
+    ]
+    return [value for value in values if value <= limit]
+
+
+def _signed_root(value: float) -> float:
+    return math.copysign(math.sqrt(abs(value)), value)
+
+
+def _power_label(value: float) -> str:
+    """Return a tick's label with a power of ten, short enough for the fixed room to the left of the axes."""
+    if not value:
+        return "0"
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}".replace("-", "−")

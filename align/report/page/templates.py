@@ -1,4 +1,4 @@
-"""Jinja templates of ``align/report/templates``, what every page has around its content, and escapes of hostile text.
+"""Jinja templates of ``align/report/templates``, what every page has around its content, and the index of all runs.
 
 HTML is escaped by Jinja's autoescape, and by ``textContent`` in the page's scripts. Invisible and reordering characters
 are shown as escape sequences. Torch-free.
@@ -9,10 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
@@ -20,6 +23,7 @@ from markupsafe import Markup
 from align.errors import printable
 from align.report.page.number_format import MARKS, count, duration, interval, number, signed, size
 from align.store.artifacts import VERSION
+from align.store.json_files import write_text_atomically
 
 FOLDER = Path(__file__).parents[1] / "templates"
 SCRIPTS = ("samples.js", "curves.js", "curve_view.js", "scroll.js", "refresh.js")
@@ -95,3 +99,51 @@ def _make_printable(value: Any) -> Any:
     if isinstance(value, list):
         return [_make_printable(item) for item in value]
     return value
+
+
+INDEX = "index.html"
+
+
+@dataclass(frozen=True)
+class IndexedRun:
+    """A run as the index shows it."""
+
+    name: str
+    started: float
+    """Time of the last start, in seconds since 1970."""
+    stages: str
+    """Number of stages by state, such as ``3 done, 1 failed``."""
+    details: list[str] = field(default_factory=list)
+    """A line for each stage that runs, waits or has failed."""
+
+
+def write_index(runs: Sequence[IndexedRun], store: Path, folder: Path, page: str) -> Path:
+    """Write ``index.html`` into ``folder`` and return its path; the run that started last comes first.
+
+    The page of a run is the file ``page`` in the folder of its name. A run without this file has no link.
+    """
+    rows = [
+        {
+            "name": run.name,
+            "link": f"{quote(run.name, safe='')}/{page}" if (folder / run.name / page).is_file() else "",
+            "stages": run.stages,
+            "details": run.details,
+            "started": _minutes(run.started),
+        }
+        for run in sorted(runs, key=lambda run: -run.started)
+    ]
+    html = load_template("run_index.html.jinja").render(
+        store=str(store.resolve()),
+        runs=rows,
+        written=f"{_minutes(datetime.now(UTC).timestamp())} UTC",
+        style=style_sheets(*STYLES),
+        version=VERSION,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / INDEX
+    write_text_atomically(out, html)
+    return out
+
+
+def _minutes(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")

@@ -11,15 +11,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.report.curves.curve_panels import curve_sections
-from align.report.curves.metric_series import read_events
 from align.report.page.assets import FIGURES, TABLES, AssetWriter
+from align.report.page.curve_panels import curve_sections
+from align.report.page.metric_series import read_events
 from align.report.page.panels import Panel
 from align.report.page.templates import load_template, page_shell, script_json
 from align.report.run import data_ledgers, stage_costs
-from align.report.run.measured_changes import measured_changes
-from align.report.run.pipeline_diagram import pipeline_diagram
-from align.report.run.training_health import training_health
+from align.report.run.stage_costs import pipeline_diagram
+from align.report.run.training_health import measured_changes, training_health
 from align.report.scorecard.sections import evaluation_sections
 from align.store.artifacts import Artifact
 from align.store.json_files import write_text_atomically
@@ -62,8 +61,10 @@ def write_report(
     if failed and failed.get("folder"):
         # An unfinished stage has curves, but no place among the costs and warnings of finished stages.
         events[str(failed["stage"])] = read_events(Path(failed["folder"]))
-    curves, readings = curve_sections(events, assets)
-    licenses = data_ledgers.license_rows(artifacts, assets)
+    curves = curve_sections(events, assets)
+    data = data_ledgers.data_sections(artifacts)
+    licenses = data_ledgers.license_rows(artifacts)
+    data_ledgers.add_data_tables(data, licenses, assets)
     stage_costs.add_cost_table(artifacts, assets)
     html = load_template("run_report.html.jinja").render(
         **page_shell(title),
@@ -74,11 +75,11 @@ def write_report(
         changes=measured_changes(artifacts),
         health=training_health(events),
         stages=stage_costs.stage_rows(artifacts, finished_events),
-        data=data_ledgers.data_sections(artifacts, assets),
+        data=data,
         licenses=licenses,
         data_license=data_ledgers.data_license(licenses),
-        curves=curves,
-        curves_json=script_json(readings),
+        curves=curves.sections,
+        curves_json=script_json(curves.readings),
         folders=(FIGURES, TABLES),
         **evaluation_sections(artifacts, scorecard, events, assets),
     )

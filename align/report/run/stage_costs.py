@@ -1,50 +1,21 @@
-"""Costs and provenance of each stage: time, memory, tokens, money, command, versions, seeds. Torch-free."""
+"""Stages on the page: the diagram of the pipeline, costs and provenance. Torch-free."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from align.report.curves.metric_series import Events
 from align.report.page.assets import AssetWriter
-from align.report.page.number_format import MISSING, count, duration, number, size
+from align.report.page.metric_series import METRICS, Events
+from align.report.page.number_format import MISSING, count, duration, number, shorten, size
 from align.report.scorecard.scorecard_tables import as_yaml
 from align.store.artifacts import Artifact
 
-SAMPLE_METRICS = {
-    "prompts": "prompts that were answered",
-    "too_long": "prompts longer than max_prompt_tokens, which were skipped",
-    "empty_responses": "responses without text, which are in no pair",
-    "prompts_too_few": "prompts with fewer than two responses that have text",
-    "compared": "comparisons of two responses to a prompt",
-    "identical": "comparisons of equal texts, which make no pair",
-    "tied": "comparisons of equal scores, which make no pair",
-    "pairs": "pairs of a better and a worse response",
-    "flipped": "pairs whose label is wrong on purpose (noise)",
-    "mean_score": "mean score of all responses",
-    "eos_rate": "share of responses that end by themselves",
-    "mean_tokens": "mean length of a response in tokens",
-}
+SAMPLE_METRICS: dict[str, str] = METRICS["sample_metrics"]
 """Metric of a ``sample`` stage, without its split, and its meaning."""
 MAX_METRICS = 80
 MAX_LIST_ITEMS = 12
 SPLITS = ("train", "test")
-COST_COLUMNS = {
-    "stage": "Stage",
-    "kind": "Kind",
-    "seconds": "Seconds",
-    "peak_memory_bytes": "Peak memory, bytes",
-    "tokens": "Tokens",
-    "cost": "Cost",
-    "device": "Machine",
-    "created": "Made",
-    "seed": "Seed",
-    "version": "Stage version",
-    "key": "Key",
-    "git": "Git commit",
-    "command": "Command",
-}
-"""Columns of the ``stages`` table next to the page; those but stage, cost and device are fields of the record."""
 
 
 def totals(artifacts: Sequence[Artifact]) -> dict[str, Any]:
@@ -108,7 +79,7 @@ def _stage_row(artifact: Artifact, events: Events) -> dict[str, Any]:
         "key": str(record.get("key", ""))[:12],
         "facts": _facts(record),
         "config": as_yaml(record.get("config", {})),
-        "metrics": [(name, value, _meaning(record, name)) for name, value in flatten(record.get("metrics", {}))],
+        "metrics": [(name, value, _meaning(record, name)) for name, value in _flatten(record.get("metrics", {}))],
         "warnings": events.warnings,
         "notes": events.notes,
     }
@@ -145,22 +116,22 @@ def _meaning(record: Mapping[str, Any], metric: str) -> str:
     return f"{SAMPLE_METRICS[name]}, {split} split" if name in SAMPLE_METRICS else ""
 
 
-def flatten(metrics: Any, prefix: str = "", limit: int = MAX_METRICS) -> list[tuple[str, str]]:
-    """Return nested metrics as at most ``limit`` rows of (dotted name, number); lists of records are skipped."""
+def _flatten(metrics: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested metrics as at most :data:`MAX_METRICS` rows of (dotted name, number), without lists of records."""
     rows: list[tuple[str, str]] = []
     if not isinstance(metrics, dict):
         return rows
     for name, value in metrics.items():
         path = f"{prefix}{name}"
         if isinstance(value, dict):
-            rows += flatten(value, f"{path}.", limit)
+            rows += _flatten(value, f"{path}.")
         elif isinstance(value, list):
             # Short lists of numbers or names fit in a row; records of evaluations would not.
             if value and all(not isinstance(item, (dict, list)) for item in value):
                 rows.append((path, ", ".join(number(item) for item in value[:MAX_LIST_ITEMS])))
         elif value is not None:
             rows.append((path, number(value)))
-    return rows[:limit]
+    return rows[:MAX_METRICS]
 
 
 def add_cost_table(artifacts: Sequence[Artifact], assets: AssetWriter) -> None:
@@ -168,6 +139,113 @@ def add_cost_table(artifacts: Sequence[Artifact], assets: AssetWriter) -> None:
     rows = []
     for artifact in artifacts:
         record = artifact.record
-        row = {name: record.get(name) for name in COST_COLUMNS}
-        rows.append({**row, "stage": artifact.stage, "cost": endpoint_cost(record), "device": device(record)})
-    assets.add_table("stages", "Stages", COST_COLUMNS, rows)
+        rows.append({**record, "stage": artifact.stage, "cost": endpoint_cost(record), "device": device(record)})
+    assets.add_table("stages", rows)
+
+
+WIDTH, HEIGHT, LINE, GAP_X, GAP_Y, MARGIN = 150, 84, 18, 36, 22, 4
+"""Pixels: size of a box, height of a further line in it, gaps between boxes, margin of the diagram."""
+LINES_PER_BOX = 2
+MAX_NAME_LENGTH = 14
+LEGEND = {
+    "done": ("✓", "finished"),
+    "cached": ("↺", "cached"),
+    "running": ("▶", "running"),
+    "failed": ("✗", "failed"),
+    "pending": ("…", "not run"),
+}
+"""Mark and words of each status."""
+
+
+def pipeline_diagram(
+    artifacts: Sequence[Artifact],
+    failed: Mapping[str, Any] | None,
+    cached: Collection[str] = (),
+    pending: Mapping[str, Sequence[str]] | None = None,
+    states: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return boxes and arrows with coordinates in pixels, for the template.
+
+    A stage is one column right of the last stage that it reads. ``failed`` describes a failed or running stage and the
+    stages that wait for it (``stage``, and optionally ``status``, ``inputs`` and ``pending``, lists of names).
+    ``pending`` has further stages that are not finished, with the stages that they read, and ``states`` has the stages
+    among them that are ``running`` or ``failed``. None of these has a cost.
+    """
+    # A record names its inputs by key. Inputs from outside of this run have no box, hence no arrow.
+    stages = {artifact.record.get("key"): artifact.stage for artifact in artifacts}
+    inputs: dict[str, list[str]] = {}
+    for artifact in artifacts:
+        links = artifact.record.get("input_stages", [])
+        inputs[artifact.stage] = [stages[link["key"]] for link in links if link.get("key") in stages]
+    boxes = {artifact.stage: _finished_box(artifact, artifact.stage in cached) for artifact in artifacts}
+    if failed:
+        name = str(failed["stage"])
+        status = "running" if failed.get("status") == "running" else "failed"
+        inputs[name] = [source for source in failed.get("inputs", []) if source in boxes]
+        boxes[name] = _box(name, status, str(failed.get("status") or "failed"))
+        for waiting in map(str, failed.get("pending", [])):
+            inputs[waiting] = [name]
+            boxes[waiting] = _box(waiting, "pending", "not run")
+    for waiting, sources in (pending or {}).items():
+        # A stage may be pending both behind the failed one and by itself: keep the first box, and the full inputs.
+        status = (states or {}).get(waiting, "pending")
+        boxes.setdefault(waiting, _box(waiting, status, LEGEND[status][1]))
+        inputs[waiting] = [source for source in sources if source in boxes]
+    return _place_boxes(boxes, inputs)
+
+
+def _place_boxes(boxes: dict[str, dict[str, Any]], inputs: dict[str, list[str]]) -> dict[str, Any]:
+    """Give each box a column by its inputs and the next free row in it, and draw the arrows between them."""
+    columns = _columns(inputs)
+    # Columns follow the longest path to a stage, so arrows only ever point to the right.
+    most_lines = max((len(box["lines"]) for box in boxes.values()), default=LINES_PER_BOX)
+    height = HEIGHT + (LINE if most_lines > LINES_PER_BOX else 0)
+    rows_used: dict[int, int] = {}
+    for name, box in boxes.items():
+        column = columns[name]
+        row = rows_used.get(column, 0)
+        rows_used[column] = row + 1
+        box["x"] = MARGIN + column * (WIDTH + GAP_X)
+        box["y"] = MARGIN + row * (height + GAP_Y)
+        box["short"] = shorten(name, MAX_NAME_LENGTH)
+    arrows = []
+    for target, sources in inputs.items():
+        for source in dict.fromkeys(sources):
+            start = {"x1": boxes[source]["x"] + WIDTH, "y1": boxes[source]["y"] + height / 2}
+            arrows.append({**start, "x2": boxes[target]["x"], "y2": boxes[target]["y"] + height / 2})
+    statuses = {box["status"] for box in boxes.values()}
+    column_count = max(columns.values(), default=0) + 1
+    row_count = max(rows_used.values(), default=1)
+    return {
+        "boxes": list(boxes.values()),
+        "arrows": arrows,
+        "legend": [f"{mark} {words}" for status, (mark, words) in LEGEND.items() if status in statuses],
+        "box_width": WIDTH,
+        "box_height": height,
+        "width": 2 * MARGIN + column_count * (WIDTH + GAP_X) - GAP_X,
+        "height": 2 * MARGIN + row_count * (height + GAP_Y) - GAP_Y,
+    }
+
+
+def _finished_box(artifact: Artifact, cached: bool) -> dict[str, Any]:
+    record = artifact.record
+    tokens = record.get("tokens")
+    cost = endpoint_cost(record)
+    lines = [f"{duration(record.get('seconds'))} · {size(record.get('peak_memory_bytes'))}"]
+    lines.append(f"{count(tokens)} tokens" if tokens else str(record.get("makes", artifact.kind)))
+    if cost is not None:
+        lines.append(f"endpoints: {number(cost)}")
+    return _box(artifact.stage, "cached" if cached else "done", *lines)
+
+
+def _box(name: str, status: str, *lines: str) -> dict[str, Any]:
+    return {"name": name, "status": status, "mark": LEGEND[status][0], "lines": lines}
+
+
+def _columns(inputs: dict[str, list[str]]) -> dict[str, int]:
+    """Return each stage's column: the length of the longest path to it. ``inputs`` has sources before their readers."""
+    columns: dict[str, int] = {}
+    for name, sources in inputs.items():
+        # Every source has its column by now; a source outside the diagram counts as column 0.
+        columns[name] = 1 + max((columns.get(source, 0) for source in sources), default=-1)
+    return columns

@@ -1,4 +1,4 @@
-"""The health of stages that learn from their rollouts: alarms, and a few numbers next to their healthy ranges.
+"""The health of training stages: alarms, numbers next to their healthy ranges, and changes that stages measured.
 
 The ranges come from docs/ppo.md, and the limits from the alarms. Torch-free.
 """
@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.report.curves.metric_series import Events
+from align.report.page.metric_series import Events
 from align.report.page.number_format import number
 from align.rl.alarms import COLLAPSED_ENTROPY, KL_PER_TOKEN, LEAST_KL, MANY_CUT, START, SURGED_ENTROPY
+from align.store.artifacts import Artifact
 
 LOGGED = {"score", "kl", "entropy", "truncation_rate"}
 """Metrics by which a stage that learns from rollouts is recognized."""
@@ -63,17 +64,11 @@ def training_health(events: Mapping[str, Events]) -> dict[str, Any] | None:
     if not stages:
         return None
     measures = [measure for measure in MEASURES if any(measure.metric in stage.series for stage in stages.values())]
-    return {
-        "columns": [{"title": measure.title, "healthy": measure.healthy} for measure in measures],
-        "rows": [
-            {
-                "stage": name,
-                "alarms": raised_alarms(stage.warnings),
-                "cells": [_cell(measure, stage) for measure in measures],
-            }
-            for name, stage in stages.items()
-        ],
-    }
+    rows = []
+    for name, stage in stages.items():
+        cells = [_cell(measure, stage) for measure in measures]
+        rows.append({"stage": name, "alarms": raised_alarms(stage.warnings), "cells": cells})
+    return {"columns": measures, "rows": rows}
 
 
 def raised_alarms(warnings: Sequence[str]) -> list[str]:
@@ -94,3 +89,28 @@ def _cell(measure: Health, events: Events) -> dict[str, Any]:
     length = events.series["length"][1][-1] if "length" in events.series else 0.0
     texts = [f"{value:.0%}" if measure.as_share else number(value) for value in (start, now)]
     return {"text": " → ".join(texts), "ok": measure.is_healthy(start, now, length)}
+
+
+NAMES = {
+    "test_loss": "held-out loss",
+    "test_token_accuracy": "held-out token accuracy",
+    "test_accuracy": "held-out accuracy",
+    "score": "mean score of its samples",
+}
+"""Metric, without ``_before`` and ``_after`` or ``_first`` and ``_last``, and its name on the page."""
+ENDINGS = (("_before", "_after"), ("_first", "_last"))
+
+
+def measured_changes(artifacts: Sequence[Artifact]) -> list[dict[str, str]]:
+    """Return a row for each metric that a finished stage measured before and after its training."""
+    rows = []
+    for artifact in artifacts:
+        metrics = artifact.record.get("metrics") or {}
+        for metric, name in NAMES.items():
+            for first, last in ENDINGS:
+                before = metrics.get(metric + first)
+                after = metrics.get(metric + last)
+                if isinstance(before, (int, float)) and isinstance(after, (int, float)):
+                    texts = {"before": number(before), "after": number(after)}
+                    rows.append({"stage": artifact.stage, "metric": name, **texts})
+    return rows

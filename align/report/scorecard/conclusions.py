@@ -24,10 +24,9 @@ GATE_STATES = ("failed", "undecided", "warning", "passed")
 
 def find_difference(card: Card, policy: str, against: str, metric: str) -> dict[str, Any] | None:
     """Return the scorecard's paired difference of two systems in one metric; None if it has no such difference."""
-    for row in card["differences"]:
-        if (row["policy"], row["against"], row["metric"]) == (policy, against, metric):
-            return dict(row)
-    return None
+    comparison = (policy, against, metric)
+    rows = (row for row in card["differences"] if (row["policy"], row["against"], row["metric"]) == comparison)
+    return next((dict(row) for row in rows), None)
 
 
 def baseline_of(card: Card, policy: str) -> str | None:
@@ -117,9 +116,14 @@ def sentences(card: Card) -> list[dict[str, str]]:
         against = baseline_of(card, policy)
         row = None if against is None else find_difference(card, policy, against, card["primary"])
         if row is not None:
-            findings.append(_change_sentence(card, row))
-    # After the changes between stages: did they beat what needs no training?
-    findings += _untrained_rivals(card)
+            findings.append({"kind": row["verdict"], "text": _change_sentence(card, row)})
+    # After the changes between stages: did they beat the systems that need no training?
+    untrained = {system["name"] for system in card["systems"] if system["role"] in UNTRAINED}
+    for row in card["differences"]:
+        if row["metric"] == card["primary"] and row["against"] in untrained:
+            rival = f"{row['against']} ({role(card, row['against'])}, not trained)"
+            text = f"{row['policy']} {RELATIONS[row['verdict']]} {rival}: {evidence(row)}."
+            findings.append({"kind": row["verdict"], "text": text})
     # The primary metric against the baseline has its sentence above.
     for flag in card["flags"]:
         if not _is_repetition(card, flag):
@@ -127,31 +131,16 @@ def sentences(card: Card) -> list[dict[str, str]]:
     return findings + [{"kind": "note", "text": _accuracy_sentence(report)} for report in card["reward_models"]]
 
 
-def _change_sentence(card: Card, row: dict[str, Any]) -> dict[str, str]:
+def _change_sentence(card: Card, row: dict[str, Any]) -> str:
     policy, against = row["policy"], row["against"]
     title = metric_phrase(card, row["metric"])
     before = number(card["estimates"][against][row["metric"]]["value"])
     after = number(card["estimates"][policy][row["metric"]]["value"])
     reasons = evidence(row)
     if row["verdict"] == "unclear":
-        text = f"{policy}: no clear change in {title} over {against} ({before} → {after}; {reasons})."
-    else:
-        verb = "raised" if row["value"] > 0 else "lowered"
-        text = f"{policy} {verb} the {title} over {against} from {before} to {after} ({reasons})."
-    return {"kind": row["verdict"], "text": text}
-
-
-def _untrained_rivals(card: Card) -> list[dict[str, str]]:
-    """Return the comparisons of trained checkpoints with prompted and best-of-N systems: did training pay off?"""
-    untrained = {system["name"] for system in card["systems"] if system["role"] in UNTRAINED}
-    findings = []
-    for row in card["differences"]:
-        if row["metric"] != card["primary"] or row["against"] not in untrained:
-            continue
-        against = f"{row['against']} ({role(card, row['against'])}, not trained)"
-        text = f"{row['policy']} {RELATIONS[row['verdict']]} {against}: {evidence(row)}."
-        findings.append({"kind": row["verdict"], "text": text})
-    return findings
+        return f"{policy}: no clear change in {title} over {against} ({before} → {after}; {reasons})."
+    verb = "raised" if row["value"] > 0 else "lowered"
+    return f"{policy} {verb} the {title} over {against} from {before} to {after} ({reasons})."
 
 
 GROUPS = {

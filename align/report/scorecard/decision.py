@@ -10,16 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.evaluation.comparisons import Resampling, correct, verdict
+from align.evaluation.comparisons import correct, verdict
 from align.report.compare.merged_scorecard import EvaluatedRun, Items, comparable_columns, paired_difference
 from align.report.page.number_format import interval, number
-from align.report.scorecard.conclusions import (
-    UNTRAINED,
-    evidence,
-    find_difference,
-    measured_on,
-    metric_phrase,
-)
+from align.report.scorecard.conclusions import UNTRAINED, evidence, find_difference, measured_on, metric_phrase
 from align.store.artifacts import Artifact, Kind
 
 Card = dict[str, Any]
@@ -74,8 +68,6 @@ def find_best(card: Card, columns: Columns, names: Sequence[str]) -> Best:
     # Flip the sign if lower is better, so larger is always better.
     sign = -1 if better == "lower" else 1
     best = max(values, key=lambda name: sign * values[name])
-    settings = card["settings"]
-    resampling = Resampling(int(settings.get("bootstrap", 10_000)), int(settings.get("seed", 0)))
     rows: dict[str, dict[str, Any]] = {}
     new_rows: list[dict[str, Any]] = []
     for name in values:
@@ -84,11 +76,10 @@ def find_best(card: Card, columns: Columns, names: Sequence[str]) -> Best:
         row = _tested_difference(card, name, best)
         if row is None:
             # Paired over the items that both answered, as in the scorecard itself.
-            row = paired_difference(columns.get((name, primary), {}), columns.get((best, primary), {}), resampling)
+            row = paired_difference(columns, (name, best, primary), card)
             if row is None:
                 # The best of only some systems is not the best, so without items no system is compared.
                 return Best(best, {})
-            row = {**row, "metric": primary}
             new_rows.append(row)
         rows[name] = row
     # The best of several was picked by its number, so all comparisons with it count in the correction.
@@ -103,7 +94,7 @@ def _tested_difference(card: Card, name: str, best: str) -> dict[str, Any] | Non
     row = find_difference(card, name, best, primary)
     if row is None:
         turned = find_difference(card, best, name, primary)
-        row = None if turned is None else _turned(turned)
+        row = None if turned is None else _turn(turned)
     return row and {**row, "verdict": verdict(row, card["metrics"][primary]["better"])}
 
 
@@ -137,7 +128,11 @@ def decide(card: Card, names: Sequence[str], best: Best, place: str) -> Decision
     if chance is not None:
         return Decision("note", "No checkpoint can be recommended", chance)
     if len(best.differences) < len(values) - 1:
-        return _untested_decision(card, best.name, title)
+        reason = (
+            f"{best.name} has the best {title} with {_value_text(card, best.name)}, but the items that would show "
+            "whether the difference is clear are not here."
+        )
+        return Decision("note", "No checkpoint can be recommended", reason)
     if len(best.ties) == len(values) - 1:
         return _tied_decision(card, best.name, values, place)
     return _clear_decision(card, best, title)
@@ -147,7 +142,7 @@ def _chance_of_reward_model(card: Card) -> str | None:
     """Return why the reward model's scores cannot decide; None if they are not the primary metric, or it can rank."""
     if card["primary"] != "reward":
         return None
-    for report in card["reward_models"]:
+    for report in card.get("reward_models", ()):
         accuracy = report.get("as_labeled") or {}
         low, high = accuracy.get("low"), accuracy.get("high")
         if low is not None and high is not None and low <= 0.5 <= high:
@@ -167,15 +162,6 @@ def _primary_values(card: Card, names: Sequence[str]) -> dict[str, float]:
 
 def _value_text(card: Card, name: str) -> str:
     return number(card["estimates"][name][card["primary"]]["value"])
-
-
-def _untested_decision(card: Card, name: str, title: str) -> Decision:
-    """Return the decision if missing items prevent a test of the best system's lead."""
-    reason = (
-        f"{name} has the best {title} with {_value_text(card, name)}, but the items that would show whether the "
-        "difference is clear are not here."
-    )
-    return Decision("note", "No checkpoint can be recommended", reason)
 
 
 def _tied_decision(card: Card, best: str, values: Mapping[str, float], place: str) -> Decision:
@@ -209,7 +195,7 @@ def _clear_decision(card: Card, best: Best, title: str) -> Decision:
         )
     else:
         closest = min(below, key=lambda name: abs(best.differences[name]["value"]))
-        gap = _turned(best.differences[closest])
+        gap = _turn(best.differences[closest])
         reason = (
             f"its {title} of {number(estimate['value'])} (95 % interval {interval(estimate)}) is the best, and "
             f"{join_names(below)} {verb} clearly {worse} it; closest is {closest}, a difference of {evidence(gap)}"
@@ -219,15 +205,11 @@ def _clear_decision(card: Card, best: Best, title: str) -> Decision:
     return Decision(kind, lead, "; but ".join([reason, *problems]) + ".")
 
 
-def _turned(row: Mapping[str, Any]) -> dict[str, Any]:
+def _turn(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a difference to the best as the difference of the best."""
-    low, high = row["low"], row["high"]
-    return {
-        **row,
-        "value": -row["value"],
-        "low": None if high is None else -high,
-        "high": None if low is None else -low,
-    }
+    low = None if row["high"] is None else -row["high"]
+    high = None if row["low"] is None else -row["low"]
+    return {**row, "value": -row["value"], "low": low, "high": high}
 
 
 def _reservations(card: Card, name: str) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 from align.report.page.assets import AssetWriter, Figure
-from align.report.page.number_format import ACCURACIES, MISSING, interval, number
-from align.report.page.panels import COLORS, INK, Panel, dots, error_bars, legend_name, styled
+from align.report.page.number_format import ACCURACIES, MISSING, estimate_text, number
+from align.report.page.panels import COLORS, INK, Panel, dots, legend_name, styled
 
 Card = Mapping[str, Any]
 Report = Mapping[str, Any]
@@ -33,43 +33,29 @@ LENGTH = (
 AGREEMENT = (("accuracy", "same order"), ("kappa", "Cohen's kappa"), ("spearman", "Spearman of differences"))
 CHANCE = 0.5
 MAX_SOURCES = 24
-TABLE_COLUMNS = {
-    "stage": "Stage",
-    "task": "Pairs of",
-    "part": "By",
-    "name": "Name",
-    "value": "Value",
-    "low": "95 % low",
-    "high": "95 % high",
-    "n": "n",
-}
 
 
 def sections(card: Card, assets: AssetWriter) -> list[dict[str, Any]]:
     """Return for each reward model and pair set: title, figures, and rows of numbers, by source and by section."""
     parts = [_section(card, report, assets) for report in card["reward_models"]]
-    if card["reward_models"]:
-        _add_table(card, assets)
+    if parts:
+        assets.add_table("reward-models", [row for report in card["reward_models"] for row in _table_rows(report)])
     return parts
 
 
 def _section(card: Card, report: Report, assets: AssetWriter) -> dict[str, Any]:
     name = f"{report.get('stage', 'reward model')}-{report.get('task', 'pairs')}"
-    by_margin = [
-        {"range": _margin_range(part), "n": part["n"], **_as_text(part["accuracy"])}
-        for part in report.get("by_margin") or []
-    ]
     return {
         "title": _title(card, report),
         "pairs": report["pairs"],
         "ties": report.get("ties", 0),
         "figures": list(_figures(report, name, assets)),
         "rows": list(numbers(report)),
-        "by_source": _rows(report.get("by_source") or {}),
-        "by_margin": by_margin,
+        "by_source": _rows((report.get("by_source") or {}).items()),
+        "by_margin": _rows(_by_margin(report)),
         "margin_of": _margin_of(report),
         "note": (report.get("calibration") or {}).get("note"),
-        "sections": _rows(dict(_section_estimates(report))),
+        "sections": _rows(_section_estimates(report)),
         "agreement": (report.get("agreement") or {}).get("other"),
     }
 
@@ -117,11 +103,11 @@ def _as_text(estimate: Mapping[str, Any]) -> dict[str, str]:
     """Return an estimate's value and interval as text; a dash for an unknown interval."""
     # One bound may be infinite, such as a temperature's, so either of them is enough.
     has_interval = estimate.get("low") is not None or estimate.get("high") is not None
-    return {"value": number(estimate["value"]), "interval": interval(dict(estimate)) if has_interval else MISSING}
+    return estimate_text(estimate) | ({} if has_interval else {"interval": MISSING})
 
 
-def _rows(estimates: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [{"name": name, "n": estimate.get("n"), **_as_text(estimate)} for name, estimate in estimates.items()]
+def _rows(estimates: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:
+    return [{"name": name, "n": estimate.get("n"), **_as_text(estimate)} for name, estimate in estimates]
 
 
 def _section_estimates(report: Report, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -134,6 +120,11 @@ def _section_estimates(report: Report, prefix: str = "") -> Iterator[tuple[str, 
             yield from _section_estimates({"sections": value}, f"{prefix}{name}: ")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield f"{prefix}{name}", _without_interval(value)
+
+
+def _by_margin(report: Report) -> list[tuple[str, Any]]:
+    """Return (range of score differences, accuracy on the pairs in it)."""
+    return [(_margin_range(part), {**part["accuracy"], "n": part["n"]}) for part in report.get("by_margin") or []]
 
 
 def _margin_of(report: Report) -> str:
@@ -161,9 +152,9 @@ def _figures(report: Report, name: str, assets: AssetWriter) -> Iterator[Figure]
     if bins:
         caption = "Reliability: how often the answer that the model prefers is the chosen one, by how sure it is."
         yield assets.add_figure(f"reliability-{name}", reliability_plot(bins, name), caption)
-    margins = report.get("by_margin") or []
+    margins = _by_margin(report)
     if margins:
-        rows = [(f"{_margin_range(part)} (n={part['n']})", part["accuracy"]) for part in margins]
+        rows = [(f"{name} (n={accuracy['n']})", accuracy) for name, accuracy in margins]
         svg = dots(rows, "share of pairs ordered right", f"Reward model accuracy by margin: {name}", line=CHANCE)
         caption = f"Accuracy by {MARGINS[_margin_of(report)]}. Dotted: chance."
         yield assets.add_figure(f"margins-{name}", svg, caption)
@@ -184,17 +175,8 @@ def reliability_plot(bins: Sequence[Mapping[str, Any]], name: str) -> Markup:
     used = [part for part in bins if part["n"] and part["accuracy"]["value"] is not None]
     panel.axes.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1.2, label="calibrated")
     for index, part in enumerate(used):
-        panel.axes.errorbar(
-            part["confidence"],
-            part["accuracy"]["value"],
-            yerr=error_bars(part["accuracy"]),
-            marker="o",
-            color=COLORS[0],
-            markersize=5.5,
-            capsize=2,
-            linewidth=1.2,
-            label=legend_name(name) if index == 0 else None,
-        )
+        label = legend_name(name) if index == 0 else None
+        panel.add_point(part["confidence"], part["accuracy"], markersize=5.5, label=label)
         position = (part["confidence"], 0.02)
         panel.axes.annotate(f"{part['n']}", position, xycoords=("data", "axes fraction"), fontsize=7, ha="center")
     confidences = [part["confidence"] for part in used]
@@ -207,23 +189,16 @@ def reliability_plot(bins: Sequence[Mapping[str, Any]], name: str) -> Markup:
     return panel.svg(f"Reliability of the reward model: {name}")
 
 
-# ---- files next to the page ---------------------------------------------------------------------------------------
-
-
-def _add_table(card: Card, assets: AssetWriter) -> None:
-    """Add every number about every reward model, unrounded."""
-    rows: list[dict[str, Any]] = []
-    for report in card["reward_models"]:
-        subject = {"stage": report.get("stage"), "task": report.get("task")}
-        rows += [{**subject, "part": "", "name": row["name"], **row["estimate"]} for row in numbers(report)]
-        margins = {_margin_range(part): part["accuracy"] for part in report.get("by_margin") or []}
-        parts = {
-            "source": report.get("by_source") or {},
-            "margin": margins,
-            "section": dict(_section_estimates(report)),
-        }
-        for part_name, estimates in parts.items():
-            rows += [{**subject, "part": part_name, "name": name, **estimate} for name, estimate in estimates.items()]
-        for part in (report.get("calibration") or {}).get("bins") or []:
-            rows.append({**subject, "part": "confidence", "name": f"{part['confidence']}", **part["accuracy"]})
-    assets.add_table("reward-models", "Reward models", TABLE_COLUMNS, rows)
+def _table_rows(report: Report) -> Iterator[dict[str, Any]]:
+    """Yield every number about a reward model, unrounded, for the files next to the page."""
+    bins = (report.get("calibration") or {}).get("bins") or []
+    parts: dict[str, Iterable[tuple[str, Any]]] = {
+        "": [(row["name"], row["estimate"]) for row in numbers(report)],
+        "source": (report.get("by_source") or {}).items(),
+        "margin": _by_margin(report),
+        "section": _section_estimates(report),
+        "confidence": [(str(part["confidence"]), part["accuracy"]) for part in bins],
+    }
+    for part, estimates in parts.items():
+        for name, estimate in estimates:
+            yield {"stage": report.get("stage"), "task": report.get("task"), "part": part, "name": name, **estimate}

@@ -15,8 +15,7 @@ from markupsafe import Markup
 
 from align.evaluation.scorecard import program_metrics
 from align.report.page.templates import script_json
-from align.report.scorecard.episode_view import MAX_TEXT, cut, episode_view, is_episode
-from align.report.scorecard.rollout_lines import read_lines
+from align.report.scorecard.rollouts import MAX_TEXT, cut, episode_view, is_episode, read_lines
 from align.report.scorecard.scorecard_tables import PROMPTS, task_title
 
 MAX_BYTES = 7_000_000
@@ -340,8 +339,8 @@ def _score(response: Mapping[str, Any], metric: str) -> float | None:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def _round(value: Any) -> Any:

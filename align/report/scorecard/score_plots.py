@@ -1,4 +1,7 @@
-"""Plots of a scorecard: each task's numbers, scores by source, response lengths, finish and refusal rates."""
+"""Plots of a scorecard: each task's numbers, scores by source, lengths, rates, and score against KL.
+
+A proxy that rises while the gold score falls is over-optimization (arXiv 2210.10760), so both are drawn against KL.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,21 @@ from typing import Any
 
 from markupsafe import Markup
 
+from align.errors import printable
+from align.report.page.metric_series import Events, average_to
 from align.report.page.panels import (
     COLORS,
     GRID,
     LINES,
     MARKERS,
     Panel,
-    error_bars,
     legend_name,
     nth,
+    set_root_ticks,
+    set_whole_ticks,
     styled,
     value_or,
 )
-from align.report.page.ticks import set_whole_ticks
 
 Card = Mapping[str, Any]
 
@@ -38,16 +43,7 @@ def task_scores(card: Card, metric: str, title: str) -> Markup:
         estimate = card["estimates"][policy][metric]
         # A system has the same marker and color on every figure, whichever systems it lacks.
         index = card["policies"].index(policy)
-        panel.axes.errorbar(
-            estimate["value"],
-            y,
-            xerr=error_bars(estimate),
-            marker=nth(MARKERS, index),
-            color=nth(COLORS, index),
-            markersize=5.5,
-            capsize=2,
-            linewidth=1.2,
-        )
+        panel.add_point(estimate, y, index, markersize=5.5)
     reference = card["estimates"][card["reference"]].get(metric)
     if reference is not None and reference["value"] is not None:
         panel.axes.axvline(reference["value"], color="#8b95a5", linestyle=":", linewidth=1)
@@ -58,12 +54,12 @@ def task_scores(card: Card, metric: str, title: str) -> Markup:
 
 
 @styled
-def scores_by_family(card: Card, metric: str, limit: int = MAX_SOURCES) -> Markup | None:
-    """Draw the metric of every system in each source (family), with 95 % intervals; the ``limit`` largest sources.
+def scores_by_family(card: Card, metric: str) -> Markup | None:
+    """Draw the metric of every system in each of the largest sources (families), with 95 % intervals.
 
     None if no source has an estimate.
     """
-    largest = sorted(card["families"].items(), key=lambda item: -item[1]["n"])[:limit]
+    largest = sorted(card["families"].items(), key=lambda item: -item[1]["n"])[:MAX_SOURCES]
     families = [(name, family) for name, family in sorted(largest) if family["estimates"]]
     if not families:
         return None
@@ -73,23 +69,18 @@ def scores_by_family(card: Card, metric: str, limit: int = MAX_SOURCES) -> Marku
     for index, policy in enumerate(policies):
         # The systems of a source are below each other, centered on the source's line.
         offset = (index - (len(policies) - 1) / 2) * step
-        rows = []
+        color = nth(COLORS, index)
+        values: list[float] = []
+        positions: list[float] = []
         for position, (_, family) in enumerate(families):
             estimate = family["estimates"].get(policy, {}).get(metric)
             if estimate is not None and estimate["value"] is not None:
-                rows.append((position + offset, estimate))
-        for y, estimate in rows:
-            bounds = [value_or(estimate[end], estimate["value"]) for end in ("low", "high")]
-            panel.axes.plot(bounds, [y, y], color=nth(COLORS, index), linewidth=1.1, alpha=0.7)
-        panel.axes.plot(
-            [estimate["value"] for _, estimate in rows],
-            [y for y, _ in rows],
-            linestyle="none",
-            marker=nth(MARKERS, index),
-            color=nth(COLORS, index),
-            markersize=5,
-            label=legend_name(policy),
-        )
+                values.append(estimate["value"])
+                positions.append(position + offset)
+                bounds = [value_or(estimate[end], estimate["value"]) for end in ("low", "high")]
+                panel.axes.plot(bounds, [position + offset] * 2, color=color, linewidth=1.1, alpha=0.7)
+        style = {"linestyle": "none", "marker": nth(MARKERS, index), "color": color, "markersize": 5}
+        panel.axes.plot(values, positions, label=legend_name(policy), **style)
     panel.name_rows([f"{legend_name(name)}  (n={family['n']})" for name, family in families])
     for boundary in range(1, len(families)):
         panel.axes.axhline(boundary - 0.5, color=GRID, linewidth=0.8)
@@ -139,20 +130,10 @@ def rates(card: Card, metrics: Sequence[str], xlabel: str, label: str) -> Markup
             estimate = card["estimates"][policy].get(metric)
             if estimate is None or estimate["value"] is None:
                 continue
-            panel.axes.errorbar(
-                estimate["value"],
-                position + offset,
-                xerr=error_bars(estimate),
-                marker=nth(MARKERS, index),
-                color=nth(COLORS, index),
-                markersize=5.5,
-                capsize=2,
-                linewidth=1.2,
-                linestyle="none",
-            )
+            panel.add_point(estimate, position + offset, index, markersize=5.5, linestyle="none")
         title = legend_name(card["metrics"][metric]["title"])
-        marker, color = nth(MARKERS, index), nth(COLORS, index)
-        panel.axes.plot([], [], linestyle="none", marker=marker, color=color, label=title)
+        style = {"linestyle": "none", "marker": nth(MARKERS, index), "color": nth(COLORS, index)}
+        panel.axes.plot([], [], label=title, **style)
     panel.axes.set_xlim(-0.03, 1.03)
     panel.name_rows([legend_name(name) for name in policies])
     panel.axes.set_xlabel(xlabel)
@@ -173,3 +154,106 @@ def refusal_metrics(card: Card) -> dict[str, list[str]]:
 def _is_share(card: Card, metric: str) -> bool:
     values = [estimates[metric]["value"] for estimates in card["estimates"].values() if metric in estimates]
     return all(value is None or 0 <= value <= 1 for value in values)
+
+
+PATHS = {"score": "score that was optimized", "gold": "gold score"}
+"""Metrics that a stage logs for each update, with their titles."""
+MAX_PATH_POINTS = 40
+"""Points of a path; more are averaged over runs of updates of equal length."""
+
+
+@styled
+def reward_against_kl(card: Mapping[str, Any], metric: str) -> Markup:
+    """Draw one point per system: KL to the reference in nats across, a score up, 95 % intervals on both.
+
+    A system with a mere upper bound on its KL (best of N) has a bar that ends at the bound.
+    """
+    panel = Panel()
+    for index, policy in enumerate(card["policies"]):
+        kl = card["estimates"][policy].get("kl")
+        score = card["estimates"][policy].get(metric)
+        if kl is None or score is None or kl["value"] is None or score["value"] is None:
+            continue
+        if kl.get("method") == "upper bound":
+            # The KL of best-of-N is at most log N - (N - 1) / N; its bar goes from 0 to that bound.
+            kl = {"value": kl["value"], "low": 0.0, "high": kl["value"]}
+        style = {"markersize": 7, "markeredgecolor": "white", "linestyle": "none"}
+        panel.add_point(kl, score, index, label=legend_name(policy), **style)
+    root_axis(panel)
+    title = card["metrics"][metric]["title"]
+    panel.axes.set_xlabel(f"KL to {printable(card['reference'])} (nats, root scale)")
+    panel.axes.set_ylabel(title)
+    panel.axes.margins(0.12)
+    panel.axes.legend(loc="best")
+    return panel.svg(f"{title} against KL to {card['reference']}, one point per system")
+
+
+@styled
+def training_path(events: Mapping[str, Events], name: str) -> Markup | None:
+    """Draw the path of every stage that logged ``name`` and KL, with the numbers of its first and last update.
+
+    Both are means over an update's own rollouts, at the temperature of training and against the stage's own reference.
+    None if no stage logged them.
+    """
+    paths = {stage: _path_points(stage_events, name) for stage, stage_events in events.items()}
+    paths = {stage: points for stage, points in paths.items() if len(points) > 1}
+    if not paths:
+        return None
+    panel = Panel()
+    # A stage has the same color in the figures of all metrics.
+    stages = [stage for stage, stage_events in events.items() if "kl" in stage_events.series]
+    for stage, points in paths.items():
+        index = stages.index(stage)
+        steps, kls, scores = zip(*points, strict=True)
+        panel.axes.plot(
+            kls,
+            scores,
+            color=nth(COLORS, index),
+            linestyle=nth(LINES, index),
+            marker=nth(MARKERS, index),
+            markersize=3,
+            linewidth=1.1,
+            label=legend_name(stage),
+        )
+        for end in (0, -1):
+            # The direction of a path shows only by its first and last update.
+            place = (kls[end], scores[end])
+            panel.axes.annotate(f"{steps[end]:g}", place, (4, 4), textcoords="offset points", fontsize=8)
+    root_axis(panel)
+    panel.axes.set_xlabel("KL to the stage's start (nats, root scale)")
+    panel.axes.set_ylabel(PATHS[name])
+    panel.axes.margins(0.12)
+    panel.axes.legend(loc="best")
+    return panel.svg(f"{PATHS[name]} against KL over the updates of {', '.join(paths)}")
+
+
+def _path_points(events: Events, name: str) -> list[tuple[float, ...]]:
+    """Return (step, KL, score) of the steps that have both, averaged to at most :data:`MAX_PATH_POINTS`."""
+    kl = dict(zip(*events.series.get("kl", ([], [])), strict=True))
+    score = dict(zip(*events.series.get(name, ([], [])), strict=True))
+    # A stage may log the two at different steps; a point needs both.
+    steps = sorted(kl.keys() & score.keys())
+    # Both are averaged over the same runs of steps, so each point stays a pair.
+    _, kls = average_to(steps, [kl[step] for step in steps], MAX_PATH_POINTS)
+    mean_steps, scores = average_to(steps, [score[step] for step in steps], MAX_PATH_POINTS)
+    return list(zip(mean_steps, kls, scores, strict=True))
+
+
+def root_axis(panel: Panel) -> None:
+    """Give the KL axis a root scale: reward grows with the root of KL, and a base model may be far to the right."""
+    panel.axes.set_xscale("function", functions=(_signed_root, _signed_square))
+    set_root_ticks(panel.axes.xaxis)
+
+
+def _signed_root(x: Any) -> Any:
+    """Return the square root with the sign of ``x``: an estimate of a small KL may be negative."""
+    import numpy as np
+
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _signed_square(x: Any) -> Any:
+    """Return the square with the sign of ``x``, the inverse of :func:`_signed_root`."""
+    import numpy as np
+
+    return np.sign(x) * np.square(x)

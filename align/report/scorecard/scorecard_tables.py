@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from align.report.page.assets import AssetWriter
-from align.report.page.number_format import MARKS, MISSING, WORDS, interval, number, p_value, signed
+from align.report.page.number_format import difference_text, estimate_text, p_value
 from align.report.scorecard.conclusions import baseline_of, find_difference, role, setup
 
 Card = dict[str, Any]
@@ -19,21 +19,6 @@ Card = dict[str, Any]
 TESTS = {"mcnemar": "exact McNemar", "sign-flip": "sign-flip permutation"}
 PROMPTS = "prompts"
 """Name of the prompt set among a scorecard's tasks."""
-ESTIMATE_COLUMNS = {"value": "Value", "low": "95 % low", "high": "95 % high", "n": "n"}
-GATE_COLUMNS = {
-    "name": "Gate",
-    "system": "System",
-    "metric": "Metric",
-    "expression": "Bound",
-    "value": "Value",
-    "low": "95 % low",
-    "high": "95 % high",
-    "bound": "Bound's value",
-    "level": "Level",
-    "passed": "Passed",
-    "clear": "Clear of the bound",
-    "text": "In words",
-}
 
 
 def columns(card: Card) -> list[dict[str, str]]:
@@ -79,47 +64,26 @@ def _cell(card: Card, policy: str, metric: str, with_n: bool) -> dict[str, Any]:
     """Return a system's number with its interval, and its differences to the baseline and the base."""
     estimate = card["estimates"][policy].get(metric)
     if estimate is None:
-        return {"value": MISSING, "interval": "", "n": "", "changes": []}
+        return {**estimate_text(None), "n": "", "changes": []}
     # The baseline may be the base itself: show that difference once.
     baselines = [name for name in dict.fromkeys((baseline_of(card, policy), card["base"])) if name is not None]
     rows = [row for name in baselines if (row := find_difference(card, policy, name, metric)) is not None]
-    is_bound = estimate.get("method") == "upper bound"
-    value = number(estimate["value"])
-    return {
-        "value": f"≤ {value}" if is_bound else value,
-        "interval": "an upper bound" if is_bound else interval(estimate),
-        "n": f"n {estimate['n']:,}" if with_n else "",
-        "changes": [{**_change(row), "against": row["against"]} for row in rows],
-    }
-
-
-def _change(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return a paired difference as text."""
-    return {
-        "change": signed(row["value"]),
-        "interval": interval(dict(row), True),
-        "p": p_value(row["p_holm"]),
-        "verdict": row["verdict"],
-        "mark": MARKS[row["verdict"]],
-        "words": WORDS[row["verdict"]],
-    }
+    cell = estimate_text(estimate)
+    if estimate.get("method") == "upper bound":
+        cell = {"value": f"≤ {cell['value']}", "interval": "an upper bound"}
+    changes = [{**difference_text(row), "against": row["against"]} for row in rows]
+    return {**cell, "n": f"n {estimate['n']:,}" if with_n else "", "changes": changes}
 
 
 def difference_rows(card: Card) -> list[dict[str, Any]]:
     """Return every paired difference of the scorecard, in its order."""
-    return [
-        {
-            **_change(row),
-            "policy": row["policy"],
-            "against": row["against"],
-            "title": card["metrics"][row["metric"]]["title"],
-            "task": task_title(card, card["metrics"][row["metric"]]["task"]),
-            "n": row["n"],
-            "p_raw": p_value(row["p"]),
-            "test": TESTS.get(row["test"], row["test"]),
-        }
-        for row in card["differences"]
-    ]
+    rows = []
+    for row in card["differences"]:
+        metric = card["metrics"][row["metric"]]
+        about = {"title": metric["title"], "task": task_title(card, metric["task"])}
+        test = TESTS.get(row["test"], row["test"])
+        rows.append({**row, **difference_text(row), **about, "p_raw": p_value(row["p"]), "test": test})
+    return rows
 
 
 def task_title(card: Card, task: str) -> str:
@@ -129,20 +93,24 @@ def task_title(card: Card, task: str) -> str:
 
 def family_rows(card: Card) -> list[dict[str, Any]]:
     """Return the primary metric in every source of the prompt set, with verdicts against the reference."""
-    differences = {
-        (row["family"], row["policy"]): row for row in card["family_differences"] if row["against"] == card["reference"]
-    }
+    rows = _source_cells(card, card["families"], card["primary"])
+    cells = {(row["family"], name): cell for row in rows for name, cell in row["cells"].items()}
+    for row in card["family_differences"]:
+        cell = cells.get((row["family"], row["policy"]))
+        if cell is not None and row["against"] == card["reference"]:
+            # The cell keeps the interval of its value; the interval of the difference is in the table of differences.
+            cell |= difference_text(row) | {"interval": cell["interval"]}
+    return rows
+
+
+def _source_cells(card: Card, families: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
+    """Return a row for each source, with a cell for each system; a dash if the metric was not measured there."""
     rows = []
-    for name, family in card["families"].items():
-        cells = []
+    for name, family in families.items():
+        cells = {}
         for policy in card["policies"]:
-            cell = source_cell(family["estimates"].get(policy, {}).get(card["primary"]))
-            row = differences.get((name, policy))
-            if row is not None:
-                # The cell keeps the interval of its value; the interval of the difference is in the table of
-                # differences.
-                cell = cell | _change(row) | {"interval": cell["interval"]}
-            cells.append(cell)
+            estimate = family["estimates"].get(policy, {}).get(metric)
+            cells[policy] = estimate_text(estimate if estimate is not None and estimate["n"] else None)
         rows.append({"family": name, "n": family["n"], "cells": cells})
     return rows
 
@@ -159,15 +127,8 @@ def source_tables(card: Card) -> list[dict[str, Any]]:
         metric = primary if primary in metrics else next(iter(metrics), None)
         if metric is None:
             continue
-        rows = [
-            {
-                "family": name,
-                "n": family["n"],
-                "cells": [source_cell(family["estimates"].get(policy, {}).get(metric)) for policy in card["policies"]],
-            }
-            for name, family in families.items()
-        ]
         title = f"{card['tasks'][task]['title']}: {card['metrics'][metric]['title']}"
+        rows = _source_cells(card, families, metric)
         tables.append({"title": title, "task": task, "metric": metric, "rows": rows})
     return tables
 
@@ -176,14 +137,6 @@ def _metrics_of(families: Mapping[str, Any]) -> list[str]:
     """Return the names of all metrics in ``families``, in order."""
     estimates = [estimates for family in families.values() for estimates in family["estimates"].values()]
     return list(dict.fromkeys(name for metrics in estimates for name in metrics))
-
-
-def source_cell(estimate: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return a cell with a value and its interval, and no verdict; a dash if it was not measured."""
-    cell = {"value": MISSING, "interval": "", "change": "", "verdict": "", "mark": "", "words": ""}
-    if estimate is None or not estimate["n"]:
-        return cell
-    return cell | {"value": number(estimate["value"]), "interval": interval(dict(estimate))}
 
 
 def task_settings(card: Card) -> list[dict[str, Any]]:
@@ -211,17 +164,11 @@ def as_yaml(value: Any) -> str:
 
 def add_scorecard_tables(card: Card, assets: AssetWriter) -> None:
     """Add the scorecard's unrounded numbers to the files next to the page."""
-    metric_columns = {"task": "Task", "metric": "Metric", "title": "Title", "unit": "Unit", "better": "Better"}
-    system_columns = {"system": "System", "role": "Role", **ESTIMATE_COLUMNS, "method": "Method"}
-    assets.add_table("scorecard", "Scorecard", metric_columns | system_columns, list(_estimate_rows(card)))
-    pair_columns = {"metric": "Metric", "policy": "System", "against": "Against"}
-    test_columns = {"p": "p", "p_holm": "p (Holm)", "test": "Test", "verdict": "Verdict"}
-    difference_columns = {**pair_columns, **ESTIMATE_COLUMNS, **test_columns}
-    assets.add_table("differences", "Paired differences", difference_columns, card["differences"])
-    source_columns = {"task": "Task", "source": "Source", "metric": "Metric", "system": "System", **ESTIMATE_COLUMNS}
-    assets.add_table("sources", "By source", source_columns, list(_source_rows(card)))
+    assets.add_table("scorecard", list(_estimate_rows(card)))
+    assets.add_table("differences", card["differences"])
+    assets.add_table("sources", list(_source_rows(card)))
     if card["gates"]:
-        assets.add_table("gates", "Gates", GATE_COLUMNS, card["gates"])
+        assets.add_table("gates", card["gates"])
 
 
 def _estimate_rows(card: Card) -> Iterator[dict[str, Any]]:

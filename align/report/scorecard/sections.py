@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from align.evaluation.scorecard import FORMAT, program_metrics
-from align.report.curves.metric_series import Events
 from align.report.page.assets import AssetWriter, Figure
-from align.report.scorecard import (
-    conclusions,
-    decision,
-    kl_plots,
-    reward_models,
-    score_plots,
-    tuning_methods,
-    win_rates,
-)
+from align.report.page.metric_series import Events
+from align.report.scorecard import conclusions, decision, reward_models, score_plots, tuning_methods, win_rates
 from align.report.scorecard import scorecard_tables as tables
-from align.report.scorecard.rollout_lines import read_episodes, read_rollouts, read_validations
+from align.report.scorecard.rollouts import read_episodes, read_rollouts, read_validations
 from align.report.scorecard.samples import page_json, page_samples, read_samples, response_lengths
 from align.report.scorecard.scorecard_tables import PROMPTS
 from align.store.artifacts import Artifact, Kind
@@ -27,26 +19,6 @@ from align.store.artifacts import Artifact, Kind
 Card = dict[str, Any]
 
 MAX_TASK_FIGURES = 12
-LISTS = (
-    "headlines",
-    "findings",
-    "gates",
-    "columns",
-    "groups",
-    "differences",
-    "families",
-    "sources",
-    "task_settings",
-    "task_figures",
-    "drift",
-    "matrices",
-    "reward_models",
-    "lengths",
-    "rates",
-)
-"""Lists that the template needs; they are empty without an evaluation."""
-SINGLES = ("family_figure", "on", "gate_sentence", "methods", "decision")
-"""Further names that the template needs; they are None without an evaluation."""
 SCORECARD, SAMPLES, ROLLOUTS = "scorecard.json", "samples.jsonl", "completions.jsonl"
 VALIDATIONS = "validations.jsonl"
 
@@ -96,35 +68,36 @@ def evaluation_sections(
         "samples": page,
         "samples_json": page_json(page),
         "paths": _training_paths(events, assets),
-        **{name: [] for name in LISTS},
-        **dict.fromkeys(SINGLES),
+    }
+    # Each part of a scorecard under its name in the template; without an evaluation all are empty.
+    parts: dict[str, Callable[[Card], Any]] = {
+        "headlines": conclusions.headlines,
+        "on": conclusions.measured_on,
+        "decision": lambda card: decision.decide_by_items(
+            card, decision.item_columns(artifacts, card), decision.checkpoints(card)
+        ),
+        "findings": lambda card: conclusions.group_findings(conclusions.sentences(card)),
+        "gates": conclusions.gate_rows,
+        "columns": tables.columns,
+        "methods": lambda card: tuning_methods.methods_section(artifacts, card, assets),
+        "groups": tables.task_groups,
+        "differences": tables.difference_rows,
+        "families": lambda card: tables.family_rows(card) if len(card["families"]) > 1 else [],
+        "family_figure": lambda card: _family_figure(card, assets),
+        "sources": tables.source_tables,
+        "task_settings": tables.task_settings,
+        "task_figures": lambda card: _task_figures(card, assets),
+        "drift": lambda card: _kl_figures(card, assets),
+        "matrices": lambda card: win_rates.matrices(card, assets),
+        "reward_models": lambda card: reward_models.sections(card, assets),
+        "lengths": lambda card: _length_figures(card, samples, assets),
+        "rates": lambda card: _rate_figures(card, assets),
     }
     if card is None:
-        return sections
+        return sections | dict.fromkeys([*parts, "gate_sentence"], ())
     tables.add_scorecard_tables(card, assets)
-    gates = conclusions.gate_rows(card)
-    return sections | {
-        "headlines": conclusions.headlines(card),
-        "on": conclusions.measured_on(card),
-        "decision": decision.decide_by_items(card, decision.item_columns(artifacts, card), decision.checkpoints(card)),
-        "findings": conclusions.group_findings(conclusions.sentences(card)),
-        "gates": gates,
-        "gate_sentence": conclusions.gate_sentence(gates),
-        "columns": tables.columns(card),
-        "methods": tuning_methods.methods_section(artifacts, card, assets),
-        "groups": tables.task_groups(card),
-        "differences": tables.difference_rows(card),
-        "families": tables.family_rows(card) if len(card["families"]) > 1 else [],
-        "family_figure": _family_figure(card, assets),
-        "sources": tables.source_tables(card),
-        "task_settings": tables.task_settings(card),
-        "task_figures": _task_figures(card, assets),
-        "drift": _kl_figures(card, assets),
-        "matrices": win_rates.matrices(card, assets),
-        "reward_models": reward_models.sections(card, assets),
-        "lengths": _length_figures(card, samples, assets),
-        "rates": _rate_figures(card, assets),
-    }
+    sections |= {name: part(card) for name, part in parts.items()}
+    return sections | {"gate_sentence": conclusions.gate_sentence(sections["gates"])}
 
 
 def _task_figures(card: Card, assets: AssetWriter) -> list[Figure]:
@@ -156,25 +129,20 @@ def _kl_figures(card: Card, assets: AssetWriter) -> list[Figure]:
     """Return score against KL, the proxy first and the programs' scores next; none if KL was not measured."""
     if not any("kl" in estimates for estimates in card["estimates"].values()):
         return []
-    subjects = {"reward": "The proxy, the reward model's score,"}
+    subjects = {"reward": "The proxy, the reward model's score,"} if "reward" in card["metrics"] else {}
     subjects |= {name: f"The {name} score, which a proxy stands for," for name in program_metrics(card["metrics"])}
-    return [
-        assets.add_figure(
-            f"kl-{name}",
-            kl_plots.reward_against_kl(card, name),
-            f"{subjects[name]} against drift from {card['reference']}: up is better, right is further away.",
-        )
-        for name in subjects
-        if name in card["metrics"]
-    ]
+    figures = []
+    for name, subject in subjects.items():
+        caption = f"{subject} against drift from {card['reference']}: up is better, right is further away."
+        figures.append(assets.add_figure(f"kl-{name}", score_plots.reward_against_kl(card, name), caption))
+    return figures
 
 
 def _training_paths(events: Mapping[str, Events], assets: AssetWriter) -> list[Figure]:
     """Return score against KL over the updates of training, for the stages that logged both."""
-    with_path = {stage: stage_events for stage, stage_events in events.items() if kl_plots.has_path(stage_events)}
     figures = []
-    for name, title in kl_plots.PATHS.items():
-        svg = kl_plots.training_path(with_path, name)
+    for name, title in score_plots.PATHS.items():
+        svg = score_plots.training_path(events, name)
         if svg is not None:
             caption = (
                 f"The {title} against drift over the updates of training, with the numbers of the first and the last: "
@@ -199,10 +167,10 @@ def _length_figures(card: Card, samples: list[dict[str, Any]], assets: AssetWrit
 def _rate_figures(card: Card, assets: AssetWriter) -> list[Figure]:
     """Return the share of responses that end by themselves, and the refusal rates of each task about refusing."""
     figures = []
-    finished = [name for name in card["metrics"] if name.rpartition(".")[2] == "finished"]
-    if finished:
+    metrics = [name for name in card["metrics"] if name.rpartition(".")[2] == "finished"]
+    if metrics:
         label = "share of responses that end by themselves"
-        svg = score_plots.rates(card, finished, label, "Share of finished responses")
+        svg = score_plots.rates(card, metrics, label, "Share of finished responses")
         figures.append(assets.add_figure("finished", svg, "Below 0.9, a policy has not learned to stop."))
     for task, metrics in score_plots.refusal_metrics(card).items():
         if metrics:

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from align.config.tuning import Tuning
 from align.evaluation.scorecard import program_metrics
 from align.report.page.assets import AssetWriter
-from align.report.page.number_format import MISSING, duration, interval, number, size
+from align.report.page.number_format import MISSING, duration, estimate_text, number, size, value_with_interval
 from align.report.scorecard.decision import Best, find_best, item_columns, join_names
 from align.store.artifacts import Artifact
 
@@ -26,15 +26,6 @@ MIN_ROWS = 2
 METRICS = ("reward", "heldout_loss", "kl", "length")
 """Metrics of the prompt set that have a column if they were measured; the primary metric comes first."""
 TUNINGS: TypeAdapter[Any] = TypeAdapter(Tuning)
-TABLE_COLUMNS = {
-    "stage": "Stage",
-    "fitting": "Fitted by",
-    "learning_rate": "Learning rate",
-    "trainable_parameters": "Trained parameters",
-    "share": "Share trained",
-    "seconds": "Seconds",
-    "peak_memory_bytes": "Peak memory, bytes",
-}
 
 
 def methods_section(artifacts: Sequence[Artifact], card: Card, assets: AssetWriter) -> dict[str, Any] | None:
@@ -59,7 +50,11 @@ def methods_section(artifacts: Sequence[Artifact], card: Card, assets: AssetWrit
     best = find_best(card, item_columns(artifacts, card), list(trained))
     rows = [_row(name, record, card, metrics, best) for name, record in trained.items()]
     table = [_table_row(name, record, card, metrics, best) for name, record in trained.items()]
-    assets.add_table("methods", "Ways of fitting", _table_columns(card, metrics), table)
+    columns: dict[str, str] = {}
+    for metric in metrics:
+        title = card["metrics"][metric]["title"]
+        columns |= {metric: title, f"{metric}_low": f"{title}, low", f"{metric}_high": f"{title}, high"}
+    assets.add_table("methods", table, columns)
     return {
         "columns": [card["metrics"][metric]["title"] for metric in metrics],
         "rows": rows,
@@ -99,13 +94,6 @@ def _trained_share(record: Mapping[str, Any]) -> float | None:
 def _row(name: str, record: Mapping[str, Any], card: Card, metrics: Sequence[str], best: Best) -> dict[str, Any]:
     """Return a checkpoint's row on the page, as text."""
     share = _trained_share(record)
-    cells = []
-    for metric in metrics:
-        estimate = card["estimates"][name].get(metric)
-        if estimate:
-            cells.append({"value": number(estimate["value"]), "interval": interval(estimate)})
-        else:
-            cells.append({"value": MISSING, "interval": ""})
     return {
         "name": name,
         "fitting": describe_tuning(record),
@@ -113,7 +101,7 @@ def _row(name: str, record: Mapping[str, Any], card: Card, metrics: Sequence[str
         "share": MISSING if share is None else f"{number(100 * share)} %",
         "time": duration(record.get("seconds")),
         "memory": size(record.get("peak_memory_bytes")),
-        "cells": cells,
+        "cells": [estimate_text(card["estimates"][name].get(metric)) for metric in metrics],
         "verdict": _verdict(name, best),
     }
 
@@ -137,7 +125,7 @@ def _sentence(card: Card, best: Best, names: Sequence[str]) -> str:
         return "The primary metric has no better side, so none is called best."
     title = str(card["metrics"][card["primary"]]["title"])
     estimate = card["estimates"][best.name][card["primary"]]
-    head = f"{title} is best for {best.name}: {number(estimate['value'])} ({interval(estimate)})."
+    head = f"{title} is best for {best.name}: {value_with_interval(estimate)}."
     if not best.differences:
         return f"{head} The items of the others are not here, so it is not known which are really below it."
     below = len(best.differences) - len(best.ties)
@@ -147,34 +135,20 @@ def _sentence(card: Card, best: Best, names: Sequence[str]) -> str:
     return f"{head} {below} of {len(names) - 1} others are clearly below it{tail}"
 
 
-# ---- files next to the page ---------------------------------------------------------------------------------------
-
-
-def _table_columns(card: Card, metrics: Sequence[str]) -> dict[str, str]:
-    columns = dict(TABLE_COLUMNS)
-    for metric in metrics:
-        title = card["metrics"][metric]["title"]
-        columns |= {metric: title, f"{metric}_low": f"{title}, low", f"{metric}_high": f"{title}, high"}
-    return columns | {"to_best": "Difference to the best", "to_best_p": "p (Holm)"}
-
-
 def _table_row(name: str, record: Mapping[str, Any], card: Card, metrics: Sequence[str], best: Best) -> dict[str, Any]:
     """Return a checkpoint's row for the files next to the page, unrounded."""
     row = {
+        **record,
         "stage": name,
         "fitting": describe_tuning(record),
         "learning_rate": (record.get("config") or {}).get("learning_rate"),
         "trainable_parameters": record["metrics"]["trainable_parameters"],
         "share": _trained_share(record),
-        "seconds": record.get("seconds"),
-        "peak_memory_bytes": record.get("peak_memory_bytes"),
     }
     for metric in metrics:
         estimate = card["estimates"][name].get(metric) or {}
         row[metric] = estimate.get("value")
         row[f"{metric}_low"] = estimate.get("low")
         row[f"{metric}_high"] = estimate.get("high")
-    difference_to_best = best.differences.get(name) or {}
-    row["to_best"] = difference_to_best.get("value")
-    row["to_best_p"] = difference_to_best.get("p_holm")
-    return row
+    difference = best.differences.get(name) or {}
+    return row | {"to_best": difference.get("value"), "to_best_p": difference.get("p_holm")}

@@ -9,8 +9,8 @@ from markupsafe import Markup
 
 from align.errors import printable
 from align.report.page.assets import AssetWriter
-from align.report.page.number_format import MARKS, MISSING, interval, number
-from align.report.page.panels import COLORS, INK, Panel, error_bars, legend_name, styled
+from align.report.page.number_format import MARKS, MISSING, estimate_text, value_with_interval
+from align.report.page.panels import INK, Panel, legend_name, styled
 
 Card = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -18,24 +18,6 @@ Row = Mapping[str, Any]
 
 EVEN = 0.5
 BOUNDS = ("value", "low", "high")
-TABLE_COLUMNS = {
-    "task": "Task",
-    "judge": "Judge",
-    "one": "System",
-    "other": "Against",
-    "n": "Compared",
-    "wins": "Won",
-    "ties": "Tied",
-    "losses": "Lost",
-    "disagreements": "Contradicted when swapped",
-    "unreadable": "Unreadable",
-    "value": "Win rate",
-    "low": "95 % low",
-    "high": "95 % high",
-    "lc_value": "Length-controlled",
-    "lc_low": "95 % low, length-controlled",
-    "lc_high": "95 % high, length-controlled",
-}
 
 
 def matrices(card: Card, assets: AssetWriter) -> list[dict[str, Any]]:
@@ -50,21 +32,24 @@ def matrices(card: Card, assets: AssetWriter) -> list[dict[str, Any]]:
         names += sorted(compared - set(names))  # opponents that are a benchmark's texts, not systems
         title = str(card["tasks"][task]["title"]) if task in card["tasks"] else task
         plot = win_rate_plot(rows, f"{title}, judged by {judge}")
+        cells = {name: [_cell(rows, name, opponent) for opponent in names] for name in names}
         sections.append(
             {
                 "title": title,
                 "judge": judge,
                 "names": names,
-                "rows": [
-                    {"name": name, "cells": [_cell(rows, name, opponent) for opponent in names]} for name in names
-                ],
+                "rows": [{"name": name, "cells": cells[name]} for name in names],
                 "counts": [_counts(row) for row in rows],
                 "controlled": any(row.get("length_controlled") for row in rows),
                 "figure": assets.add_figure(f"win-rates-{task}", plot),
             }
         )
-    if card["win_rates"]:
-        _add_table(card, assets)
+    table = []
+    for row in card["win_rates"]:
+        controlled = {f"lc_{name}": (row.get("length_controlled") or {}).get(name) for name in BOUNDS}
+        table.append({**row, **{name: row["win_rate"].get(name) for name in BOUNDS}, **controlled})
+    if table:
+        assets.add_table("win-rates", table)
     return sections
 
 
@@ -79,31 +64,11 @@ def win_rate_plot(rows: Sequence[Row], label: str) -> Markup:
     for y, row in enumerate(rows):
         rate = row["win_rate"]
         if rate and rate["value"] is not None:
-            panel.axes.errorbar(
-                rate["value"],
-                y - 0.12,
-                xerr=error_bars(rate),
-                marker="o",
-                color=COLORS[0],
-                markerfacecolor=COLORS[0],
-                markersize=6,
-                capsize=2,
-                linewidth=1.2,
-            )
+            panel.add_point(rate, y - 0.12)
         controlled = row.get("length_controlled")
         if controlled and controlled["value"] is not None:
             xlabel = "win rate (ties and contradictions: half)\nhollow square: length-controlled"
-            panel.axes.errorbar(
-                controlled["value"],
-                y + 0.14,
-                xerr=error_bars(controlled),
-                marker="s",
-                color=COLORS[1],
-                markerfacecolor="white",
-                markersize=6,
-                capsize=2,
-                linewidth=1.2,
-            )
+            panel.add_point(controlled, y + 0.14, 1, markerfacecolor="white")
     panel.axes.axvline(EVEN, color=INK, linestyle=":", linewidth=1.2)
     panel.axes.set_xlim(-0.03, 1.03)
     pairs = [f"{legend_name(row['one'])} over {legend_name(row['other'])}" for row in rows]
@@ -114,31 +79,22 @@ def win_rate_plot(rows: Sequence[Row], label: str) -> Markup:
 
 def _cell(rows: Sequence[Row], name: str, opponent: str) -> dict[str, Any] | None:
     """Return the cell with the win rate of ``name`` over ``opponent``; None if they were not compared."""
-    for row in rows:
-        controlled = row.get("length_controlled")
-        if (row["one"], row["other"]) == (name, opponent):
-            return _cell_text(row["win_rate"], row, controlled, (row["wins"], row["losses"]))
+    row = next((row for row in rows if {row["one"], row["other"]} == {name, opponent}), None)
+    if row is None:
+        return None
+    if row["one"] != name:
         # The scorecard has each pair once; the mirrored cell shows the same comparison from the other side.
-        if (row["one"], row["other"]) == (opponent, name):
-            swapped = _swap_sides(row["win_rate"])
-            return _cell_text(swapped, row, controlled and _swap_sides(controlled), (row["losses"], row["wins"]))
-    return None
-
-
-def _cell_text(estimate: Row, row: Row, controlled: Row | None, wins_and_losses: tuple[float, float]) -> dict[str, Any]:
-    wins, losses = wins_and_losses
+        rates = {key: _swap_sides(row[key]) for key in ("win_rate", "length_controlled") if row.get(key)}
+        row = {**row, **rates, "wins": row["losses"], "losses": row["wins"]}
+    rate = row["win_rate"]
+    counts = {"won": "wins", "tied": "ties", "lost": "losses", "contradicted": "disagreements"}
     return {
-        "value": number(estimate["value"]),
-        "interval": interval(dict(estimate)),
-        "counts": f"{wins:g} won · {row['ties']:g} tied · {losses:g} lost · {row['disagreements']:g} contradicted",
-        "controlled": _with_interval(controlled) if controlled else "",
-        "verdict": verdict(estimate),
-        "mark": MARKS[verdict(estimate)],
+        **estimate_text(rate),
+        "counts": " · ".join(f"{row[key]:g} {words}" for words, key in counts.items()),
+        "controlled": value_with_interval(row["length_controlled"]) if row.get("length_controlled") else "",
+        "verdict": verdict(rate),
+        "mark": MARKS[verdict(rate)],
     }
-
-
-def _with_interval(estimate: Row) -> str:
-    return f"{number(estimate['value'])} ({interval(dict(estimate))})"
 
 
 def verdict(estimate: Row) -> str:
@@ -152,8 +108,8 @@ def verdict(estimate: Row) -> str:
 
 def _swap_sides(estimate: Row) -> dict[str, Any]:
     """Return the same rate from the opponent's side."""
-    flipped = {key: None if estimate.get(key) is None else 1 - estimate[key] for key in BOUNDS}
-    return {**estimate, "value": flipped["value"], "low": flipped["high"], "high": flipped["low"]}
+    value, low, high = (None if estimate.get(key) is None else 1 - estimate[key] for key in BOUNDS)
+    return {**estimate, "value": value, "low": high, "high": low}
 
 
 def _counts(row: Row) -> dict[str, Any]:
@@ -164,15 +120,6 @@ def _counts(row: Row) -> dict[str, Any]:
         "pair": f"{row['one']} over {row['other']}",
         **{key: f"{row[key]:,}" for key in ("n", "wins", "ties", "losses", "unreadable")},
         "disagreements": f"{row['disagreements']:,} ({share})",
-        "win_rate": _with_interval(row["win_rate"]),
-        "controlled": _with_interval(controlled) if controlled else MISSING,
+        "win_rate": value_with_interval(row["win_rate"]),
+        "controlled": value_with_interval(controlled) if controlled else MISSING,
     }
-
-
-def _add_table(card: Card, assets: AssetWriter) -> None:
-    rows = []
-    for row in card["win_rates"]:
-        controlled = row.get("length_controlled") or {}
-        rate = {name: row["win_rate"].get(name) for name in BOUNDS}
-        rows.append({**row, **rate, **{f"lc_{name}": controlled.get(name) for name in BOUNDS}})
-    assets.add_table("win-rates", "Win rates", TABLE_COLUMNS, rows)

@@ -20,9 +20,10 @@ from align.report.compare.merged_scorecard import (
     merge_samples,
     read_cards,
 )
-from align.report.compare.overlays import Point, draw_overlay, pareto_front
 from align.report.compare.run_table import changed_fields
-from align.report.curves.metric_series import Events
+from align.report.compare.trade_offs import Point, pareto_front
+from align.report.page.curve_panels import draw_run_curves
+from align.report.page.metric_series import Events
 from align.store.artifacts import Kind
 from tests.support.report.browser import chromium, console, needs_browser, requests, resize
 from tests.support.report.example_run import HOSTILE, write_artifact
@@ -61,7 +62,7 @@ def test_what_all_runs_share_stands_in_the_merged_card_once(sweep: dict[str, Any
     assert card["estimates"]["kl-0_05: ppo"] == evaluated[1].card["estimates"]["ppo"]
 
 
-def test_another_key_or_other_numbers_under_one_name_are_another_system(tmp_path: Path) -> None:
+def test_system_with_another_key_or_numbers_is_another_system(tmp_path: Path) -> None:
     runs = make_sweep(tmp_path / "runs", {"a": (0.5, 1.0), "b": (0.6, 2.0)})
     for change in ("key", "numbers"):
         path = runs["b"]["evaluate"].path / "scorecard.json"
@@ -145,7 +146,7 @@ def test_runs_measured_on_other_items_say_so(tmp_path: Path) -> None:
     assert rows["b: ppo", "a: ppo", "ifeval.prompt_strict"]["n"] == 20
 
 
-def test_items_with_the_same_id_and_another_prompt_are_not_paired(tmp_path: Path) -> None:
+def test_items_with_another_prompt_are_not_paired(tmp_path: Path) -> None:
     runs = make_sweep(tmp_path / "runs", {"a": (0.5, 1.0), "b": (0.6, 2.0), "c": (0.7, 3.0)})
     path = runs["b"]["evaluate"].path / "samples.jsonl"
     lines = path.read_text().splitlines()
@@ -256,7 +257,7 @@ def test_types_that_auto_stood_for_are_compared(tmp_path: Path) -> None:
     assert changed_fields(runs) == {"ppo.precision": {"a": "auto (bfloat16)", "b": "auto (float32)"}}
 
 
-def test_a_seed_is_one_field_where_all_stages_have_it_and_theirs_where_not(tmp_path: Path) -> None:
+def test_common_seed_of_all_stages_is_one_field(tmp_path: Path) -> None:
     runs = make_sweep(tmp_path / "runs", {"a": (0.5, 1.0), "b": (0.6, 2.0)})
     ppo = runs["b"]["ppo"].record
     ppo["config"] = runs["a"]["ppo"].record["config"]
@@ -344,7 +345,7 @@ def test_runs_beyond_the_room_of_a_panel_are_named(tmp_path: Path) -> None:
 
 def test_no_two_runs_of_a_panel_look_alike() -> None:
     line = Events(series={"loss": ([1.0, 2.0], [3.0, 2.0])})
-    svg = str(draw_overlay("loss", {f"run {number}": line for number in range(14)}).svg)
+    svg = str(draw_run_curves("loss", {f"run {number}": line for number in range(14)}).svg)
     styles = re.findall(r'<path d="[^"]*" clip-path="[^"]*" style="(fill: none;[^"]*)"', svg)
     curve_styles = [style for style in styles if "stroke-width: 1.4" in style]
     assert len(curve_styles) == 14 and len(set(curve_styles)) == 14

@@ -1,13 +1,13 @@
 """Runs that differ by seed alone: groups, means and tests over seeds by hand, the section on the page."""
 
 import csv
+import json
 
 import pytest
 
 from align.errors import UserError
 from align.report.compare.comparison import write_comparison
-from align.report.compare.over_seeds import compare_over_seeds
-from align.report.compare.seed_groups import group_by_seed
+from align.report.compare.over_seeds import compare_over_seeds, group_by_seed
 from align.report.compare.seed_section import seed_section
 from align.report.page.assets import AssetWriter
 from tests.support.report.example_run import HOSTILE
@@ -42,7 +42,7 @@ def test_runs_of_one_setting_belong_together(tmp_path):
 
 def test_runs_that_differ_in_more_than_the_seed_are_refused(tmp_path):
     runs = make_runs(tmp_path, {"a1": 0.7, "b2": 0.6})
-    with pytest.raises(UserError, match=r"no two .* by their seed alone; they also differ in ppo.kl_coef"):
+    with pytest.raises(UserError, match=r"no two .* only by their seed; they also differ in ppo.kl_coef"):
         group_by_seed(runs)
 
 
@@ -90,7 +90,7 @@ def test_other_seeds_are_compared_by_welch(tmp_path):
     assert "over 2 to 3 seeds, and none is clearly below the highest" in seeds.decision.reason
 
 
-def test_one_setting_compares_its_checkpoints_and_shared_weights_have_no_interval(tmp_path):
+def test_checkpoints_of_one_setting_are_compared(tmp_path):
     seeds = compare_over_seeds(make_runs(tmp_path, {"a1": 0.70, "a2": 0.72, "a3": 0.74}))
     assert seeds.candidates == ["model", "sft", "ppo"]
     assert seeds.estimate("sft", "gold")["low"] is None
@@ -99,6 +99,17 @@ def test_one_setting_compares_its_checkpoints_and_shared_weights_have_no_interva
     rows = {row["system"]: row for row in seed_section(seeds, AssetWriter())["rows"]}
     assert rows["sft"]["seeds"] == "the same weights in all runs"
     assert rows["ppo"]["seeds"] == "3 seeds"
+
+
+def test_scores_of_a_reward_model_may_be_the_primary_metric(tmp_path):
+    runs = make_runs(tmp_path)
+    for run in runs.values():
+        path = run["evaluate"].path / "scorecard.json"
+        card = json.loads(path.read_text()) | {"primary": "reward"}
+        for entry in (card["metrics"], *card["estimates"].values()):
+            entry["reward"] = entry["gold"]
+        path.write_text(json.dumps(card))
+    assert compare_over_seeds(runs).decision.lead == "Take kl_coef=0.0: ppo"
 
 
 def test_the_page_its_tables_and_hostile_settings(tmp_path):

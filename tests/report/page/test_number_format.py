@@ -29,7 +29,7 @@ def test_the_rest():
     assert [p_value(p) for p in (0.0001, 0.0123, 0.4)] == ["< 0.001", "0.012", "0.40"]
 
 
-def test_a_hyphen_becomes_a_minus_where_it_is_one_and_nowhere_else():
+def test_only_hyphens_before_numbers_become_minus_signs():
     text = "kl-0_05 falls by -0.31 (95 % interval -.5 to -1e-04; a-1 - b: +0.2), GPT-4, a 3-5, x.-2"
     assert with_minus_signs(text) == (
         "kl-0_05 falls by −0.31 (95 % interval −.5 to −1e−04; a-1 − b: +0.2), GPT-4, a 3-5, x.-2"

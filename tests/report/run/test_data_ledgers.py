@@ -2,7 +2,6 @@
 
 import json
 
-from align.report.page.assets import AssetWriter
 from align.report.run import data_ledgers
 from align.report.run.stage_costs import device, endpoint_cost, totals
 from align.store.artifacts import Kind
@@ -11,7 +10,7 @@ from tests.support.report.example_run import FORMULA
 
 def test_steps_sources_and_reasons(full_run):
     artifacts, _ = full_run
-    data, answers = data_ledgers.data_sections(artifacts, AssetWriter())
+    data, answers = data_ledgers.data_sections(artifacts)
     assert data["splits"] == {"train": 30, "test": 3}
     assert [(step["step"], step["rows_in"], step["lost"], step["rows_out"]) for step in data["steps"]] == [
         ("0 read", 40, 0, 40), ("1 filter", 40, 7, 33),
@@ -31,7 +30,7 @@ def test_steps_sources_and_reasons(full_run):
 
 def test_a_stage_without_a_ledger_shows_what_it_counted(make_artifact):
     sample = make_artifact("sample", Kind.PREFERENCES, metrics={"train_rows": 9, "test_rows": 1, "eos_rate": 0.5})
-    (section,) = data_ledgers.data_sections([sample], AssetWriter())
+    (section,) = data_ledgers.data_sections([sample])
     assert section["splits"] == {"train": 9, "test": 1}
     assert ("eos_rate", 0.5) in section["counts"]
     assert section["steps"] == []
@@ -40,12 +39,12 @@ def test_a_stage_without_a_ledger_shows_what_it_counted(make_artifact):
 def test_a_damaged_ledger_is_no_error(make_artifact):
     data = make_artifact("data", Kind.INSTRUCTIONS)
     (data.path / "ledger.json").write_text("[1", encoding="utf-8")
-    assert data_ledgers.data_sections([data], AssetWriter())[0]["steps"] == []
-    assert data_ledgers.license_rows([data], AssetWriter()) == []
+    assert data_ledgers.data_sections([data])[0]["steps"] == []
+    assert data_ledgers.license_rows([data]) == []
 
 
 def test_licenses_of_data_and_models(full_run):
-    rows = data_ledgers.license_rows(full_run[0], AssetWriter())
+    rows = data_ledgers.license_rows(full_run[0])
     assert [(row["what"], row["name"], row["license"]) for row in rows] == [
         ("model", "smollm2-135m-instruct", "apache-2.0"),
         ("data", "words", "cc-by-4.0"),
@@ -53,7 +52,7 @@ def test_licenses_of_data_and_models(full_run):
     ]
     license = data_ledgers.data_license(rows)
     assert license is not None
-    assert license["names"] == ("unknown",)
+    assert license.names == ("unknown",)
     assert data_ledgers.data_license(rows[:1]) is None
 
 

@@ -1,5 +1,7 @@
 """The page: hostile text stays text, nothing is fetched, partial and failed runs have one too."""
 
+from __future__ import annotations
+
 import json
 import re
 from html.parser import HTMLParser

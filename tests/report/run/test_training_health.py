@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from align.report.curves.metric_series import Events
+from align.report.page.metric_series import Events
 from align.report.run.run_report import write_report
 from align.report.run.training_health import raised_alarms, training_health
 from align.store.artifacts import Kind
@@ -18,7 +18,7 @@ def health_of(**series):
     values = {name: ([1.0, 2.0, 3.0, 4.0], numbers) for name, numbers in (HEALTHY | series).items()}
     health = training_health({"ppo": Events(values), "sft": Events({"loss": ([1.0], [0.5])})})
     (row,) = health["rows"]
-    cells = {column["title"]: cell for column, cell in zip(health["columns"], row["cells"], strict=True)}
+    cells = {column.title: cell for column, cell in zip(health["columns"], row["cells"], strict=True)}
     return {title: (cell["text"], cell["ok"]) for title, cell in cells.items()}
 
 

@@ -82,7 +82,7 @@ def test_a_checkpoint_that_is_sampled_again_is_no_choice():
     assert "ppo_again" not in decision.reason
 
 
-def test_a_failed_gate_and_a_rival_without_training_stand_in_the_sentence():
+def test_decision_names_failed_gate_and_untrained_rival():
     columns = {"model": NOISE, "sft": NOISE + 0.3, "best8": NOISE + 0.5 - FLIPS, "ppo": NOISE + 0.5 + FLIPS}
     card, by_item = make_card(columns, best_of=("best8",))
     card["gates"] = [

@@ -2,7 +2,7 @@
 
 import json
 
-from align.report.scorecard.rollout_lines import read_rollouts, read_validations
+from align.report.scorecard.rollouts import read_rollouts, read_validations
 from align.report.scorecard.samples import HUNDREDTHS, page_samples, read_samples, response_lengths
 from tests.support.report.example_card import POLICIES, full_card
 from tests.support.report.example_run import prompt_samples, task_samples
@@ -26,7 +26,7 @@ def test_a_change_counts_as_a_share_of_its_task_s_largest():
     assert page["tasks"]["mt"] == {"title": "MT-Bench", "metric": "Judge's score", "key": "score"}
 
 
-def test_numbers_by_token_go_with_the_largest_changes_until_their_room_is_full(monkeypatch):
+def test_numbers_by_token_go_with_the_largest_changes(monkeypatch):
     samples, card = list(prompt_samples(POLICIES, heat=True)), full_card()
     page = page_samples(samples, card)
     assert page["without_heat"] == 0
@@ -42,7 +42,7 @@ def test_numbers_by_token_go_with_the_largest_changes_until_their_room_is_full(m
     assert bounded["without_heat"] == len(samples) - sum(with_heat)
 
 
-def test_numbers_that_are_none_or_not_finite_are_shown_as_missing():
+def test_infinite_numbers_are_shown_as_missing():
     sample = next(prompt_samples(["sft"], heat=True))
     sample["responses"]["sft"][0] |= {
         "token_kl": [["a", None], ["b", float("nan")]],
@@ -64,7 +64,7 @@ def test_a_score_that_is_not_finite_makes_no_change():
     assert "ppo" not in item["change"]
 
 
-def test_pairs_that_reward_models_scored_have_columns_of_their_own():
+def test_pairs_of_reward_models_have_columns_by_side():
     def side(text, score):
         return [{"text": text, "finished": True, "scores": {"rm": score, "rm-b": None}}]
 

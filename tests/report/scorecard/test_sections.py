@@ -1,13 +1,13 @@
-"""Sections of an evaluation: gates, headlines, tables by task, win rates, reward models, kl_plots."""
+"""Sections of an evaluation: gates, headlines, tables by task, win rates, reward models, score_plots."""
 
 import json
 
 import pytest
 
-from align.report.curves.metric_series import Events
 from align.report.page.assets import AssetWriter
+from align.report.page.metric_series import Events
 from align.report.run.run_report import write_report
-from align.report.scorecard import kl_plots, reward_models, win_rates
+from align.report.scorecard import reward_models, score_plots, win_rates
 from align.report.scorecard import scorecard_tables as tables
 from align.report.scorecard.conclusions import (
     find_difference,
@@ -61,7 +61,7 @@ def test_training_is_held_against_what_needs_none(card):
     assert any(text.startswith("ppo is not clearly different from best8 (best of 8, not trained)") for text in texts)
 
 
-def test_a_card_without_a_prompt_set_has_headlines_of_its_first_task():
+def test_card_without_prompts_has_headlines_of_first_task():
     card = full_card(prompts=False)
     assert measured_on(card) == "40 items of IFEval"
     assert [head["estimate"]["n"] for head in headlines(card)] == [40] * 5
@@ -99,7 +99,7 @@ def test_sources_of_tasks(card):
     by_task = {table["task"]: table for table in tables.source_tables(card)}
     assert set(by_task) == {"ifeval", "refusals"}  # those with several
     assert [row["family"] for row in by_task["ifeval"]["rows"]] == ["format", "length"]
-    safe = {row["family"]: row["cells"][0]["value"] for row in by_task["refusals"]["rows"]}
+    safe = {row["family"]: row["cells"]["model"]["value"] for row in by_task["refusals"]["rows"]}
     assert safe["unsafe"] == "–"  # a rate over safe prompts says nothing there
 
 
@@ -140,7 +140,7 @@ def test_reward_models(card):
     assert "is it right where it is sure" in first["figures"][2].caption
     assert "two gold scores" in second["figures"][2].caption
     assert named["agreement with reward-b: Cohen's kappa"] == "0.550"
-    assert [row["range"] for row in first["by_margin"]] == ["0.000 to 0.500", "0.500 to 1.00", "from 1.00"]
+    assert [row["name"] for row in first["by_margin"]] == ["0.000 to 0.500", "0.500 to 1.00", "from 1.00"]
     assert [figure.name.split("-reward")[0] for figure in first["figures"]] == [
         "accuracy", "reliability", "margins", "accuracy-by-source",
     ]  # fmt: skip
@@ -157,14 +157,13 @@ def test_sections_may_be_nested():
 def test_the_path_of_a_stage_over_its_updates():
     steps = [float(step) for step in range(1, 401)]
     events = Events({"kl": (steps, steps), "score": (steps, steps), "gold": (steps[:1], [0.5])})
-    assert kl_plots.has_path(events)
-    points = kl_plots._path_points(events, "score")
-    assert len(points) == kl_plots.MAX_PATH_POINTS
+    points = score_plots._path_points(events, "score")
+    assert len(points) == score_plots.MAX_PATH_POINTS
     assert points[0] == (5.5, 5.5, 5.5)  # the mean of ten updates
-    assert kl_plots.training_path({"ppo": events}, "score") is not None
-    assert kl_plots.training_path({"ppo": events}, "gold") is None  # one point is no path
-    assert not kl_plots.has_path(Events({"kl": (steps, steps)}))
-    assert not kl_plots.has_path(Events({"score": (steps, steps)}))
+    assert score_plots.training_path({"ppo": events}, "score") is not None
+    assert score_plots.training_path({"ppo": events}, "gold") is None  # one point is no path
+    assert score_plots.training_path({"ppo": Events({"kl": (steps, steps)})}, "score") is None
+    assert score_plots.training_path({"ppo": Events({"score": (steps, steps)})}, "score") is None
 
 
 @pytest.mark.parametrize(

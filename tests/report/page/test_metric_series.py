@@ -2,7 +2,7 @@
 
 import json
 
-from align.report.curves.metric_series import MAX_POINTS, average_to, group_by_panel, read_events
+from align.report.page.metric_series import MAX_POINTS, average_to, group_by_panel, read_events
 
 
 def test_a_resumed_step_counts_once_and_damage_is_skipped(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -13,52 +14,16 @@ from align.store.json_files import parse_event
 
 MAX_POINTS = 400
 """Points of a drawn curve; more are averaged in runs of equal length, which no screen shows differently."""
-EPISODE_CURVES = (
-    "turns",
-    "calls",
-    "malformed_calls",
-    "tool_errors",
-    "tool_seconds",
-    "max_turns_rate",
-    "failure_rate",
-    "prefix_hit_rate",
-    "episode_tokens",
-)
+METRICS = json.loads(Path(__file__).with_name("metrics.json").read_text(encoding="utf-8"))
+EPISODE_CURVES: list[str] = METRICS["episode_curves"]
 """Curves of stages whose environment answers the policy."""
-FIRST_CURVES = (
-    "loss",
-    "score",
-    "gold",
-    "kl",
-    "length",
-    "eos_rate",
-    *EPISODE_CURVES,
-    "entropy",
-    "accuracy",
-    "rewards/accuracies",
-    "rewards/margins",
-    "mean_token_accuracy",
-    "margin",
-    "policy_loss",
-    "value_loss",
-    "clipfrac",
-    "explained_variance",
-    "approx_kl",
-    "learning_rate",
-    "grad_norm",
-)
+FIRST_CURVES: list[str] = METRICS["first_curves"]
 """Curves in the order in which readers look for them; all others follow by name."""
+TRAINING_NAMES: dict[str, str] = METRICS["training_names"]
+"""Name of a held-out metric (logged as ``test_<name>``) → the name under which trl logs it in training."""
 TURN_SCORE = re.compile(r"score_turn_(\d+)")
 TURNS_PER_PANEL = 6
 """Scores by turn that share a panel; each has its own color and line style."""
-TRAINING_NAMES = {
-    "token_accuracy": "mean_token_accuracy",
-    "accuracy": "rewards/accuracies",
-    "margin": "rewards/margins",
-    "chosen_reward": "rewards/chosen",
-    "rejected_reward": "rewards/rejected",
-}
-"""Name of a held-out metric (logged as ``test_<name>``) → the name under which trl logs it in training."""
 METADATA_FIELDS = ("event", "time", "step")
 
 

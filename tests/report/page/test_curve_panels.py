@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from align.report.curves.curve_panels import AXES_BOX, draw_curve, stage_curves
-from align.report.curves.metric_series import EPISODE_CURVES, Events
+from align.report.page.curve_panels import METRICS, draw_curve, stage_curves
+from align.report.page.metric_series import EPISODE_CURVES, Events
 
 
 def test_readings_are_where_the_line_is_drawn():
@@ -14,7 +14,7 @@ def test_readings_are_where_the_line_is_drawn():
     box, reading = curve.reading["box"], curve.reading
     view = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', curve.svg)
     assert view is not None
-    assert box[0] == pytest.approx(AXES_BOX[0] * float(view[1]))
+    assert box[0] == pytest.approx(METRICS.axes_box[0] * float(view[1]))
     path = next(
         text for text in re.findall(r'<path d="([^"]+)"[^>]*stroke: #0072b2', curve.svg, re.I) if text.count("L") == 2
     )

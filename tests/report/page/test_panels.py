@@ -1,4 +1,6 @@
-"""Ticks and their labels: countable steps, one length, even spread on a root scale."""
+"""Figures: ticks that a reader can count on, and a dark tone for each color."""
+
+from __future__ import annotations
 
 import itertools
 import math
@@ -6,9 +8,10 @@ import re
 
 import pytest
 
-from align.report.curves.curve_panels import draw_curve
-from align.report.curves.metric_series import Events
-from align.report.page.ticks import ROOT_TICKS, root_ticks, tick_labels
+from align.report.page.curve_panels import draw_curve
+from align.report.page.metric_series import Events
+from align.report.page.panels import COLORS, GRID, INK, ROOT_TICKS, STYLE, root_ticks, tick_labels
+from align.report.page.templates import FOLDER
 
 
 @pytest.mark.parametrize(
@@ -56,3 +59,13 @@ def test_curves_step_by_one_two_or_five(values):
     for before, after in itertools.pairwise(up):
         step = after - before
         assert round(step / 10 ** math.floor(math.log10(step) + 1e-9), 6) in (1, 2, 5)
+
+
+BRIGHT_ENOUGH = ("#CC79A7", "#E69F00", "#56B4E9")
+"""Colors of the palette that need no other tone on dark paper."""
+
+
+@pytest.mark.parametrize("color", [INK, GRID, STYLE["axes.edgecolor"], *COLORS])
+def test_every_color_of_a_figure_has_a_dark_tone(color):
+    text = (FOLDER / "dark.css").read_text()
+    assert color in BRIGHT_ENOUGH or f"stroke: {color.lower()}" in text

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from align.report.compare.comparison import write_comparison
-from align.report.compare.kl_gaps import kl_gaps
-from align.report.curves.metric_series import Events
+from align.report.compare.trade_offs import kl_gaps
+from align.report.page.metric_series import Events
 from align.store.artifacts import Artifact, Kind
 from tests.support.report.example_sweep import make_sweep
 

@@ -5,8 +5,14 @@ import json
 from align.environments.episode import describe_episode
 from align.environments.journal import CallResult
 from align.environments.results import Scores, Step
-from align.report.scorecard.episode_view import MAX_EPISODE, MAX_RESULT, episode_view, is_episode
-from align.report.scorecard.rollout_lines import read_episodes, read_rollouts
+from align.report.scorecard.rollouts import (
+    MAX_EPISODE,
+    MAX_RESULT,
+    episode_view,
+    is_episode,
+    read_episodes,
+    read_rollouts,
+)
 from align.report.scorecard.samples import page_samples
 from tests.support.report.example_episodes import episode_line, play
 

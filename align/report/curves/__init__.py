@@ -1,1 +1,0 @@
-"""Training curves: metrics from a stage's events, and the panels that show them."""
