@@ -33,6 +33,7 @@ def pack(
     groups: Sequence[int],
     pad_id: int,
     form: Form,
+    *,
     masks: Sequence[Sequence[bool]] | None = None,
 ) -> Batch:
     """Return the tensors of a micro-batch of B responses; ``groups[i]`` is equal for responses to the same prompt.

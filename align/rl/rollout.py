@@ -80,7 +80,7 @@ class Rollout:
         """
         prompts, responses = [self.prompts[i] for i in indices], [self.responses[i] for i in indices]
         groups, masks = self._prompt_numbers(indices), self._masks(indices)
-        batch = pack(prompts, responses, groups, pad_id, form, masks)
+        batch = pack(prompts, responses, groups, pad_id, form, masks=masks)
         if not texts:
             return batch
         if masks is not None:
@@ -92,7 +92,7 @@ class Rollout:
             [*groups, *(-1 - i for i in range(len(texts)))],  # a separate group for each text
             pad_id,
             form,
-            masks,
+            masks=masks,
         )
         count = torch.tensor(len(texts))
         return batch_with_texts | {"ptx": count, "supervised": count, "without_ptx": batch}

@@ -55,6 +55,7 @@ class RolloutSampler:
         scorer: AnyScorer | None,
         gold: AnyScorer | None,
         args: RolloutArguments,
+        *,
         episodes: EnvironmentPlayer | None = None,
     ) -> None:
         """``episodes`` plays episodes in an environment instead of sampling single responses; it scores them, and

@@ -90,7 +90,9 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         shard_model(self)
         self.engine = inputs.engine
         self.prompts = Prompts(inputs.train_dataset, processing_class, config.max_prompt_tokens)
-        self.sampler = RolloutSampler(self.prompts, inputs.engine, inputs.scorer, inputs.gold, args, inputs.episodes)
+        self.sampler = RolloutSampler(
+            self.prompts, inputs.engine, inputs.scorer, inputs.gold, args, episodes=inputs.episodes
+        )
         self.validation = make_validation(args, inputs.eval_dataset, processing_class)
         self.ptx = make_ptx(config, inputs.ptx_dataset, processing_class)
         self.buffer = RolloutBuffer(objective, args, form, int(processing_class.pad_token_id), self.ptx)

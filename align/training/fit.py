@@ -1,6 +1,6 @@
 """Run a prepared trainer: held-out scores before and after, progress, checkpoints, resume.
 
-A stage's config adds callbacks and loss terms to trl's loop. Its callbacks are added before those of ``fit``, so they
+A stage's config adds callbacks and loss terms to trl's loop. Its callbacks are added before ``fit``'s own, so they
 see a step before the held-out rows are scored, and a checkpoint before it is marked complete. Such a callback may have
 ``facts()``, which become metrics of the stage; ``scores()``, which join the held-out scores; and ``scoring()``, a
 context in which the model has the weights that will be its result.
