@@ -30,6 +30,7 @@ from align.pipeline.process_limits import relax_collections
 from align.store.json_files import DamagedFile, parse_sealed, write_sealed
 
 Engine = Literal["transformers", "vllm"]
+Runner = Callable[["Job", Path], "JobResult"]
 FLOAT32_GPU_SHARE = 0.9
 MAX_TOKENS = 48
 TIE = 1e-3
@@ -100,9 +101,6 @@ def run_job(job: Job, scratch: Path) -> JobResult:
     raise JobFailed(job, process.returncode, lines[-1].strip() if lines else "it said nothing")
 
 
-Runner = Callable[[Job, Path], JobResult]
-
-
 def verify(
     source: Source,
     exported: Path,
@@ -125,7 +123,6 @@ def verify(
     keeps_type = dtype == "float32" or (adapter is None and dtype == stored_type(source.folder))
     round_to = None if keeps_type else dtype
     agreement = Agreement(output, len(rows), 0)
-
     log("the checkpoint answers, in transformers")
     unrounded = run(source_job, scratch / "source")
     expected = unrounded
@@ -144,19 +141,17 @@ def verify(
     # Ties are judged by the checkpoint's own probabilities.
     judge = replace(source_job, want="logprobs", round_to=round_to)
     compare(agreement, expected, in_transformers, _Judge(judge, scratch / "ties", run, cause))
-
     if importlib.util.find_spec("vllm") is None:
         agreement.unchecked = "vLLM is not installed"
         return agreement
     log("the exported folder answers, in vLLM")
     try:
         in_vllm = run(replace(exported_job, engine="vllm"), scratch / "vllm")
+        agreement.unchecked = in_vllm.unusable
     except JobFailed as error:
         # The folder is right in transformers. An engine that cannot run the model at all is no evidence against it.
         agreement.unchecked = f"vLLM cannot run it ({error.reason})"
-        return agreement
-    if in_vllm.unusable is not None:
-        agreement.unchecked = in_vllm.unusable
+    if agreement.unchecked is not None:
         return agreement
     # The exported folder is right in transformers, so it is the reference for vLLM.
     judge = replace(exported_job, want="logprobs")
@@ -201,10 +196,7 @@ class _Judge:
     cause: str
 
     def gaps(self, contexts: Sequence[list[int]], pairs: Sequence[tuple[int | None, int | None]]) -> list[float]:
-        """Return the difference in nats between the two tokens of each pair, after its context.
-
-        The difference is infinite if an answer has ended, which is None.
-        """
+        """Return the difference in nats between the tokens of each pair; infinity if one is None, an answer's end."""
         rows = []
         tokens = []
         for context, pair in zip(contexts, pairs, strict=True):
