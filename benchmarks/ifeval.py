@@ -41,7 +41,7 @@ def task_of(options: argparse.Namespace) -> Any:
     from align.evaluation.tasks.base import TaskInputs
 
     config = IfevalConfig(files=[options.file], max_tokens=options.tokens, max_items=options.prompts)
-    inputs = TaskInputs(0, Path.cwd(), [], [], False, "bfloat16", lambda text: None, lambda text: None)
+    inputs = TaskInputs(0, Path.cwd(), [], False, "bfloat16", lambda text: None, lambda text: None)
     return build_task("ifeval", config, inputs)
 
 

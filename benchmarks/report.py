@@ -84,10 +84,11 @@ def sample(rng: random.Random, index: int, tokens: int) -> dict[str, Any]:
 
 def scorecard(rng: random.Random, prompts: int) -> dict[str, Any]:
     """A scorecard of the prompt set and four tasks, by the evaluation's own code."""
+    from align.evaluation.answers import Item, Measured
     from align.evaluation.comparisons import Resampling
     from align.evaluation.scorecard import Metric, SystemInfo
     from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult, build
-    from align.evaluation.tasks.base import Item, Measured, Task
+    from align.evaluation.tasks.base import Task
 
     class MadeUp(Task):
         def __init__(self, name: str) -> None:

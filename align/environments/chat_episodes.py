@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from align.config.environment import EnvironmentConfig
-from align.data.call_values import MalformedCall, call_from_json
+from align.data.call_values import MalformedCall, ToolCall, call_from_json
 from align.data.rows import Message
-from align.data.tool_calls import ParsedTurn, ToolCall
+from align.data.tool_calls import ParsedTurn
 from align.environments.episode import Episode, PolicyTurn, dialogue
 from align.environments.episode_run import EpisodeRules, EpisodeRun, SampleTurn, limits
 from align.environments.journal import Journal, Position

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from align.data.call_values import ToolCall
 from align.data.formats.messages import tool_calls
 from align.data.rows import Message, user
-from align.data.tool_calls import ToolCall
 
 ROW_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")
 """Fields of a message that rows store."""

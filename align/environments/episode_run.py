@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from align.config.environment import EnvironmentConfig
+from align.data.call_values import ToolCall
 from align.data.rows import Message, user
-from align.data.tool_calls import ParsedTurn, ToolCall, ToolCallFormat
+from align.data.tool_calls import ParsedTurn, ToolCallFormat
 from align.environments.episode import CallRecord, Episode, PolicyTurn, failed_episode
 from align.environments.results import Scores, Step
 

@@ -57,6 +57,7 @@ class SimulatedUser(Protocol):
 
     def load(self) -> None:
         """Load the weights once, if the model runs in this process."""
+        return
 
     def answer(self, requests: Sequence[UserRequest]) -> list[UserAnswer]:
         """Return an answer to each request, in their order.
@@ -71,6 +72,7 @@ class SimulatedUser(Protocol):
 
     def close(self) -> None:
         """Free the model."""
+        return
 
 
 def user_conversation(system: str, messages: Sequence[Message]) -> list[Message]:

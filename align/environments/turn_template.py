@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.data.tool_calls import ToolCall
+from align.data.call_values import ToolCall
 from align.environments.episode import call_id
 from align.environments.guarded_rendering import GuardedRenderer, Message, private_name
 from align.errors import UserError

@@ -175,6 +175,7 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Abort what is in flight, and let the engine sleep if it does after ``generate``."""
+        return
 
 
 def check_idle(session: Session | None, call: str) -> None:

@@ -9,10 +9,10 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from align.data.call_values import MalformedCall, call_from_json
+from align.data.call_values import MalformedCall, ToolCall, call_from_json
 from align.data.final_answers import TAGS, answer_text
 from align.data.rows import Message, Row, is_finished
-from align.data.tool_calls import ParsedTurn, ToolCall, ToolCallFormat, detect_format
+from align.data.tool_calls import ParsedTurn, ToolCallFormat, detect_format
 from align.environments.environment import argument_problem
 from align.errors import UserError
 from align.lint.chat_format import ChatFormat

@@ -52,6 +52,12 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield from plain_weights(model).items()
         return
     layers = tuner_layers(model)
+    # Matrices in 4 bits without an adapter, by the plain name of their module.
+    four_bit = {
+        name.removeprefix(PEFT_PREFIX): module
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None
+    }
     merged_layers: set[str] = set()
     embeddings: dict[Any, torch.Tensor] = {}  # with trained rows; a tied head has the embedding's tensor
     for full_name, tensor in model.state_dict().items():
@@ -65,7 +71,13 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             continue
         layer = _adapted_layer_of(name, layers)
         if layer is None:
-            yield name, tensor
+            quantized = four_bit.get(_quantized_module(name))
+            if quantized is None:
+                yield name, tensor
+            elif name.endswith(".weight"):
+                yield name, float_weight(quantized)
+            elif name.endswith(".bias"):
+                yield name, tensor
         elif layer not in merged_layers:
             # All tensors of an adapted layer come at once, at the first of them.
             merged_layers.add(layer)
@@ -77,6 +89,11 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 continue
             for leaf, value in merge_layer(layers[layer]).items():
                 yield f"{layer}.{leaf}", value
+
+
+def _quantized_module(name: str) -> str:
+    """Return the module of a tensor; a matrix in 4 bits has more tensors, called ``weight.absmax`` and so on."""
+    return name.partition(".weight.")[0] if ".weight." in name else name.rpartition(".")[0]
 
 
 def _adapted_layer_of(name: str, layers: dict[str, Any]) -> str | None:

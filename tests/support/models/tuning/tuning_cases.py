@@ -32,6 +32,7 @@ LORA: dict[str, dict[str, Any]] = {
     "last_pissa": {"last_layers": 1, "init": "pissa"},
 }
 QLORA: dict[str, dict[str, Any]] = {
+    "qlora_q_proj": {"targets": ["q_proj"]},
     "nf4": {},
     "fp4": {"quantization": "fp4", "double_quantization": False},
     "qdora": {"dora": True},
