@@ -4,9 +4,9 @@ The journal is a file of sealed JSON lines that is only appended to, so a killed
 were written together share a line: after a kill the file has all of them or none. A line is synced before its entries
 are visible. Lines after the first torn or damaged line are dropped, because entries depend on those before them.
 
-A journaled environment does nothing twice. Only a request that the journal lacks needs an instance. A new instance is
-brought to the point of the last one by the state that was saved with the last result, or by repeating the actions of
-the policy. This also happens after a call that exceeded its limit, because its instance is dropped.
+A journaled environment performs no action twice. Only a request that the journal lacks needs an instance. A new
+instance is brought to the point of the last one by the state that was saved with the last result, or by repeating the
+actions of the policy. This also happens after a call that exceeded its limit, because its instance is dropped.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The server process from which the processes of episodes are forked, and its messages. Torch-free.
 
-It imports the user's module once and runs no thread, so a fork takes milliseconds and is safe. ``processes.py`` starts
+It imports the user's module once and runs no thread, so a fork needs milliseconds and is safe. ``processes.py`` starts
 it with a socket and sends the source of environments, then commands of nine bytes. ``F`` and a number forks a process
 for an episode, which serves the descriptor that comes with the command. ``K`` and a number kills it; ``R`` lets it end
 by itself first. Both are answered with its exit status. All processes die when the socket closes.

@@ -34,7 +34,7 @@ def open_engine(
 ) -> RolloutEngine:
     """Open an engine with the weights of ``model_dir``, for sequences of at most ``max_length`` tokens in all.
 
-    Servers sample where ``runtime.rollouts`` names any. Otherwise ``auto`` chooses vLLM if it works, and ``warn`` is
+    Servers sample if ``runtime.rollouts`` names any. Otherwise ``auto`` chooses vLLM if it works, and ``warn`` is
     told when it does not. A process can hold one vLLM engine: use ``load_weights`` to switch policies. ``on_hang`` is
     called when a call makes no progress for ``runtime.engine.timeout`` seconds, and may end the process; without it
     the message goes to standard error (``Watchdog``). ``shared_engine`` means that the stage's first process calls the

@@ -71,7 +71,7 @@ class Response:
     text: str
     """The tokens decoded, special ones omitted."""
     weights_update: int | None = None
-    """Update whose weights sampled it, where they may change while a session is open; None if they stay."""
+    """Update whose weights sampled it, if they may change while a session is open; None if they stay."""
 
 
 @dataclass(frozen=True)

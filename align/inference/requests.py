@@ -70,7 +70,7 @@ class Answer:
     """None if the endpoint does not say."""
     completion_tokens: int | None = None
     error: str = ""
-    """Reason for a missing answer, where the request itself was at fault. Never cached."""
+    """Reason for a missing answer, if the request itself was at fault. Never cached."""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     """Calls of tools: ``id``, ``name``, and ``arguments`` as the model wrote them, JSON text."""
 

@@ -73,7 +73,7 @@ class WeightsKeeper:
 
     def _align_count_loads(self) -> None:
         """Wrap the worker's methods that change weights so calls are counted, from the first call of this on."""
-        # vLLM makes the worker; this class has no __init__ of its own to count from.
+        # vLLM makes the worker; this class has no __init__ to count from.
         if hasattr(self, "_align_loads"):
             return
         self._align_loads = 0

@@ -8,7 +8,7 @@ cache, unless others have pushed them out. Leaves out conversations and tools, w
 New weights for servers while episodes are played: each reads them when the turns that it has have ended.
 
 So every turn has the weights of one version. A server gets no turn from the offer of new weights until it holds them;
-servers do not wait for each other. Leaves out writing weights and changes of them between sessions (``pool.py``).
+servers do not wait for each other. Excluded: writing weights, and changes of them between sessions (``pool.py``).
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class PoolSession(Session):
     """Turns by a pool of servers: each goes to one of them, and to another where that is lost. One session at a time.
 
     An episode's turns go to the server that had the last one, and first turns of one prompt to one server, as long as
-    it has room: it has their beginning in its cache. Weights that the pool is offered meanwhile are taken between two
-    turns.
+    it has room: it has their beginning in its cache. Servers read weights that the pool is offered meanwhile between
+    two turns.
     """
 
     is_lockstep = False

@@ -269,7 +269,7 @@ class VllmEngine:
         from vllm import SamplingParams
 
         rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-        # vLLM always samples at least one token. Nobody reads it here.
+        # vLLM always samples at least one token, which is not read here.
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
         outputs = self._run("score_tokens", rows, [params] * len(rows))
         logprobs = []
@@ -291,7 +291,7 @@ class SleepMode:
     """vLLM's sleep mode: lends a GPU's memory to the trainer between calls to an engine on the same GPU.
 
     Asleep, the engine keeps its weights in the machine's memory and no keys and values. It sleeps once responses are
-    done; the next call wakes what it needs. A change of weights wakes only the weights, so the cache takes no
+    done; the next call wakes what it needs. A change of weights wakes only the weights, so the cache needs no
     memory while the trainer merges adapters. Leaves out level 2, which drops the weights: the stages ``sample`` and
     ``evaluate`` continue with the same ones. Without ``enabled`` the engine is always awake.
     """

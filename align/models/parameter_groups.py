@@ -84,8 +84,8 @@ RANGE = re.compile(r"(\d+)\.\.(\d+)")
 def freeze(model: Any, patterns: Sequence[str]) -> list[str]:
     """Freeze every parameter that one of ``patterns`` matches, and return their names.
 
-    A pattern matches a parameter, or a module and thus all parameters below it. Raises ``UserError`` for a pattern that
-    matches nothing, and when no parameter is left to train.
+    A pattern matches a parameter, or a module and thus all parameters below it. Raises ``UserError`` for a pattern
+    without a match, and when no parameter is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     frozen: set[str] = set()

@@ -129,7 +129,7 @@ def open_model(
             trust_remote_code=trust_remote_code,
             **options,
         )
-    # 3. Check what was loaded. A model with code of its own was not compared before.
+    # 3. Check what was loaded. A model with its own code was not compared before.
     refuse_misfits(task, folder, info, may_lack)
     return model, set(info["missing_keys"]) & set(may_lack)
 

@@ -215,7 +215,7 @@ class PoolEngine:
         self.offered = version
 
     def take_offer(self) -> None:
-        """Sample from the newest version that was offered, where it is newer. Servers with others get no requests."""
+        """Sample from the newest version that was offered, if it is newer. Servers with others get no requests."""
         # While a server that comes back reads a version, the offer can wait.
         if self.offered > self.version and self._weights_lock.acquire(blocking=False):
             self.version = self.offered

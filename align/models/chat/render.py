@@ -240,7 +240,7 @@ def split_turns(
 
 
 def are_parts(conversation: Sequence[int], parts: Sequence[tuple[list[int], list[int]]]) -> bool:
-    """Return True where each turn with all before it is a beginning of the conversation."""
+    """Return True if each turn with all before it is a beginning of the conversation."""
     return all(list(conversation[: len(before) + len(turn)]) == before + turn for before, turn in parts)
 
 

@@ -112,7 +112,7 @@ def add_tokens(tokenizer: Any, model: Any, tokens: Sequence[str]) -> list[int]:
     """Register ``tokens`` as special tokens of ``tokenizer``; return the ids of those that were not in its vocabulary.
 
     Both change in place. A model with more rows than its tokenizer has tokens gives the new ones spare rows, which are
-    set to the mean, too: they were never trained.
+    also set to the mean: they were never trained.
     """
     from tokenizers import AddedToken
 
@@ -128,7 +128,7 @@ def add_tokens(tokenizer: Any, model: Any, tokens: Sequence[str]) -> list[int]:
 
 
 def grow_embeddings(model: Any, rows: int) -> None:
-    """Give embedding and head ``rows`` rows, where they have fewer; the new ones are the mean of the others."""
+    """Give embedding and head ``rows`` rows, if they have fewer; the new ones are the mean of the others."""
     before = model.get_input_embeddings().weight.shape[0]
     if rows <= before:
         return

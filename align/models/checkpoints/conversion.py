@@ -252,8 +252,10 @@ def _untie(base: Any) -> None:
     head: Any = base.get_output_embeddings()
     if not isinstance(embedding, BaseTunerLayer) and not isinstance(head, BaseTunerLayer):
         return
-    embedding = getattr(embedding, "base_layer", embedding)
-    head = getattr(head, "base_layer", head)
+    if isinstance(embedding, BaseTunerLayer):
+        embedding = embedding.get_base_layer()
+    if isinstance(head, BaseTunerLayer):
+        head = head.get_base_layer()
     if head is None or head.weight is not embedding.weight:
         return
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)

@@ -4,10 +4,9 @@ A folder is checked before any loader sees it. Weights are safetensors files ins
 ``model.safetensors.index.json`` or called ``model.safetensors``; a link may lead to another file of the folder or into
 the blobs of the Hub's cache, nowhere else. Excluded: the files' contents (``folder_checks.py``).
 
-Read headers of safetensors files: names, types and shapes of tensors.
-
-A file is 8 bytes (length of the header, little-endian), a JSON header with type, shape and place of every tensor, and
-their bytes. Everything a header says is checked against the file's size. Torch-free. Excluded: the tensors' values.
+The headers of safetensors files have the names, types and shapes of tensors. A file is 8 bytes (length of the header,
+little-endian), a JSON header with type, shape and place of every tensor, and their bytes. Everything a header says is
+checked against the file's size. Excluded: the tensors' values.
 """
 
 from __future__ import annotations

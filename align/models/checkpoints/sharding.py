@@ -30,12 +30,12 @@ _SHELLS: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictio
 
 
 def is_sharded(model: Any) -> bool:
-    """Return True where FSDP2 has sharded ``model``."""
+    """Return True if FSDP2 has sharded ``model``."""
     return isinstance(model, FSDPModule)
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Return True where FSDP2 or ZeRO-3 has sharded the weights, so modules cannot run one by one."""
+    """Return True if FSDP2 or ZeRO-3 has sharded the weights, so modules cannot run one by one."""
     return is_sharded(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 

@@ -131,7 +131,7 @@ def cast_frozen_to_bf16(model: Any) -> None:
 def frozen_in_bf16(model: Any) -> Iterator[None]:
     """Inside, keep one bfloat16 copy of ``model``'s frozen float32 matrices for all passes.
 
-    Autocast would cast them in every pass, and each graph would hold copies of its own. A graph that outlives the
+    Autocast would cast them in every pass, and each graph would hold its own copies. A graph that outlives the
     context keeps the one copy, while the module gets its float32 matrices back. No number changes under autocast.
     """
     import torch

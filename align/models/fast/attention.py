@@ -70,7 +70,7 @@ class ShortAttention(torch.autograd.Function):
 def _query_blocks(queries: int, keys: int) -> list[tuple[slice, slice]]:
     """Return blocks of queries and, for each, the keys that its queries may attend to: the prefix and its own.
 
-    A rest of less than half a block is no block of its own.
+    A rest of less than half a block is no separate block.
     """
     starts = range(0, max(1, queries - QUERY_BLOCK // 2), QUERY_BLOCK)
     ends = [*starts[1:], queries]

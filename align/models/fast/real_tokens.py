@@ -139,7 +139,7 @@ class _RealTokens:
         trunk.eval()
         try:
             in_line = trunk(**inputs).last_hidden_state[mask.bool()]
-            # A call that the hooks leave alone.
+            # A call that the hooks do not change.
             padded = trunk(**{**inputs, "use_cache": True}).last_hidden_state[mask.bool()]
         except NotRaggedError:
             return False

@@ -122,7 +122,7 @@ def _go_on_alike(first: Sequence[int], second: Sequence[int], common: int, depth
 def batches_of_shared(rows: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
     """Return the rows' indices in batches whose lines, by ``share_prefixes``, have about ``tokens`` tokens at most.
 
-    Rows with a common beginning are in one batch if it has room; equal rows always are. A longer row is alone.
+    Rows with a common beginning are in one batch if it has room; equal rows always are. A longer row is separate.
     """
     batches: list[list[int]] = []
     size = 0

@@ -220,7 +220,7 @@ class FusedLoraLinear(Linear):
         return output
 
     def _find_only_adapter(self) -> str | None:
-        """Return the one active adapter, where it is plain LoRA without any other part."""
+        """Return the only active adapter, if it is plain LoRA without any other part."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(names) != 1:
             return None

@@ -167,7 +167,7 @@ def write_adapter(model: Any, folder: Path) -> None:
 def plain_weights(model: Any) -> dict[str, torch.Tensor]:
     """Return every weight of ``model``, of any shape, by its name in a saved folder and in an engine.
 
-    Insertions are merged where plain weights can hold them, and listed by name elsewhere. An engine that takes these
+    Insertions are merged where plain weights can hold them, and listed by name elsewhere. An engine that loads these
     weights was opened on ``engine_source``.
     """
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
