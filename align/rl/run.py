@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerState
@@ -28,9 +28,6 @@ from align.rl.sampler import drop_journals
 from align.training import sharded
 from align.training.kept_state import continue_order, keep_state
 from align.training.row_history import Continuation
-
-if TYPE_CHECKING:
-    from align.rl.trainer import RLTrainer
 
 SUMMARIZED = (
     *("score", "gold", "kl", "length", "eos_rate", "entropy", "explained_variance", "parity_gap"),
@@ -81,7 +78,7 @@ def end(trainer: Any) -> TrainOutput:
     return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)
 
 
-def summarize(trainer: RLTrainer) -> dict[str, Any]:
+def summarize(trainer: Any) -> dict[str, Any]:
     """Return metrics of the entire run. First and last values are means over a few updates, seconds are sums.
 
     ``trainable_parameters`` and ``parameters`` are the policy's, without critic and reference, so they are comparable
@@ -165,7 +162,7 @@ def _checkpointing_options(options: Any) -> dict[str, Any]:
     return {"gradient_checkpointing_kwargs": rest or None, "every_n_layers": every_n_layers, "offload": offload}
 
 
-def continue_prompts(context: StageContext, trainer: RLTrainer) -> Continuation | None:
+def continue_prompts(context: StageContext, trainer: Any) -> Continuation | None:
     """Return the order of the prompts if a stage continues with other prompts; None for the plain order."""
 
     def shuffle(first: list[int]) -> list[int]:
@@ -176,7 +173,7 @@ def continue_prompts(context: StageContext, trainer: RLTrainer) -> Continuation 
     return continue_order(context, rows, "prompts", shuffle, lambda steps: _prompts_done(trainer, steps))
 
 
-def keep_rollout_state(context: StageContext, trainer: RLTrainer) -> int:
+def keep_rollout_state(context: StageContext, trainer: Any) -> int:
     """Write ``state/`` of a trained stage from the first process, and return its bytes there."""
     if rank():
         return 0
@@ -186,7 +183,8 @@ def keep_rollout_state(context: StageContext, trainer: RLTrainer) -> int:
     def passed(start: int) -> list[int]:
         # After twice as many draws as there are prompts, all were drawn: first the new ones, then an epoch over all.
         numbers = range(start, min(_prompts_done(trainer, steps), start + len(prompts) * 2))
-        return prompts.next(numbers, args.seed)
+        numbers_of_rows: list[int] = prompts.next(numbers, args.seed)
+        return numbers_of_rows
 
     return keep_state(
         context,
@@ -199,5 +197,5 @@ def keep_rollout_state(context: StageContext, trainer: RLTrainer) -> int:
     )
 
 
-def _prompts_done(trainer: RLTrainer, steps: int) -> int:
-    return steps // trainer.config.steps_per_update * trainer.config.prompts_per_update
+def _prompts_done(trainer: Any, steps: int) -> int:
+    return int(steps // trainer.config.steps_per_update * trainer.config.prompts_per_update)

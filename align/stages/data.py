@@ -22,7 +22,7 @@ from align.data.sources import identity
 from align.data.steps.step import step_identities
 from align.errors import UserError
 from align.models.checkpoints.files import read_optional
-from align.models.pretrained import StepModels
+from align.models.step_models import StepModels
 from align.pipeline.context import StageContext
 from align.pipeline.process_limits import usable_cores
 from align.pipeline.stop_signal import die_with_parent

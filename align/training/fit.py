@@ -129,31 +129,44 @@ def _fit(
     scores_after = score_test()
     context.log(trainer.state.global_step, **{f"test_{name}": value for name, value in scores_after.items()})
 
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    tokens = int(trainer.state.num_input_tokens_seen)
-    trained, total = parameter_counts(trainer.model)
     metrics = {
-        "steps": trainer.state.global_step,
-        "epochs": trainer.state.epoch,
+        **_facts_of_run(trainer),
         **_starts(context, checkpoint),
-        "tokens": tokens,
         "training_seconds": seconds,
-        "tokens_per_second": _timed_tokens(tokens, clock, checkpoint) / seconds,
-        "trainable_parameters": trained,
-        "parameters": total,
+        "tokens_per_second": _timed_tokens(trainer, clock, checkpoint) / seconds,
         "state_bytes": state_bytes,
+        **_first_and_last_loss(context, trainer),
     }
-    if losses:
-        metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
-        _warn_of_lost_progress(context, losses)
     for extra in extras:
         metrics |= getattr(extra, "facts", dict)()
     metrics |= {f"test_{name}_before": value for name, value in scores_before.items()}
     return metrics | {f"test_{name}_after": value for name, value in scores_after.items()}
 
 
-def _timed_tokens(tokens: int, clock: TrainingClock, checkpoint: Path | None) -> int:
+def _facts_of_run(trainer: Any) -> dict[str, Any]:
+    """Return the steps, tokens and parameters of a run."""
+    trained, total = parameter_counts(trainer.model)
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "trainable_parameters": trained,
+        "parameters": total,
+    }
+
+
+def _first_and_last_loss(context: StageContext, trainer: Any) -> dict[str, float]:
+    """Return the first and the last training loss, if there are steps; warn if the loss rose again."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if not losses:
+        return {}
+    _warn_of_lost_progress(context, losses)
+    return {"loss_first": losses[0], "loss_last": losses[-1]}
+
+
+def _timed_tokens(trainer: Any, clock: TrainingClock, checkpoint: Path | None) -> int:
     """Return the tokens whose seconds are known: an old checkpoint may have none, and then counts no tokens either."""
+    tokens = int(trainer.state.num_input_tokens_seen)
     return tokens if clock.is_complete else tokens - _tokens_in(checkpoint)
 
 

@@ -153,9 +153,10 @@ def float_weight(module: Any) -> torch.Tensor:
     if state is None:
         weight: torch.Tensor = module.weight.data.float()
         return weight
-    from align.models.tuning.quantized import dequantized
+    import bitsandbytes
 
-    return dequantized(module)
+    dequantized: torch.Tensor = bitsandbytes.functional.dequantize_4bit(module.weight.data, state)
+    return dequantized.float()
 
 
 def _own_tensors(module: Any) -> dict[str, torch.Tensor]:

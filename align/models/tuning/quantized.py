@@ -15,7 +15,7 @@ import torch
 from align.config.tuning import QloraTuning
 from align.errors import UserError
 from align.models.tuning import lora
-from align.models.tuning.peft_layers import tuner_layers
+from align.models.tuning.peft_layers import float_weight, tuner_layers
 
 try:
     bnb: Any = importlib.import_module("bitsandbytes")
@@ -113,7 +113,7 @@ def _quantized(module: torch.nn.Linear, tuning: QloraTuning) -> QuantizedLinear:
     quantized.bias = module.bias
     if tuning.init == "loftq":
         # LoftQ: the adapters start as the best low-rank approximation of the quantization error.
-        error = module.weight.data.float() - dequantized(quantized)
+        error = module.weight.data.float() - float_weight(quantized)
         left_vectors, sizes, right = torch.linalg.svd(error, full_matrices=False)
         # Each factor gets the root of the singular values, so both have the same scale.
         root = sizes[: tuning.rank].sqrt()
@@ -121,16 +121,10 @@ def _quantized(module: torch.nn.Linear, tuning: QloraTuning) -> QuantizedLinear:
     return quantized
 
 
-def dequantized(module: Any) -> torch.Tensor:
-    """Return the matrix of a quantized linear layer in float32, of shape (out, in)."""
-    weight: torch.Tensor = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-    return weight.float()
-
-
 def _set_dora_magnitudes(peft_model: Any) -> None:
     """Compute DoRA's row norms again: peft computed them before LoftQ's values were in the adapters."""
     for layer in peft_model.modules():
         if getattr(layer, "lora_magnitude_vector", None) and "default" in layer.lora_magnitude_vector:
             update = layer.get_delta_weight("default")
-            lengths = (dequantized(layer.get_base_layer()) + update).norm(dim=1)
+            lengths = (float_weight(layer.get_base_layer()) + update).norm(dim=1)
             layer.lora_magnitude_vector["default"].weight.data = lengths.to(update.dtype)

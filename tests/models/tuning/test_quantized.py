@@ -17,8 +17,8 @@ from align.errors import UserError
 from align.models.loading import load_policy
 from align.models.tuning import quantized
 from align.models.tuning.apply import apply_tuning, load_for_tuning, weight_bytes
-from align.models.tuning.peft_layers import merged_weights
-from align.models.tuning.quantized import QuantizedLinear, dequantized, quantize
+from align.models.tuning.peft_layers import float_weight, merged_weights
+from align.models.tuning.quantized import QuantizedLinear, quantize
 from tests.support.models.tuning.tuning_cases import IDS, logits, push, wrapped
 
 
@@ -61,7 +61,7 @@ def load_and_fold(model_dir: Path) -> Any:
 def test_autocast_decides_the_type_that_it_computes_in(tiny_model: Path) -> None:
     layer = load_for_tuning(tiny_model, QloraTuning()).model.layers[0].mlp.up_proj
     inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    plain = inputs @ dequantized(layer).T
+    plain = inputs @ float_weight(layer).T
     assert torch.allclose(layer(inputs), plain, atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         low = layer(inputs)
