@@ -15,6 +15,8 @@ EXPERTS = "experts"
 """Name of the module with a block's experts."""
 ROUTERS = ("gate", "router")
 """Names of the module that chooses the experts of a token."""
+READ_BY_KERNELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+"""Types of models with state-space layers for which peft refuses some modules."""
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 """Names of matrices of experts, shared experts and dense feed-forward layers, which peft moves to the experts."""
 
@@ -70,6 +72,26 @@ def matrices_outside_experts(model: Any) -> list[str]:
         and module is not head
         and name.rpartition(".")[2] not in (*FEED_FORWARD, "score")
         and not name.startswith(tuple(blocks))
+    ]
+
+
+def default_targets(model: Any) -> str | list[str]:
+    """Return the modules that ``all-linear`` adapts: all matrices but the head if the model allows it.
+
+    A mixture's experts and routers are skipped. The fused kernels of some state-space models read the weights of
+    ``out_proj`` and ``conv1d`` without calling the modules, so peft refuses to adapt them.
+    """
+    if has_experts(model.config):
+        return matrices_outside_experts(model)
+    if model.config.model_type not in READ_BY_KERNELS:
+        return "all-linear"
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and name.rpartition(".")[2] not in ("out_proj", "conv1d", "score")
     ]
 
 

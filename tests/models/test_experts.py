@@ -98,3 +98,10 @@ def test_frozen_routers_are_counted() -> None:
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen == ["model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"]
     assert freeze_routers(family_model("llama")) == 0
+
+
+@pytest.mark.parametrize("model_type", ["falcon_h1", "mamba2"])
+def test_state_space_models_keep_what_kernels_read(model_type: str) -> None:
+    adapted = wrap(family_model(model_type), lora(), seed=0)
+    names = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert "in_proj" in names and not names & {"out_proj", "conv1d", "lm_head"}

@@ -24,7 +24,7 @@ from align.config.tuning import IA3_INPUTS, IA3_OUTPUTS, Ia3Tuning, LowRank, Pef
 from align.config.validation import hint_nearest, nearest
 from align.errors import UserError
 from align.models.checkpoints.folder_checks import TOKENIZER, token_ids
-from align.models.experts import FEED_FORWARD, expert_matrices, has_experts, matrices_outside_experts
+from align.models.experts import FEED_FORWARD, default_targets, expert_matrices, has_experts
 from align.models.parameter_groups import layer_stack
 from align.models.tuning.inserted import swapped_values
 from align.models.tuning.peft_layers import fuse_lora, merge_layer, tuner_layers
@@ -106,7 +106,7 @@ def _targets(model: Any, tuning: LowRank) -> str | list[str]:
         experts = expert_targets(model, tuning)
         return [name for name in tuning.targets if name not in experts]
     if tuning.last_layers is None:
-        return matrices_outside_experts(model) if has_experts(model.config) else tuning.targets
+        return default_targets(model)
     from transformers.pytorch_utils import Conv1D
 
     stack, layers = layer_stack(model)
