@@ -75,7 +75,7 @@ LONGEST = (
     "inference/test_watchdog.py",
     "models/chat/test_chat_template.py",
     "cli/test_init.py",
-    "config/test_field_dumps.py",
+    "config/options/test_field_dumps.py",
     "store/test_leases.py",
     "data/builds/test_build.py",
     "runner/test_stage_process.py",

@@ -49,6 +49,12 @@ class TransformersEngine:
         self.tokenizer = load_tokenizer(model_dir)
         with self.watchdog.watch("start"):
             self.model = load_policy(model_dir, dtype).to(device).requires_grad_(False)
+        config = self.model.config
+        if not hasattr(config.get_text_config(), "num_attention_heads"):
+            raise UserError(
+                f"{model_dir}: {config.model_type} has no cache of keys and values, with which transformers samples "
+                "here. Sample with vLLM instead: `runtime: {engine: {name: vllm}}`."
+            )
         # ``logits_to_keep`` hands the head a slice, for which torch's CPU product copies the head once a sequence.
         self.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         self.device, self.dtype = device, dtype

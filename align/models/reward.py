@@ -21,7 +21,7 @@ from align.errors import UserError
 from align.models.chat.render import Message, render_conversation, render_prompt
 from align.models.checkpoints.files import read_optional
 from align.models.compute.precision import autocast, cast_frozen_to_bf16, low_residual, resolve_precision
-from align.models.fast.ragged_rows import can_run_ragged, enable_ragged, hidden_states, to_device
+from align.models.fast.ragged_rows import hidden_states, to_device, try_ragged
 from align.models.fast.shared_parts import PrefixBatch, batches_of_shared, common_prefix, share_prefixes
 from align.models.loading import load_reward, load_tokenizer
 from align.store.json_files import write_text_atomically
@@ -65,9 +65,7 @@ class RewardModel:
         """Told of the different rows that were scored, and of all rows of the call."""
         self.steps = Steps.read(model_dir)
         """Rule by which a process reward model splits answers; None for a model that scores whole answers."""
-        self._ragged = can_run_ragged(self.model)
-        if self._ragged:
-            enable_ragged(self.model)
+        self._ragged = try_ragged(self.model)
 
     def round_weights(self) -> None:
         """Keep the trunk in bfloat16 if it computes in it: half the memory; scores change by rounding."""

@@ -17,6 +17,8 @@ IMPORT = re.compile(
     r"|import[ \t]+(?P<plain>[\w., \t]+))",
     re.MULTILINE,
 )
+IMPORT_PATH = re.compile(r"[\"'](align(?:\.\w+)+):\w+[\"']")
+"""A module and a name in it, as tables have them whose entries are imported when they are needed."""
 COMMENT = re.compile(r"#[^\n]*")
 SECRET = re.compile(r"(?i)(token|secret|password|passwd|api[_-]?key)=\S+")
 
@@ -58,7 +60,7 @@ def _read_module(module: str) -> tuple[bytes, list[str]] | None:
     if path is None:
         return None
     source = path.read_bytes()
-    return source, sorted(find_imports(source))
+    return source, sorted(find_imports(source) | set(IMPORT_PATH.findall(source.decode())))
 
 
 def _module_file(module: str) -> Path | None:

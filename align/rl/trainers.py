@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from align.config.stages.rl import RolloutFields
 from align.environments.player import EnvironmentPlayer
-from align.models.fast.ragged_rows import can_run_ragged, enable_ragged
+from align.models.fast.ragged_rows import try_ragged
 from align.models.tuning.apply import apply_tuning
 from align.rl.arguments import RolloutArguments, rollout_arguments
 from align.rl.model import PolicyAndCritic, PolicyAndReference, make_critic
@@ -135,8 +135,6 @@ class BestOfNTrainer(MethodTrainer):
 
 def choose_form(models: list[Any], args: RolloutArguments) -> Form:
     """Return the packing of micro-batches, and prepare the models for it. Call it before adapters and copies exist."""
-    if not (args.padding_free and all(map(can_run_ragged, models))):
+    if not (args.padding_free and all(map(try_ragged, models))):
         return "padded"
-    for model in models:
-        enable_ragged(model)
     return "shared" if args.share_prompts else "ragged"

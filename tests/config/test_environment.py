@@ -122,7 +122,7 @@ def test_classes_and_functions_are_checked_when_the_file_is_read(block: dict[str
     ("source", "message"),
     [
         ("class E:\n def __init__(self, size): ...\n def reset(self, row): ...\n def score(self): ...",
-         "environment.class: E needs size; write `arguments: {size: ...}` beside `class:`"),
+         "environment.class: E needs size; write `arguments: {size: ...}` next to `class:`"),
         ("class B:\n def reset(self, row): ...\nclass E(B):\n def step(self): ...", "the class has no method 'score'"),
         ("class E(:\n pass", "odd_environment.py:1: cannot be read as Python (invalid syntax)"),
         ("from elsewhere import *", None),

@@ -37,7 +37,7 @@ def test_a_user_goes_with_a_class_with_tools_or_with_a_score() -> None:
         ({"max_tokens": 64}, {}, "environment: a user without tools needs a `score`"),
         (COUNTER | {"score": "gold"}, {}, "environment: score is for `tools`, and the class scores its episodes"),
         ({"verifiers": "a", "max_tokens": 64}, {}, "environment: user answers next to a class or tools, and verifiers"),
-        ({"openenv": "http://127.0.0.1:9", "max_tokens": 64}, {}, "and openenv has users of its own; remove it"),
+        ({"openenv": "http://127.0.0.1:9", "max_tokens": 64}, {}, "and openenv has its own users; remove it"),
         (COUNTER, {"model": None}, "environment.user: either model or endpoint speaks as the user; neither is set"),
         (COUNTER, {"endpoint": ENDPOINT}, "environment.user: either model or endpoint speaks as the user; both are"),
         (COUNTER, {"prompt": " "}, "environment.user.prompt: "),

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from align.errors import UserError
 from align.inference.protocol import Sampling
 from align.inference.trainer_engine import trainer_logprobs
 from align.inference.transformers import TransformersEngine
 from align.models.loading import load_policy
 from align.models.tuning.peft_layers import merged_weights
+from tests.support.models.families import write_family
 
 PROMPTS = [[1, 30, 31], [1, 40, 41, 42, 43, 44, 45], [1, 50], [1, 60, 61, 62]]
 
@@ -104,3 +106,9 @@ def test_the_head_is_given_what_its_product_needs_no_copy_for(tiny_model: Path) 
     engine.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: values.append(inputs[0]))
     engine.generate([[5, 6, 7], [8]], Sampling(max_tokens=2))
     assert values and all(inputs.is_contiguous() for inputs in values)
+
+
+def test_model_without_a_cache_is_refused(tmp_path: Path) -> None:
+    folder = write_family("mamba2", tmp_path)
+    with pytest.raises(UserError, match="mamba2 has no cache of keys and values"):
+        TransformersEngine(folder, device=torch.device("cpu"), dtype=torch.float32, batch_size=1)

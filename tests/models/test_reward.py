@@ -33,7 +33,7 @@ def test_scores_are_the_models_at_the_last_token(tiny_reward: Path) -> None:
 
 def test_a_model_that_cannot_be_run_ragged_gives_the_same_scores(tiny_reward: Path, monkeypatch) -> None:
     ragged = RewardModel(tiny_reward, precision="float32", batch_size=3)
-    monkeypatch.setattr("align.models.reward.can_run_ragged", lambda model: False)
+    monkeypatch.setattr("align.models.reward.try_ragged", lambda model: False)
     padded = RewardModel(tiny_reward, precision="float32", batch_size=3)
     assert ragged._ragged and not padded._ragged
     assert padded.score(PROMPTS, ANSWERS) == pytest.approx(ragged.score(PROMPTS, ANSWERS), abs=1e-5)
@@ -79,7 +79,7 @@ def test_whatever_conversations_begin_with_is_read_once(tiny_reward: Path) -> No
 
 def test_a_padded_model_takes_rows_for_tokens(tiny_reward: Path, monkeypatch) -> None:
     expected = RewardModel(tiny_reward, precision="float32").score(PROMPTS, ANSWERS)
-    monkeypatch.setattr("align.models.reward.can_run_ragged", lambda model: False)
+    monkeypatch.setattr("align.models.reward.try_ragged", lambda model: False)
     padded = RewardModel(tiny_reward, precision="float32", batch_size=2, pass_tokens=2048)
     read = []
     padded.model.base_model.register_forward_pre_hook(

@@ -66,7 +66,7 @@ def test_value_loss_takes_the_worse_of_clipped_and_plain():
     new = torch.tensor([[0.5, 0.1, -1.0]])
     returns = torch.tensor([[1.0, 1.0, 1.0]])
     # plain 0.25, 0.81, 4;  clipped values 0.2, 0.1, -0.2: 0.64, 0.81, 1.44;  worse 0.64, 0.81, 4;  half the sum 2.725
-    terms = value_loss(new, old, returns, MASK, 3, value_clip=(0.2, 0.2))
+    terms = value_loss(new, old, returns, MASK, 3, value_clip_range=0.2)
     assert terms.loss.item() == pytest.approx(2.725 / 3, abs=1e-6)
     assert terms.sums["value_clipfrac"].item() == 1
     # without: (0.25 + 0.81 + 4) / 2 = 2.53
@@ -155,6 +155,6 @@ def test_values_may_be_clipped_in_either_direction():
     old, returns = torch.zeros(1, 3), torch.tensor([[-1.0, 1.0, 0.0]])
     new = torch.tensor([[-0.5, 0.5, 0.0]])
     # clipped to -0.2 and 0.2: 0.64 each, worse than 0.25
-    terms = value_loss(new, old, returns, MASK, 1, value_clip=(0.2, 0.2))
+    terms = value_loss(new, old, returns, MASK, 1, value_clip_range=0.2)
     assert terms.loss.item() == pytest.approx(0.64)
     assert terms.sums["value_clipfrac"].item() == 2

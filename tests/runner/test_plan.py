@@ -39,7 +39,7 @@ TINY_REWARD = 2 * 98_560 + 4 * (320 + 64)
 @pytest.fixture(autouse=True)
 def processor_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the same memory on every processor."""
-    monkeypatch.setattr("align.models.compute.precision.read_speed", lambda: ProductSpeed(2.0, 1.0))
+    monkeypatch.setattr("align.models.compute.costs.read_speed", lambda: ProductSpeed(2.0, 1.0))
 
 
 @pytest.fixture

@@ -163,7 +163,7 @@ def test_a_fault_is_told_from_its_consequences(tmp_path: Path) -> None:
     left(ranks, 0, **lost)
     assert "rank 1 of 2 was killed by SIGABRT, so" in outcome(ranks, 2, {0: 1, 1: -6}, 9)["message"]
     left(ranks, 0, **late)
-    assert "rank 0 of 2 waited 9 seconds for rank 1" in outcome(ranks, 2, {0: 1, 1: -9}, 9)["message"]
+    assert "rank 0 of 2 waited 9 seconds in vain for rank 1" in outcome(ranks, 2, {0: 1, 1: -9}, 9)["message"]
     left(ranks, 1, status="refused", message="no rows")
     assert outcome(ranks, 2, {0: 1, 1: 2}, 9)["message"] == "no rows"
     left(ranks, 1, status="stopped", message="stopped as asked, at step 3 of 9.")

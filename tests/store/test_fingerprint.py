@@ -147,5 +147,7 @@ def test_modules_that_import_each_other_are_read_once(folder: Path) -> None:
 
 def test_source_that_is_no_python_is_named(folder: Path) -> None:
     (folder / "rules_of_this_test" / "words.py").write_text("x = 1\ndef :\n")
-    with pytest.raises(UserError, match=r"score 'rules_of_this_test.score:score': .*words\.py:2: no Python"):
+    with pytest.raises(
+        UserError, match=r"score 'rules_of_this_test.score:score': .*words\.py:2: cannot be read as Python"
+    ):
         function_identity(PATH)

@@ -109,5 +109,6 @@ def test_tokens_without_seconds_are_not_counted(tmp_path: Path) -> None:
     (checkpoint / "trainer_state.json").write_text('{"num_input_tokens_seen": 700}')
     clock = TrainingClock(checkpoint)
     assert not clock.is_complete and clock.seconds_before == 0.0
-    assert _timed_tokens(1000, clock, checkpoint) == 300
-    assert _timed_tokens(1000, TrainingClock(None), None) == 1000
+    trainer = SimpleNamespace(state=SimpleNamespace(num_input_tokens_seen=1000))
+    assert _timed_tokens(trainer, clock, checkpoint) == 300
+    assert _timed_tokens(trainer, TrainingClock(None), None) == 1000

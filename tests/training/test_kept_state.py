@@ -326,5 +326,5 @@ def test_packed_states_read_back_as_they_were(tmp_path: Path) -> None:
     with pytest.raises(UnknownState, match="optimizer/odd is a set"):
         pack(before, packed)
     (packed / "trainer.json").write_text(json.dumps({"../outside.pt": 1}))
-    with pytest.raises(UnknownState, match="no file of a checkpoint"):
+    with pytest.raises(UnknownState, match="is not a file of a checkpoint"):
         unpack(packed, after)

@@ -198,7 +198,7 @@ class TrainingFields(TrainerOptions):
                 "replay trains on answers token by token, which a reward model cannot; mix pairs in the data."
             )
         if not self.has_vocabulary and self.anchor is not None and self.anchor.to == "kl":
-            raise ValueError("anchor: kl needs distributions over tokens, and a reward model has none; take `to: l2`.")
+            raise ValueError("anchor: kl needs distributions over tokens, and a reward model has none; set `to: l2`.")
         return self
 
     @model_validator(mode="after")

@@ -169,36 +169,45 @@ class StepKind:
 
 
 STEPS = {
-    "normalize": StepKind("normalize:Normalize", identities="normalize:normalize_identities"),
-    "filter": StepKind("filter:Filter", identities="filter:filter_identities"),
-    "divide": StepKind("split:Divide"),
-    "pairs": StepKind("pairs:Pairs"),
-    "score": StepKind("score:Score", needs_all_rows=True, runs_model=True, identities="score:scorer_identities"),
-    "exact_duplicates": StepKind("deduplicate:ExactDuplicates", needs_all_rows=True),
-    "near_duplicates": StepKind("deduplicate:NearDuplicates", needs_all_rows=True),
-    "semantic_duplicates": StepKind(
-        "deduplicate:SemanticDuplicates",
+    "normalize": StepKind(
+        "align.data.steps.normalize:Normalize", identities="align.data.steps.normalize:normalize_identities"
+    ),
+    "filter": StepKind("align.data.steps.filter:Filter", identities="align.data.steps.filter:filter_identities"),
+    "divide": StepKind("align.data.steps.split:Divide"),
+    "pairs": StepKind("align.data.steps.pairs:Pairs"),
+    "score": StepKind(
+        "align.data.steps.score:Score",
         needs_all_rows=True,
         runs_model=True,
-        identities="deduplicate:embedder_identities",
+        identities="align.data.steps.score:scorer_identities",
+    ),
+    "exact_duplicates": StepKind("align.data.steps.deduplicate:ExactDuplicates", needs_all_rows=True),
+    "near_duplicates": StepKind("align.data.steps.deduplicate:NearDuplicates", needs_all_rows=True),
+    "semantic_duplicates": StepKind(
+        "align.data.steps.deduplicate:SemanticDuplicates",
+        needs_all_rows=True,
+        runs_model=True,
+        identities="align.data.steps.deduplicate:embedder_identities",
     ),
     "decontaminate": StepKind(
-        "decontaminate:Decontaminate", needs_all_rows=True, identities="decontaminate:evaluation_set_identities"
+        "align.data.steps.decontaminate:Decontaminate",
+        needs_all_rows=True,
+        identities="align.data.steps.decontaminate:evaluation_set_identities",
     ),
-    "cap": StepKind("split:Cap", needs_all_rows=True),
-    "mix": StepKind("split:Mix", needs_all_rows=True),
+    "cap": StepKind("align.data.steps.split:Cap", needs_all_rows=True),
+    "mix": StepKind("align.data.steps.split:Mix", needs_all_rows=True),
     # Not written in recipes: every build ends with these.
-    "usable": StepKind("split:Usable"),
-    "identical": StepKind("split:Identical", needs_all_rows=True),
-    "max_rows": StepKind("split:MaxRows", needs_all_rows=True),
-    "split": StepKind("split:Split", needs_all_rows=True),
+    "usable": StepKind("align.data.steps.split:Usable"),
+    "identical": StepKind("align.data.steps.split:Identical", needs_all_rows=True),
+    "max_rows": StepKind("align.data.steps.split:MaxRows", needs_all_rows=True),
+    "split": StepKind("align.data.steps.split:Split", needs_all_rows=True),
 }
-"""Kinds of steps by the ``type`` of their settings. Paths are relative to ``align.data.steps``."""
+"""Kinds of steps by the ``type`` of their settings."""
 
 
 def start_step(config: Any, context: StepContext) -> Any:
     """Return the step that ``config`` describes. Raises ``UserError`` if it cannot run."""
-    return load_object(f"align.data.steps.{STEPS[config.type].step}")(config, context)
+    return load_object(STEPS[config.type].step)(config, context)
 
 
 def step_identities(config: Any, base: Path, models: ModelLoaders | None = None) -> dict[str, str]:
@@ -209,5 +218,5 @@ def step_identities(config: Any, base: Path, models: ModelLoaders | None = None)
     function = STEPS[config.type].identities
     identities: dict[str, str] = {}
     if function:
-        identities = load_object(f"align.data.steps.{function}")(config, base, models)
+        identities = load_object(function)(config, base, models)
     return identities

@@ -226,6 +226,23 @@ def enable_ragged(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
+def try_ragged(model: Any) -> bool:
+    """Enable layouts if ``model`` can run on them, and return whether it can. Some families drop their arguments."""
+    if not can_run_ragged(model):
+        return False
+    before = attention_name(model.config.get_text_config())
+    enable_ragged(model)
+    device = next(model.parameters()).device
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=device)  # two rows of one token
+    try:
+        with torch.no_grad():
+            hidden_states(model.base_model, tokens, tokens, to_device(make_layout([1, 1]), device))
+    except NotRaggedError:
+        model.set_attn_implementation(before)
+        return False
+    return True
+
+
 def hidden_states(
     trunk: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, layout: Layout, states: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -96,7 +96,7 @@ def test_owned_key_names_our_field() -> None:
     ],
 )
 def test_owned_keys_of_ppo_name_ppos_fields(key: str, ours: str) -> None:
-    with pytest.raises(ValueError, match=f"'{key}' is not set here: set {ours} beside"):
+    with pytest.raises(ValueError, match=f"'{key}' is not set here: set {ours} next to"):
         check("ppo", {key: 1})
 
 
@@ -105,7 +105,7 @@ def test_every_remedy_names_a_field_that_exists() -> None:
     for config in configs:
         for key in class_options(config.trainer_class):
             remedy = config.owned_options.get(key, "")
-            named = re.findall(r"'(\w+)'", remedy.partition(" beside ")[0]) if " beside " in remedy else []
+            named = re.findall(r"'(\w+)'", remedy.partition(" next to ")[0]) if " next to " in remedy else []
             assert not set(named) - set(config.model_fields), (config, key, remedy)
 
 

@@ -34,7 +34,7 @@ def test_default_micro_batch_divides_the_batch() -> None:
         (SftConfig, {"scheduler": "cosin"}, "Did you mean 'cosine'"),
         (SftConfig, {"trainer": {"adam_beta": 0.9}}, r"stages\.x\.trainer: unknown key 'adam_beta'.*'adam_beta[12]'"),
         (SftConfig, {"trainer": {"learning_rate": 1}}, "set 'learning_rate' next to 'trainer'"),
-        (RewardConfig, {"trainer": {"center_rewards_coefficient": 0.1}}, "set 'center_rewards' beside"),
+        (RewardConfig, {"trainer": {"center_rewards_coefficient": 0.1}}, "set 'center_rewards' next to"),
         (RewardConfig, {"center_reward": 0.1}, "Did you mean 'center_rewards'"),
     ],
 )
@@ -46,9 +46,9 @@ def test_mistakes_are_named(kind: type, extra: dict[str, object], message: str) 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"trainer": {"beta": 0.2}}, "set 'beta' beside"),
-        ({"trainer": {"loss_type": ["ipo"]}}, "set 'loss' or 'losses' beside"),
-        ({"trainer": {"loss_weights": [1.0]}}, "set 'losses' beside"),
+        ({"trainer": {"beta": 0.2}}, "set 'beta' next to"),
+        ({"trainer": {"loss_type": ["ipo"]}}, "set 'loss' or 'losses' next to"),
+        ({"trainer": {"loss_weights": [1.0]}}, "set 'losses' next to"),
         ({"trainer": {"precompute_ref_log_probs": False}}, "scored once"),
         ({"bta": 0.2}, "Did you mean 'beta'"),
     ],

@@ -221,8 +221,8 @@ def test_references_that_do_not_fit(tmp_path: Path, fake: FakeChat) -> None:
         ({"judge": {}}, "name the judge"),
         ({"judge": {"reward": True, "endpoint": {"url": "http://127.0.0.1:1/v1", "model": "m"}}}, "name the judge"),
         ({"judge": {"reward": True, "rubric": "x"}}, "does not use rubric"),
-        ({"judge": REWARD, "mode": "grade"}, "no grades from 1 to 10"),
-        ({"judge": REWARD, "preset": "mt_bench"}, "no grades from 1 to 10"),
+        ({"judge": REWARD, "mode": "grade"}, "not grades from 1 to 10"),
+        ({"judge": REWARD, "preset": "mt_bench"}, "not grades from 1 to 10"),
         ({"judge": REWARD, "references_files": ["x"]}, "a reward model reads none"),
         (
             {"judge": {"endpoint": {"url": "http://127.0.0.1:1/v1", "model": "m"}}, "mode": "grade", "against": "base"},

@@ -239,7 +239,7 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "weights in whole numbers": (
         edit_tensors(lambda tensors: tensors.update({NORM: torch.ones(64, dtype=torch.int8)})),
         "",
-        "of type I8",
+        "is quantized (I8)",
     ),
     "weights with NaN": (
         edit_tensors(lambda tensors: tensors[NORM].fill_(float("nan"))),

@@ -12,7 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from align.models.fast import attention as short_attention
 from align.models.fast import ragged_rows
-from align.models.fast.ragged_rows import can_run_ragged, enable_ragged, hidden_states, make_layout
+from align.models.fast.ragged_rows import can_run_ragged, enable_ragged, hidden_states, make_layout, try_ragged
+from tests.support.models.families import family_model
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -197,3 +198,11 @@ def test_attention_with_more_to_it_is_refused(llama):
         ragged_rows.ragged_attention(llama, q, q, q, None, layout=make_layout([3]), softcap=30.0)
     with pytest.raises(RuntimeError, match=r"asks for dropout.* set padding_free off"):
         ragged_rows.ragged_attention(llama, q, q, q, None, layout=make_layout([3]), dropout=0.1)
+
+
+def test_model_that_drops_the_layout_is_padded() -> None:
+    model = family_model("nemotron")
+    assert can_run_ragged(model)
+    assert not try_ragged(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert try_ragged(family_model("llama"))
