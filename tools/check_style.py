@@ -21,28 +21,28 @@ LONGEST_TEST_NAME = 60
 LONGEST_FUNCTION = 60
 LONGEST_FILE = 400
 IDIOMS = {
-    "where for if": (r"\bwhere (there|it|the|a|an|one|they|this|no|nothing|some|several|its|none)\b", 3, 3),
+    "where for if": (r"\bwhere (there|it|the|a|an|one|they|this|no|nothing|some|several|its|none)\b", 2, 3),
     "one without a noun": (r"\bone (that|of|for|whose|in|with|which)\b", 6, 5),
-    "nobody, nothing": (r"\b(nobody|nothing)\b", 5, 9),
-    "takes": (r"\b(takes?|taken)\b", 5, 12),
-    "that of": (r"\b(that|those) of\b", 2, 1),
-    "alone": (r"\balone\b", 2, 1),
+    "nobody, nothing": (r"\b(nobody|nothing)\b", 3, 9),
+    "takes": (r"\b(takes?|taken)\b", 4, 11),
+    "that of": (r"\b(that|those) of\b", 1, 1),
+    "alone": (r"\balone\b", 1, 1),
     "too": (r",? too[.,;)]", 1, 1),
     "of its own": (r"\bof (its|their) own\b", 1, 1),
     "beside": (r"\bbeside\b", 1, 1),
     "goes on": (r"\bgo(es)? on\b", 1, 1),
     "lies, stands": (r"\b(lies?|stands?)\b(?! for)", 1, 1),
     "left out": (r"\bleft out\b", 1, 1),
-    "so that": (r"\bso that\b", 2, 2),
+    "so that": (r"\bso that\b", 1, 2),
 }
 """Name -> expression that is rare in technical English, and its highest rate per 10,000 words of docstrings and
 comments, and of documents."""
 QUESTION = re.compile(r"^(What|Whether|How|Where|Which|Who|Why|When)\b")
 CAPS = {
-    "files": 591,
-    "files over 400 lines": 6,
+    "files": 470,
+    "files over 400 lines": 5,
     "functions over 60 lines": 3,
-    "test names over 60 characters": 385,
+    "test names over 60 characters": 0,
     "docstrings that begin with a question word": 1,
 }
 """Count -> highest number."""

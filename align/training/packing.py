@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -93,11 +94,13 @@ def packing_form(model: Any) -> Form:
         return "flash"
     if can_compute_real_tokens(causal_model):
         return "ragged"
-    if attention in ("sdpa", "eager"):
+    # transformers makes the mask of several rows from their positions, which a few families (BLOOM, MPT) do not accept.
+    accepts_positions = "position_ids" in inspect.signature(causal_model.base_model.forward).parameters
+    if attention in ("sdpa", "eager") and accepts_positions:
         return "blocks"
     raise UserError(
-        f"packing and padding_free: the attention '{attention}' of this model cannot keep rows "
-        "in one line apart. Turn them off."
+        f"packing and padding_free: the attention '{attention}' of this {causal_model.config.model_type} cannot keep "
+        "rows in one line apart. Turn them off."
     )
 
 

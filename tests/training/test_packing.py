@@ -150,7 +150,7 @@ def test_models_are_run_as_they_can_be(tiny_model: Path) -> None:
     flash.config._attn_implementation = "flash_attention_2"
     assert packing_form(flash) == "flash"
     flash.config._attn_implementation = "something"
-    with pytest.raises(UserError, match="the attention 'something' of this model cannot keep rows"):
+    with pytest.raises(UserError, match="the attention 'something' of this llama cannot keep rows"):
         packing_form(flash)
 
 

@@ -1,0 +1,44 @@
+"""The support matrix of families and kinds of training: no cell crashes, and none differs from transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.models.families import FAMILIES
+from tests.support.models.matrix import CELLS, run_cell
+from tools.model_matrix import PAGE, row_of, table_rows
+
+pytestmark = pytest.mark.usefixtures("stages_in_process")
+
+QUICK = [("qwen3", "reward"), ("qwen3_moe", "merge"), ("lfm2", "packed"), ("gpt_oss", "kto"), ("granite", "grpo")]
+"""A cell of each kind: dense, a mixture, a hybrid, attention sinks, and scaled logits."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield tmp_path_factory.mktemp("matrix")
+
+
+@pytest.mark.parametrize(("model_type", "column"), QUICK)
+def test_cell_equals_the_documented_one(model_type: str, column: str, folders: Path) -> None:
+    (folders / model_type).mkdir(exist_ok=True)
+    cell = run_cell(model_type, column, folders / model_type)
+    assert cell.status != "differs", f"{model_type} {column} differs by {cell.difference:.1e}"
+    documented = table_rows(PAGE.read_text(encoding="utf-8"))[model_type][column]
+    assert documented.startswith(cell.status)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_family_equals_the_documented_row(model_type: str, tmp_path: Path) -> None:
+    cells = {column: run_cell(model_type, column, tmp_path) for column in (*CELLS, "memory")}
+    assert not [column for column, cell in cells.items() if cell.status == "differs"]
+    documented = table_rows(PAGE.read_text(encoding="utf-8"))[model_type]
+    assert {name: text.split()[0] for name, text in documented.items()} == row_of(cells)
+
+
+def test_every_family_is_documented() -> None:
+    assert table_rows(PAGE.read_text(encoding="utf-8")).keys() == FAMILIES.keys()

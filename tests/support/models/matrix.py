@@ -1,0 +1,290 @@
+"""The support matrix: each family in each kind of training, compared with plain transformers on single rows.
+
+A cell trains one step of a real stage, records its micro-batch and its gradients, and computes the gradients again with
+the family's own class in transformers, one row at a time and without padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from align import Pipeline, Run
+from align.errors import UserError
+from align.models.checkpoints.conversion import plain_of
+from align.models.compute.architecture import UnknownArchitecture, read_architecture
+from align.models.fast.real_tokens import computes_real_tokens
+from align.models.tuning.peft_layers import merged_weights
+from align.store.json_files import read_events
+from tests.support.models.families import write_family
+
+TOLERANCE = 1e-5
+"""Largest difference of a loss, and of a gradient as a share of the largest gradient."""
+ROWS = 8
+BETA = 0.1
+CENTER = 0.01
+"""Default of ``center_rewards``."""
+TRAINING = {"learning_rate": 1e-3, "max_steps": 1, "batch_size": 4, "max_length": 128, "max_grad_norm": 1e9}
+NO_ROUTER_LOSS = {"trainer": {"router_aux_loss_coef": 0.0}}
+"""For SFT: the load-balancing loss depends on all tokens of a batch (tests/training/test_router_loss.py)."""
+ROLLOUTS = {"learning_rate": 1e-3, "updates": 1, "rollout_batch": 8, "max_tokens": 8, "max_prompt_tokens": 64}
+LORA = {"method": "lora", "rank": 4}
+CELLS: dict[str, dict[str, Any]] = {
+    "sft": {"stage": "sft", "model": "model", "data": "data", **NO_ROUTER_LOSS, **TRAINING},
+    "packed": {"stage": "sft", "model": "model", "data": "data", "packing": True, **NO_ROUTER_LOSS, **TRAINING},
+    "lora": {"stage": "sft", "model": "model", "data": "data", "tuning": LORA, **NO_ROUTER_LOSS, **TRAINING},
+    "qlora": {
+        "stage": "sft",
+        "model": "model",
+        "data": "data",
+        "tuning": {**LORA, "method": "qlora"},
+        **NO_ROUTER_LOSS,
+        **TRAINING,
+    },
+    "reward": {"stage": "reward", "model": "model", "data": "pairs", **TRAINING},
+    "dpo": {"stage": "dpo", "policy": "model", "data": "pairs", "beta": BETA, **TRAINING},
+    "kto": {"stage": "kto", "policy": "model", "data": "pairs", "beta": BETA, **TRAINING},
+    "ppo": {
+        "stage": "ppo",
+        "policy": "model",
+        "prompts": "data",
+        "score": "examples.scorers:letters",
+        "critic": "head",
+        **ROLLOUTS,
+    },
+    "grpo": {
+        "stage": "grpo",
+        "policy": "model",
+        "prompts": "data",
+        "score": "examples.scorers:letters",
+        "samples_per_prompt": 4,
+        **ROLLOUTS,
+    },
+    "continue": {
+        "stage": "sft",
+        "model": "model",
+        "data": "data",
+        **NO_ROUTER_LOSS,
+        **TRAINING,
+        "continue_from": "sft",
+        "max_steps": 2,
+    },
+    "merge": {"stage": "merge", "policies": ["sft", "dpo"], "weights": [0.5, 0.5]},
+}
+"""Column -> the stage that it trains. ``memory`` is one more column, which needs no stage."""
+
+
+@dataclass
+class Recorded:
+    """What a stage computed in its first step."""
+
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    reference: Any = None
+    """The plain model in transformers with the weights before the step."""
+    adapters: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
+    """Matrix A and scaling of each adapter, by the name of the matrix that it adapts."""
+    transposed: set[str] = field(default_factory=set)
+    """Adapted matrices that are stored as (in, out): GPT-2's."""
+    is_padded: bool = True
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A result: ``equal``, ``padded`` (equal on the general path), ``refused``, or ``differs``."""
+
+    status: str
+    difference: float = 0.0
+    message: str = ""
+
+
+def run_cell(model_type: str, column: str, folder: Path) -> Cell:
+    """Run a cell of the matrix in ``folder``, which the cells of a family share. Stages run in this process."""
+    model = folder / model_type
+    if not model.exists():
+        write_family(model_type, model)
+    if column == "memory":
+        try:
+            read_architecture(model / "config.json")
+        except UnknownArchitecture as error:
+            return Cell("refused", message=str(error))
+        return Cell("equal")
+    recorded = Recorded()
+    try:
+        with recording(recorded):
+            run = train(model, column, folder)
+    except UserError as error:
+        return Cell("refused", message=str(error))
+    if column == "merge":
+        difference = compare_merged(*(run.artifacts[name].model for name in ("merge", "sft", "dpo")))
+    else:
+        difference = compare(recorded, column, steps_of(run, column))
+    status = "padded" if recorded.is_padded and recorded.gradients else "equal"
+    return Cell(status if difference <= TOLERANCE else "differs", difference)
+
+
+def train(model: Path, column: str, folder: Path) -> Run:
+    """Run the column's stage with the stages that it reads."""
+    files = {"data": "rows.jsonl", "pairs": "pairs.jsonl"}
+    for number, text in enumerate(files.values()):
+        answer = ("completion",) if number == 0 else ("chosen", "rejected")
+        rows = [{"prompt": f"Say {n}" + "x" * (n % 3), **{key: f"{key} {n}" for key in answer}} for n in range(ROWS)]
+        (folder / text).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    stages: dict[str, Any] = {"model": {"source": str(model)}}
+    stages |= {name: {"stage": "data", "dataset": str(folder / file)} for name, file in files.items()}
+    before = ("sft", "dpo") if column == "merge" else ("sft",) if column == "continue" else ()
+    stages |= {name: CELLS[name] for name in (*before, column)}
+    runtime = {"threads": 1, "engine": {"name": "transformers"}}
+    return Pipeline({"name": "matrix", "seed": 1, "runtime": runtime, "stages": stages}).run(store=folder / "store")
+
+
+def steps_of(run: Run, column: str) -> list[dict[str, Any]]:
+    """Return the events of a stage's steps."""
+    return [event for event in read_events(run.artifacts[column].path / "events.jsonl") if "loss" in event]
+
+
+def compare_merged(merged: Path, *parts: Path) -> float:
+    """Return the largest difference of a merged model's parameters from the mean of its two parts'."""
+    means = [(first + second) / 2 for first, second in zip(*map(parameters, parts), strict=True)]
+    return max(float((value - mean).abs().max()) for value, mean in zip(parameters(merged), means, strict=True))
+
+
+def parameters(folder: Path) -> list[torch.Tensor]:
+    """Return a checkpoint's parameters as transformers loads them."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+@contextlib.contextmanager
+def recording(recorded: Recorded) -> Iterator[None]:
+    """Record the first step of the stages that train on rows."""
+    from align.models.loading import new_reward
+    from align.training.trainers import Prepared
+
+    compute_loss = Prepared.compute_loss
+
+    def record(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training and not recorded.inputs:
+            recorded.inputs = {name: value.clone() for name, value in inputs.items() if torch.is_tensor(value)}
+            recorded.is_padded = not computes_real_tokens(model) and "position_ids" not in inputs
+            note_weights(recorded, trainer.model)
+            trainer.optimizer.optimizer.register_step_pre_hook(lambda *_: note_gradients(recorded, trainer.model))
+        return compute_loss(trainer, model, inputs, *args, **kwargs)
+
+    def reward_with_head(*args: Any) -> Any:
+        # A new head is 0, and the layers below it would then have no gradient.
+        model = new_reward(*args)
+        torch.manual_seed(0)
+        model.score.weight.data.normal_(std=0.1)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Prepared, "compute_loss", record)
+        patch.setattr("align.models.tuning.apply.new_reward", reward_with_head)
+        yield
+
+
+def note_weights(recorded: Recorded, model: Any) -> None:
+    """Keep a plain model with the weights of ``model``, adapters merged, and the adapters' matrices A."""
+    plain = plain_of(model)
+    recorded.reference = type(plain)._from_config(plain.config, dtype=torch.float32).eval()
+    weights = {name: value.float().clone() for name, value in merged_weights(model)}
+    recorded.reference.load_state_dict(weights, strict=False)
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            target = name.removeprefix("base_model.model.")
+            if module.fan_in_fan_out:
+                recorded.transposed.add(target)
+            recorded.adapters[target] = (module.lora_A["default"].weight.detach().clone(), module.scaling["default"])
+
+
+def note_gradients(recorded: Recorded, model: Any) -> None:
+    """Keep the gradients of the first step, by the plain name of each parameter."""
+    if not recorded.gradients:
+        recorded.gradients = {
+            name.removeprefix("base_model.model."): parameter.grad.detach().float().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+
+
+def compare(recorded: Recorded, column: str, events: list[dict[str, Any]]) -> float:
+    """Return the largest difference from plain transformers: of the loss, and of the gradients by their largest."""
+    if column in ("ppo", "grpo"):
+        return float(events[0]["parity_gap_max"])
+    loss = reference_loss(recorded, column)
+    loss.backward()
+    expected = {name: p.grad for name, p in recorded.reference.named_parameters() if p.grad is not None}
+    for name, (matrix, scaling) in recorded.adapters.items():
+        # With B = 0, the gradient of B in W + s B A is s (dL/dW) A'.
+        gradient = expected[f"{name}.weight"]
+        if name in recorded.transposed:
+            gradient = gradient.T
+        expected[f"{name}.lora_B.default.weight"] = scaling * gradient @ matrix.T
+    pairs = [(value, expected[name]) for name, value in recorded.gradients.items() if name in expected]
+    assert pairs, f"no gradient of {column} was compared"
+    largest = max(float(reference.abs().max()) for _, reference in pairs)
+    gaps = [float((value - reference).abs().max()) / largest for value, reference in pairs]
+    constant = {"dpo": math.log(2), "kto": 0.5}.get(column)
+    logged = events[0]["loss"] if column != "continue" else float(loss)
+    expected_loss = float(loss) if constant is None else constant
+    return max(*gaps, abs(float(logged) - expected_loss))
+
+
+def reference_loss(recorded: Recorded, column: str) -> torch.Tensor:
+    """Return the loss of the recorded micro-batch (scalar) from passes over single rows without padding.
+
+    At the first step of DPO and KTO policy and reference agree, so a loss with the same gradient is linear in the
+    answers' log-probabilities: -beta/2 (chosen - rejected), and -+beta/4 for desirable and undesirable answers.
+    """
+    inputs = recorded.inputs
+    if column == "reward":
+        scores = [recorded.reference(input_ids=row[None], use_cache=False).logits.flatten()[0] for row in rows(inputs)]
+        pairs = len(scores) // 2
+        gaps = torch.stack(scores[:pairs]) - torch.stack(scores[pairs:])
+        totals = torch.stack(scores[:pairs]) + torch.stack(scores[pairs:])
+        return (-torch.nn.functional.logsigmoid(gaps) + CENTER * totals**2).mean()
+    answers = answers_of(inputs)
+    sums = [answer_sum(recorded.reference, ids, mask) for ids, mask in answers]
+    if column == "dpo":
+        pairs = len(sums) // 2
+        return -BETA / 2 * (torch.stack(sums[:pairs]) - torch.stack(sums[pairs:])).mean()
+    if column == "kto":
+        signs = torch.where(inputs["label"].bool(), -BETA / 4, BETA / 4)
+        return (signs * torch.stack(sums)).mean()
+    return -torch.stack(sums).sum() / sum(int(mask.sum()) for _, mask in answers)
+
+
+def answer_sum(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(T,) ids and mask (T - 1,) of predicted answer tokens -> the sum of their log-probabilities."""
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    total: torch.Tensor = (logprobs * mask).sum()
+    return total
+
+
+def rows(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return the rows of a padded batch without their padding."""
+    return [row[keep.bool()] for row, keep in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+
+
+def answers_of(inputs: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return ids (T,) and the mask (T - 1,) of predicted answer tokens of each row, also of packed rows."""
+    ids = inputs["input_ids"]
+    answer = inputs["completion_mask"].bool() if "completion_mask" in inputs else inputs["labels"] != -100
+    if "position_ids" in inputs:
+        starts = [*(inputs["position_ids"][0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
+        spans = itertools.pairwise(starts)
+        return [(ids[0, start:end], answer[0, start + 1 : end]) for start, end in spans]
+    real = inputs["attention_mask"].bool()
+    return [(row[keep], mask[keep][1:]) for row, mask, keep in zip(ids, answer, real, strict=True)]
