@@ -54,7 +54,7 @@ async def gather_bounded(calls: Sequence[Callable[[], Awaitable[Any]]], concurre
 
 @functools.cache
 def _loop(process: int) -> asyncio.AbstractEventLoop:
-    """Return the loop of a process; one that was forked has no thread of its parent's, and needs its own."""
+    """Return the loop of a process. A forked process inherits no threads, so it needs its own loop."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="score functions", daemon=True).start()
     return loop

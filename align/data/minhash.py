@@ -3,7 +3,7 @@
 The signature of a text is, for each of K permutations, one byte of the least hash among its shingles (b-bit minwise
 hashing, Li and König 2010, arXiv 0910.3349). Two texts whose sets of shingles have the Jaccard similarity J agree at a
 place with probability J + (1 - J) / 256, from which J is estimated with a standard error of sqrt(J (1 - J) / K).
-Candidates are pairs that agree in all rows of one of several bands (Broder 1997; Indyk and Motwani 1998). Each is
+Candidates are pairs that agree in all rows of at least one band (Broder 1997; Indyk and Motwani 1998). Each is
 decided by the full signature, and where that is too uncertain, by the shingles. Memory is a signature of 128 bytes per
 text: 128 MB for a million.
 """
@@ -330,7 +330,7 @@ def comparison_key(row: Row, part: ComparedPart) -> str:
         return prompt_key(row)
     content: list[Any] = [] if part == "reply" else [prompt_key(row)]
     if part != "prompt":
-        # The mark keeps a row apart from one with chosen and rejected exchanged.
+        # The mark keeps a row apart from a row with chosen and rejected exchanged.
         content += [[normalized(text), mark] for text, mark in reply_texts_with_marks(row)]
     return json.dumps(content)
 

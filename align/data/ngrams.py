@@ -98,7 +98,7 @@ def encode(text: str) -> bytes:
     # Cheap test by first bytes before the regular expression.
     if len(encoded.translate(None, _UNSPACED_LEADS)) < len(encoded):
         encoded = _UNSPACED.sub(r" \1 ", text).encode("utf-8", "surrogatepass")
-    # Cut once more: characters may take several bytes, and unspaced scripts have got spaces.
+    # Cut again: characters may take several bytes, and unspaced scripts have got spaces.
     return encoded[:LONGEST_BYTES]
 
 

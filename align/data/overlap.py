@@ -150,7 +150,7 @@ class Index:
         self, row: np.ndarray, text: np.ndarray, place: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return row, text and covered words (P,) of each pair; its n-grams begin at ``place`` (M,)."""
-        # Sorted, so a pair's matches follow each other by their place in the text.
+        # Sort the matches, so a pair's matches follow each other by their place in the text.
         order = np.lexsort((place, text, row))
         row, text, place = row[order], text[order], place[order]
         is_first = _starts_pair(row, text)

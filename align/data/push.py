@@ -159,7 +159,7 @@ def check_repo(repo: str, kind: RepoKind) -> None:
 def make_repository(api: Any, repo: str, kind: RepoKind, revision: str | None, private: bool) -> list[str]:
     """Create repository and branch if there are none, and return the files in it.
 
-    Raises ``UserError`` for a public one that should be private.
+    Raises ``UserError`` if the repository is public and should be private.
     """
     # None leaves the choice to the owner's default, which may be private; False would mean public.
     api.create_repo(repo, repo_type=kind, private=private or None, exist_ok=True)

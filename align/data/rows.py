@@ -12,10 +12,11 @@ A row is a plain dict:
 - Before the step ``pairs``, rows may have ``responses``: a list of ``content``, ``score`` and ``rank`` (0 is best),
   where either of the last two may be None.
 - ``tools`` is a JSON list of the functions that a model may call (``""`` for none). A message that calls some has
-  ``tool_calls``, also JSON text, since the arguments have no common type. One that is not learned has ``train: False``.
+  ``tool_calls``, also JSON text, since the arguments have no common type. A message that is not learned has
+  ``train: False``.
 - A row of plain text has ``id``, ``source`` and ``text`` only.
-- Any other column is one that the recipe keeps (``keep: [answer]``), for scorers, filters, judges and metrics. One
-  whose values are lists, mappings or of several types is stored as JSON text, and parsed where rows are read.
+- The recipe keeps any other column (``keep: [answer]``) for scorers, filters, judges and metrics. A column whose values
+  are lists, mappings or of several types is stored as JSON text, and parsed when rows are read.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ def _detect(
 
 
 def _mapped_fields(record: dict[str, Any], settings: SourceFormat) -> dict[str, Any] | None:
-    """Return a record under the names of its mapping; None for one that makes no row, such as a tie."""
+    """Return a record under the names of its mapping; None if the record makes no row, such as a tie."""
     try:
         return map_record(record, settings.mapping, settings.rule).fields
     except (Malformed, Unusable):

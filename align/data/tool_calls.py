@@ -43,7 +43,7 @@ class ToolCallFormat(Protocol):
 
 
 def tool_call_format(name: str, template: str = "") -> ToolCallFormat:
-    """Return the format ``name``; ``auto`` takes the one that the chat template's text shows.
+    """Return the format ``name``; ``auto`` is the format that the chat template's text shows.
 
     ``regex:PATTERN`` is a format of the user's, with the groups ``name`` and ``arguments`` (a JSON object). Raises
     ``UserError`` for an unknown name, a pattern that cannot be used, and a template that shows no format.
@@ -232,7 +232,7 @@ class MistralFormat:
         for start, end in pairwise([*marks, len(text)]):
             reader.remove(start, end)
             body = start + len(self.MARK)
-            # Cut only at its end, so places in it are those in the turn.
+            # Cut the text only at its end, so places in it are places in the turn.
             visible = reader.visible[:end]
             named = self.NAMED.match(visible, body)
             try:

@@ -175,8 +175,8 @@ def length_controlled(preferences: Sequence[float], gaps: Sequence[float]) -> Es
     setting, treats both sides the same, vanishes as n grows, and stays finite if a judge decides only by length. No
     other style is controlled for.
 
-    The interval is Wald's on the logit. Simulated with 40 to 400 prompts it covers at 0.94 to 0.99. A bootstrap over
-    prompts covers at 0.80 to 0.97, and has no width if every preference is the same.
+    The interval is Wald's on the logit. In simulations with 40 to 400 prompts it covers at 0.94 to 0.99. A bootstrap
+    over prompts covers at 0.80 to 0.97, and has no width if every preference is the same.
 
     Args:
         preferences: (N,) 1 for a win, 0 for a loss, 0.5 for neither.

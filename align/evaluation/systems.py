@@ -108,7 +108,7 @@ class System:
         A system that is sampled again gets its own seeds.
         """
         if self.sample_seed is not None:
-            # Derived from both seeds, so two baselines with different seeds differ in every task.
+            # Derive the seed from both seeds, so two baselines with different seeds differ in every task.
             seed = int(digest([sampling.seed, self.sample_seed])[:15], 16)
             seeds = None
             if sampling.seeds is not None:

@@ -279,7 +279,7 @@ class CachedClient:
         """Return the usage of a model by all attempts and processes of the stage, as the folder of its cache has it."""
         self.cache.sync()
         usage, prices = Usage(), self.prices.get(name)
-        # Opened again, since this process has not read what the others have written meanwhile.
+        # Open the cache again, since this process has not read what the others have written meanwhile.
         for request, answer in RequestCache(self.cache.folder).asked():
             if request.model == backend.identity:
                 usage.add(request, answer, copied=False, prices=prices)

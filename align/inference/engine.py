@@ -208,7 +208,7 @@ class SwitchingEngine:
     """The rollout engine of this process, with the weights of the checkpoint in use."""
 
     def __init__(self, open_checkpoint: Callable[[Path], RolloutEngine]) -> None:
-        """Set up without an engine; ``open_checkpoint`` opens one on a model folder."""
+        """Start without an engine; ``open_checkpoint`` opens an engine on a model folder."""
         self._open_checkpoint = open_checkpoint
         self._engine: RolloutEngine | None = None
         self._architecture = ""

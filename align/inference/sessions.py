@@ -125,7 +125,7 @@ class VllmSession(Session):
 
 
 class PoolSession(Session):
-    """Turns by a pool of servers: each goes to one of them, and to another where that is lost. One session at a time.
+    """Turns by a pool of servers: each turn goes to a server, and to another if that is lost. One session at a time.
 
     An episode's turns go to the server that had the last one, and first turns of one prompt to one server, as long as
     it has room: it has their beginning in its cache. Servers read weights that the pool is offered meanwhile between

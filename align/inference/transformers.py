@@ -175,7 +175,7 @@ class TransformersEngine:
         names_by_address: dict[int, set[str]] = {}
         for name, tensor in state.items():
             names_by_address.setdefault(tensor.data_ptr(), set()).add(name)
-        # Tied tensors share an address. It is enough that one of their names was given.
+        # Tied tensors share an address, so a single name is enough.
         lacking = sorted(name for name in missing if len(names_by_address[state[name].data_ptr()]) == 1)
         if lacking:
             raise ValueError(f"the new weights lack {', '.join(lacking[:3])}: a full set is needed")

@@ -122,7 +122,7 @@ class VllmEngine:
         with _preserve_global_state():  # the first import of transformers' tokenizers draws random numbers
             self.tokenizer = load_tokenizer(model_dir)
         self.eos = int(self.tokenizer.eos_token_id)
-        # A change of weights must bring every one of these.
+        # A change of weights must bring all of these.
         self.names = weight_names(model_dir)
         self.dtype, self.max_length = dtype, max_length
         memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": config.sleep}
@@ -195,7 +195,7 @@ class VllmEngine:
         )
 
     def responses(self, outputs: list[Any]) -> list[Response]:
-        """Return the responses of vLLM's outputs, one of each."""
+        """Return a response for each of vLLM's outputs."""
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         responses = []

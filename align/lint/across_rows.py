@@ -1,9 +1,9 @@
 """Checks across rows: prompts and answers on both sides of the split, repeated rows, contradicting and swapped pairs.
 
 Swapped sides: if a feature separates the two answers of every pair clearly (a length, the words shared with the
-prompt), its differences form two groups, one for each sign. Labels that follow the feature in most pairs and contradict
-it in a good share of them are then no matter of taste: sides were swapped. In pairs that people labeled, differences
-gather around zero instead, and nothing is reported.
+prompt), its differences form two groups, separated by their sign. Labels that follow the feature in most pairs and
+contradict it in a good share of them are then no matter of taste: sides were swapped. In pairs that people labeled,
+differences gather around zero instead, and nothing is reported.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LONG_ANSWER_WORDS = 12
 
 def check_leaked_prompts(train: Sequence[PlacedRow], test: Sequence[PlacedRow], findings: Findings) -> None:
     """Report prompts of ``test`` that ``train`` has too: word for word as splits compare them, or nearly so."""
-    # Reversed, so the first of several training rows with a prompt is the one that is named.
+    # Reverse the order, so the report names the first of several training rows with a prompt.
     train_places = {prompt_key(row): place for place, row in reversed(train)}
     rest: list[PlacedRow] = []
     for place, row in test:
@@ -143,7 +143,7 @@ def check_quoted_answers(rows: Sequence[PlacedRow], findings: Findings) -> None:
 
 
 def _quoted_answer(row: Row) -> str:
-    """Return the answer that the stage learns if the row's prompt has it; "" otherwise, and for one of its choices."""
+    """Return the answer that the stage learns if the row's prompt has it; "" otherwise, and if it is a choice there."""
     turns = row.get("chosen") or (row.get("completion") if row.get("label") is not False else None)
     answer = " ".join(str(turns[-1]["content"] or "").split()) if turns else ""
     if len(answer.split()) < QUOTED_WORDS:

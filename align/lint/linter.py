@@ -202,7 +202,7 @@ class Linter:
     def _encode(self, row: Row, place: Place, is_left_out: bool) -> dict[str, Any] | None:
         """Encode a row as the stage would, and report the reason if it cannot.
 
-        Return None for such a row, and for one that the trainer left out (``is_left_out``).
+        Return None for such a row, and for a row that the trainer left out (``is_left_out``).
         """
         max_length = self.options.limits.max_length or NO_LIMIT
         try:

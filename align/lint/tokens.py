@@ -288,7 +288,7 @@ def _rendered_answer(sequence: TokenSequence, index: int) -> str:
     """Return the squeezed text of an answer that calls a tool: each template writes calls in its own way."""
     tokenizer = sequence.chat_format.tokenizer
     start = render_prompt(tokenizer, sequence.messages[:index], sequence.tools)
-    # Rendered with and without the answer: the difference is how this template writes the call.
+    # Render with and without the answer: the difference is how this template writes the call.
     ids = render_conversation(tokenizer, sequence.messages[: index + 1], tools=sequence.tools)
     return _without_end(sequence, ids[len(start) :])
 

@@ -40,7 +40,7 @@ class TokenizerFacts:
 
 
 def check_template(config: ModelConfig, base: Path) -> None:
-    """Raise ``UserError`` for a model without a chat template, and for a named one whose tokens it lacks."""
+    """Raise ``UserError`` if a model has no chat template, or lacks the tokens of a named template."""
     if config.chat_template is not None:
         template_file(config.chat_template, base)
     tokenizers = list(_known_tokenizers(config, base))
@@ -100,7 +100,7 @@ def _hub_facts(source: Source) -> TokenizerFacts | None:
     settings = small_file(source.name, commit, SETTINGS)
     if settings is None:
         return None
-    # Fetched into the folder of the settings, where has_template looks for it.
+    # Fetch the template into the folder of the settings, where has_template looks for it.
     small_file(source.name, commit, TEMPLATE)
 
     def fetch_vocabulary() -> frozenset[str]:

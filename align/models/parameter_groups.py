@@ -82,7 +82,7 @@ RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def freeze(model: Any, patterns: Sequence[str]) -> list[str]:
-    """Freeze every parameter that one of ``patterns`` matches, and return their names.
+    """Freeze every parameter that any of ``patterns`` matches, and return their names.
 
     A pattern matches a parameter, or a module and thus all parameters below it. Raises ``UserError`` for a pattern
     without a match, and when no parameter is left to train.

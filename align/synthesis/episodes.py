@@ -77,7 +77,7 @@ class EpisodeParts:
     """Plays the episodes of a stage with a checkpoint."""
 
     def __init__(self, context: StageContext, policy: Policy, total: int) -> None:
-        """Open the environment for ``total`` episodes. Raises ``UserError`` for one that does not fit the policy."""
+        """Open the environment for ``total`` episodes. Raises ``UserError`` if it does not fit the policy."""
         player = open_player(context, policy.tokenizer, policy.max_prompt_tokens)
         assert player is not None, "the stage has an environment"
         if policy.system is not None:

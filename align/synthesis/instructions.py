@@ -36,7 +36,7 @@ Ask = Callable[[list[list[Message]], int], list[Answer]]
 
 
 class Seed(NamedTuple):
-    """A seed instruction; one that needs an input is compared with, but not shown in requests."""
+    """A seed instruction. A seed that needs an input is compared with, but not shown in requests."""
 
     text: str
     shown: bool = True
@@ -258,7 +258,7 @@ class Pool:
         return "".join(self._codes.setdefault(word, chr(len(self._codes) % _CODES)) for word in rouge_words(text))
 
     def nearest(self, text: str) -> Nearest | None:
-        """Return the most similar text, among equals one of similar length; None if none shares a word."""
+        """Return the most similar text, among equals a text of similar length; None if no text shares a word."""
         coded = self._code(text)
         best: Nearest | None = None
         # Nearest lengths first. The lengths already bound the similarity, so most texts need no comparison.

@@ -25,7 +25,7 @@ class Engines(SwitchingEngine):
     """The rollout engine of this process, for the model and a judge."""
 
     def __init__(self, context: StageContext, max_length: int) -> None:
-        """Set up without an engine; ``max_length`` is the longest prompt plus answer in tokens that one must hold."""
+        """Start without an engine; ``max_length`` is the longest prompt plus answer in tokens that must fit."""
         super().__init__(self._open)
         self.context, self.max_length = context, max_length
         self.names: list[str] = []
@@ -33,7 +33,7 @@ class Engines(SwitchingEngine):
 
     def _open(self, model_dir: Path) -> RolloutEngine:
         context, runtime = self.context, self.context.runtime
-        # vLLM cannot load another architecture into its engine, nor open a second one in this process.
+        # vLLM cannot load another architecture into its engine, nor open a second engine in this process.
         if self.names and runtime.engine.name != "transformers" and not runtime.rollouts.servers:
             context.warn("the judge is of another architecture than the model, so transformers samples its verdicts")
             runtime = runtime.with_transformers()

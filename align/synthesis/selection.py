@@ -166,7 +166,7 @@ def prompt_fields(responses: PromptResponses, place: int = 0) -> Row:
 
 
 def pair_sides(responses: PromptResponses, place: int) -> Answers:
-    """Return the messages of a response on each side of a pair; none for one that makes no pair."""
+    """Return the messages of a response on each side of a pair; none if the response makes no pair."""
     if responses.fault(place, "keep"):
         return Answers([], [])
     return Answers(responses.completion(place, "chosen"), responses.completion(place, "rejected"))
@@ -281,7 +281,7 @@ def select_best(task: BestOfTask, prompts: list[PromptResponses], ledger: Ledger
             drop_prompt(responses, usable, ledger, OTHER_BEGINNINGS)
             continue
         ranked = sorted(_distinct(responses, usable, ledger), key=lambda place: (-responses.score_of(place), place))
-        # Ranked by score, so the eligible ones come first.
+        # The order is by score, so the eligible responses come first.
         eligible = [place for place in ranked if task.min_score is None or responses.score_of(place) >= task.min_score]
         selected = eligible[: task.keep]
         for place in ranked:
@@ -361,8 +361,8 @@ class Ledger:
 
 
 def split_by_prompt(rows: list[Row], test_size: float, seed: int) -> dict[str, list[Row]]:
-    """Return the rows of each split: prompts with a draw below ``test_size`` are tested, at least one of two."""
-    # By prompt, like the split of a recipe; no split stays empty if there are two prompts.
+    """Return each split's rows: prompts with a draw below ``test_size`` are tested, at least one if there are two."""
+    # Split by prompt, like the split of a recipe; no split stays empty if there are two prompts.
     draws = {name: share(name, seed) for name in dict.fromkeys(map(group, rows))}
     tested = {name for name, draw in draws.items() if draw < test_size}
     if len(draws) > 1 and not tested:

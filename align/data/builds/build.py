@@ -113,7 +113,7 @@ class Build:
         return ledger
 
     def _license(self, source: Any) -> str | None:
-        """Return the license that the recipe states, or the one in the ledger of the artifact that the source reads."""
+        """Return the license that the recipe states, or the license in the ledger of the artifact that is read."""
         if source.license is not None or source.type not in ("artifact", "input"):
             return source.license  # type: ignore[no-any-return]
         ledger = source_folder(source, self.base, self.inputs) / "ledger.json"

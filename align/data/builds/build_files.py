@@ -78,7 +78,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, OSError) as error:
-        # A damaged page is an OSError without a number. One with a number comes from the file system.
+        # A damaged page raises an OSError without a number. An error with a number comes from the file system.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(f"{path}: not a readable Parquet file ({error}); build the recipe again.") from None

@@ -1,4 +1,4 @@
-"""The recipe that a ``data`` stage with ``dataset:`` stands for: one source, or one for each split, and no steps.
+"""The recipe that a ``data`` stage with ``dataset:`` expands to: a source, or a source per split, and no steps.
 
 Excluded: pinning the commit and the format (``align.stages.data``).
 """

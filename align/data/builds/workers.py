@@ -221,7 +221,7 @@ def _raise_error(folder: Path) -> None:
 
 
 def _to_json(task: Task) -> str:
-    # In JSON a list is a record, and an object is one that could not be read. The job drops or refuses it.
+    # In JSON, a list is a record and an object is an unreadable record. The job drops or refuses the unreadable one.
     records = [
         {"where": item.where, "problem": item.problem} if isinstance(item, BadRecord) else list(item)
         for item in task.records
@@ -312,7 +312,7 @@ def _slurm_options(config: SlurmExecutor) -> dict[str, Any]:
         "job_name": "align-data",
         "env_command": "\n".join([path, config.setup or ""]),
         "sbatch_args": {name: value for name, value in sbatch.items() if value is not None} | config.sbatch,
-        "requeue": False,  # a shard that failed would fail again; the next run does one that was cut off
+        "requeue": False,  # a failed shard would fail again; the next run repeats an interrupted shard
     }
 
 

@@ -152,7 +152,7 @@ def _task(rng: random.Random, names: tuple[str, ...]) -> Task:
     makers = TWISTS | {"no_comma": _no_comma}
     twists = [makers[name](rng, topic) for name in names]
     if _are_contradictory(twists):
-        # Drawn again from the same stream, so the dataset stays the same for a seed.
+        # Draw again from the same stream, so the dataset stays the same for a seed.
         return _task(rng, names)
     facts = next((twist.facts for twist in twists if twist.facts), topic.facts)
     reply = rng.choice(facts)
@@ -220,7 +220,7 @@ TRIES = 2000
 def generate(size: int, seed: int, families: Iterable[str] | None = None) -> list[Row]:
     """Return ``size`` shuffled rows with different prompts; the families (all by default) take turns.
 
-    Raises ``UserError`` for a family that does not exist, or one that has no more different prompts.
+    Raises ``UserError`` if a family does not exist, or if it has no more different prompts.
     """
     names = list(families) if families is not None else list(FAMILIES)
     for name in names:
@@ -242,7 +242,7 @@ def _new_task(name: str, rng: random.Random, used: set[str], count: int) -> Task
     """Return a task whose prompt is not in ``used``, and add it; ``count`` is the number of rows so far."""
     for _ in range(TRIES):
         task = FAMILIES[name](rng)
-        # Compared as splits compare prompts: rows that differ only in punctuation would be one question.
+        # Compare prompts as splits do: rows that differ only in punctuation would be one question.
         key = normalized(task.prompt)
         if key not in used:
             used.add(key)

@@ -49,8 +49,8 @@ def generate(tasks: Sequence[tuple[str, Mapping[str, Any]]], count: int, seed: i
 def verified(row: Row, response: str) -> float:
     """Return the score of a response, from 0 to 1, by the verifier of the row's task.
 
-    The answer is what the last ``<answer>...</answer>`` holds, or else all of the response. One that the verifier
-    cannot read scores 0. Raises ``UserError`` for a row of another source.
+    The answer is what the last ``<answer>...</answer>`` holds, or else all of the response. An answer that the
+    verifier cannot read scores 0. Raises ``UserError`` for a row of another source.
     """
     require_extra(PACKAGE, EXTRA, "score 'reasoning_gym':")
     checks = json.loads(row["checks"]) if row["checks"] else {}

@@ -72,7 +72,7 @@ def from_alpaca(record: dict[str, Any], options: ReadingOptions, kind: str) -> l
 
 
 def _alpaca_draft(record: dict[str, Any], instance: dict[str, Any]) -> Row:
-    """Return the draft of an instruction and one of its instances; a record with a single instance is that itself."""
+    """Return the draft of an instruction with an instance; a record with a single instance is its own instance."""
     return {"prompt": alpaca_prompt(record, instance), "completion": [assistant(text(instance["output"], "output"))]}
 
 

@@ -164,7 +164,7 @@ def _guess(
 ) -> Guess | None:
     """Return the first candidate that converts at least half of the records into rows.
 
-    One that fits every record comes before one that does not fit a few.
+    A candidate that fits every record comes before candidates that do not fit a few records.
     """
     # Of fewer than twenty records a mapping has to fit each, so there is one round.
     for most_bad in sorted({0, int(MOST_BAD * len(records))}):
@@ -308,7 +308,7 @@ def _with_kept_columns(
             convert(record, choice.format, where, guess.kind, usage=usage)
     unused = [facts.name for facts in columns if facts.name in usage.unused and not facts.is_long]
     kept_names = {_free_name(name): name for name in unused if "{" not in name}
-    # A list of names is enough if none of them is one of align's own.
+    # A list of names is enough if no column has a reserved name.
     keep: Any = kept_names if any(name != column for name, column in kept_names.items()) else list(kept_names)
     if not keep:
         return guess

@@ -141,14 +141,14 @@ def kept_fields(record: Mapping[str, Any], mapping: RecordMapping, read: Iterabl
     """Return the columns that stay with the row, as JSON has them; an absent column is omitted.
 
     ``read`` are the fields that the format reads itself, which ``keep: all`` leaves out. Raises ``Malformed`` for a
-    value that is no text, number, list or mapping; ``UserError`` for a column of ``all`` with one of align's own names.
+    value that is no text, number, list or mapping; ``UserError`` if ``all`` includes a column with a reserved name.
     """
     fields: dict[str, Any] = {}
     if mapping.keep == "all":
         texts = [value for value in mapping.columns.values() if isinstance(value, str)]
         if mapping.better is not None:
             texts += [mapping.better.a, mapping.better.b]
-        # A column that became a field as it is need not be there twice; one that a template quotes stays.
+        # A column that became a field as it is need not be there twice; a column that a template quotes stays.
         names = [name for name in record if name not in read and name not in texts]
         for name in names:
             if name in ROW_FIELDS or name.startswith("_"):

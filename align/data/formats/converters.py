@@ -1,8 +1,8 @@
 """Conversion of one record to rows of the recipe's kind.
 
 A converter makes drafts of a record: rows with all that the record holds. The recipe's kind then decides which fields
-stay. A record without its format's fields is a mistake of the data or the recipe (``BadRecord``); one that has them
-but makes no row (empty, identical, cut off) is ``Dropped``, and counted.
+stay. A record without its format's fields is a mistake of the data or the recipe (``BadRecord``). A record that
+has them but makes no row (empty, identical, cut off) is ``Dropped``, and counted.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def convert(
     the fields that were not read and those that were kept, of records that made rows.
 
     Raises ``BadRecord``, which begins with ``where``, for a record that lacks the format's fields or holds a wrong type
-    in them, and for one with a meaningful field that would be lost.
+    in them, and for a record with a meaningful field that would be lost.
     """
     form = source.form
     if kind not in KINDS[form]:
@@ -130,7 +130,7 @@ def _convert(
     record: dict[str, Any], source: SourceFormat, where: str, kind: str, *, check: bool, usage: FieldUsage
 ) -> list[Row | Dropped]:
     form, mapping = source.form, source.mapping
-    # Mapped before the check, since ``columns`` may supply the required names.
+    # Map the record before the check, since ``columns`` may supply the required names.
     mapped = map_record(record, mapping, source.rule)
     if form == "multiple_choice":
         mapped.fields = records.gather_choices(mapped.fields)
@@ -227,7 +227,7 @@ def convert_kind(draft: Row, kind: str) -> list[Row | Dropped]:
 
 
 def _completion(draft: Row, side: str) -> Row:
-    """Return one of a draft's answers as a completion, with ``completion_finished`` if the draft knows it."""
+    """Return a draft's answer on ``side`` as a completion, with ``completion_finished`` if the draft knows it."""
     is_finished = draft.get(f"{side}_finished")
     if is_finished is None:
         return {"completion": draft[side]}

@@ -164,9 +164,9 @@ def fitting(record: Record) -> list[str]:
 def detect(records: Sequence[Record], kind: str | None = None, ignored: Sequence[str] = ()) -> Detection:
     """Return the format of the records, of those that can make ``kind``; ``ignored`` fields are left aside on purpose.
 
-    If several fit, the one whose fields include those of the others wins; among equals, the stricter one. Raises
-    ``UserError`` if none fits, with the fields and the nearest formats, or where two fit that read different fields,
-    since a guess would silently make another dataset.
+    If several formats fit, the format whose fields include the fields of the others wins; among equals, the stricter
+    format wins. Raises ``UserError`` if no format fits, with the fields and the nearest formats, or if two formats fit
+    that read different fields, since a guess would silently make another dataset.
     """
     if not records:
         raise UserError("format: auto has no record to look at; the source is empty.")
@@ -183,7 +183,7 @@ def detect(records: Sequence[Record], kind: str | None = None, ignored: Sequence
         raise UserError(_describe_no_format(records, counts, kind))
     if len(able) > 1:
         able.pop("prompt", None)  # every other format also has a prompt, and more
-    # Compare the formats by the fields that they would read from one of their records.
+    # Compare the formats by the fields that they would read from a record that fits.
     sample = {form: _used_fields(next(record for record in records if SHAPES[form](record)), form) for form in able}
     order = list(able)
     chosen = max(order, key=lambda form: (len(sample[form]), -order.index(form)))

@@ -104,7 +104,7 @@ def choice_columns(record: Mapping[str, Any]) -> dict[str, str]:
         ends = list(columns.values())
         starts = [start for start in "Aa01" if ends[0] == start]
         is_run = starts and ends == [_end(starts[0], index) for index in range(len(ends))]
-        # Bare letters are often the numbers of a sum, so they need an answer that may name one of them.
+        # Bare letters are often the numbers of a sum, so they need an answer that may name a column.
         is_named = stem or (first(record, ANSWER_KEYS) and (ends[0] == "A" or len(ends) > 2))
         if is_run and is_named and len(columns) > len(best):
             best = columns
@@ -230,7 +230,7 @@ class TrackedRecord(dict[str, Any]):
         self.read.add(path)
         if not isinstance(value, (dict, list)) or name in OPAQUE:
             return value
-        # Wrapped once, so all reads of a nested object are tracked in the same place.
+        # Wrap each nested object once, so all reads of it are tracked in the same place.
         if name not in self._inside:
             self._inside[name] = self._track(value, path)
         return self._inside[name]

@@ -1,7 +1,7 @@
 """Messages in the chat (role, content) and ShareGPT (from, value) formats, with tool calls and their results.
 
-A message becomes ``role`` and ``content``; one that calls tools also has ``tool_calls``, JSON text. Conversations are
-cut into a prompt and the answer that follows it.
+A message becomes ``role`` and ``content``; a message that calls tools also has ``tool_calls``, JSON text. Conversations
+are cut into a prompt and the answer that follows it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def parse_json(value: Any, name: str) -> Any:
 
 
 def message(value: Any, name: str, options: ReadingOptions) -> Message:
-    """Return one message; ``train`` is False in one that is excluded from training.
+    """Return one message; ``train`` is False if the message is excluded from training.
 
     Raises ``Malformed`` for another shape, an unknown role or a training mark that align cannot follow, ``Unusable``
     for pictures and sound.

@@ -233,7 +233,7 @@ def _record(value: Any, where: str) -> Item:
 
 def _read_json(path: Path, file: io.BufferedReader) -> Iterator[Item]:
     """Read a list of records, or a record a line, as many .json files have."""
-    # Peeked, not read: the reader that is chosen starts at the beginning of the file.
+    # Peek instead of reading: the chosen reader starts at the beginning of the file.
     head = file.peek(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"[") or not head:
         yield from _read_list(path, file)
@@ -274,7 +274,7 @@ def _read_list(path: Path, file: io.BufferedReader, keys: Sequence[str] = ()) ->
 
 
 def _items(file: io.BufferedReader, keys: Sequence[str] = ()) -> Iterator[Any]:
-    """Yield the items of a list. Raises ``ValueError`` for one that is nested too deeply, ``LookupError`` for no list.
+    """Yield the items of a list. Raises ``ValueError`` if it is nested too deeply, ``LookupError`` if there is no list.
 
     Not ``ijson.items``: it stores the path to every level, which exhausts memory on a file that nests without end.
     """

@@ -352,7 +352,7 @@ def _prompt(record: dict[str, Any], name: str, choices: Choices, options: Readin
 
 
 def is_multiple_choice(record: dict[str, Any]) -> bool:
-    """Return True for a record with a question, at least two choices, and an answer that names one of them."""
+    """Return True for a record with a question, at least two choices, and an answer that names a choice."""
     question_name, choices_name, key = (first(record, names) for names in (PROMPTS, CHOICES, ANSWER_KEYS))
     if question_name is None or choices_name is None or key is None:
         return False

@@ -47,7 +47,7 @@ class Decontaminate:
         self.equal_items = np.bincount(self.first_equal, minlength=len(self.items))
 
     def _first_equal(self, texts: list[str]) -> np.ndarray:
-        """Return (items,) for each item the first one of its set with the same words; one hit counts for all."""
+        """Return (items,) for each item the first item of its set with the same words; one hit counts for all."""
         words = [normalized(text) for text in texts]
         starts = np.searchsorted(self.item_of_text, np.arange(len(self.items) + 1))
         first: dict[tuple[int, tuple[str, ...]], int] = {}
@@ -62,7 +62,7 @@ class Decontaminate:
         hits = self.index.search([searched_texts(row, self.config.of) for row in rows], self.config.coverage)
         contained = hits.coverage > self.config.coverage
         item = self.first_equal[self.item_of_text[hits.text[contained]]]
-        # An item may have several texts: keep the one with the highest coverage, once per row and item.
+        # An item may have several texts: keep the text with the highest coverage, once per row and item.
         row, item, coverage = best_of_pairs(hits.row[contained], item, hits.coverage[contained])
         # Then the MOST items of each row by coverage; ``rank`` is an item's column.
         order = np.lexsort((item, -coverage, row))
@@ -185,7 +185,7 @@ def read_items(settings: EvaluationSet, base: Path) -> list[Item]:
 
 
 def _texts(settings: EvaluationSet, record: dict[str, Any], where: str) -> list[str]:
-    """Return the texts of a record's question: one for a list of fields, else one for each turn."""
+    """Return the texts of a record's question: a single text for a list of fields, else a text per turn."""
     # One field may hold several turns, which are searched one by one; several fields make one text.
     if settings.fields is not None:
         values = [_field(settings.name, record, field, where) for field in settings.fields]

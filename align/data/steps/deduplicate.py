@@ -191,7 +191,7 @@ class SemanticDuplicates:
         return {"embedding": quantize(self._embed(texts))}
 
     def decide(self, table: Table) -> Verdict:
-        """Keep a row unless an earlier one that stays is close; the dropped row names that one."""
+        """Drop a row if an earlier kept row is close to it; the dropped row names that row."""
         places = np.flatnonzero(table.alive)
         # Without a copy where every row is alive: embeddings are the largest column.
         vectors = table.columns["embedding"]
@@ -238,9 +238,9 @@ class Similar:
 
 
 def find_similar(vectors: np.ndarray, threshold: float, device: str = "cpu") -> Similar:
-    """Compare rows of :func:`quantize` in order; each stays unless its cosine with one that stays is ``threshold``.
+    """Compare rows of :func:`quantize` in order; drop a row if its cosine with a kept row reaches ``threshold``.
 
-    ``vectors`` is (N, D). The earliest such row stands for a dropped one.
+    ``vectors`` is (N, D). The earliest such row represents the dropped row.
     """
     import torch
 
@@ -278,7 +278,7 @@ class _Block:
         return len(rows) * len(earlier)
 
     def compare_within(self, label: np.ndarray) -> int:
-        """Drop rows that are similar to an earlier one of the block that stays; return the number of pairs compared."""
+        """Drop rows that are similar to an earlier kept row of the block; return the number of pairs compared."""
         rows = self.rows[label[self.rows] == self.rows]
         left, right = self._similar_pairs(rows, rows)
         # Each pair once: a row can only be dropped for an earlier one.

@@ -62,7 +62,7 @@ _PHONE = re.compile(
 
 
 def phone_finder(regions: Sequence[str]) -> Finder:
-    """Return a finder of phone numbers that are valid in their country's plan or in the plan of one of ``regions``."""
+    """Return a finder of phone numbers that are valid in their country's plan or in the plan of any of ``regions``."""
     import phonenumbers
 
     def is_number(candidate: str) -> bool:

@@ -293,7 +293,7 @@ class PlaceholderFilter(RowFilter):
 
 
 class KeywordFilter(RowFilter):
-    """Drops rows with one of some words in a user's turn; full words, in any case."""
+    """Drops rows with a listed word in a user's turn; full words, in any case."""
 
     def __init__(self, words: Sequence[str]) -> None:
         # The longest first, so "go to" wins over "go".

@@ -223,9 +223,9 @@ def compare_candidates(
 ) -> Iterator[tuple[Candidate, Candidate]]:
     """Yield the pairs of candidates that ``how`` compares, the higher score first, ties included.
 
-    ``best_worst`` takes the best and the worst; ``best_random`` the best and a random one with a lower score (by at
-    least ``margin``) and another text; the text ``draw`` seeds the choice; ``adjacent`` each one and the next in
-    order of score; ``all`` every two. Fewer than two candidates give no pair.
+    ``best_worst`` compares the best and the worst; ``best_random`` the best and a random candidate with a lower score
+    (by at least ``margin``) and another text, with a choice seeded by ``draw``; ``adjacent`` each candidate and the
+    next in order of score; ``all`` every two. Fewer than two candidates give no pair.
     """
     if len(candidates) < 2:
         return
@@ -264,7 +264,7 @@ def _pair(
     row: Row, better: Candidate, worse: Candidate, noise: float, seed: int, answers: list[Answers] | None = None
 ) -> Row:
     name = f"{row['id']}-{better.sample}-{worse.sample}"
-    # Seeded by the pair's own name, so other prompts do not change which labels flip.
+    # The pair's own name seeds the flip, so other prompts do not change which labels flip.
     flipped = random.Random(f"{seed}:{name}").random() < noise  # noqa: S311  (label noise, not secrecy)
     chosen, rejected = (worse, better) if flipped else (better, worse)
     return {

@@ -92,7 +92,7 @@ class Score:
         low = np.full(len(table), -np.inf if keep.above is None else keep.above)
         high = np.full(len(table), np.inf if keep.below is None else keep.below)
         notes: dict[str, Any] = {}
-        # One group of all rows, or one for each source; quantiles are taken within a group.
+        # One group of all rows, or a group per source; quantiles are computed within a group.
         groups = range(len(table.sources)) if keep.per_source else (None,)
         for group in groups:
             rows = table.alive & finite & (True if group is None else table.source == group)

@@ -66,7 +66,7 @@ class Identical:
         pass
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
-        """Return ``content`` (N, 2) uint64, a digest of the row, and ``id`` (N,) uint64, one of its id."""
+        """Return ``content`` (N, 2) uint64, a digest of the row, and ``id`` (N,) uint64, a digest of its id."""
         # Two 64-bit numbers per row: enough to tell a billion rows apart.
         digests = b"".join(content_digest(row) for row in rows)
         names = b"".join(hashlib.blake2b(row["id"].encode(), digest_size=8).digest() for row in rows)
@@ -81,7 +81,7 @@ class Identical:
         keys = table.columns["content"][places].view([("high", "<u8"), ("low", "<u8")])[:, 0]
         code, instead = first_stays(len(table), places, first_equal(keys))
         left = places[code[places] < 0]
-        # Among the rows that stay, a second one with an id gets a new id from its content.
+        # Among the rows that stay, a second row with the same id gets a new id from its content.
         has_taken_id = first_equal(table.columns["id"][left]) != np.arange(len(left))
         id_taken = np.zeros(len(table), dtype=bool)
         id_taken[left] = has_taken_id
@@ -299,7 +299,7 @@ class Mix:
         return {"draw": draws(rows, "mix", self.seed)}
 
     def decide(self, table: Table) -> Verdict:
-        """Set the copies of each row; rows without one are dropped. Raises ``UserError`` for an unknown source."""
+        """Set the copies of each row; rows without copies are dropped. Raises ``UserError`` for an unknown source."""
         check_source_names({**(self.config.weights or {}), **(self.config.epochs or {})}, table.sources, "mix")
         train = table.alive & (table.columns["_split"] == "train")
         sizes = np.bincount(table.source[train], minlength=len(table.sources))

@@ -127,7 +127,7 @@ def boilerplate_identities() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Rule:
-    """One stock phrase. ``pattern`` is tried only on texts with one of the lower-case words in ``needs``."""
+    """One stock phrase. ``pattern`` is tried only on texts with a lower-case word in ``needs``."""
 
     kind: str
     name: str

@@ -66,7 +66,7 @@ def targets(gate: Gate, roles: Mapping[str, str], reference: str) -> list[str]:
         return list(dict.fromkeys(name for name in systems if name is not None))
     against = None if gate.bound.system is None else _resolve(gate.bound.system, roles, reference)
     exempt = {against}
-    # Compared with the base model, the reference is a trained checkpoint like any other: SFT may also forget.
+    # A gate against the base model treats the reference like any other trained checkpoint: SFT may also forget.
     if against is None or roles.get(against) != "base":
         exempt.add(reference)
     return [name for name, role in roles.items() if role == "checkpoint" and name not in exempt]

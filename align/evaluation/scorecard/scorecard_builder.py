@@ -202,7 +202,7 @@ class _Builder:
         groups = _group(measurements.sources)
         names = [name for name in (*measurements.programs, *FAMILY_METRICS) if name in self.columns]
         differences = self._family_differences(groups) if self.primary in names else []
-        # Corrected separately, so a look at single sources costs the main table no power.
+        # Correct these differences separately, so a look at single sources costs the main table no power.
         correct(differences, self.metrics)
         tasks: dict[str, Any] = {}
         for result in measurements.tasks:
@@ -277,7 +277,7 @@ def _columns(measurements: Measurements) -> tuple[dict[str, Any], dict[str, dict
         for name, values in metric_values.items():
             columns.setdefault(name, {})[policy] = Column(values)
     for policy, (losses, tokens) in measurements.heldout.items():
-        # Weighted by tokens, so the estimate is the loss per token over all rows.
+        # Weight the losses by tokens, so the estimate is the loss per token over all rows.
         column = Column([[loss] for loss in losses], [float(count) for count in tokens])
         columns.setdefault("heldout_loss", {})[policy] = column
     # The order of the scorecard: programs, the prompt set's own metrics, then the tasks' metrics.

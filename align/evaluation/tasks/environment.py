@@ -1,7 +1,8 @@
 """Episodes in an environment: how often a system succeeds, and how it gets there.
 
-An environment scores its own episodes. A success is an episode whose score, or a part of it, reaches a bound. One whose
-environment failed is no success, and has no score: it counts only in ``success``, pass@k and ``failure_rate``.
+An environment scores its own episodes. A success is an episode whose score, or a part of it, reaches a bound. If its
+environment failed, an episode is no success and has no score: it counts only in ``success``, pass@k and
+``failure_rate``.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def score(question: Question, logprobs: Sequence[float]) -> dict[str, float]:
     if question.rivals:
         rivals = [logprobs[index] for index in question.rivals]
         # A softmax over the answers: their probabilities as shares of one.
-        # Subtracted before ``exp``, which would underflow for long answers.
+        # Subtract the highest before ``exp``, which would underflow for long answers.
         highest = max(logprobs[index] for index, _ in question.truths)
         weights = [(math.exp(logprobs[index] - highest), is_true) for index, is_true in question.truths]
         true_weight = math.fsum(weight for weight, is_true in weights if is_true)

@@ -211,8 +211,8 @@ class Dispatcher:
     def _least_loaded(self, group: list[int]) -> ServerState | None:
         """Return the ready server with room that has the fewest tokens in flight; None while there is none.
 
-        One to which the group has an affinity comes first, whatever its load. A server that gave a bad reply to one of
-        the group is only accepted when every ready server did.
+        A server to which the group has an affinity comes first, whatever its load. A server that gave a bad reply to a
+        request of the group is only accepted when every ready server did.
         """
         ready = [state for state in self.servers if self.pool.takes_requests(state.member)]
         failed = set().union(*(self.failed_servers.get(index, set()) for index in group))

@@ -385,7 +385,7 @@ class PoolEngine:
         """End the servers that were started here. Others continue with the last weights they were given."""
         self.closing.set()
         for thread in self._return_threads:
-            # The thread ends the server it has started. One that outlasts the wait ends with this process.
+            # The thread ends the server it has started. A thread that outlasts the wait ends with this process.
             thread.join(GRACE_SECONDS)
         opened = [member for member in self.members if hasattr(member, "engine")]
         self._for_each(opened, lambda member: member.engine.end())

@@ -226,7 +226,7 @@ class ServerEngine:
         self.sender.send(with_tied_head(weights, spec.tied_embeddings), set(spec.tensor_names))
         self._reset_prefix_cache()
         self.sent_versions += 1
-        # Reported last, so the loads of this transfer are included.
+        # Ask for the report last, so the loads of this transfer are included.
         self.held_weights = self._call_workers(NAME, version=f"{self.folder.owner}:nccl:{self.sent_versions}")
 
     def read_weights(self, version: int) -> None:

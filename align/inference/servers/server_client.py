@@ -282,7 +282,7 @@ class Client:
         future = asyncio.run_coroutine_threadsafe(exchange, background_loop())
         with self._lock:
             self._in_flight.add(future)
-        # Remembered until it ends, so ``cancel_all`` finds it.
+        # The client remembers the future until it ends, so ``cancel_all`` finds it.
         future.add_done_callback(self._forget)
         return future
 

@@ -199,7 +199,7 @@ def _environment(folder: Path, placement: Placement, key_file: Path | None) -> d
         for name, value in os.environ.items()
         if name not in _DROPPED_VARIABLES and not name.startswith(_DROPPED_PREFIXES)
     }
-    # Server and stage may compute at once, and only one of two processes may spin.
+    # Server and stage may compute at once, and only a single process may spin.
     required = {"VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(folder), **waiting_beside(inherited)}
     if placement.threads is not None:
         required["OMP_NUM_THREADS"] = str(placement.threads)

@@ -74,7 +74,7 @@ def render_answer(
 
 
 def render_answered(tokenizer: Any, row: Mapping[str, Any], side: str | None = None) -> list[int]:
-    """Return the token ids of a row's prompt and one of its answers; a finished answer has its end of turn.
+    """Return the token ids of a row's prompt and an answer; a finished answer has its end of turn.
 
     ``side`` is the answer's field, by default the answer that is trained on.
     """
@@ -202,7 +202,7 @@ def split_turn(
 
 
 def split_answer(tokenizer: Any, row: Mapping[str, Any], side: str | None = None) -> tuple[list[int], list[int]]:
-    """Return ``split_turn`` of a row's prompt and one of its answers; every stage tokenizes its rows by it.
+    """Return ``split_turn`` of a row's prompt and an answer; every stage tokenizes its rows by it.
 
     ``side`` is the answer's field, by default the answer that is trained on. An answer that was cut off has no end of
     turn.

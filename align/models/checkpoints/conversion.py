@@ -241,9 +241,9 @@ def plain_of(model: Any) -> Any:
 
 
 def _untie(base: Any) -> None:
-    """Give a head that is tied to its embedding its own matrix if an adapter is on one of the two, in place.
+    """Give a head that is tied to its embedding its own matrix if an adapter is on either of them, in place.
 
-    Next to its base such an adapter changes that one only; merged into the common matrix it would change both.
+    Before the merge such an adapter changes only its matrix; merged into the shared matrix it would change both.
     """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer

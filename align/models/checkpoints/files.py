@@ -78,7 +78,7 @@ def read_object(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: there is no such file. Fetch the model again.")
     _require_readable(file)
     try:
-        # Bounded again, because files of /proc report a size of 0.
+        # Limit the read again, because files of /proc report a size of 0.
         with file.open("rb") as opened:
             data = opened.read(LARGEST_JSON + 1)
         if len(data) > LARGEST_JSON:
@@ -249,7 +249,7 @@ def _entry(name: str, value: Any, body: int) -> Entry:
 
 
 def _require_contiguous(entries: dict[str, Entry], body: int, total: int) -> None:
-    """Check that tensors neither overlap nor leave a hole: each byte belongs to one of them."""
+    """Check that tensors neither overlap nor leave a hole: each byte belongs to exactly one tensor."""
     position = body
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
         if entry.start != position:

@@ -220,7 +220,7 @@ def _settings(folder: Path, shards: Path, converted: Path) -> str:
 
 
 def _settings_folder(folder: Path, shards: Path) -> Path | None:
-    """Return the folder with the model's config, at one of the places where the tools write it."""
+    """Return the folder with the model's config, at a place where the tools write it."""
     return next(
         (place for place in (folder, shards.parent, shards / "huggingface") if (place / CONFIG).is_file()), None
     )

@@ -80,7 +80,7 @@ def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[PrefixBatch, list[lis
     """Return a line of tokens that holds what rows begin with in common once, and each row's places in it.
 
     The rows may share beginnings at several depths: a system message, the conversations that begin with it, the answers
-    to one of these. ``places[i][t]`` is the index in the line of token t of row i. Equal rows have the same places.
+    to a conversation. ``places[i][t]`` is the index in the line of token t of row i. Equal rows have the same places.
     """
     line = PrefixBatch()
     places: list[list[int]] = [[] for _ in rows]

@@ -163,7 +163,7 @@ def check_names(model: Any, names: Sequence[str], place: str) -> None:
 
 
 def check_ties(peft_model: Any) -> None:
-    """Refuse an adapter on one of two tied matrices: the saved model has one matrix for both."""
+    """Refuse an adapter on either of two tied matrices: the saved model has one matrix for both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = peft_model.get_base_model()
