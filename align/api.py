@@ -14,7 +14,7 @@ from align.runner.runner import Run, RunOptions, prepare_run, run_pipeline
 
 
 class Pipeline(pipeline.Pipeline):
-    """A pipeline that a script can run. Checked when it is made, and never changed: ``set`` returns a new one."""
+    """A pipeline that a script can run. It is checked when made and never changes: ``set`` returns a new pipeline."""
 
     def run(self, *, listener: Listener | None = None, progress: bool = False, **options: Any) -> Run:
         """Run the stages that are not cached, where ``runtime.executor`` says, and wait for them.

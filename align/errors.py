@@ -21,7 +21,7 @@ SECRETS = (
     (re.compile(rf"({_SCHEME})[^\s@:/'\"<>]+:[^\s'\"<>]*@"), r"\1***@"),  # a password may hold @ and /
     (re.compile(rf"({_SCHEME})[^\s/?#'\"<>]*@"), r"\1***@"),
     (re.compile(r"(^|[\s'\"(\[=,])[^\s:/@'\"(\[=,]+:(?!//)[^\s@'\"]+@(?=[\w\[])"), r"\1***@"),  # without a scheme
-    # The same, taken for a path: with a port behind it, which an image's digest and a mount have not.
+    # The same, mistaken for a path: with a port behind it, which an image's digest and a mount do not have.
     (re.compile(r"(/)[^\s:/@'\"<>]+:[^\s:/@'\"<>]+@(?=[\w.\-]+:\d)"), r"\1***@"),
     (
         re.compile(
@@ -49,7 +49,7 @@ def shorten(text: str, most: int = MOST_SHOWN) -> str:
 
 
 def plain_number(value: float) -> str:
-    """Return a number as text: a whole one with all its digits, others with six."""
+    """Return a number as text: a whole number with all its digits, other numbers with six digits."""
     return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:g}"
 
 

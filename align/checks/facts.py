@@ -177,8 +177,8 @@ def facts_of(
 ) -> Facts:
     """Return the facts of a finished checkpoint; ``metrics`` are its stage's.
 
-    ``verified`` is True for a checkpoint without faults. One with a waived fault is checked in full by each later
-    stage, since a fault can hide others.
+    ``verified`` is True for a checkpoint without faults. A checkpoint with a waived fault is checked in full by each
+    later stage, since a fault can hide others.
     """
     template = template_text(folder)
     ids = token_ids(folder)

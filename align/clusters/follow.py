@@ -88,7 +88,7 @@ class Queue(Protocol):
         """Return the states of these stages' jobs. Raises ``SchedulerError``."""
 
     def result(self, stage: str) -> JobResult | None:
-        """Return the result of the job's last turn, if one has ended."""
+        """Return the result of the job's last turn; None if no turn has ended."""
 
     def log(self, stage: str) -> Path:
         """Return the file that the job itself prints to."""
@@ -161,7 +161,7 @@ class JobFollower:
         if followed.tail is not None:
             for event in followed.tail.read():
                 self.listener.stage_event(node, event)
-        # 1. An artifact settles it, whatever the queue says. A forced stage needs another one than it replaces.
+        # 1. An artifact settles it, whatever the queue says. A forced stage needs another artifact than it replaces.
         artifact = self.store.find_intact(node.stage.kind, node.key, name)
         if artifact is not None and artifact.record["created"] != self.queue.replaces(name):
             self._on_done(followed, artifact)

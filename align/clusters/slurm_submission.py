@@ -150,7 +150,7 @@ class Submission(BaseModel):
         return self.folder / f"{stage}.log"
 
     def result(self, stage: str) -> JobResult | None:
-        """Return the result of the last turn of the stage's job, if one has ended."""
+        """Return the result of the last turn of the stage's job; None if no turn has ended."""
         return read_note(self.folder / f"{stage}.json")
 
     def write_result(self, stage: str, result: JobResult) -> None:

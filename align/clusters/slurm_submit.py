@@ -86,7 +86,7 @@ def _with_nodes(pipeline: Pipeline, node: Node) -> SlurmExecutor:
 
 
 def _live_submissions(store: Store, run: str, nodes: list[Node]) -> dict[str, Submission]:
-    """Return the earlier submissions of the run that still have a live job for one of these stages."""
+    """Return the earlier submissions of the run that still have a live job for any of these stages."""
     keys = {node.name: node.key for node in nodes}
     candidates = []
     for submission in submissions(store, run):
@@ -164,7 +164,7 @@ def _prepare_job(pipeline: Pipeline, node: Node, submission: Submission) -> tupl
 
 
 def dependency(jobs: list[int]) -> list[str]:
-    """Return sbatch's options for a job that starts when ``jobs`` have succeeded, and ends if one has not."""
+    """Return sbatch's options for a job that starts when ``jobs`` have succeeded, and ends if any of them has not."""
     if not jobs:
         return []
     return [f"--dependency=afterok:{':'.join(map(str, dict.fromkeys(jobs)))}", "--kill-on-invalid-dep=yes"]
@@ -252,7 +252,7 @@ class SlurmQueue:
         return JobState("over", description, remedies.get(job.state, ""))
 
     def result(self, stage: str) -> JobResult | None:
-        """Return the result of the job's last turn, if one has ended."""
+        """Return the result of the job's last turn; None if no turn has ended."""
         return self.run.submissions[stage].result(stage)
 
     def log(self, stage: str) -> Path:
@@ -266,6 +266,6 @@ class SlurmQueue:
 
 
 def follow_jobs(submitted: SubmittedRun, listener: Listener) -> Run:
-    """Report the jobs to ``listener`` until all are over. Raises ``StageFailed`` once one has failed."""
+    """Report the jobs to ``listener`` until all are over. Raises ``StageFailed`` once a job has failed."""
     queue = SlurmQueue(submitted)
     return JobFollower(submitted.pipeline, submitted.store, submitted.submissions, queue, listener).follow()

@@ -1,6 +1,6 @@
 """Results of environments as data: texts, messages, steps, scores and errors. Torch-free.
 
-The return value of a user's method is converted to one of these types. ``EnvironmentFailed`` states the expected value.
+The return values of a user's methods are converted to these types. ``EnvironmentFailed`` states the expected value.
 """
 
 from __future__ import annotations

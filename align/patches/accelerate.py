@@ -11,7 +11,7 @@ def use_gloo_on_cpus() -> None:
     """Have accelerate start several gloo processes on CPUs without ``use_cpu``.
 
     Replaces ``PartialState._prepare_backend``. With ``use_cpu`` accelerate silently ignores DeepSpeed, which also runs
-    on CPUs. Written for accelerate 1.15.
+    on CPUs. The patch was written for accelerate 1.15.
     """
     path = "accelerate.state:PartialState._prepare_backend"
     private_name("accelerate", path, ["self", "cpu", "sagemaker_dp", "backend"])

@@ -11,8 +11,8 @@ from align.errors import UserError
 def trial_id(trial: Any) -> int:
     """Return the number by which a study's storage knows a ``FrozenTrial``.
 
-    Reads ``FrozenTrial._trial_id``: Optuna has no public way to continue a trial that another process began, or to take
-    a certain queued trial. The patch was written for Optuna 5.0.
+    Reads ``FrozenTrial._trial_id``: Optuna has no public way to continue a trial that another process began, or to
+    start a certain queued trial. The patch was written for Optuna 5.0.
 
     Raises:
         UserError: if the trial has no such attribute.

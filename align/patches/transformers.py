@@ -72,7 +72,7 @@ def use_one_device(arguments: Any) -> None:
     """Have a Trainer with these ``TrainingArguments`` train on one device, however many are visible.
 
     Sets ``_n_gpu``, which ``n_gpu`` computes once and returns. A single process would use all devices through
-    ``nn.DataParallel``; there is no option against that. Written for transformers 5.17.
+    ``nn.DataParallel``; there is no option against that. The patch was written for transformers 5.17.
     """
     private_name("transformers", "transformers:TrainingArguments.n_gpu")
     devices = min(1, arguments.n_gpu)
@@ -84,7 +84,8 @@ def use_one_device(arguments: Any) -> None:
 def keep_curve_names() -> None:
     """Stop the integrations of trackers from renaming curves, such as ``test_loss`` to ``test/loss``.
 
-    Replaces ``rewrite_logs`` of ``transformers.integrations.integration_utils``. Written for transformers 5.17.
+    Replaces ``rewrite_logs`` of ``transformers.integrations.integration_utils``. The patch was written for transformers
+    5.17.
     """
     private_name("transformers", "transformers.integrations.integration_utils:rewrite_logs", ["d"])
     import transformers.integrations.integration_utils as module
@@ -100,7 +101,10 @@ TRACKER_MODULES = {"mlflow": "_ml_flow", "wandb": "_wandb", "trackio": "_trackio
 
 
 def tracker_module(callback: Any, name: str) -> Any:
-    """Return the module that the callback of the integration ``name`` imported. Written for transformers 5.17."""
+    """Return the module that the callback of the integration ``name`` imported.
+
+    The function was written for transformers 5.17.
+    """
     attribute = TRACKER_MODULES[name]
     if not hasattr(callback, attribute):
         raise UserError(f"transformers {transformers_version()}: {type(callback).__name__} has no {attribute}.")

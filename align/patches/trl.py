@@ -12,7 +12,7 @@ def replace_fused_head(head: Any) -> None:
 
     Replaces ``_use_triton`` and ``_ChunkedLogProbFunction`` of ``trl.trainer.utils``. On devices without Triton, trl
     scores every position, also prompts and padding; with 49,000 tokens that is most of a small model's work. It calls
-    the first name for that choice only. There is no option for either. Written for trl 1.16.
+    the first name for that choice only. There is no option for either. The patch was written for trl 1.16.
 
     Args:
         head: Replaces trl's autograd function, which is called by its ``apply``.

@@ -187,7 +187,7 @@ class Pipeline:
     def set(self, *assignments: str, **values: Any) -> Self:
         """A new pipeline with fields changed.
 
-        Takes ``"stages.ppo.kl_coef=0.1"`` (as ``--set`` does), ``("stages.ppo.kl_coef", 0.1)`` as two positional
+        Accepts ``"stages.ppo.kl_coef=0.1"`` (as ``--set`` does), ``("stages.ppo.kl_coef", 0.1)`` as two positional
         arguments, or keywords with ``__`` for dots: ``set(stages__ppo__kl_coef=0.1)``.
         """
         # Python allows no dots in keyword names, so ``stages__ppo__kl_coef`` stands for the path.

@@ -1,7 +1,7 @@
 """Arguments of the trainers that sample: transformers' ``TrainingArguments``, made from a stage's config.
 
-The config (``align.config.stages``) has the settings of the method; scripts make one with
-``PpoConfig.for_trainer(...)``. ``rollout_arguments`` derives the Trainer's counts from it. One *update* is a rollout of
+The config (``align.config.stages``) has the settings of the method; scripts make a config with
+``PpoConfig.for_trainer(...)``. ``rollout_arguments`` derives the Trainer's counts from it. An *update* is a rollout of
 ``rollout_batch`` responses and ``num_epochs * num_mini_batches`` optimizer steps.
 """
 

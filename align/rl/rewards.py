@@ -49,7 +49,7 @@ class FixedKL:
         self.value = value
 
     def update(self, kl: float, episodes: int) -> None:
-        """Take the mean KL of ``episodes`` responses, in nats per response, into account; here the value stays."""
+        """Adapt to the mean KL of ``episodes`` responses, in nats per response; here the value stays the same."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value}

@@ -200,7 +200,7 @@ class RolloutSampler:
         return [episodes[start : start + samples] for start in range(0, len(episodes), samples)]
 
     def _journal(self, update: int, tasks: Sequence[EpisodeTask]) -> Journal:
-        """Return the journal of an update's episodes. One of other episodes or settings is not read."""
+        """Return the journal of an update's episodes. A journal of other episodes or settings is not read."""
         identity = digest(
             {
                 "fingerprint": self.args.fingerprint(),

@@ -47,7 +47,7 @@ class Step:
 def plan(pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = frozenset()) -> list[Step]:
     """Return what a run would do now, stage by stage. ``force`` are stages that run although they are cached."""
     steps: list[Step] = []
-    # Stages that will run: a stage that reads one of them has not been run with this input yet.
+    # Stages that will run: a stage that reads any of them has not been run with this input yet.
     fresh: set[str] = set()
     history = History(pipeline, store)
     for node in pipeline:
@@ -114,7 +114,7 @@ class History:
     def _newest(self) -> dict[tuple[str, str], Artifact]:
         """By stage kind and name."""
         return {
-            # Later artifacts replace earlier ones of the same stage.
+            # Later artifacts replace earlier artifacts of the same stage.
             (artifact.record["kind"], artifact.record["stage"]): artifact
             for artifact in self._artifacts
             if artifact.record.get("pipeline") == self.pipeline.name
@@ -176,7 +176,8 @@ def choose_stages(
 ) -> set[str]:
     """Stages to run although they are cached; checks the names, and with ``only`` that the inputs are there.
 
-    A stage of a loop is named with its round (``dpo-2``); without it ``only`` is the last one, the others every one.
+    A stage of a loop is named with its round (``dpo-2``). Without it ``only`` means the last round, and the others mean
+    every round.
     """
     for option, name in [("--only", only), ("--from", from_), *(("--rebuild", item) for item in rebuild)]:
         if name is not None and pipeline.resolve(name) not in pipeline.nodes:
@@ -203,7 +204,7 @@ def choose_stages(
 
 
 def stages_to_make(pipeline: Pipeline, store: Store, only: str | None, force: set[str]) -> list[Node]:
-    """Return the stages that a run makes, in order: ``only`` that one if given, finished ones only if in ``force``."""
+    """Return the stages that a run makes, in order: ``only`` or all, without finished stages outside ``force``."""
     nodes = list(pipeline) if only is None else [pipeline.nodes[pipeline.resolve(only)]]
     return [node for node in nodes if node.name in force or store.find(node.stage.kind, node.key, node.name) is None]
 
@@ -297,10 +298,10 @@ def _exactness(pipeline: Pipeline, node: Node) -> str:
 
 
 def suggest_continuing(pipeline: Pipeline, node: Node, artifacts: Iterable[Artifact]) -> str | None:
-    """Return how to train only the steps that no finished stage has done; None if none has done the first ones.
+    """Return how to train only the steps that no finished stage has done; None if none has done the first steps.
 
-    ``artifacts`` are the store's artifacts. One counts that has fewer steps, an equal configuration otherwise, and its
-    state.
+    ``artifacts`` are the store's artifacts. An artifact counts if it has fewer steps, an equal configuration otherwise,
+    and its state.
     """
     if CONTINUE not in type(node.config).model_fields or getattr(node.config, CONTINUE) is not None:
         return None

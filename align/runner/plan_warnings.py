@@ -45,7 +45,7 @@ def _environments(node: Node) -> Iterator[tuple[str, EnvironmentConfig]]:
 
 
 def _check_tools(pipeline: Pipeline, node: Node, environment: EnvironmentConfig, place: str) -> None:
-    """Raise ``UserError`` if the chat template of one of the stage's policies has no place for tools."""
+    """Raise ``UserError`` if the chat template of any of the stage's policies has no place for tools."""
     names = environment.tool_names(place)
     if not names:
         return

@@ -4,7 +4,7 @@ The steps, each inside the one before:
 
 1. the lock in the store's remote, if there is one: no other machine that shares the remote runs the stage;
 2. the lock in the store: no other run that shares the folder does;
-3. the artifact, once more: another run may have published it while this one waited;
+3. the artifact, once more: another run may have published it while this run waited;
 4. the result of an attempt that ended well and whose runner died before publishing it;
 5. the stage's process, again from its checkpoints if the store was away;
 6. the record, published by one rename under the lock that is still held.
@@ -84,7 +84,7 @@ class StageRun:
         raise AssertionError
 
     def _run_under_remote_lock(self) -> tuple[bool, Artifact]:
-        """Run the stage while no other machine that shares the store's remote does; fetch what one has published."""
+        """Run the stage while no other machine that shares the store's remote does; fetch what it has published."""
         key, listener = self.node.key, self.listener
         lock = remote_lock(
             self.store, self.kind, key, lambda holder: listener.waiting(self.node, holder), listener.warning
@@ -92,7 +92,7 @@ class StageRun:
         # The remote's lock is always acquired before the store's, so two machines cannot wait for each other.
         with lock as remote_hold:
             if not self.force:
-                # Another machine may have published the stage while this one waited for the lock.
+                # Another machine may have published the stage while this machine waited for the lock.
                 artifact = fetch_if_published(self.store, self.kind, key, self.node.name, listener.warning)
                 if artifact is not None:
                     listener.stage_cached(self.node, artifact)
@@ -105,7 +105,7 @@ class StageRun:
     def _run_under_lock(self, remote_hold: Hold | None) -> tuple[bool, Artifact]:
         # With force a damaged artifact is replaced, without it is named.
         find = self.store.find_intact if self.force else self.store.find
-        # Remember what was there before the wait: only so can a new artifact be told from the one to replace.
+        # Remember what was there before the wait, to distinguish a new artifact from the artifact to replace.
         before = find(self.kind, self.node.key, self.node.name)
         with self.store.lock(self.kind, self.node.key, lambda holder: self.listener.waiting(self.node, holder)) as hold:
             self._holds = [hold, *([remote_hold] if remote_hold is not None else [])]
@@ -178,7 +178,7 @@ class StageRun:
         raise self._error_of(result)
 
     def _check_locks(self) -> None:
-        """Raise ``LockLost`` if another run has taken one of the locks; called while the process runs."""
+        """Raise ``LockLost`` if another run has acquired any of the locks; called while the process runs."""
         for hold in self._holds:
             hold.check()
 

@@ -61,9 +61,9 @@ _exit_codes: list[int] = []
 def main(folder: Path, parent: int | None = None) -> int:
     """Run the stage described in ``folder``; exit code 0 done, 1 failed, 2 wrong input, 75 stopped as asked.
 
-    ``parent``: the process whose end is this one's, by default the runner.
+    This process ends when the process ``parent`` ends, by default the runner.
 
-    A stage that trains in several processes is run by ranks of this one (``align.runner.ranks``).
+    A stage that trains in several processes is run by ranks of this process (``align.runner.ranks``).
     """
     try:
         work = read_work(folder).model_dump()
@@ -76,7 +76,7 @@ def main(folder: Path, parent: int | None = None) -> int:
     started = time.time()
     if runs_in_several_processes(work):
         set_waiting()  # for all of them: each has separate cores
-        # None: the settings come down to a single process, which is then this one.
+        # None: the settings come down to a single process, which is then this process.
         result: dict[str, Any] | None = load_object(f"{LAUNCHER}:run_ranks")(folder, _runtime(work))
         if result is not None:
             result["seconds"] = max(0.0, time.time() - started)  # the clock may have been set back
@@ -109,7 +109,7 @@ def runs_in_several_processes(work: dict[str, Any]) -> bool:
 
 
 def run_rank(folder: Path) -> int:
-    """Run one of several processes of the stage in ``folder``; leave its result for the launcher."""
+    """Run this process's part of the stage in ``folder``, as a rank; leave its result for the launcher."""
     work = read_work(folder).model_dump()
     die_with_parent(int(os.environ[PARENT]))
     set_threads(work["runtime"].get("threads"))
@@ -173,7 +173,7 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
         _print_trace()
         result = _explain(error, folder)
         if world_size() > 1 and not isinstance(error, OSError):
-            # The error may only tell that another rank is gone. The launcher then looks for that one's reason.
+            # The error may only tell that another rank is gone. The launcher then looks for that rank's reason.
             result["symptom"] = symptom(error)
     result.update(seconds=max(0.0, time.time() - started), peak_memory_bytes=_peak_memory(), versions=_versions())
     return result

@@ -29,7 +29,7 @@ def delete_garbage(store: Store, used: Callable[[], Iterable[StageReference]] = 
 
     ``used`` is called for further stages once no run can begin. Raises as ``find_garbage``.
     """
-    # 1. Find the leases of runs that have died. That may take as long as a lease, so runs may still begin meanwhile.
+    # 1. Find the leases of runs that have died. That may last as long as a lease, so runs may still begin meanwhile.
     ended = store.leases.find_ended()
     # 2. From here to the end no run begins, so nothing that is unreached now can become reached.
     with store.leases.gate():

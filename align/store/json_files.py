@@ -35,7 +35,7 @@ class DamagedFile(ValueError):
 
 @contextlib.contextmanager
 def atomic_draft(path: Path) -> Iterator[Path]:
-    """Yield a draft's path; after the context the draft is synced to disk and takes the place of ``path``.
+    """Yield a draft's path; after the context the draft is synced to disk and replaces ``path``.
 
     After an error the draft is deleted and the old content is still there. Each call has its own draft, so several
     processes may write the same file.
@@ -112,7 +112,7 @@ def read_file(path: Path) -> bytes:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the number and the text of each line of a file of JSON lines, from 1 on, without blank ones."""
+    """Yield the number, from 1 on, and the text of each line of a file of JSON lines, without blank lines."""
     # Not by ``splitlines``: a text may hold U+2028, which separates lines, but ends no line of JSON.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
@@ -207,7 +207,7 @@ def read_entry(path: Path, key: str, warn: Warn) -> list[Any] | None:
 
 
 def read_or_compute(path: Path, key: str, compute: Callable[[], Any], warn: Warn) -> Any:
-    """Return ``compute()``'s JSON-able result, or the one that was written under the same key.
+    """Return ``compute()``'s JSON-able result, or the result that was written under the same key.
 
     The result is as JSON reads it back, so a second run gets the same as the first.
     """

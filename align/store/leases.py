@@ -42,7 +42,7 @@ class RunLeases:
 
     @contextlib.contextmanager
     def hold(self, run: str, stages: Stages) -> Iterator[None]:
-        """Keep ``gc`` from the artifacts of these stages, also future ones, while inside the context."""
+        """Keep ``gc`` from the artifacts of these stages, also future artifacts, while inside the context."""
         folder = self.folder / f"{run}-{uuid.uuid4().hex[:12]}"
         uses = {"run": run, "stages": {name: dict(stage) for name, stage in stages.items()}}
         with contextlib.ExitStack() as lease:
@@ -72,12 +72,12 @@ class RunLeases:
     def find_ended(self) -> dict[Path, Lock]:
         """Return the leases whose runs have died, with the locks that were watched to tell.
 
-        Takes up to the lease's seconds if a run on another machine may be dead.
+        The call may last the lease's seconds if a run on another machine may be dead.
         """
         locks = {folder: Lock(folder, self.lease) for folder in self._folders()}
         if not locks:
             return {}
-        # Each may take as long as a lease to watch, so all are watched at once.
+        # Watching each may last as long as a lease, so all are watched at once.
         with ThreadPoolExecutor(max_workers=min(32, len(locks))) as threads:
             alive = list(threads.map(self._is_alive, locks.values()))
         return {folder: lock for (folder, lock), lives in zip(locks.items(), alive, strict=True) if not lives}
@@ -166,7 +166,7 @@ def write_run(root: Path, name: str, stages: Stages, pipeline: dict[str, Any]) -
 
 
 def read_runs(root: Path) -> tuple[dict[str, dict[str, Any]], list[DamagedRun]]:
-    """Return name → content of the intact records, and the errors of the damaged ones."""
+    """Return name → content of the intact records, and the errors of the damaged records."""
     intact, damaged = {}, []
     for path in sorted((root / RUNS).glob("*.json")):
         try:

@@ -1,10 +1,10 @@
 """Locks between machines over a shared folder or bucket. A dead machine does not keep them, and they fence.
 
-A lock is a place with numbered claims (``claims.py``). Creating the next number takes the lock, and only one process
+A lock is a place with numbered claims (``claims.py``). Creating the next number acquires the lock, and only one process
 can create it. The holder rewrites its claim every few seconds; a waiter watches it change. A claim that stays the same
 for its lease is lost: its machine died, or cannot reach the folder. A holder on this machine that died is seen at once.
-Numbers never come again. So a holder that wakes up after its lock was taken finds a higher number (`Hold.confirm`), and
-a path that contains its number is its own for ever.
+Numbers are never used again. So a holder that wakes up after another process acquired its lock finds a higher number
+(`Hold.confirm`), and a path that contains its number is its own for ever.
 
 No clocks of two machines are compared, and no clock that can be set is read. A waiter counts its own seconds, and only
 those between two looks that the folder answered, so neither a stopped waiter nor an outage counts. No torch.
@@ -42,12 +42,12 @@ class Lease:
 
 
 class LockLost(StageFailed):
-    """Another process took the lock while this one was silent; what this one was making must not be published."""
+    """Another process took the lock while this process was silent; what this process made must not be published."""
 
 
 @dataclass(frozen=True)
 class _Claim:
-    """The claim by which a process takes a lock."""
+    """The claim by which a process acquires a lock."""
 
     number: int
     token: str
@@ -58,7 +58,7 @@ class _Claim:
     """True when the holder before was silent rather than known to have ended: it may wake up."""
 
     def content(self, lease: Lease, beats: int, released: bool) -> bytes:
-        """Return the bytes of the claim; ``beats`` makes them differ from the ones before."""
+        """Return the bytes of the claim; ``beats`` makes them differ from the bytes before."""
         fields = {
             "token": self.token,
             "pid": os.getpid(),
@@ -102,11 +102,11 @@ class Hold:
             raise LockLost(self.lost)
 
     def release(self) -> None:
-        """Release the lock; one that was lost is left to its new holder."""
+        """Release the lock; a lost lock is left to its new holder."""
         self._ended.set()
         with self._write_lock:
             if not self.lost:
-                with contextlib.suppress(FileNotFoundError):  # taken and tidied away since the last look
+                with contextlib.suppress(FileNotFoundError):  # a new holder has deleted it since the last look
                     self._write(released=True)
 
     def _keep_alive(self) -> None:
@@ -114,7 +114,7 @@ class Hold:
         while not self._ended.wait(self.lease.every):
             # An error is the folder's, not the lock's: whether the lock was lost shows when the folder is back.
             with contextlib.suppress(OSError, UserError):
-                # 1. Look first: a claim must not be written over after another process has taken the lock.
+                # 1. Look first: a claim must not be written over after another process has acquired the lock.
                 self._look()
                 # 2. Write, unless ``release`` has written the last word meanwhile.
                 with self._write_lock:
@@ -124,7 +124,7 @@ class Hold:
                         self._write(released=False)
 
     def _look(self) -> None:
-        """Find out whether another process has taken the lock, or the claim is gone."""
+        """Find out whether another process has acquired the lock, or the claim is gone."""
         highest = max(self.claims.numbers(), default=0)
         if highest > self.number:
             self.lost = f"the lock was taken by {describe(self.claims.read(highest))} while this run was silent"
@@ -138,7 +138,7 @@ class Hold:
 
 
 class Lock:
-    """The lock at a place, as seen by a process that may take it. Not for several threads at once."""
+    """The lock at a place, as seen by a process that may acquire it. Not for several threads at once."""
 
     def __init__(self, place: Path | Claims, lease: Lease | None = None) -> None:
         self.claims: Claims = FolderClaims(place) if isinstance(place, Path) else place
@@ -184,7 +184,7 @@ class Lock:
                 return None
         claim = self._pending
         # 3. Check that no higher number is there. A process that judged an old claim may have created a number that
-        #    another process had already used, given up and tidied away; that one's successor is higher.
+        #    another process had already used, given up and tidied away; the successor of that process is higher.
         numbers = self.claims.numbers()
         if max(numbers, default=0) != claim.number:
             self.claims.delete(claim.number)
@@ -197,10 +197,10 @@ class Lock:
         return Hold(self.claims, claim, self.lease)
 
     def holder_lives(self, retry: Retry) -> bool:
-        """Watch the holder until it shows that it lives (True), or until the lock could be taken over (False).
+        """Watch the holder until it shows that it lives (True), or until the lock can be acquired (False).
 
-        That takes no time for a holder on this machine, ``Lease.every`` seconds for one elsewhere that lives, and the
-        lease's seconds for one that is dead there. Raises as ``acquire``.
+        The answer is immediate for a holder on this machine. For a holder elsewhere it needs ``Lease.every`` seconds if
+        the holder lives, and the lease's seconds if the holder is dead. Raises as ``acquire``.
         """
         first = highest = retry.call(self._highest)
         while self._judge(*highest) == "held":
@@ -305,9 +305,9 @@ def _machine() -> str:
 
 
 def _start_time(pid: int) -> str:
-    """Return the start of a process in ticks since the machine's, which tells it from a later one of the same id.
+    """Return the start of a process in ticks since the machine's start; empty for a process that has ended.
 
-    Empty for a process that has ended.
+    The start distinguishes the process from a later process with the same id.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")

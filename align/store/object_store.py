@@ -1,4 +1,4 @@
-"""A prefix in a bucket of an object store (S3 and compatible ones, GCS, Azure). The only file that uses obstore.
+"""A prefix in a bucket of an object store (S3 and compatible stores, GCS, Azure). The only file that uses obstore.
 
 Every put is atomic and visible to everybody at once. Credentials come from the environment variables of the object
 store or from the machine's role, never from an address. The layout of a bucket is ``remote.py``'s. Knows no torch.

@@ -200,7 +200,7 @@ def find_problems(artifact: Artifact, thorough: bool) -> list[Problem]:
             continue
         if stat.st_size != recorded["bytes"]:
             problems.append(Problem(path, f"has {stat.st_size} bytes, its record says {recorded['bytes']}"))
-        # Hashing a checkpoint takes minutes; a file with the recorded size and time is taken as unchanged.
+        # Hashing a checkpoint needs minutes, so a file with the recorded size and time counts as unchanged.
         elif (thorough or stat.st_mtime_ns != recorded["mtime_ns"]) and file_digest(path) != recorded["sha256"]:
             problems.append(Problem(path, "has another sha256 than its record"))
     return problems

@@ -68,7 +68,7 @@ class Remote:
         return self.survey()[0]
 
     def survey(self) -> tuple[list[dict[str, Any]], list[DamagedRecord]]:
-        """Return every intact record, oldest first, and the errors of the damaged ones."""
+        """Return every intact record, oldest first, and the errors of the damaged records."""
         paths = [PurePosixPath(path).parent for path in self._call(self.bucket.sizes, "") if _is_record(path)]
         intact, damaged = [], []
         for path in paths:
@@ -150,7 +150,8 @@ class Remote:
     def push(self, artifact: Artifact, replace: bool = False) -> bool:
         """Publish an artifact; returns False if another machine published this key first, which stays.
 
-        With ``replace`` the other one is replaced. What an interrupted push has uploaded is used, unless ``replace``.
+        With ``replace`` the other artifact is replaced. What an interrupted push has uploaded is used, unless
+        ``replace``.
         """
         record = artifact.record
         path = _path(record["kind"], record["key"])
@@ -172,7 +173,7 @@ class Remote:
         # 2. Put the record if there is none: of several machines one succeeds.
         data = json.dumps(seal(record, str), indent=1).encode()
         is_new = self._call(self.bucket.put_new, f"{path}/{RECORD}", data)
-        # 3. If another machine's record is there, one of the two counts.
+        # 3. If another machine's record is there, only one record counts.
         if not is_new and not self._resolve_conflict(record, data, replace):
             return False
         self._known[path] = record

@@ -113,5 +113,5 @@ def is_unreachable(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         # Sockets also give the other errors. Only a call that took a path has a file name in its error.
         return error.errno in FILE_SYSTEM_ERRORS or (error.errno in UNREACHABLE and error.filename is not None)
-    text = str(error)  # safetensors and tokenizers wrap the system's error in one of their own
+    text = str(error)  # safetensors and tokenizers wrap the system's error in their own errors
     return any(f"(os error {number})" in text for number in FILE_SYSTEM_ERRORS)

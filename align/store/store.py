@@ -186,7 +186,7 @@ class Store:
         raise UserError(f"'{prefix}' fits {len(matches)} artifacts ({keys}, …); give more of the key.")
 
     def _find_remote(self, remote: Remote, kind: str, key: str) -> list[Artifact]:
-        """Return the remote's artifacts whose keys start with ``key``; a single one is fetched."""
+        """Return the remote's artifacts whose keys start with ``key``; a single artifact is fetched."""
         records = [record for record in remote.all() if _matches(record, kind, key)]
         if len(records) == 1:
             artifact = self.fetch(records[0]["kind"], records[0]["key"])
@@ -245,7 +245,7 @@ class Store:
             # 1. The holder before may have published on another machine, which NFS's caches do not show.
             if waited_for or hold.after_silence:
                 self.refresh(kind)
-            # 2. A silent holder may wake up: take its partial away from it.
+            # 2. A silent holder may wake up, so move its partial away from it.
             if hold.after_silence:
                 self.retry.call(lambda: self._take_over(kind, key, hold))
             yield hold
@@ -283,14 +283,14 @@ class Store:
     ) -> Artifact:
         """Write the record into ``output``, and move the folder to its final name by one rename.
 
-        ``replaces`` is the artifact of that name from when the lock was taken. Raises ``LockLost``, and publishes
+        ``replaces`` is the artifact of that name from when the lock was acquired. Raises ``LockLost``, and publishes
         nothing, if ``hold`` was lost meanwhile, or another artifact was published under the name.
         """
         folder = self.folder(record["kind"], record["key"])
         # A repeated call: the rename was done, and only its answer was lost.
         if not output.is_dir() and self._has_record(folder, record):
             return self._read_published(folder)
-        # 1. Hash the files, write the record last, and sync. That may take minutes, so the lock is confirmed around it.
+        # 1. Hash the files, write the record last, and sync. That may last minutes, so the lock is confirmed around it.
         if hold is not None:
             hold.confirm()
         record["outputs"] = output_digests(output)
@@ -367,7 +367,7 @@ class Store:
 
     @with_retry
     def survey_runs(self) -> tuple[dict[str, dict[str, Any]], list[DamagedRun]]:
-        """Return the records of named runs, and the errors of the damaged ones."""
+        """Return the records of named runs, and the errors of the damaged records."""
         return read_runs(self.root)
 
     def runs(self) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@
 1606.09282). Importance per weight (EWC) is not supported. With ``replay`` each optimizer step sees a fraction of its
 rows from the general data (ptx, arXiv 2203.02155 section 3.5), drawn without replacement until all were seen. Their
 loss per answer token is added to the stage's loss. The rows depend on the step number only, so a resumed run sees the
-same ones. A data recipe can mix the data beforehand instead.
+same rows. A data recipe can mix the data beforehand instead.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class PullToStart(TrainerCallback):
 class KLToStart:
     """Loss term: ``weight`` times the mean over a step's supervised tokens of KL(initial || model), in nats.
 
-    The model's hidden states come from its own forward pass; the initial model needs a second one without gradients.
+    The model's hidden states come from its own forward pass; the initial model needs a second pass without gradients.
     With adapters it is the same model with adapters disabled, else a frozen copy (in bfloat16 if that is the
     precision).
     """
@@ -74,7 +74,7 @@ class KLToStart:
     has_own_rows = False
 
     def __init__(self, trainer: Any, weight: float, low: bool) -> None:
-        """Take the initial model from ``trainer``. Raises ``UserError`` for a model without a vocabulary head."""
+        """Use the initial model of ``trainer``. Raises ``UserError`` for a model without a vocabulary head."""
         self.weight = weight
         self.model = trainer.model
         trunk, head = trunk_and_head(self.model)
@@ -176,7 +176,7 @@ class Replay(TrainerCallback):
     def __init__(
         self, trainer: Any, train: Encoded, test: Encoded, *, rows_per_step: float, weight: float, seed: int
     ) -> None:
-        """Take ``train`` and ``test`` rows with ``input_ids`` and ``labels``; ``rows_per_step`` may be a fraction."""
+        """Use ``train`` and ``test`` rows with ``input_ids`` and ``labels``; ``rows_per_step`` may be a fraction."""
         self.trainer, self.train, self.test = trainer, train, test
         self.rows_per_step, self.weight, self.seed = rows_per_step, weight, seed
         self.step, self.micro = -1, 0

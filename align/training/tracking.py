@@ -46,9 +46,9 @@ def tracking_options(context: StageContext) -> dict[str, Any]:
 def follow(context: StageContext, trainer: Any, first_step: int) -> Iterator[None]:
     """Inside, the trackers of ``trainer`` receive every ``context.log``.
 
-    ``first_step`` is the first point to come: 0, or the one after the checkpoint that a resumed stage continues from.
-    Raises ``UserError`` when a tracker cannot start. One that fails later is dropped with a warning: it must not end a
-    run of hours.
+    ``first_step`` is the first point to come: 0, or the point after the checkpoint that a resumed stage continues from.
+    Raises ``UserError`` when a tracker cannot start. A tracker that fails later is dropped with a warning, because it
+    must not end a run of hours.
     """
     callbacks = _remove_integrations(trainer) if context.runtime.report_to else []
     if not callbacks or not trainer.is_world_process_zero():
@@ -133,7 +133,7 @@ class _Runs:
             if _name(callback) == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                # A resumed stage repeats the points after its checkpoint; purge_step hides the old ones.
+                # A resumed stage repeats the points after its checkpoint; purge_step hides the old points.
                 folder = _folder(self.context) / self.context.pipeline / self.context.group / self.context.name
                 callback.tb_writer = SummaryWriter(log_dir=str(folder), purge_step=first_step)
             try:
@@ -266,7 +266,7 @@ def _environment(context: StageContext, identity: Mapping[str, str]) -> dict[str
 
 
 def _identity(context: StageContext) -> dict[str, str]:
-    """Return the id of this stage's run, which the first attempt creates and later ones read."""
+    """Return the id of this stage's run, which the first attempt creates and later attempts read."""
     path = context.checkpoints.with_name(IDENTITY)
     stored = read_state(path)
     if stored is not None:
