@@ -297,7 +297,7 @@ def _neighbors(order: np.ndarray, bucket: np.ndarray) -> Iterator[tuple[np.ndarr
             left = np.arange(begin, min(begin + _PAIRS, len(order) - distance))
             left = left[bucket[left] == bucket[left + distance]]
             if not len(left):
-                # No pair at this distance, so none at a larger one: buckets are contiguous.
+                # No pair at this distance, so none at a larger distance: buckets are contiguous.
                 break
             yield order[left], order[left + distance]
 

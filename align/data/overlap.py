@@ -60,7 +60,7 @@ class Index:
             grams.append(hashes[is_long])
             owners.append(np.repeat(numbers, grams_per_text)[is_long])
             places.append((np.arange(len(hashes)) - np.repeat(offsets[:-1], grams_per_text))[is_long])
-        # Full texts, sorted by hash, to find parts that equal one.
+        # Full texts, sorted by hash, to find parts that equal a full text.
         text_hash = _concatenate(text_hashes)
         non_empty = np.flatnonzero(self.words > 0)
         self._text_hash, self._hashed_text = _sort_by_hash(text_hash[non_empty], non_empty)
@@ -109,7 +109,7 @@ class Index:
 
     def _search(self, block: Block, least: float) -> Hits:
         row_of_part = np.repeat(np.arange(len(block.parts) - 1), np.diff(block.parts))
-        # First search: parts that equal a text, or hold a short one. Such a text is covered in full.
+        # First search: parts that equal a text, or hold a short text. Such a text is covered in full.
         part, equal_text = self._find_equal(block)
         total = self._counted[self._begin[1:]] - self._counted[self._begin[:-1]]  # counted words of each text
         rows, texts, words = [row_of_part[part]], [equal_text], [total[equal_text]]

@@ -35,7 +35,7 @@ def reply_texts(row: Row, sides: Sides) -> Iterator[tuple[str, str]]:
 
 
 def is_bad_reply(row: Row, name: str) -> bool:
-    """Return True for a field with a reply that is not to be imitated: a rejected one, or one labeled False."""
+    """Return True for a field with a reply that is not to be imitated: a rejected reply, or a reply labeled False."""
     return name == "rejected" or (name == "completion" and row.get("label") is False)
 
 

@@ -328,7 +328,7 @@ def identity(source: Source, base: Path, inputs: Sequence[Path] = ()) -> dict[st
 
 
 def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
-    """Return the files of paths and globs, in sorted order, each once. Raises ``UserError`` for one without a match."""
+    """Return the files of paths and globs, sorted, each once. Raises ``UserError`` if a pattern has no match."""
     unique: dict[Path, None] = {}
     for pattern in patterns:
         files = [path for path in matching_paths(pattern, base) if path.is_file()]

@@ -164,7 +164,7 @@ class ScoringContext:
         return None if artifact is None else artifact.stage
 
     def model(self, field: RewardField) -> Any:
-        """Load a reward model; one is held at a time. Raises ``UserError`` if the stage has none.
+        """Load a reward model; a stage holds one model at a time. Raises ``UserError`` if the stage has none.
 
         Under bfloat16 its weights are rounded once. What several conversations begin with is read once.
         """

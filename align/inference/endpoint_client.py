@@ -319,7 +319,7 @@ def read_completion(completion: Any) -> Answer:
 
 
 def _read_call(call: Any) -> dict[str, Any]:
-    """Return a call of a tool. Raises ``TypeError`` for one without name or arguments."""
+    """Return a call of a tool. Raises ``TypeError`` if name or arguments are missing."""
     function = call["function"]
     name, arguments = function["name"], function.get("arguments")
     if isinstance(arguments, dict):  # some servers send the object itself

@@ -167,7 +167,7 @@ class PoolSession(Session):
     def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
         """Return turns that came back, once the servers' weights are known to be those that were sampled from.
 
-        Raises as ``PoolEngine.generate``. While no server is ready it waits for one, whatever the timeout.
+        Raises as ``PoolEngine.generate``. While no server is ready it waits for a server, whatever the timeout.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while self._requests:
@@ -195,9 +195,9 @@ class PoolSession(Session):
         ]
 
     def _check_weights(self) -> None:
-        """Raise ``WeightsChanged`` if a server holds other weights than it was given; one without an answer is lost.
+        """Raise ``WeightsChanged`` if a server holds other weights than it was given; a server without answer is lost.
 
-        Checked before turns are handed out, not when the session ends: the caller may store them at once.
+        It runs before turns are handed out, not when the session ends: the caller may store them at once.
         """
         lost: list[tuple[Member, Exception]] = []
         self.pool.check_weights(sampled=True, lose=lambda member, error: lost.append((member, error)))
@@ -299,7 +299,7 @@ def _check_request(request: TurnRequest, is_in_flight: bool, max_length: int | N
 
 
 class RollingUpdate:
-    """Takes the weights that a pool was offered to its servers, one by one. Use it from the session's thread."""
+    """Sends the weights that a pool was offered to its servers, one at a time. Use it from the session's thread."""
 
     def __init__(self, pool: PoolEngine, dispatcher: Dispatcher) -> None:
         self.pool, self.dispatcher = pool, dispatcher

@@ -147,7 +147,7 @@ class CallChecks:
 
     @cached_property
     def format(self) -> ToolCallFormat | None:
-        """The format of calls that the template shows; None for one without tools."""
+        """The format of calls that the template shows; None for a template without tools."""
         template = self._chat_format.tokenizer.chat_template
         return detect_format(template if isinstance(template, str) else json.dumps(template, ensure_ascii=False))
 

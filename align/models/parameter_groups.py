@@ -1,7 +1,7 @@
 """Group the parameters of a decoder by layer, embeddings, norm and heads, and freeze some of them by pattern.
 
-The groups are read off the model itself, which works for any decoder of transformers with one stack of layers. Left
-out: encoder-decoders, whose two stacks have no common last layer.
+The groups are read off the model itself, which works for any decoder of transformers with one stack of layers.
+Encoder-decoders are not supported, because their two stacks have no common last layer.
 
 Patterns are globs over dotted names, not regular expressions: there ``layers.1.`` would also match layer 10.
 """

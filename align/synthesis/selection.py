@@ -139,7 +139,7 @@ def _find_fault(answer: Answer, cut_off: str) -> str:
 
 
 def _episode_fault(episode: Episode, cut_off: str) -> str:
-    """Return the reason why an episode is unusable; empty for a usable one."""
+    """Return the reason why an episode is unusable; empty for a usable episode."""
     if episode.stop == "failed":
         return "episode failed"
     if cut_off == "drop" and episode.stop == "truncated":

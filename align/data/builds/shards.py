@@ -144,7 +144,7 @@ class _Shard:
             except BadRecord as error:
                 self._drop_bad(task, error, value)
                 continue
-            # A record counts as one row; every further row is an added one, so the ledger adds up.
+            # A record counts as one row; every further row is an added row, so the ledger adds up.
             rows = rows or [Dropped("nothing in it to use")]
             tally.added += len(rows) - 1
             for row in rows:

@@ -149,7 +149,7 @@ def _run_in_jobs(config: ClusterExecutor, spec: Pass, tasks: Iterator[Task]) -> 
     ``RuntimeError`` for jobs that ended without their shards.
     """
     folder = spec.folder / "jobs"
-    # Leftovers of an earlier attempt would be read as tasks or errors of this one.
+    # Leftovers of an earlier attempt would be read as tasks or errors of this attempt.
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "tasks").mkdir(parents=True)
     shards = 0

@@ -274,7 +274,7 @@ def best_response(responses: list[dict[str, object]]) -> dict[str, object] | Non
 
 
 def find_fault(row: Row, ignore_mendable: bool = False) -> Dropped | None:
-    """Return the reason why no trainer can use a row; None for a good one.
+    """Return the reason why no trainer can use a row; None for a usable row.
 
     ``ignore_mendable`` lets through rows that a ``normalize`` step can mend.
     """

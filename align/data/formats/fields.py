@@ -280,7 +280,7 @@ def unread_paths(record: dict[str, Any], read: set[str], path: str = "") -> Iter
 def unused_fields(record: TrackedRecord, ignored: Iterable[str]) -> list[str]:
     """Return the paths of the fields that the conversion did not read, each once.
 
-    Raises ``Malformed`` for a meaningful one, unless it is among ``ignored``.
+    Raises ``Malformed`` for a meaningful field, unless it is among ``ignored``.
     """
     paths = list(dict.fromkeys(unread_paths(record, record.read)))
     if not paths:

@@ -268,9 +268,10 @@ def _parse_choices(value: Any, name: str) -> Choices:
 def right_choice(answer: Any, choices: Choices, first_choice: int | None = None) -> int | None:
     """Return the index of the right choice; None if the answer names none.
 
-    ``first_choice`` is the number of the first one. Without it, numbers count from 0, and digits in a text name none:
-    such data count from 0 (HellaSwag) or from 1 (WinoGrande). A text comes before a letter, and the data's labels
-    before a number: a choice may itself be a letter or a digit. If all labels are numbers, other numbers name none.
+    ``first_choice`` is the number of the first choice. Without it, numbers count from 0, and digits in a text name no
+    choice: such data count from 0 (HellaSwag) or from 1 (WinoGrande). A text comes before a letter, and the data's
+    labels before a number: a choice may itself be a letter or a digit. If all labels are numbers, other numbers name no
+    choice.
     """
     texts = choices.texts
     are_numbers = bool(choices.labels) and all(label.isdigit() for label in choices.labels)

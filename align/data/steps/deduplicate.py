@@ -266,7 +266,7 @@ class _Block:
         self.floats = self._floats(self.rows)
 
     def compare(self, label: np.ndarray, earlier: np.ndarray) -> int:
-        """Drop the block's rows that are similar to an earlier one; return the number of pairs compared."""
+        """Drop the block's rows that are similar to an earlier row; return the number of pairs compared."""
         # Rows that an earlier chunk has dropped need no further comparison.
         rows = self.rows[label[self.rows] == self.rows]
         if not len(rows) or not len(earlier):
@@ -281,7 +281,7 @@ class _Block:
         """Drop rows that are similar to an earlier kept row of the block; return the number of pairs compared."""
         rows = self.rows[label[self.rows] == self.rows]
         left, right = self._similar_pairs(rows, rows)
-        # Each pair once: a row can only be dropped for an earlier one.
+        # Each pair once: a row can only be dropped for an earlier row.
         before = right < left
         # In order, since a row only counts as long as it stays itself.
         for row, earlier in zip(left[before].tolist(), right[before].tolist(), strict=True):

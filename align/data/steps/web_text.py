@@ -32,7 +32,7 @@ from align.data.steps.step import RowFilter
 _URL = r"(?:\b(?:https?|ftps?)://|\bwww\.(?=[\w-]+\.\w))[^\s<>\"`{}|\\^\[\]，。、）】》]+"
 _LINKED = rf"{_URL[:-2]}()]+(?:\([^\s()]*\))?(?: \"[^\"\n]{{0,300}}\")?"
 _ADDRESS = re.compile(_URL, re.IGNORECASE)
-# In this order: an image of Markdown, a link of Markdown (its words stay), an address in angle brackets, a bare one.
+# In this order: an image of Markdown, a link of Markdown (its words stay), an address in angle brackets, a bare URL.
 _REMOVABLE = re.compile(
     rf"!\[[^\]\n]{{0,300}}\]\({_LINKED}\)|\[(?P<words>[^\]\n]{{1,300}})\]\({_LINKED}\)|<{_URL}>|{_URL}", re.IGNORECASE
 )

@@ -201,7 +201,7 @@ def _describe_task(task: Any, limit: int | None) -> dict[str, Any]:
 
 def _question(task: Any, document: Any) -> str:
     text = task.doc_to_text(document)
-    # For tasks whose choices are complete questions, lm-eval returns the index of the right one.
+    # For tasks whose choices are complete questions, lm-eval returns the index of the right choice.
     if isinstance(text, int):
         text = "\n".join(str(choice) for choice in task.doc_to_choice(document))
     text = str(text) or str(task.doc_to_target(document))

@@ -78,13 +78,13 @@ class Task(ABC):
     def check(self, info: SystemInfo) -> None:  # noqa: B027  (most tasks suit any system)
         """Raise ``UserError`` for a system that does not fit the task, such as more shots than examples.
 
-        Called for every system before anything expensive.
+        The plan calls it for every system before anything expensive.
         """
 
     def check_systems(self, systems: Sequence[SystemInfo]) -> None:  # noqa: B027
         """Raise ``UserError`` if the task needs a system that is not there, such as the base to compare with.
 
-        Called once for all systems, before anything expensive.
+        The plan calls it once for all systems, before anything expensive.
         """
 
     def check_reading(self, info: SystemInfo, tokenizer: Any, max_length: int) -> None:  # noqa: B027

@@ -153,7 +153,7 @@ class Contest:
 
 
 def verdict_counts(contests: Sequence[Contest]) -> dict[str, Any]:
-    """Count a judge's verdicts; ``first_share`` is the share of the first answer among verdicts that name one.
+    """Count a judge's verdicts; ``first_share`` is the share of the first answer among verdicts that name an answer.
 
     0.5 is no position bias, since every pair is shown in both orders.
     """

@@ -72,7 +72,7 @@ class ServerState:
 
 @dataclass(frozen=True)
 class ServerReply:
-    """A reply in the queue. ``index`` is None for one to a question of health."""
+    """A reply in the queue. ``index`` is None for a reply to a health check."""
 
     state: ServerState
     epoch: int
@@ -137,7 +137,7 @@ class Dispatcher:
         """Return parsed replies that have come since the last call, by index of their request; waits for the first.
 
         Returns none after ``timeout`` seconds, or where every request has its reply. Raises as ``run``. While no server
-        is ready it waits for one, whatever the timeout.
+        is ready it waits for a server, whatever the timeout.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while self.remaining and not self.results:

@@ -109,7 +109,10 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def local_shard(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return this process's shard of a full ``tensor``, sharded as ``like`` of its shape; unchanged for a plain one."""
+    """Return this process's shard of a full ``tensor``, sharded as ``like``, which has the same shape.
+
+    The tensor is unchanged if ``like`` is plain.
+    """
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     on_device = tensor.to(like.device_mesh.device_type, like.dtype)
