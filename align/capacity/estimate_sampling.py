@@ -112,7 +112,7 @@ def _synthesize(config: SynthesizeConfig, models: Models) -> Inference:
             prompt_tokens=config.max_prompt_tokens,
             response_tokens=0 if config.judge is None else config.judge.max_tokens,
             call=SYNTHESIS_CHUNK,
-            # One process of vLLM holds one architecture, so a judge of another one samples with transformers.
+            # A process of vLLM holds one architecture, so a judge of another architecture samples with transformers.
             needs_transformers=any(model != load.model for load in answering),
         )
         for model in models.get("judge_model", ())

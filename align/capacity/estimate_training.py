@@ -176,7 +176,7 @@ def _learning_logits(model: Architecture, tokens: int, precision: Precision, tra
     # A tile of logits becomes its own gradient in place.
     tile, head_tile = min(tokens, TILE[0]) * width, width * model.hidden
     summed = states + (FLOAT * model.head if trained else 0)
-    # Under autocast a tile has a bfloat16 copy of the head's part, and float32 ones while gradients are summed.
+    # Under autocast a tile has a bfloat16 copy of the head's part, and float32 copies while gradients are summed.
     copies = size * head_tile + FLOAT * (tile + head_tile) if precision == "bfloat16" else 0
     return size * tile + copies + summed
 

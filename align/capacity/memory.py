@@ -160,7 +160,7 @@ class Estimate:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return every choice in bytes and words, with each one's heap and total."""
+        """Return every choice in bytes and words, with its heap and total."""
         choices = [asdict(choice) for choice in self.choices]
         for shown, choice in zip(choices, self.choices, strict=True):
             shown["memory"] |= {"heap": choice.memory.heap, "total": choice.memory.total}

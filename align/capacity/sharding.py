@@ -241,7 +241,7 @@ def _gathered_bytes(job: Job, strategy: Strategy) -> int:
         live = FLOAT * min(ZERO_LIVE, job.gathered) if strategy.shards_weights else 0
         return bucket + live
     model = job.model
-    # Gathered at once: some layers, the weights outside the layers, and the gradient of the largest unit.
+    # Devices gather these at once: some layers, the weights outside the layers, and the largest unit's gradient.
     root = model.embedded + (0 if model.tied else model.head)
     layer = sum(linear.parameters for linear in model.linears) + model.vectors
     gradients = max(layer, model.embedded) if job.tuning.trains_all else 0

@@ -228,7 +228,7 @@ def check_inputs(context: StageContext, makes: Kind | None) -> None:
 def input_checkpoints(context: StageContext) -> list[tuple[str, Artifact]]:
     """Return config field and artifact of every model among the inputs.
 
-    Left out is the stage that this one continues, of which only the trainer's state is read.
+    The stage that this stage continues is skipped, because only its trainer's state is read.
     """
     models = []
     for name, value in context.inputs.items():

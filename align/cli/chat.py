@@ -49,7 +49,7 @@ def chat(
         if text == "/reset":
             turns = first_turns
             print("(cleared)", file=output)
-        # A word with a slash is a mistyped command; a sentence that begins with one is a message.
+        # A word with a slash is a mistyped command; a sentence that begins with a slash is a message.
         elif text.startswith("/") and " " not in text:
             print(HELP, file=output)
         elif text:

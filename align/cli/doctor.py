@@ -117,7 +117,7 @@ def _engine(import_engines: bool) -> Iterator[Finding]:
 
 
 def _unmet_requirement() -> str | None:
-    """Return the torch that vLLM requires where another one is installed, or None.
+    """Return the torch that vLLM requires if another version is installed, else None.
 
     vLLM's native libraries fit one version of torch; a later torch is the usual reason why vLLM does not import.
     """

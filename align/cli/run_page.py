@@ -1,4 +1,4 @@
-"""Writes the page about a run from what the store holds of it: finished stages, a failed one, waiting ones.
+"""Writes the page about a run from what the store holds of it: finished stages, a failed stage, waiting stages.
 
 The page is ``<store>/reports/<run>/report.html``, with its figures and tables next to it. ``align.report`` renders it.
 """
@@ -121,7 +121,7 @@ def stored_outline(name: str, entry: Mapping[str, Any]) -> RunOutline:
 
 
 def finished_artifacts(run: RunOutline, store: Store) -> dict[str, Artifact]:
-    """Return the artifacts of the run's finished stages, in its order, without reports and damaged ones."""
+    """Return the artifacts of the run's finished stages, in its order, without reports and damaged artifacts."""
     artifacts = {}
     for name, (kind, key) in run.stages.items():
         artifact = store.find_intact(kind, key, name)
@@ -214,7 +214,7 @@ def write_page(
         # Compare under the lock: another process may have written the same page meanwhile.
         if not always and (folder / PAGE).is_file() and _read(folder / STAMP) == _seal(stamp, folder):
             return folder / PAGE
-        # Imported late, because a fully cached run writes no page.
+        # Import it late, because a fully cached run writes no page.
         from align.report.run.run_report import write_report
 
         # A kill from here on leaves a page without a stamp, which the next run writes again.

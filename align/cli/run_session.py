@@ -31,7 +31,7 @@ FAILED = 1
 
 
 class _SessionListener(Listener):
-    """Remembers whether any stage began, which one is running, and what failed."""
+    """Remembers whether any stage began, which stage is running, and what failed."""
 
     has_begun: bool = False
     is_stopping: bool = False

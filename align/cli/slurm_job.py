@@ -188,7 +188,7 @@ class _Turns(BaseModel):
 
 
 def _count_idle_turns(turn: _Turn) -> int:
-    """Return how many turns in a row, this one included, have left the stage's checkpoints unchanged."""
+    """Return how many turns in a row, including this turn, have left the stage's checkpoints unchanged."""
     job = turn.submission.job_of(turn.stage)
     folder = turn.store.partial(job.kind, job.key) / CHECKPOINTS
     checkpoints = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))

@@ -46,7 +46,7 @@ class TrialRow:
 
 
 def trial_rows(sweep: Sweep, study: Study) -> list[TrialRow]:
-    """Return rows of all trials that were begun: unbeaten ones, the other done ones from good to bad, the rest."""
+    """Return rows of all trials that were begun: unbeaten trials, the other done trials from good to bad, the rest."""
     best = set(study.best())
     rows = [_row(sweep, trial, trial.number in best) for trial in study.trials()]
     first = sweep.objectives[0]

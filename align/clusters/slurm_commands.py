@@ -94,7 +94,7 @@ def check(options: Sequence[str], script: Path) -> None:
 
 
 def submit(options: Sequence[str], script: Path) -> int:
-    """Submit a job and return its number. Tried once: a second try could submit it twice."""
+    """Submit a job and return its number. There is only one try, because a second try could submit the job twice."""
     answer = run_command(["sbatch", "--parsable", *options, str(script)], tries=1)
     try:
         # The answer is NUMBER, or NUMBER;CLUSTER.
@@ -238,6 +238,6 @@ def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
         if len(words) < 3:
             continue
         point = ESCAPED.sub(lambda match: chr(int(match[1], 8)), words[1])
-        if resolved.is_relative_to(point) and len(point) >= longest:  # of two at one point the later one is on top
+        if resolved.is_relative_to(point) and len(point) >= longest:  # of two mounts at one point the later is on top
             longest, kind = len(point), words[2]
     return kind

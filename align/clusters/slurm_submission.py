@@ -65,7 +65,7 @@ class Submission(BaseModel):
     @classmethod
     def begin(cls, store: Store, pipeline: Pipeline, run: str, sweep: dict[str, Any] | None = None) -> Submission:
         """Create a folder for ``pipeline``; no job is submitted yet."""
-        # Sorted by name is sorted by time; the random part tells apart two of one second.
+        # The order by name is the order by time; the random part distinguishes two submissions of one second.
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         folder = (store.root / JOBS / run / stamp).resolve()
         folder.mkdir(parents=True)

@@ -226,7 +226,7 @@ class FieldDescription:
 
 
 def describe_fields(model: type[BaseModel], name_blocks: BlockNaming) -> list[FieldDescription]:
-    """Return the description of each field of a block, required ones first."""
+    """Return the description of each field of a block, required fields first."""
     fields = sorted(model.model_fields.items(), key=lambda item: not item[1].is_required())
     docstrings = field_docstrings(model)
     return [

@@ -40,7 +40,7 @@ FOLDERS = "ALIGN_MODULE_FOLDERS"
 
 
 def add_module_folder(file: Path) -> None:
-    """Have modules in the folder of a YAML file found, here and in processes that this one starts.
+    """Have modules in the folder of a YAML file found, here and in processes that this process starts.
 
     Shipped files name modules from the folder above theirs: ``examples.scorers``. Without a file the search path stays
     the same.
@@ -53,7 +53,7 @@ def add_module_folder(file: Path) -> None:
 
 
 def add_module_folders(folders: Iterable[str]) -> None:
-    """Have modules in these folders found, here and in processes that this one starts."""
+    """Have modules in these folders found, here and in processes that this process starts."""
     known_folders = module_folders()
     added = [folder for folder in folders if folder not in known_folders]
     if added:
@@ -237,7 +237,7 @@ def check_call(
 
 
 def parameters_of(arguments: ast.arguments, positional: int) -> Parameters:
-    """Return the parameters of a definition without the first ``positional`` ones."""
+    """Return the parameters of a definition without the first ``positional`` parameters."""
     all_names = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args]]
     names = all_names[positional:]
     # Defaults belong to the last of these parameters.
@@ -252,7 +252,7 @@ def parameters_of(arguments: ast.arguments, positional: int) -> Parameters:
 
 
 def _find_definition(tree: ast.Module, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    """Return the last definition of a function at the top level of a module, which overrides earlier ones."""
+    """Return the last definition of a function at the top level of a module; it overrides earlier definitions."""
     for node in reversed(tree.body):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
             return node

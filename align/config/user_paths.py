@@ -38,7 +38,7 @@ def user_path(text: str, base: Path | None = None) -> Path:
     try:
         path = Path(text).expanduser()
         path = path if base is None else base / path
-        # Looked at only for errors that no later reader could explain better.
+        # Look at the path only for errors that no later reader could explain better.
         os.fsencode(path).decode("utf-8")
         os.lstat(path)
     except RuntimeError:

@@ -124,7 +124,7 @@ def _problem(value: Any) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as messages quote it; a long one is cut."""
+    """Return a value as messages quote it, cut if it is long."""
     try:
         return shorten(repr(value))
     except ValueError:  # an integer with more digits than Python prints

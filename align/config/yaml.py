@@ -150,7 +150,7 @@ def parse_yaml(text: str, where: str) -> Any:
             f"{where}: invalid YAML: an alias (*name) is inside what it names, or nests too deep."
         ) from None
     except (yaml.YAMLError, ValueError, OverflowError, KeyError, AttributeError, TypeError) as error:
-        # The last ones come from tags that do not fit their text: `!!bool x`.
+        # The last exceptions come from tags that do not fit their text: `!!bool x`.
         raise UserError(f"{where}: invalid YAML: {shorten(str(error))}.") from None
 
 

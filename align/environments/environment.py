@@ -179,7 +179,7 @@ class Environment:
     def _finish(self, value: Any) -> Any:
         if not inspect.isawaitable(value):
             return value
-        # Coroutines run in the shared event loop. Another thread may cancel this one (cancel).
+        # Coroutines run in the shared event loop. Another thread may cancel this coroutine (cancel).
         self._pending = event_loop.start(value)
         try:
             return self._pending.result()

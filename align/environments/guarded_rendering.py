@@ -37,7 +37,7 @@ HIDDEN_FIELDS = ("train",)
 
 
 class GuardedRenderer:
-    """Renders messages with a tokenizer's template, or another one, to ids."""
+    """Renders messages to ids with a tokenizer's template, or with another template."""
 
     def __init__(self, tokenizer: Any, where: str) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)

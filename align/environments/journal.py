@@ -5,8 +5,8 @@ were written together share a line: after a kill the file has all of them or non
 are visible. Lines after the first torn or damaged line are dropped, because entries depend on those before them.
 
 A journaled environment performs no action twice. Only a request that the journal lacks needs an instance. A new
-instance is brought to the point of the last one by the state that was saved with the last result, or by repeating the
-actions of the policy. This also happens after a call that exceeded its limit, because its instance is dropped.
+instance is brought to the point of the last instance by the state that was saved with the last result, or by repeating
+the actions of the policy. This also happens after a call that exceeded its limit, because its instance is dropped.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ class JournaledEnvironment:
         request = _Request(position, inputs, described, kind, Future())
         with self._lock:
             self._waiting.append(request)
-            # The running request starts this one when it ends (_next_request).
+            # The running request starts this request when it ends (_next_request).
             if self._is_busy:
                 return request.future
             self._is_busy = True

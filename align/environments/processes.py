@@ -42,7 +42,7 @@ class ProcessServer:
             assert self._control is not None
             self._started += 1
             ours, theirs = socket.socketpair()
-            # The forked process gets a copy of `theirs`. This one is closed, so the connection ends with that process.
+            # The forked process gets a copy of `theirs`. The original is closed, so the connection ends with the copy.
             with theirs:
                 try:
                     command = remote.COMMAND.pack(remote.FORK, self._started)

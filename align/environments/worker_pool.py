@@ -262,7 +262,7 @@ class EnvironmentPool:
                 raise EnvironmentFailed(f"{call.method} was called on an environment that did not begin, or is gone.")
             instance = LocalInstance(self.source) if self._server is None else self._server.start_episode()
             with self._lock:
-                # Making the instance may have exceeded the limit, and the episode may have a new one by now.
+                # Making the instance may have exceeded the limit, and the episode may have a new instance by now.
                 is_over = call.is_over
                 if not is_over:
                     self._instances[call.episode] = instance
@@ -276,7 +276,7 @@ class EnvironmentPool:
                 self._forget(call)
 
     def _forget(self, call: _Call) -> None:
-        """Remove the instance of a call from the pool. An abandoned call has none: there may be a new one by now."""
+        """Remove the instance of a call from the pool. After an abandoned call the pool may have a newer instance."""
         with self._lock:
             if not call.is_over:
                 self._instances.pop(call.episode, None)

@@ -230,7 +230,7 @@ def prepare(folder: Path, repo: str, license: License, revision: str | None, pri
 def push(upload: Upload, message: str, api: Any = None) -> dict[str, Any]:
     """Create the repository if necessary and commit the upload. Returns ``url``, ``commit``, ``deleted``.
 
-    The commit also deletes weights of an earlier export that this one does not replace: a reader would load both. Only
+    The commit also deletes weights of an earlier export that it does not replace: a reader would load both. Only
     huggingface_hub handles the token, which is never printed. For datasets see ``align.data.push``.
 
     ``api`` is a ``huggingface_hub.HfApi``. Raises ``UserError`` if the Hub refuses (no token, no right, a public

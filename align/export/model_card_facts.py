@@ -114,7 +114,7 @@ def is_trained(artifact: Artifact) -> bool:
 
 
 def weight_history(lineage: Sequence[Artifact]) -> list[Artifact]:
-    """Return the artifacts whose weights the last one's come from, in order, itself last.
+    """Return the artifacts from whose weights the last artifact's weights come, in order, the last included.
 
     They are linked by the inputs of ``BASE_FIELDS``. Reward models that scored and teachers are skipped.
     """

@@ -87,7 +87,7 @@ def run_job(job: Job, scratch: Path) -> JobResult:
     scratch.mkdir(parents=True, exist_ok=True)
     job_file, result_file, log_file = (scratch / name for name in ("job.json", "done.json", "log.txt"))
     write_sealed(job_file, asdict(job))
-    # A result of an earlier attempt must not be mistaken for this one's.
+    # A result of an earlier attempt must not be mistaken for the result of this attempt.
     result_file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "align.export.verify", str(job_file), str(result_file)]
     with log_file.open("wb") as log:

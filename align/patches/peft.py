@@ -12,7 +12,7 @@ def replace_lora_linear(model: Any, replacement: type) -> None:
 
     Swaps ``__class__`` of each ``peft.tuners.lora.layer.Linear``, so names, saving and merging stay peft's. peft's
     ``LoraConfig._register_custom_module`` (https://github.com/huggingface/peft/pull/1875) is private as well and only
-    covers new adapters, not loaded ones. The patch was written for peft 0.21.
+    covers new adapters, not loaded adapters. The patch was written for peft 0.21.
 
     Args:
         model: A model with peft's layers.

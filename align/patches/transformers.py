@@ -61,8 +61,8 @@ def save_everything(model: Any, **options: Any) -> None:
 def attention_name(config: Any) -> str:
     """Return the name of the attention that a model with this config uses.
 
-    Reads ``_attn_implementation``, which ``set_attn_implementation`` sets; transformers has no public accessor. Written
-    for transformers 5.17.
+    Reads ``_attn_implementation``, which ``set_attn_implementation`` sets; transformers has no public accessor. The
+    patch was written for transformers 5.17.
     """
     private_name("transformers", "transformers:PreTrainedConfig._attn_implementation")
     return str(config._attn_implementation)

@@ -278,7 +278,7 @@ def _config_class(name: str, blocks: Blocks) -> type[Config] | None:
     while name in blocks and isinstance(blocks[name], Mapping) and name not in visited:
         visited.add(name)
         kind = str(blocks[name].get("stage", name))
-        # A stage that continues another one has its kind.
+        # A stage that continues another stage has that stage's kind.
         source = blocks[name].get(CONTINUE)
         if "stage" in blocks[name] or not isinstance(source, str):
             break

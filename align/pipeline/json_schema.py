@@ -47,7 +47,7 @@ def pipeline_schema() -> dict[str, Any]:
         "type": "object",
         "description": "The stages in order; a name that is a stage kind needs no `stage:`.",
     }
-    # A file on top of another one may leave out whatever the other has, in every block.
+    # A file that extends another file may omit whatever the other file has, in every block.
     schema["if"] = {"required": [EXTENDS]}
     schema["else"] = {"required": schema.pop("required"), "properties": {"stages": all_stages}}
     schema["properties"][EXTENDS] = {"type": "string", "description": "another pipeline file, which this one changes"}

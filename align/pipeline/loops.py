@@ -156,7 +156,7 @@ def _check_carry(loop: LoopConfig, outside: set[str], place: str) -> None:
 
 
 def _first_and_then(name: str, carried: str | CarryConfig) -> tuple[str, str]:
-    """Return the stages that a carried name means in the first round and, one round back, in later ones."""
+    """Return the stages that a carried name means in the first round and, one round back, in later rounds."""
     if isinstance(carried, str):
         return name, carried
     return carried.first, carried.then
@@ -213,7 +213,7 @@ def _write_out(loop_name: str, loop: LoopConfig, expanded: Expanded, seed: int) 
             """Return the stages that ``dpo-*`` means inside the block."""
             name = pattern.removesuffix(EVERY)
             if pattern.endswith(EVERY) and name in written:
-                # Inside the block a pattern means the rounds so far, since later ones do not exist yet.
+                # Inside the block a pattern means the rounds so far, since later rounds do not exist yet.
                 return list(written[name])
             return expanded.match_rounds(pattern)
 

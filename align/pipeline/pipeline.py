@@ -66,7 +66,7 @@ class Node:
 
     @property
     def input_names(self) -> list[str]:
-        """Names of all stages this one reads, in config order, without repeats."""
+        """Names of all stages that this stage reads, in config order, without repeats."""
         names_read: list[str] = []
         for value in self.inputs.values():
             names = [value] if isinstance(value, str) else value or []
@@ -242,7 +242,7 @@ class Pipeline:
             # The stage's own block comes before the block of its loop's stage.
             block_names = dict.fromkeys([name, self.expanded.without_round(name)])
             runtimes[name] = self.config.runtime.for_stage(*block_names, where=f"{self.where}: runtime.stages")
-            # A later stage needs this one's trainer state, whatever the file says about keeping it.
+            # A later stage needs this stage's trainer state, whatever the file says about keeping it.
             if name in continued:
                 runtimes[name] = runtimes[name].model_copy(update={"keep_state": True})
             blocks = self.config.runtime.stages
@@ -286,7 +286,7 @@ class Pipeline:
         # 1. The stages that it reads: are they there, above it, and of a kind that fits?
         inputs = {field_name: input_names(config, field_name) for field_name in input_fields(config_class)}
         self._check_inputs(name, config_class, inputs, kinds)
-        # 2. A stage that continues another may change only some of that one's fields.
+        # 2. A stage that continues another stage may change only some of that stage's fields.
         continued = inputs.get(CONTINUE)
         if isinstance(continued, str):
             source = self.nodes[continued]

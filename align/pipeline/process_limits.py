@@ -24,7 +24,7 @@ def usable_cores() -> int:
     """Return the number of cores that this process may use, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = min(_core_quotas(), default=float(cores))
-    # Rounded down: with a thread more than cores, the kernel stops all of them for a part of each period.
+    # Round down: with a thread more than cores, the kernel stops all of them for a part of each period.
     return max(1, min(cores, int(quota)))
 
 

@@ -133,7 +133,7 @@ def load_object(path: str) -> Any:
             raise  # the module is there; something that it imports is not
         if str(Path.cwd()) in sys.path:
             raise UserError(f"'{path}': there is no module '{error.name}' here or installed.") from None
-        # Appended, not put first: a file of the user's must not hide an installed module.
+        # Append the folder, because a file of the user's must not hide an installed module.
         sys.path.append(str(Path.cwd()))
         return load_object(path)
     if not hasattr(imported, name):

@@ -90,7 +90,7 @@ class RolloutSampler:
         ``started``: time (``perf_counter``) since which ``local`` was sampled or waited for.
         """
         sampled = time.perf_counter()
-        # Scored before gathering: each process scores its part, at the same time.
+        # Score before gathering, so each process scores its part at the same time.
         if local is not None:
             self.score(local)
         rollout = join_rollouts([part for part in all_gather(local) if part is not None])

@@ -49,7 +49,7 @@ class Validation:
         if self.args.should_save:
             write_validation(self.folder, rollout, update, min(FOLLOWED, self.args.config.completions))
         if self._is_best(means):
-            # Saved under its update: a killed run may still need the former best, which ``tidy`` deletes later.
+            # Save under the update: a killed run may still need the former best, which ``tidy`` deletes later.
             self._save(model, update)
             self.best = {"update": float(update), **means}
         return {f"eval_{name}": value for name, value in means.items()}

@@ -50,7 +50,7 @@ def run(context: StageContext) -> dict[str, Any]:
             f_alpha_divergence_coef=0.5 if config.f_alpha_divergence_coef is None else config.f_alpha_divergence_coef,
             discopop_tau=config.discopop_tau,
             use_weighting=config.use_weighting,
-            # Computed above and cached; without this, trl would hold a second model in memory.
+            # They are computed above and cached; without this, trl would hold a second model in memory.
             precompute_ref_log_probs=True,
         ),
         data_collator=prepared.collator,

@@ -40,7 +40,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     card, responses = evaluate(context, plan, open_for)
     if context.runtime.report_to:
-        # Imported only here, because it imports transformers' Trainer, which is slow and is not needed otherwise.
+        # Import it only here, because it imports transformers' Trainer, which is slow and is not needed otherwise.
         from align.training.tracking import scorecard_values, track_result
 
         track_result(context, scorecard_values(card), card["settings"])

@@ -141,7 +141,7 @@ class _Imports:
         places = [Path(place) for place in spec.submodule_search_locations or ()]
         if not places and spec.origin is not None:
             places = [Path(spec.origin)]
-        # Installed by pip: its version stands for its content. An editable install is elsewhere and is read.
+        # A package installed by pip: its version identifies its content. An editable install is elsewhere and is read.
         if top != self.root and any(INSTALLED & set(place.parts) for place in places):
             self.identities[f"installed {top}"] = _version(top)
             return None

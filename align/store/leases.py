@@ -52,7 +52,7 @@ class RunLeases:
                 # to do, and inside the gate no lease is half made.
                 self.drop({folder: Lock(folder, self.lease) for folder in self._folders()})
                 hold = Lock(folder, self.lease).acquire(lambda _: None, self.retry)
-                # Registered before the uses are written: an error there must not leave a lease that is kept alive.
+                # Register the end before writing the uses: an error there must not leave a lease that is kept alive.
                 lease.callback(_end, hold, folder)
                 self.retry.call(lambda: write_sealed(folder / USES, uses))
             yield
@@ -85,7 +85,7 @@ class RunLeases:
     def drop(self, ended: Mapping[Path, Lock]) -> None:
         """Delete the leases of runs that are still as dead as ``find_ended`` saw them. Call it inside the gate."""
         for folder, lock in ended.items():
-            # Watched outside the gate, so it may have come back since.
+            # The lease was watched outside the gate, so its run may have come back since.
             if not lock.is_held():
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -71,7 +71,7 @@ class _Claim:
             "beats": beats,
             "released": released,
         }
-        # Padded to one length: a rewrite in place must leave nothing of the old content behind its end.
+        # Pad to one length: a rewrite in place must not leave old content behind its end.
         return json.dumps(fields).encode("ascii").ljust(CLAIM_BYTES)
 
 

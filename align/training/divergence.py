@@ -62,7 +62,7 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
     """Append the joint log-probability of all other tokens: (N, K) -> (N, K + 1)."""
-    # Clamped, because rounding can make the sum of probabilities exceed 1.
+    # Clamp, because rounding can make the sum of probabilities exceed 1.
     rest = (1 - logprobs.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-7).log()
     return torch.cat([logprobs, rest], dim=-1)
 

@@ -314,7 +314,7 @@ def pack(checkpoint: Path, folder: Path) -> None:
     for file in sorted(checkpoint.iterdir()):
         if file.suffix in PICKLED:
             with safe_globals():
-                # Mapped, not read: AdamW's state is twice the model's size, and it is written page by page.
+                # Map the file: AdamW's state is twice the model's size, and it is written page by page.
                 content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             structure[file.name] = _encode(content, file.stem, tensors)
     save_file(tensors, folder / TENSORS, {"format": "pt"})

@@ -61,7 +61,7 @@ class Option:
     choices: tuple[Any, ...] = ()
 
     def accepts(self, value: Any) -> bool:
-        """Return whether ``value`` has a type that the annotation names; True if it names any type but plain ones."""
+        """Return whether ``value`` has a type that the annotation names; True if it names a type that is not plain."""
         # Only the outer type is checked: ``list[int]`` accepts any list.
         names = [part.strip().split("[")[0] for part in _split_union(self.annotation)]
         if any(name not in _PLAIN_TYPES for name in names):

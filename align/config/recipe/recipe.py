@@ -89,7 +89,7 @@ class Recipe(Config):
         labels(self.sources)
         for index, source in enumerate(self.sources):
             form: str = source.format
-            # Known only when the records are read; the build checks it then.
+            # An automatic format is known only when the records are read; the build checks it then.
             if form == "auto" and not (isinstance(source, RecordSource) and source.grouped is not None):
                 continue
             form = "scored" if form == "auto" else form

@@ -302,9 +302,9 @@ class SplitPart:
         return not any(bound.endswith("%") or bound.startswith("-") for bound in bounds)
 
     def bounds(self, rows: int | None = None) -> tuple[int, int | None]:
-        """Return the numbers of the first row and of the one after the last, from 0; ``rows`` is their number.
+        """Return the numbers of the first row and of the row after the last, from 0; ``rows`` is their number.
 
-        None as the second one stands for the end. A share of the rows is rounded to the nearest row, as in
+        None as the second number stands for the end. A share of the rows is rounded to the nearest row, as in
         ``datasets``.
         """
         first = _row(self.start, rows)

@@ -20,7 +20,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of fault. A stage counts the ``counted`` ones over all rows itself, and warns of them anyway."""
+    """A kind of fault. A stage counts the ``counted`` kinds over all rows itself, and warns of them anyway."""
 
     severity: Severity
     what: str

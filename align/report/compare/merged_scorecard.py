@@ -2,8 +2,8 @@
 
 A system that all runs share (the same checkpoint, used and measured alike) is in the merged scorecard once. Every other
 system is called ``run: system``. Differences between runs are computed from their items, paired by task, id and prompt,
-where both answered the same ones. Metrics with weighted items have no such differences, because items do not carry
-their weights.
+if both answered the same items. Metrics with weighted items have no such differences, because items do not carry their
+weights.
 """
 
 from __future__ import annotations

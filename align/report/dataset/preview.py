@@ -51,7 +51,7 @@ def write_preview(
     """Write the page about the build in ``folder`` to ``out`` (by default ``folder/preview.html``) and return its path.
 
     ``recipe`` is the recipe as plain values. With ``tokenizer`` samples are shown as a model's tokens, cut at
-    ``max_length`` tokens, with the trained ones in color.
+    ``max_length`` tokens, with the trained tokens in color.
     """
     ledger = read_ledger(folder)
     summary = summarize(folder)

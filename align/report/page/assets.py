@@ -106,7 +106,7 @@ def estimate_columns(names: Iterable[str]) -> dict[str, str]:
 
 
 def estimate_cells(name: str, estimate: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a row's cells under ``estimate_columns``; empty ones without an estimate."""
+    """Return a row's cells under ``estimate_columns``; the cells are empty without an estimate."""
     bounds = estimate or {}
     return {name: bounds.get("value"), f"{name} low": bounds.get("low"), f"{name} high": bounds.get("high")}
 

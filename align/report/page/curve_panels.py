@@ -2,7 +2,8 @@
 
 A panel has the metrics of a stage, or one metric of several runs. Its axes have a fixed place. That makes a panel cheap
 to draw, and the script can put a line over it. A curve with more logged steps than points is drawn as means, with the
-range of the averaged values behind them. Panels are not smoothed; the page's script enlarges one to zoom and smooth.
+range of the averaged values behind them. Panels are not smoothed; the page's script enlarges a panel to zoom and smooth
+it.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class CurveSections:
     readings: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, stage: str, curves: Sequence[Curve], left_out: Sequence[str], **more: Any) -> None:
-        """Add a stage's curves, the first ones open and the rest folded; a stage without curves has no section."""
+        """Add a stage's curves, the first open and the rest folded; a stage without curves has no section."""
         panels = []
         for curve in curves:
             figure = self.assets.add_figure(f"curve-{stage}-{curve.title}", curve.svg, f"{stage}: {curve.title}")

@@ -44,7 +44,8 @@ def number(value: Any, digits: int = 3) -> str:
     magnitude = abs(value)
     # Adding zero drops the sign of a negative zero.
     value += 0
-    # Tiny numbers in powers of ten, small ones with two digits, large ones without decimals, all others with three.
+    # Write tiny numbers in powers of ten, small numbers with two digits, large numbers without decimals, all others
+    # with three.
     if magnitude != 0 and magnitude < TINY:
         text = f"{value:.1e}"
     elif magnitude != 0 and magnitude < 1e-3:

@@ -23,7 +23,7 @@ Columns = Mapping[tuple[str, str], Items]
 
 @dataclass(frozen=True)
 class Best:
-    """The system with the best primary value, and the paired difference of every other one to it, by system."""
+    """The system with the best primary value, and the paired difference of every other system to it, by system."""
 
     name: str | None
     differences: Mapping[str, Mapping[str, Any]]
@@ -75,7 +75,7 @@ def find_best(card: Card, columns: Columns, names: Sequence[str]) -> Best:
             continue
         row = _tested_difference(card, name, best)
         if row is None:
-            # Paired over the items that both answered, as in the scorecard itself.
+            # Pair the items that both answered, as in the scorecard itself.
             row = paired_difference(columns, (name, best, primary), card)
             if row is None:
                 # The best of only some systems is not the best, so without items no system is compared.

@@ -184,7 +184,7 @@ class _Budget:
 
 @dataclass(frozen=True)
 class _ViewedMessage:
-    """A message of the conversation; ``turn`` counts the policy's own ones from 1 and is 0 for all others."""
+    """A message of the conversation; ``turn`` counts the policy's messages from 1 and is 0 for all others."""
 
     role: str
     text: str

@@ -275,7 +275,7 @@ def _with_columns(items: Sequence[Sample], names: Sequence[str], stage: str) -> 
 
 def _episode_answer(line: Sample) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Return an episode as an answer, and its prompt; its scores are all that begin with ``score_``."""
-    # ``turns`` of an episode is their number, and the text of the last one is part of the conversation.
+    # ``turns`` of an episode is their number, and the text of the last turn is part of the conversation.
     answer = _answer({name: value for name, value in line.items() if name != "turns"})
     episode = episode_view(line)
     prompt = episode.pop("prompt") or _turns(line["prompt"])

@@ -120,7 +120,7 @@ def _verdict(name: str, best: Best) -> str:
 
 
 def _sentence(card: Card, best: Best, names: Sequence[str]) -> str:
-    """Return which system was best, and which ones are not clearly below it."""
+    """Return which system was best, and which systems are not clearly below it."""
     if best.name is None:
         return "The primary metric has no better side, so none is called best."
     title = str(card["metrics"][card["primary"]]["title"])

@@ -70,7 +70,7 @@ class GroupObjective(Objective):
         advantages = self.compare(totals, groups)[:, None] * mask
         tensors |= {"kl": kl, "rewards": totals, "raw_advantages": advantages, "advantages": advantages}
         tensors["learn_mask"] = mask_to_learn(rollout, self.config.truncated)
-        # Logged for the prompts as they came, before any resampling.
+        # Log this for the prompts as they came, before any resampling.
         flat = _is_flat(rollout.candidates or rollout)
         self.averages.add("zero_variance", flat.sum(), len(flat))
 
@@ -146,7 +146,7 @@ def resample(rollout: Rollout, sampler: RolloutSampler, rounds: int) -> Rollout:
         # Rounds are numbered by update, so a resumed run draws the same prompts and seeds again.
         extra = _sample_more(sampler, rollout, rounds * rollout.update + number, len(flat))
         resampled.append(extra)
-        # As many flat groups go as varying ones came, so the number of prompts stays the same.
+        # As many flat groups go as varying groups came, so the number of prompts stays the same.
         varying = set(_groups(extra, varying=True))
         replaced = set(flat[: len(varying)])
         if replaced:

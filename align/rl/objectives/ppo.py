@@ -61,7 +61,7 @@ class PPOObjective(Objective):
             turn_discount=config.turn_discount,
         )
         tensors |= {"rewards": rewards, "raw_advantages": advantages, "returns": returns}
-        # Whitened over the tokens that are learned from; metrics log the raw advantages.
+        # Whiten over the tokens that are learned from; metrics log the raw advantages.
         tensors["learn_mask"] = mask_to_learn(rollout, config.truncated)
         if config.whiten_advantages:
             advantages = whiten(advantages, tensors["learn_mask"], shift_mean=True)
