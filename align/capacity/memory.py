@@ -112,7 +112,7 @@ class Memory:
         asleep = lasting | remaining
         learning = {"activations": tokens * (self.activations or 0), "copies": self.copies, "logits": self.logits}
         if self.accumulated:
-            # a single micro-batch frees its activations while its gradients appear, so only an earlier one's count
+            # a single micro-batch frees its activations while its gradients appear, so only earlier gradients count
             learning["gradients"] = self.gradients
         phases = {
             "sampling": lasting | engine,

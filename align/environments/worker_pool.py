@@ -314,7 +314,7 @@ class EnvironmentPool:
         """Separate an episode from the thread that is stuck in its call."""
         call.is_over = True
         self.timeouts += 1
-        # The thread ends by itself when its call returns (_run). Another one may run in its place.
+        # The thread ends by itself when its call returns (_run). Another thread may run in its place.
         self.abandoned += 1
         self._busy -= 1
         return self._instances.pop(call.episode, None)

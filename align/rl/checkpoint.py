@@ -1,6 +1,6 @@
 """Checkpoints of ``RLTrainer``, and the checkpoint that a killed run resumes from.
 
-``model.safetensors`` has every trained tensor of policy and critic in float32; frozen ones come from the models that
+``model.safetensors`` has every trained tensor of policy and critic in float32; frozen tensors come from the models that
 the run starts from. ``ppo_state.json`` has the KL controller, the totals, and the arguments that decide the order of
 the data. The Trainer adds optimizer, scheduler, random states and ``trainer_state.json``. ``best.safetensors`` has the
 weights of the best policy if ``keep`` asks for it. A checkpoint is written under another name, marked with the digests
@@ -42,7 +42,7 @@ DRAFT = ".draft"
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Write every trained parameter; tied ones once."""
+    """Write every trained parameter; tied parameters once."""
     trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     save_file(trained, folder / WEIGHTS, metadata={"format": "pt"})
 

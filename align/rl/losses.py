@@ -225,5 +225,5 @@ def pair_loss(
 
 
 def _margins(values: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
-    """Return the better response's value minus the worse one's, (B / 2,), of (B,) values."""
+    """Return the better response's value minus the worse response's, (B / 2,), of (B,) values."""
     return (sides.squeeze(1) * values).view(-1, 2).sum(dim=1)

@@ -120,7 +120,7 @@ def _copy(model: Any, tuning: TuningBase) -> Any:
 class PolicyAndReference(nn.Module):
     """``policy`` (a causal model, maybe with LoRA) and the frozen ``reference``.
 
-    A LoRA policy with its adapter off is the reference; a fully tuned one has a frozen copy. Dropout is always off:
+    A LoRA policy with its adapter off is the reference; a fully tuned policy has a frozen copy. Dropout is always off:
     otherwise the ratio would not be 1 at the first step, and the KL would be noise.
     """
 

@@ -31,7 +31,7 @@ Text = tuple[list[int], list[int]]
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Return a seed below 2**31 from any parts; equal parts give equal seeds, similar ones unrelated seeds."""
+    """Return a seed below 2**31 from any parts; equal parts give equal seeds, similar parts unrelated seeds."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 

@@ -140,7 +140,7 @@ class RunningScale:
 
     def add(self, scores: torch.Tensor) -> None:
         """Add a batch of scores (B,)."""
-        # Merge the batch's mean and squares into the running ones; the shift between the means adds to the squares.
+        # Merge the batch's mean and squares into the running values; the shift between the means adds to the squares.
         values = scores.double()
         batch_mean = float(values.sum()) / len(values)
         batch_squares = float(((values - batch_mean) ** 2).sum())

@@ -69,7 +69,7 @@ class Rollout:
 
     @property
     def sampled(self) -> list[Rollout]:
-        """All rollouts that were sampled for this one."""
+        """All rollouts that were sampled for this rollout."""
         return [self.candidates or self, *self.resampled]
 
     def pack(self, indices: list[int], pad_id: int, form: Form, texts: Sequence[Text] = ()) -> Batch:
@@ -113,11 +113,11 @@ class Rollout:
     def select(self, indices: list[int], names: tuple[str, ...]) -> Batch:
         """Return rows of the named tensors, cut to the longest of these responses: (b, t), ``values`` (b, t+1)."""
         width = max(len(self.responses[i]) for i in indices)
-        # Values have one more place than tokens: the state before each token, and the one after the last.
+        # Values have one more place than tokens: the state before each token, and the state after the last.
         return {name: self.tensors[name][indices][:, : width + (name == "values")] for name in names}
 
     def subset(self, indices: Sequence[int]) -> Rollout:
-        """Return a rollout of some of the responses, cut to the longest of them, with this one as ``candidates``."""
+        """Return a rollout of some responses, cut to the longest of them, with this rollout as ``candidates``."""
         width = max(len(self.responses[i]) for i in indices)
         rows = torch.tensor(list(indices))
         full_width = self.tensors["response_mask"].shape[1]

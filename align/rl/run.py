@@ -181,7 +181,7 @@ def keep_rollout_state(context: StageContext, trainer: Any) -> int:
     steps = int(trainer.state.global_step)
 
     def passed(start: int) -> list[int]:
-        # After twice as many draws as there are prompts, all were drawn: first the new ones, then an epoch over all.
+        # After twice as many draws as there are prompts, all were drawn: first new prompts, then an epoch over all.
         numbers = range(start, min(_prompts_done(trainer, steps), start + len(prompts) * 2))
         numbers_of_rows: list[int] = prompts.next(numbers, args.seed)
         return numbers_of_rows

@@ -274,7 +274,7 @@ class ForkServer:
         return is_alike and all(name.startswith(self.passed_on) for name in self._differences(environment))
 
     def _differences(self, environment: Mapping[str, str]) -> dict[str, str | None]:
-        """Return the variables that the server has otherwise, with their values; None for one to be removed."""
+        """Return the variables that the server has otherwise, with their values; None for a variable to be removed."""
         names = {*environment, *self.environment}
         return {name: environment.get(name) for name in names if environment.get(name) != self.environment.get(name)}
 

@@ -40,7 +40,7 @@ WIDE = 100
 
 
 class Listener:
-    """Receives what happens during a run; the console is one. This one is silent."""
+    """Receives what happens during a run, as the console does. This listener is silent."""
 
     def stage_cached(self, node: Node, artifact: Artifact) -> None:
         """A finished stage was found."""
@@ -61,7 +61,7 @@ class Listener:
         """The stage was asked to stop, or is ended now; ``how`` says it in words."""
 
     def stage_queued(self, node: Node, how: str) -> None:
-        """The stage has its place in a cluster's queue, or another one than before; ``how`` says it in words."""
+        """The stage has its place in a cluster's queue, or another place than before; ``how`` says it in words."""
 
     def waiting(self, node: Node, holder: str) -> None:
         """Another run holds the stage's lock."""
@@ -99,7 +99,7 @@ class RunningStage:
         seconds_left = self.pace.seconds_left()
         tokens = self.pace.tokens_per_second()
         units = self.pace.units_per_second()
-        # Parts of a stage have different durations, so the first ones do not tell about the others.
+        # Parts of a stage have different durations, so the first parts do not tell about the others.
         if seconds_left is not None and unit != PARTS:
             parts.append(f"{duration(seconds_left)} left")
         if tokens is not None:

@@ -168,7 +168,7 @@ def _why(
 
 
 def _failed(message: str, ranks: Path, about: Sequence[int]) -> dict[str, Any]:
-    """With the end of the log of the rank that it is about; the first one's is the stage's own."""
+    """Return a failure, with the end of the log of each rank in ``about``; rank 0's log is the stage's own log."""
     for number in about:
         with contextlib.suppress(OSError):
             lines = (ranks / f"{number}.log").read_text(encoding="utf-8", errors="replace").splitlines()

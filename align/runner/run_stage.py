@@ -1,6 +1,6 @@
 """Run one stage: its locks, its process and what that reads, and its artifact. Never imports torch.
 
-The steps, each inside the one before:
+The steps, each inside the step before:
 
 1. the lock in the store's remote, if there is one: no other machine that shares the remote runs the stage;
 2. the lock in the store: no other run that shares the folder does;

@@ -130,7 +130,7 @@ def run_pipeline(
     try:
         with (
             requests as stop,
-            # While stages run, ``gc`` on any machine keeps this run's artifacts, future ones included.
+            # While stages run, ``gc`` on any machine keeps this run's artifacts, future artifacts included.
             ready.store.use(pipeline.name, pipeline.references, pipeline.plain),
             _forked_stages(pipeline, ready.wanted),
         ):

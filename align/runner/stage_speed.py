@@ -137,7 +137,7 @@ class Usage:
     @classmethod
     def now(cls) -> Usage:
         """Read the counters."""
-        psutil.cpu_percent()  # the next call tells about the time since this one
+        psutil.cpu_percent()  # the next call tells about the time since this call
         times = os.times()
         swapped_in = 0
         with contextlib.suppress(OSError, RuntimeError):  # a container may hide the counters

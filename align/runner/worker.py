@@ -48,8 +48,8 @@ LAUNCHER = "align.runner.ranks"
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONFAULTHANDLER": "1",
-    # glibc gives large blocks back to the kernel at once, and a training step asks for the same ones over and over: in
-    # pages of 2 MiB rather than 4 KiB that costs little (PPO's learning on SmolLM2-135M: 7.8 s without, 6.8 s with).
+    # glibc gives large blocks back to the kernel at once, and a training step asks for the same blocks again and again:
+    # in pages of 2 MiB rather than 4 KiB that costs little (PPO's learning on SmolLM2-135M: 7.8 s without, 6.8 s with).
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 """Variables of a stage's process, unless the user's environment sets them; read when a process starts."""
@@ -141,7 +141,7 @@ def end_without_teardown() -> None:
 
 def _end_at_once() -> None:
     if _exit_codes:
-        logging.shutdown()  # registered before this one, when logging was imported
+        logging.shutdown()  # it was registered before this function, when logging was imported
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(_exit_codes[-1])

@@ -75,7 +75,7 @@ def _check_labels(context: StageContext, labels: list[bool]) -> int:
             "other kind the policy only learns to move away from the reference."
         )
         return desirable
-    # The paper advises equal total weight of both kinds, up to a third more for desirable ones.
+    # The paper advises equal total weight of both kinds, up to a third more for desirable answers.
     ratio = config.desirable_weight * desirable / (config.undesirable_weight * undesirable)
     if not 0.99 <= ratio <= 1.34:
         context.warn(

@@ -1,4 +1,4 @@
-"""Stage ``merge``: check the checkpoints, merge them tensor by tensor into the first one's architecture, and save."""
+"""Stage ``merge``: check the checkpoints, merge them tensor by tensor into the first's architecture, and save."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class Reference:
         self.cache: ReferenceCache = ReferenceCache(context.checkpoints, shared, identity, context.warn)
 
     def sums(self, split: str, answers: Sequence[Answer]) -> Sums:
-        """Return the log-probabilities of a split's answers (nats), cached ones from the cache."""
+        """Return the log-probabilities of a split's answers (nats), from the cache if they are there."""
         return self.cache.sums(split, answers, self._compute)
 
     def facts(self) -> dict[str, int]:

@@ -162,7 +162,7 @@ class Range:
     def points(self) -> list[float | int | str] | None:
         """Return every value, or None for a continuous range."""
         step = self.step or (1 if self.is_integer and not self.log else None)
-        # A continuous range, or a logarithmic one without steps.
+        # A continuous range, or a logarithmic range without steps.
         if step is None:
             return None
         # In floats 0.3 / 0.1 is a little below 3; without the small number the last step would be lost.

@@ -75,7 +75,7 @@ class Trial:
 
 
 class TrialLost(Exception):
-    """Another worker took the trial over while this one was silent, and records its outcome."""
+    """Another worker took the trial over while this worker was silent, and records its outcome."""
 
 
 class Study:
@@ -175,7 +175,7 @@ class Study:
             if frozen.state == TrialState.WAITING and RETRY in frozen.user_attrs:
                 self._storage.set_trial_state_values(trial_id(frozen), TrialState.RUNNING)
                 hold = self._acquire(frozen.number)
-                # Trials are chosen under the study's lock, so no other worker can have seen this one yet.
+                # Trials are chosen under the study's lock, so no other worker can have seen this trial yet.
                 assert hold is not None
                 return self._complete_draw(frozen, hold, resumed=False)
         return None
@@ -193,18 +193,18 @@ class Study:
         begun = [trial for trial in trials if trial.state != TrialState.WAITING]
         if sum(RETRY not in trial.user_attrs for trial in begun) >= self.limit:
             return None
-        # The number that a new trial gets. A queued one has its values already, so its seed does not matter.
+        # The number that a new trial gets. A queued trial has its values already, so its seed does not matter.
         self._study.sampler = make_sampler(self.config, len(trials))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a sampler is experimental
             handle = self._study.ask({dimension.name: make_distribution(dimension) for dimension in self.space})
         hold = self._acquire(handle.number)
-        # Trials are chosen under the study's lock, so no other worker can have seen this one yet.
+        # Trials are chosen under the study's lock, so no other worker can have seen this trial yet.
         assert hold is not None
         return Trial(handle.number, dict(handle.params), False, hold, handle)
 
     def retry(self) -> int:
-        """Queue failed trials, each once, before the new ones; returns their number."""
+        """Queue failed trials, each once, before the new trials; returns their number."""
         with _study_lock(self.store, self.folder):
             trials = self._study.get_trials(deepcopy=False)
             retried = {trial.user_attrs.get(RETRY) for trial in trials}
@@ -281,7 +281,7 @@ class Study:
         """Return the numbers of the trials that no other beats: the best with its ties, or a front of several aims."""
         if not any(trial.state == "done" for trial in self.trials()):
             return []
-        # Optuna has one best trial for one objective, the first of equal ones, and a Pareto front for several.
+        # Optuna has one best trial for one objective, the first of equal trials, and a Pareto front for several.
         if len(self.objectives) == 1:
             top = [self._study.best_trial.value]
             return [trial.number for trial in self.trials() if trial.values == top]

@@ -96,7 +96,7 @@ class _TrialListener:
         self.inner.stage_failed(node, message, log)
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the inner listener does with an event that this one does not look at."""
+        """Return what the inner listener does with an event that this listener does not look at."""
         return getattr(self.inner, name)
 
     def _record_point(self, node: Node, event: dict[str, Any]) -> bool:

@@ -77,7 +77,8 @@ def last_complete(
     """
     warnings = []
     newest = None
-    # From the newest to the oldest: the first intact one is the result, damaged ones before it are set aside.
+    # From the newest to the oldest: the first intact checkpoint is the result, and damaged checkpoints before it are
+    # set aside.
     for folder in sorted(_list_checkpoints(checkpoints), key=_step, reverse=True):
         if not (folder / MARKER).is_file():
             if unmarked == "leave":

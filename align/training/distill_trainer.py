@@ -100,7 +100,7 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
         with self.accelerator.autocast():
             hidden = answer_states(model, student, inputs)
             total = self.divergence(student, hidden, inputs)
-            # Only answers of the data are imitated. Sampled ones (row -1) are the student's own.
+            # Only answers of the data are imitated. Sampled answers (row -1) are the student's own.
             if self.sft_weight and int(inputs["row"][0]) >= 0:
                 shifted = inputs["labels"][:, 1:]
                 targets, head = shifted[shifted != MASKED], trunk_and_head(student)[1]

@@ -26,7 +26,7 @@ def micro_batches_of_rank(
 ) -> list[MicroBatch]:
     """Return the micro-batches of process ``rank`` for an epoch whose rows come in ``order``.
 
-    One process would make steps of ``batch`` rows from micro-batches of ``micro_batch`` rows (the last ones shorter),
+    One process would make steps of ``batch`` rows from micro-batches of ``micro_batch`` rows (the last are shorter),
     with the mean of the micro-batches' means as its loss. Here each micro-batch is cut into parts of ``part`` rows,
     which divides ``micro_batch``. Every process gets equally many.
     """

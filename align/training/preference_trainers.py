@@ -31,7 +31,7 @@ MASKS = ("chosen_mask", "rejected_mask", "completion_mask", "KL_completion_mask"
 
 @dataclass
 class PairCollator(DataCollatorForPreference):  # type: ignore[misc]
-    """Collates pairs, chosen answers above rejected ones: (2 B, T)."""
+    """Collates pairs, chosen answers above rejected answers: (2 B, T)."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return trl's batch, with a ``completion_mask`` that has the gaps of the answers."""
@@ -45,7 +45,7 @@ class PairCollator(DataCollatorForPreference):  # type: ignore[misc]
 
 @dataclass
 class UnpairedCollator(DataCollatorForUnpairedPreference):  # type: ignore[misc]
-    """Collates single answers, and the mismatched ones of KTO's reference point."""
+    """Collates single answers, and the mismatched answers of KTO's reference point."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return trl's batch, with masks that have the gaps of the answers."""

@@ -99,7 +99,7 @@ class ReferenceCache:
         else:
             result = Sums(columns["total"].tolist(), columns["tail"].tolist())
             self.hits += len(answers)
-        # Write the sums to each place that had none or damaged ones.
+        # Write the sums to each place that had no sums or damaged sums.
         for path, entry in zip(paths, cached, strict=False):  # ``cached`` is empty in all but the first process
             if entry is None:
                 write_tensors(

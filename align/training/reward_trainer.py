@@ -28,7 +28,7 @@ class _SmoothedPairs(RewardTrainer):  # type: ignore[misc]
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.label_smoothing:
-            # trl stacks the chosen sides above the rejected ones.
+            # trl stacks the chosen sides above the rejected sides.
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
             gap = chosen - rejected - inputs.get("margin", 0.0)
             # (1 - e) -log s(x) + e -log s(-x) = -log s(x) + e x
@@ -75,8 +75,8 @@ def number_loss(scores: torch.Tensor, targets: torch.Tensor, loss: ScoreLoss, sm
 def scores_at(model: Any, inputs: Any) -> tuple[torch.Tensor, Any]:
     """Return the scores (P,) at ``places`` (P, 2) of (row, token), by one forward pass, and the model's output.
 
-    transformers' classifiers apply the head at every token and return the last one's score, so a hook reads the head's
-    output.
+    transformers' classifiers apply the head at every token and return the last token's score, so a hook reads the
+    head's output.
     """
     head_outputs: list[torch.Tensor] = []
     handle = score_head(model).register_forward_hook(lambda module, inputs_, output: head_outputs.append(output))
@@ -141,8 +141,8 @@ def numbers(trainer: Any, encoded: Encoded) -> dict[str, float]:
 def steps(trainer: Any, encoded: Encoded) -> dict[str, float]:
     """Return a process reward model's scores.
 
-    ``loss``; ``step_accuracy`` at even odds; ``accuracy``, right steps above wrong ones over disjoint pairs;
-    ``answer_accuracy_<aggregate>``, answers without a wrong step above those with one.
+    ``loss``; ``step_accuracy`` at even odds; ``accuracy``, right steps above wrong steps over disjoint pairs;
+    ``answer_accuracy_<aggregate>``, answers without a wrong step above answers with a wrong step.
     """
     rows = predictions(trainer, encoded)
     scores = [score for row in rows for score in row]

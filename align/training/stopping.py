@@ -98,7 +98,7 @@ class BestSoFar(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stopped_at:
             # No checkpoint of this step: resuming from it, transformers would run one more step before it stops. A run
-            # that resumes from the one before stops here again.
+            # that resumes from the checkpoint before stops here again.
             control.should_training_stop, control.should_save = True, False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

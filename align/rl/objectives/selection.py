@@ -48,7 +48,7 @@ class BestOfNObjective(Objective):
                 # Equal responses to a prompt are learned from only once.
                 good[i] &= tuple(rollout.responses[i]) not in earlier
                 earlier.add(tuple(rollout.responses[i]))
-            # Good ones first, by score; ``best`` of them from every group keep the batch size fixed.
+            # Good responses first, by score; ``best`` of them from every group keep the batch size fixed.
             order = sorted(members, key=lambda i: (bool(good[i]), float(scores[i])), reverse=True)
             selected += order[: self.config.best]
         best = rollout.subset(selected)
