@@ -250,7 +250,7 @@ def _unlike(config: Any, models: list[tuple[str, Artifact]]) -> list[Fault]:
     ]
     if len(combined) < 2:
         return []
-    # Compare all models with the first one.
+    # Compare all models with the first model.
     (first_field, first), rest = combined[0], combined[1:]
     faults = []
     for field, artifact in rest:

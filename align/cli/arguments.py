@@ -177,7 +177,7 @@ def refuse_pipeline(name: str) -> None:
 
 def find_artifact(name: str, store: str | None) -> Artifact:
     """Return the finished artifact that ``name`` names: the beginning of a key, or PIPELINE:STAGE."""
-    # Keys have no colon; the last one separates a pipeline file from its stage.
+    # Keys have no colon; the last colon separates a pipeline file from its stage.
     if ":" not in name:
         refuse_pipeline(name)
         return open_store(None, store).resolve(name)

@@ -119,7 +119,7 @@ def jobs(numbers: Collection[int], all_users: bool = False) -> dict[int, Job]:
         if number.isdigit() and int(number) in requested:
             job = Job(int(number), state, "" if reason == "None" else reason, nodes)
             other = queued.get(job.number)
-            # Tasks of an array share the number: a running one counts before a waiting one, that before an ended one.
+            # Tasks of an array share the number. Running tasks count first, then waiting tasks, then ended tasks.
             if other is None or (job.is_live and (other.waits or not other.is_live)):
                 queued[job.number] = job
     # Slurm forgets ended jobs after some minutes (MinJobAge); accounting, if there is any, does not.

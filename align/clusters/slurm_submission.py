@@ -81,7 +81,7 @@ class Submission(BaseModel):
             sweep=sweep,
             references=pipeline.references,
         )
-        # Before any job is submitted: the first one may start, and read this file, at once.
+        # Before any job is submitted: the first job may start, and read this file, at once.
         submission.write()
         return submission
 

@@ -101,7 +101,7 @@ class StageInput:
 def stage_input(*kinds: Kind) -> Any:
     """Return the type of a config field that names an earlier stage, which makes an artifact of ``kinds``.
 
-    ``policy: stage_input(Kind.POLICY)``; use ``list[stage_input(...)]`` for several, ``| None`` for an optional one.
+    ``policy: stage_input(Kind.POLICY)``; use ``list[stage_input(...)]`` for several, ``| None`` for an optional input.
     """
     return Annotated[str, StageInput(kinds)]
 

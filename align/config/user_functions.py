@@ -156,7 +156,7 @@ class Parameters:
     """True with ``**options``."""
 
     def check(self, arguments: Collection[str], function: str, place: str, field: str = "function") -> None:
-        """Raise ``UserError``, which begins with ``place``, for an unknown argument and for a missing one.
+        """Raise ``UserError``, which begins with ``place``, for an unknown argument and for a missing argument.
 
         ``field`` is the YAML's field that names the function, or the class.
         """

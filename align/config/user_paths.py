@@ -31,7 +31,7 @@ def cache_folder() -> Path:
 
 
 def user_path(text: str, base: Path | None = None) -> Path:
-    """Return the path that ``text`` names, ``~`` and ``~user`` replaced; a relative one starts at ``base``.
+    """Return the path that ``text`` names, ``~`` and ``~user`` replaced; a relative path starts at ``base``.
 
     Raises ``UserError`` for text that no file system accepts, and for a user that this machine does not know.
     """
@@ -53,7 +53,7 @@ def user_path(text: str, base: Path | None = None) -> Path:
 
 
 def matching_paths(pattern: str, base: Path) -> list[Path]:
-    """Return the files and folders that a path or glob names, sorted; a relative one starts at ``base``.
+    """Return the files and folders that a path or glob names, sorted; a relative path starts at ``base``.
 
     A bracket in ``base``, or in a path that exists as it is written, is a sign like others.
     """

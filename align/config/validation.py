@@ -62,7 +62,7 @@ def validate(config_class: type[Model], mapping: Any, where: str) -> Model:
     try:
         return validate_plain(config_class, mapping)
     except ValidationError as error:
-        # an unknown key explains a missing one, so it comes first
+        # an unknown key explains a missing key, so it comes first
         details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")
         # pydantic reports a mistake once for every member of a union; only the most specific report helps.
         mistakes = [(detail, _locate(config_class, detail)) for detail in details]

@@ -102,7 +102,7 @@ class Environment:
         return None
 
     def restore(self, row: Row, actions: Sequence[Action], state: Any = None) -> int:
-        """Bring a new instance to the point that an earlier one had reached.
+        """Bring a new instance to the point that an earlier instance had reached.
 
         Args:
             row: The row of the episode.

@@ -126,7 +126,7 @@ class Episode:
         return self.turns[-1].text if self.turns else ""
 
     def _pairs(self) -> list[tuple[PolicyTurn, list[int]]]:
-        # The last turn has no observation, so it is paired with an empty one.
+        # The last turn has no observation, so it is paired with an empty observation.
         observations = [*self.observations, *([[]] * (len(self.turns) - len(self.observations)))]
         return list(zip(self.turns, observations, strict=True))
 

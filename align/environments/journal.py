@@ -296,7 +296,7 @@ class JournaledEnvironment:
         """Yield each call of the pool, to continue when it is done, and return the request's entry."""
         method = request.position.kind
         if method != "reset" and not self._pool.is_open(self._episode):
-            # After a resume or a timeout there is no instance. A new one repeats the actions in the journal.
+            # After a resume or a timeout there is no instance. A new instance repeats the actions in the journal.
             restored = self._pool.submit(self._episode, "restore", self._row, *self._history())
             yield restored
             failure = restored.exception()

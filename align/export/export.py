@@ -198,7 +198,7 @@ def _set_special_tokens(config: Any, tokenizer: Any) -> None:
 
 
 def stored_type(folder: Path) -> str:
-    """Return the type of a model folder's weights; float32 if its config has none or a rare one."""
+    """Return the type of a model folder's weights; float32 if its config has no type or a rare type."""
     config = read_json(folder / "config.json")
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     return dtype if dtype in ("float32", "bfloat16", "float16") else "float32"

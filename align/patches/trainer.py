@@ -15,7 +15,7 @@ TRAINER = {
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],  # load full weights into a sharded model
     "_load_optimizer_and_scheduler": ["checkpoint"],  # load a full state into shards
     "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],  # DeepSpeed's full states
-    "_run_epoch": [  # make no step after resuming from the last one
+    "_run_epoch": [  # make no step after resuming from the last step
         "model",
         "epoch",
         "train_dataloader",

@@ -1,6 +1,6 @@
 """YAML → checked, ordered stages with their keys.
 
-``Pipeline`` is immutable: ``set`` returns a new one. Loading checks everything that can be checked without
+``Pipeline`` is immutable: ``set`` returns a copy. Loading checks everything that can be checked without
 running: names, types, ranges, order, artifact kinds, files. Never imports torch.
 """
 
@@ -378,7 +378,7 @@ class Pipeline:
         self, stage: Stage, config: Config, seed: int, inputs: Mapping[str, Any], identities: dict[str, str]
     ) -> dict[str, Any]:
         """Return the parts of the key. A single input's name is dropped; in a list names are labels, so they stay."""
-        # Fields with an identity count by content: a renamed file leaves the key as it is, an edited one changes it.
+        # Fields with an identity count by content: a renamed file leaves the key as it is, an edited file changes it.
         settings = settings_for_key(config, config.model_dump(mode="python", exclude=config.fields_outside_key()))
         keys: dict[str, Any] = {}
         for field_name, value in inputs.items():

@@ -100,7 +100,7 @@ def group_sums(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor
 def fill_failed(values: torch.Tensor, failed: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """Return values (B,) that replace failed responses by the mean of their group's others, or 0 without others.
 
-    Compared with its group, such a response moves the mean of no other. ``values``, ``failed`` and ``groups`` are (B,).
+    Such a response does not move its group's mean for the others. ``values``, ``failed`` and ``groups`` are (B,).
     """
     # Failed responses count as 0 in the sums, even if their score is missing (NaN).
     sums, _ = group_sums(torch.where(failed, torch.zeros_like(values), values), groups)

@@ -74,7 +74,7 @@ def alarms(history: Sequence[Entry]) -> list[Alarm]:
 
 
 def new_alarms(history: Sequence[Entry]) -> list[Alarm]:
-    """Return the alarms that hold at the last of ``history`` and did not at the one before."""
+    """Return the alarms that hold at the last entry of ``history`` and did not at the entry before."""
     # Each failure is reported when it begins, not in every update in which it holds.
     earlier = {alarm.name for alarm in alarms(history[:-1])}
     return [alarm for alarm in alarms(history) if alarm.name not in earlier]

@@ -71,7 +71,7 @@ def load_state(folder: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} has no {STATE}: it is not a checkpoint of PPO. Use another, or start over.")
     state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    # Another value would give the next update other prompts or another order, and the run would be a different one.
+    # Another value would give the next update other prompts or another order, and the run would be a different run.
     for name, value in state["fingerprint"].items():
         if fingerprint.get(name) != value:
             raise UserError(
@@ -163,7 +163,7 @@ def save_checkpoint(trainer: Any) -> None:
             if trainer.validation is not None and trainer.validation.weights is not None:
                 # A link: the checkpoint keeps these weights when tidy deletes the folder of a former best policy.
                 link(trainer.validation.weights, folder / BEST)
-    # Each process writes its own random state into the folder that the first one made.
+    # Each process writes its own random state into the folder that the first process made.
     trainer.accelerator.wait_for_everyone()
     sharded.save_optimizer(trainer, folder)
     save_random_state(folder)

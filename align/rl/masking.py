@@ -27,7 +27,7 @@ def last_index(mask: torch.Tensor) -> torch.Tensor:
 
 
 def value_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Return which states have a value, (B, T+1), of a mask (B, T): those before real tokens, and the last one."""
+    """Return which states have a value, (B, T+1), of a mask (B, T): before each real token, and after the last."""
     states = torch.cat([mask, mask.new_zeros(len(mask), 1)], dim=1)
     return states.scatter(1, last_index(mask)[:, None] + 1, True)
 

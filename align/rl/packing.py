@@ -48,7 +48,7 @@ def pack(
     positions = torch.zeros(len(responses), width + 1, dtype=torch.long)
     targets = torch.zeros(len(responses), width, dtype=torch.long)
     for i, response in enumerate(responses):
-        # The state at a position predicts the next token: the prompt's last one predicts the first of the response.
+        # The state at a position predicts the next token: the prompt's end predicts the response's first token.
         positions[i, 0] = prompt_ends[i]
         positions[i, 1 : len(response) + 1] = starts[i] + torch.arange(len(response))
         targets[i, : len(response)] = torch.tensor(response)

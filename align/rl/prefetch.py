@@ -154,7 +154,7 @@ class RolloutPrefetcher:
         return self._thread.submit(run_with_weights)
 
     def close(self) -> None:
-        """Drop jobs that have not begun. A running one ends by itself, or with its engine."""
+        """Drop jobs that have not begun. A running job ends by itself, or with its engine."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
         self._thread = self._last_job = None

@@ -123,7 +123,7 @@ class Rollout:
         full_width = self.tensors["response_mask"].shape[1]
 
         def select_rows(tensor: torch.Tensor) -> torch.Tensor:
-            """Return the rows of a tensor (B,), (B, 1) or (B, T), the last one cut to ``width``."""
+            """Return the rows of a tensor (B,), (B, 1) or (B, T), the last cut to ``width``."""
             selected = tensor[rows]
             is_per_token = selected.dim() == 2 and selected.shape[1] == full_width
             return selected[:, :width] if is_per_token else selected

@@ -102,7 +102,7 @@ def serve(control: socket.socket) -> str | None:
                     selector.unregister(key.fd)
                     _report_end(key.fd, statuses.pop(key.fd), key.data)
                     continue
-                # 2. A message is one process to fork. An empty one says that the runner has closed its end.
+                # 2. A message is one process to fork. An empty message says that the runner has closed its end.
                 message, descriptors, _, _ = socket.recv_fds(control, 65536, 2)
                 if not message:
                     return None

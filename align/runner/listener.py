@@ -304,7 +304,7 @@ def _headline(stage: Stage, artifact: Artifact) -> str:
 
 
 def _earlier_attempts(record: dict[str, Any]) -> str:
-    """Return how much of a resumed stage's time belongs to attempts before the last one; empty for one attempt."""
+    """Return how much of a resumed stage's time belongs to attempts before the last attempt; empty for one attempt."""
     *earlier, _ = record.get("attempts") or [0.0]
     if not earlier:
         return ""

@@ -251,7 +251,7 @@ def _source(pipeline: Pipeline, node: Node) -> Node | None:
 
 
 def _objection(artifact: Artifact) -> str | None:
-    """Return why no stage can continue a finished one, as a clause with a remedy; None if one can."""
+    """Return why no stage can continue a finished stage, as a clause with a remedy; None if a stage can."""
     metrics = artifact.record["metrics"]
     stopped = metrics.get("stopped") or ("by early_stopping" if metrics.get("stopped_early") else None)
     if stopped:

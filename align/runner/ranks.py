@@ -89,7 +89,7 @@ def _agent_settings(folder: Path, launch: LaunchConfig, processes: int, *, one_g
         rdzv_backend="c10d",
         # With port 0 the system picks a free port, so stages on the same machine do not clash.
         rdzv_endpoint="127.0.0.1:0" if alone else str(launch.rendezvous),
-        # Of several nodes the first one serves the meeting place to the others.
+        # Of several nodes the first node serves the meeting place to the others.
         rdzv_configs={"timeout": launch.timeout} if alone else {"timeout": launch.timeout, "is_host": is_head()},
         local_addr="127.0.0.1" if alone else None,
         max_restarts=0,
@@ -109,7 +109,7 @@ def _gpus(runtime: Runtime) -> int:
 
 
 def outcome(ranks: Path, world: int, failures: Mapping[int, int], timeout: float) -> dict[str, Any]:
-    """The stage's result from what its ranks left and from the exit codes of those that failed, the first one first."""
+    """Return the stage's result from what its ranks left and the exit codes of failed ranks, in order of failure."""
     candidates = {number: _read(ranks / f"{number}.json") for number in range(world)}
     results = {number: result for number, result in candidates.items() if result is not None}
     peaks = [int(result.get("peak_memory_bytes", 0)) for result in results.values()]

@@ -83,7 +83,7 @@ class Run:
         return data_frame(rows, {"step": None, **names}, f"run.log_history({stage!r})").set_index("step")
 
     def scorecard(self, stage: str | None = None) -> Scorecard:
-        """Return the scorecard of an evaluation, by default of the run's last one.
+        """Return the scorecard of an evaluation, by default of the run's last evaluation.
 
         Raises ``UserError`` for a stage that makes none, and for a scorecard that is damaged or of another version.
         """

@@ -46,7 +46,7 @@ class StagePrecision(BaseModel):
 def choose_precision(folder: Path, config: Any, inputs: Mapping[str, Any], runtime: Runtime) -> Precision:
     """Return the type that ``precision: auto`` stands for in the stage of ``folder``.
 
-    In several processes the first one chooses, and all of them must call this.
+    In several processes the first process chooses, and all of them must call this.
     """
     if getattr(config, "precision", None) != "auto":
         return "bfloat16"  # not used: the config says the type, or the stage has no products

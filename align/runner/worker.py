@@ -213,7 +213,7 @@ def _print_trace() -> None:
 def _run(context: StageContext, stage: Stage) -> dict[str, Any]:
     """Check the input checkpoints, run the stage, check the output checkpoint."""
     makes = stage.makes_with(context.config)
-    if rank():  # of several processes the first one looks
+    if rank():  # of several processes the first process looks
         return stage.runner()(context) or {}
     load_object(f"{HANDOVER}:check_inputs")(context, makes)
     metrics = stage.runner()(context) or {}

@@ -83,7 +83,7 @@ class Bucket:
             try:
                 obstore.put(store, path, data, mode="create", use_multipart=False)
             except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError):
-                # A repeated request finds what the first one created, if its answer was lost.
+                # A repeated request finds what the first request created, if its answer was lost.
                 return bytes(obstore.get(store, path).bytes()) == data
             return True
 

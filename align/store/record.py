@@ -1,4 +1,4 @@
-"""Records of artifacts: their fields, the files they list, and the marker of a finished one."""
+"""Records of artifacts: their fields, the files they list, and the marker of a finished artifact."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def parse_record(data: bytes) -> dict[str, Any]:
 
 
 def read_record(folder: Path, stage: str = "") -> dict[str, Any]:
-    """Read the record of the artifact in ``folder``. Raises ``DamagedRecord`` for a damaged one, else ``OSError``.
+    """Read the record of the artifact in ``folder``. Raises ``DamagedRecord`` for a damaged record, else ``OSError``.
 
     ``stage`` is its name in the calling pipeline.
     """

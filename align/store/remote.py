@@ -170,7 +170,7 @@ class Remote:
         for name in (LOG, EVENTS):  # no digest covers them
             if (artifact.path / name).is_file():
                 self._call(self.bucket.upload, f"{prefix}/{name}", artifact.path / name)
-        # 2. Put the record if there is none: of several machines one succeeds.
+        # 2. Put the record if there is none: of several machines a single machine succeeds.
         data = json.dumps(seal(record, str), indent=1).encode()
         is_new = self._call(self.bucket.put_new, f"{path}/{RECORD}", data)
         # 3. If another machine's record is there, only one record counts.
@@ -182,7 +182,7 @@ class Remote:
     def _resolve_conflict(self, record: dict[str, Any], data: bytes, replace: bool) -> bool:
         """Decide between ``record``, with its JSON ``data``, and the record that is there; True if ``record`` counts.
 
-        Raises ``DamagedRecord`` for a damaged one, which only ``replace`` overwrites.
+        Raises ``DamagedRecord`` for a damaged record, which only ``replace`` overwrites.
         """
         path = _path(record["kind"], record["key"])
         # What is remembered may be older than the record that the put has just met.

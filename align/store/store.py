@@ -138,7 +138,7 @@ class Store:
         try:
             artifact = read_artifact(folder, stage)
         except (FileNotFoundError, NotADirectoryError):
-            # No record means "not finished" only if the store is there: an unmounted one looks empty.
+            # No record means "not finished" only if the store is there: an unmounted store looks empty.
             require_marker(self.root)
             return None
         kind, key = artifact.record["kind"], artifact.record["key"]
@@ -425,7 +425,7 @@ def _remove(path: Path) -> None:
 
 
 def _lock_number(partial: Path) -> int:
-    """Return the number of the lock under which a partial was taken over; 0 if it was not taken over."""
+    """Return the number of the lock under which a run took over a partial; 0 if no run took it over."""
     number = partial.name.split(".")[1]
     return int(number) if number.isdecimal() else 0
 

@@ -138,7 +138,7 @@ class Study:
     # ---- taking trials ------------------------------------------------------------------------------------------
 
     def next(self) -> Trial | None:
-        """Return an interrupted trial, else a retry, else a new one, else None: all were begun and none is abandoned.
+        """Return an interrupted trial, else a retry, else a new trial, else None: all were begun and none is abandoned.
 
         Before None is returned, trials of other machines are watched until each has shown that its worker lives.
         """

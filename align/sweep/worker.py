@@ -55,7 +55,7 @@ class _TrialListener:
         prune = sweep.config.prune
         stage, _, self.curve = ("" if prune is None else prune.target).partition(".")
         self.stage = pipeline.resolve(stage)
-        # The pruner compares in the objective's direction; the sign turns a curve of the other one around.
+        # The pruner compares in the objective's direction; the sign turns a curve of the other direction around.
         maximizes_curve = prune is not None and prune.maximize is not None
         self.sign = 1.0 if maximizes_curve == sweep.objectives[0].higher else -1.0
         self.curves: set[str] = set()
@@ -85,7 +85,7 @@ class _TrialListener:
             raise TrialPruned
 
     def stage_done(self, node: Node, artifact: Artifact) -> None:
-        """Check that the curve exists; a misspelled one would never prune."""
+        """Check that the curve exists; a misspelled curve would never prune."""
         if node.name == self.stage:
             self._check_curve(node)
         self.inner.stage_done(node, artifact)

@@ -48,7 +48,7 @@ def mark_complete(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return why a marked checkpoint is damaged, as the end of a sentence; None for an intact one."""
+    """Return why a marked checkpoint is damaged, as the end of a sentence; None for an intact checkpoint."""
     try:
         listed = _read_marker(folder)
         missing = sorted(listed.keys() - set(_list_files(folder)))

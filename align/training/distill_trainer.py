@@ -146,7 +146,7 @@ def _rows_of(batch: Any) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def prompt_of(ids: list[int], labels: list[int]) -> list[int]:
-    """Return the tokens before the first labeled one."""
+    """Return the tokens before the first labeled token."""
     return ids[: next((index for index, label in enumerate(labels) if label != MASKED), len(ids))]
 
 

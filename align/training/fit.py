@@ -56,7 +56,7 @@ def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = T
     """Train, or continue from the last complete checkpoint, and return the stage's metrics.
 
     ``held_out`` of the ``test`` split becomes ``test_<name>_before`` (unless ``before`` is False) and
-    ``test_<name>_after``; an empty one gives no scores. Where the config chooses a checkpoint, the ``validation`` split
+    ``test_<name>_after``; an empty split gives no scores. If the config chooses a checkpoint, the ``validation`` split
     is scored during training, and the ``test`` split only with the chosen weights. ``tokens`` counts the real tokens of
     the whole run. ``training_seconds`` is the time of its steps over all attempts, without steps that a kill threw
     away; ``tokens_per_second`` is their quotient.
@@ -281,7 +281,7 @@ def _with_prefix(scores: Scores) -> Scores:
 
 
 def _score_before(context: StageContext, held_out: Callable[[], Scores]) -> Scores:
-    """Score the held-out rows before training; a resumed attempt reads the scores of the first one.
+    """Score the held-out rows before training; a resumed attempt reads the scores of the first attempt.
 
     The model still has its initial weights: no checkpoint is loaded yet.
     """

@@ -142,7 +142,7 @@ def _encode_turns(tokenizer: Any, rows: Sequence[Row], max_length: int, with_pro
             continue
         parts = split_turns(tokenizer, row, side, places)
         conversation = [*parts[-1][0], *parts[-1][1]]
-        # If all of these are prefixes of the last one, a single row can hold all answers.
+        # If all parts are prefixes of the last part, a single row can hold all answers.
         if are_parts(conversation, parts):
             labels = [MASKED] * len(conversation)
             for before, answer in parts:

@@ -37,14 +37,14 @@ def restore_router_fields(trainer: Any, model: Any) -> None:
 
 
 def unwrapped_model(trainer: Any) -> Any:
-    """Return the trainer's model without its parallel wrapper; ``full_model`` gathers a sharded one."""
+    """Return the trainer's model without its parallel wrapper; ``full_model`` gathers a sharded model."""
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def save_reward(trainer: Any, tokenizer: Any, out_dir: Path, probe: Sequence[Sequence[int]]) -> float:
     """Write the trainer's reward model to ``out_dir``, LoRA merged; return the largest score difference on ``probe``.
 
-    transformers replaces a score head that is missing from the file by a random one, with no more than a log line. So
+    transformers replaces a score head that is missing from the file by a random head, with no more than a log line. So
     both models are scored in float32. Raises ``RuntimeError`` when they differ by more than rounding.
     """
     with full_model(unwrapped_model(trainer)) as live:

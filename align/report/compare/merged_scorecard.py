@@ -294,7 +294,7 @@ def _differences(evaluated: Sequence[EvaluatedRun], card: Card) -> list[Row]:
     # Differences within a run were computed by its own evaluation, with the weights of its items. Only the
     # comparisons that no run has are computed here, from items.
     columns = comparable_columns(evaluated, card)
-    # Runs are compared with the first one; then every system with the shared reference and base.
+    # Runs are compared with the first run; then every system with the shared reference and base.
     first = evaluated[0].subject_label
     # In the order of importance: a comparison that occurs twice keeps its first place.
     pairs = [(run.subject_label, first) for run in evaluated[1:]]

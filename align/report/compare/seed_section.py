@@ -48,7 +48,7 @@ def seed_section(seeds: SeedComparison | None, assets: AssetWriter) -> dict[str,
 
 
 def seed_headlines(seeds: SeedComparison) -> list[dict[str, Any]]:
-    """Return a box for each candidate: its mean over seeds, and the difference to the first one."""
+    """Return a box for each candidate: its mean over seeds, and the difference to the first candidate."""
     primary = seeds.card["primary"]
     has_settings = len(seeds.groups) > 1
     boxes = []

@@ -92,7 +92,7 @@ def _points(card: Card, metric: str, run_of: Mapping[str, str]) -> list[Point]:
 def pareto_front(candidates: Sequence[Point], better: str | None) -> list[Point]:
     """Return the Pareto front, by KL: the points for which no other has at most their KL and at least their score.
 
-    Of points with equal KL and score the first one counts.
+    Of points with equal KL and score the first point counts.
     """
     sign = -1.0 if better == "lower" else 1.0
     front: list[Point] = []

@@ -143,7 +143,7 @@ def value_or(value: float | None, default: float) -> float:
 
 
 def nth(choices: Sequence[Any], index: int) -> Any:
-    """Return ``choices[index]``, starting over after the last one."""
+    """Return ``choices[index]``, starting over after the last choice."""
     return choices[index % len(choices)]
 
 

@@ -1,4 +1,4 @@
-"""Writes the report of a run as one HTML file: for a finished run, a partial one or a failed one.
+"""Writes the report of a run as one HTML file: for a finished, a partial or a failed run.
 
 The page makes no requests. Text that a model, a dataset or a log wrote never becomes markup: Jinja escapes it, hidden
 characters are spelled out, and a content security policy allows only the page's own script, by its hash. Figures as SVG

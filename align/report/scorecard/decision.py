@@ -1,6 +1,6 @@
 """Decide between checkpoints by the primary metric, or find that no difference is significant. Torch-free.
 
-The checkpoint with the best number is compared with every other one, paired over the items that both answered and
+The checkpoint with the best number is compared with every other, paired over the items that both answered and
 corrected together. A number without a test is not a decision: four checkpoints at 0.000 have no winner.
 """
 

@@ -30,7 +30,7 @@ from align.rl.sampler import RolloutSampler
 
 
 class GroupObjective(Objective):
-    """Shared by GRPO and RLOO: one advantage per response, a KL penalty in score or loss, a clipped surrogate."""
+    """Base of GRPO and RLOO: one advantage per response, a KL penalty in score or loss, a clipped surrogate."""
 
     loss_inputs: ClassVar[tuple[str, ...]] = (
         "logprobs",

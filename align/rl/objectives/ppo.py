@@ -40,7 +40,7 @@ class PPOObjective(Objective):
         if turn_rewards is not None:
             # They are part of the score: the end earns the rest of it.
             scores = scores - turn_rewards.sum(dim=1)
-        # 1. Rewards per token: every token pays the KL penalty, the last one earns the score.
+        # 1. Rewards per token: every token pays the KL penalty, the last token earns the score.
         rewards, tensors["kl"] = shape_rewards(
             scores, tensors["logprobs"], tensors["ref_logprobs"], mask, penalty.in_reward
         )
