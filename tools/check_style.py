@@ -22,9 +22,9 @@ LONGEST_FUNCTION = 60
 LONGEST_FILE = 400
 IDIOMS = {
     "where for if": (r"\bwhere (there|it|the|a|an|one|they|this|no|nothing|some|several|its|none)\b", 2, 3),
-    "one without a noun": (r"\bone (that|of|for|whose|in|with|which)\b", 6, 3),
+    "one without a noun": (r"\bone (that|of|for|whose|in|with|which)\b", 1, 3),
     "nobody, nothing": (r"\b(nobody|nothing)\b", 3, 6),
-    "takes": (r"\b(takes?|taken)\b", 4, 7),
+    "takes": (r"\b(takes?|taken)\b", 3, 7),
     "that of": (r"\b(that|those) of\b", 1, 1),
     "alone": (r"\balone\b", 1, 1),
     "too": (r",? too[.,;)]", 1, 1),
