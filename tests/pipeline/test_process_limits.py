@@ -207,5 +207,6 @@ def test_resume_does_nothing_in_usual_process() -> None:
     gc.set_threshold(*THRESHOLDS)  # a process of pytest-xdist has relaxed them, until a test resumes them
     frozen = gc.get_freeze_count()
     resume_collections()
-    assert gc.get_freeze_count() == frozen
+    # Another thread may free frozen objects meanwhile; freezing would add all others.
+    assert gc.get_freeze_count() <= frozen
     assert gc.get_threshold() == THRESHOLDS
