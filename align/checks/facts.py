@@ -29,6 +29,8 @@ FILE = "align.json"
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 """Names of a reward model's score head in transformers."""
 BASE = "base_weights"
+THOUGHT_ROWS = "thought_rows"
+"""Metric of a stage that trains on answers: the number of those with a thought."""
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 """End of the output head's name."""
@@ -91,6 +93,8 @@ class Facts:
     """Accuracy of a reward model on held-out pairs as labeled."""
     pairs: int | None = None
     """Number of those pairs."""
+    thoughts: bool | None = None
+    """True if the model was trained on answers with thoughts, False if on answers without them; None if neither."""
     adapter_base: str | None = None
     """Digest of the weights below a stored adapter (``weights.weights_digest``)."""
 
@@ -173,9 +177,10 @@ def facts_of(
     metrics: dict[str, Any],
     *,
     verified: bool,
+    thoughts: bool | None = None,
     adapter_base: str | None = None,
 ) -> Facts:
-    """Return the facts of a finished checkpoint; ``metrics`` are its stage's.
+    """Return the facts of a finished checkpoint; ``metrics`` are its stage's, ``thoughts`` those of its source.
 
     ``verified`` is True for a checkpoint without faults. A checkpoint with a waived fault is checked in full by each
     later stage, since a fault can hide others.
@@ -199,6 +204,7 @@ def facts_of(
         finite=verified,
         accuracy=float(accuracy) if scores and accuracy is not None else None,
         pairs=int(pairs) if scores and pairs is not None else None,
+        thoughts=metrics[THOUGHT_ROWS] > 0 if THOUGHT_ROWS in metrics else thoughts,
         adapter_base=adapter_base,
     )
 

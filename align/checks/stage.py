@@ -39,6 +39,7 @@ from align.checks.facts import (
 )
 from align.config.stages.continue_from import CONTINUE
 from align.evaluation.statistics import wilson
+from align.models.chat.template_settings import TemplateSettings
 from align.pipeline.context import StageContext
 from align.store.artifacts import GENERATORS, Artifact, Kind
 
@@ -46,6 +47,8 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 ADAPTER = "adapter"
 """Folder inside a model folder, with an adapter that cannot be merged and works on the weights next to it."""
 CHECKPOINTS = (*GENERATORS, Kind.REWARD)
+RENDERED = ("policy", "policies", "model", "judge_model")
+"""Inputs whose chat template a stage with the field ``thinking`` sets."""
 TRAINED = (Kind.POLICY, Kind.REWARD)
 
 
@@ -222,6 +225,7 @@ def check_inputs(context: StageContext, makes: Kind | None) -> None:
         faults += check_folder(artifact.model, artifact.kind == Kind.REWARD, values=not is_verified)
     if not faults and makes in TRAINED:
         faults = [*_unlike(context.config, models), *below_floor(context.config, models, context.warn)]
+    faults += _other_thinking(context.config, models)
     refuse(context.name, faults, context.runtime.handover.waive)
 
 
@@ -262,6 +266,24 @@ def _unlike(config: Any, models: list[tuple[str, Artifact]]) -> list[Fault]:
     return faults
 
 
+def _other_thinking(config: Any, models: list[tuple[str, Artifact]]) -> list[Fault]:
+    """Return the faults of policies that were trained with thoughts, or without, and that a stage samples otherwise."""
+    if not hasattr(config, "thinking"):
+        return []
+    faults = []
+    for field, artifact in models:
+        if field not in RENDERED:
+            continue
+        facts = read_facts(artifact.model)
+        state = TemplateSettings.of(config.judge if field == "judge_model" else config).thinking_state
+        if state is None or facts is None or facts.thoughts is None or facts.thoughts == (state == "on"):
+            continue
+        trained = "with" if facts.thoughts else "without"
+        problem = f"('{artifact.stage}') was trained {trained} thoughts, and this stage turns thinking {state}"
+        faults.append(Fault("thinking-changed", field, problem))
+    return faults
+
+
 def check_output(context: StageContext, kind: str, makes: Kind | None, metrics: dict[str, Any]) -> None:
     """Check the stage's own checkpoint and record its facts.
 
@@ -277,7 +299,10 @@ def check_output(context: StageContext, kind: str, makes: Kind | None, metrics: 
     if kind == "artifact" and read_facts(folder) is not None:
         return  # an imported artifact keeps its facts
     base = weights_digest(tensors) if (folder / ADAPTER).is_dir() else None
-    write_facts(folder, facts_of(folder, kind, tensors, metrics, verified=not faults, adapter_base=base))
+    sources = [read_facts(artifact.model) for _, artifact in input_checkpoints(context) if artifact.kind in GENERATORS]
+    thoughts = next((facts.thoughts for facts in sources if facts is not None), None)
+    facts = facts_of(folder, kind, tensors, metrics, verified=not faults, thoughts=thoughts, adapter_base=base)
+    write_facts(folder, facts)
     _record_base(context)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config
+from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking
 from align.errors import redact
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -84,6 +85,16 @@ PAIR_RUBRIC = (
 """Default criteria of a comparison; part of the prompt, so a change of it changes cached verdicts."""
 
 
+def refuse_settings_of_server(config: Config, endpoint: EndpointConfig | None) -> None:
+    """Raise ``ValueError`` if a block sets variables of a chat template and a server renders it."""
+    changed = config.changed(*sorted(TEMPLATE_FIELDS))
+    if endpoint is not None and changed:
+        raise ValueError(
+            f"{changed[0]} is about a checkpoint's chat template, and the endpoint's server has its own; write "
+            "`endpoint: {extra: {chat_template_kwargs: {...}}}`."
+        )
+
+
 class JudgeConfig(Config):
     """Judge that labels pairs for a synthesize stage.
 
@@ -98,6 +109,17 @@ class JudgeConfig(Config):
     """Longest verdict in tokens. A verdict that is cut off before its last line is unreadable, and is counted."""
     temperature: float = Field(0.0, ge=0, le=5)
     """0 asks for the likeliest verdict."""
+    thinking: Thinking = None
+    """``on`` or ``off`` sets the thinking switch of ``judge_model``'s chat template (docs/thinking.md)."""
+    chat_template_kwargs: TemplateVariables = Field({})
+    """Variables of ``judge_model``'s chat template, in place of the checkpoint's."""
+
+    keyed_when_set: ClassVar[frozenset[str]] = TEMPLATE_FIELDS
+
+    @model_validator(mode="after")
+    def _check_template_is_own(self) -> JudgeConfig:
+        refuse_settings_of_server(self, self.endpoint)
+        return self
 
     @field_validator("rubric")
     @classmethod

@@ -28,8 +28,10 @@ from align.evaluation.tasks.base import Task, TaskInputs
 from align.evaluation.tasks.records import draw
 from align.inference.engine import max_positions
 from align.inference.protocol import Sampling
+from align.models.chat.template_settings import TemplateSettings, stored_settings
 from align.pipeline.context import StageContext
-from align.store.artifacts import Kind
+from align.store.artifacts import Artifact, Kind
+from align.store.fingerprint import digest
 
 Row = dict[str, Any]
 
@@ -92,15 +94,11 @@ def make_plan(context: StageContext) -> Plan:
     metrics that are not measured.
     """
     from align.evaluation.rewards import open_score
-    from align.models.loading import load_tokenizer
 
     config: EvaluateConfig = context.config
     artifacts = context.inputs["policies"]
     # 1. The compared systems.
-    policies = [
-        Policy(artifact.stage, artifact.model, artifact.weights, load_tokenizer(artifact.model))
-        for artifact in artifacts
-    ]
+    policies = [_policy(artifact, TemplateSettings.of(config), context.name) for artifact in artifacts]
     base = next((artifact.stage for artifact in artifacts if artifact.kind == Kind.MODEL), None)
     # Baselines without a file of examples fall back on solved questions of the prompt set's train split.
     shots = max((baseline.shots for baseline in config.baselines.values() if baseline.examples is None), default=0)
@@ -144,6 +142,16 @@ def make_plan(context: StageContext) -> Plan:
     # 4. Gates, which may name any system and any metric of the plan.
     check_gates(plan.gates, _metric_names(plan, config), [system.info for system in systems], plan.reference)
     return plan
+
+
+def _policy(artifact: Artifact, settings: TemplateSettings, stage: str) -> Policy:
+    """Return a compared checkpoint with the stage's settings of its chat template, which enter its key."""
+    from align.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(artifact.model)
+    settings.apply(tokenizer, f"stages.{stage}.")
+    key = digest([artifact.weights, stored_settings(tokenizer.chat_template)]) if settings else artifact.weights
+    return Policy(artifact.stage, artifact.model, key, tokenizer)
 
 
 def render_for_all(

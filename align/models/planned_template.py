@@ -15,6 +15,7 @@ from align.config.hub_commits import small_file
 from align.config.stages.inputs import ModelConfig
 from align.models.built_in import CHAT_TEMPLATE as TINY_TEMPLATE
 from align.models.chat.named_templates import read_template, read_training_template, templates_with_tools
+from align.models.chat.template_settings import TemplateSettings
 from align.models.checkpoints.files import read_optional
 from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE
 from align.models.checkpoints.source import BUILT_IN, Origin, resolve
@@ -44,23 +45,11 @@ class PlannedTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """Return the text of a conversation. Raises jinja2's ``TemplateError``."""
         # Imported late, because most pipelines replace no template and have no tools.
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from align.models.chat.chat_template import render_text
 
-        from align.models.chat.chat_template import with_limits
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        # The settings and functions of transformers' own environment.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda format: "26 Jul 2024"}
         text = self.with_tools if tools and self.with_tools else self.text
         tokens = {name: _token_text(self.settings.get(name)) for name in ("bos_token", "eos_token")}
-        template = with_limits(environment.from_string)(text)
-        return str(template.render(messages=messages, tools=tools, add_generation_prompt=False, **tokens))
+        return render_text(text, messages=messages, tools=tools, add_generation_prompt=False, **tokens)
 
 
 def explain_replacement(config: ModelConfig, base: Path) -> str | None:
@@ -86,6 +75,21 @@ def explain_replacement(config: ModelConfig, base: Path) -> str | None:
     )
 
 
+def check_settings(config: ModelConfig, base: Path, later: Any = None, prefix: str = "") -> None:
+    """Raise ``UserError`` if a model stage's template does not read a variable, or has no switch for ``thinking``.
+
+    Args:
+        config: The model stage.
+        base: Folder of the pipeline's file.
+        later: Config of a later stage with settings; by default the model stage's own are checked.
+        prefix: Place of the settings, before their field.
+    """
+    settings = TemplateSettings.of(config if later is None else later)
+    template = _planned(config, base) if settings else None
+    if template is not None:
+        settings.resolve(template.text, prefix)
+
+
 def explain_missing_tools(config: ModelConfig, base: Path, names: Sequence[str]) -> str | None:
     """Return an error if a model stage's template does not write tools or their results; None if it does.
 
@@ -94,10 +98,7 @@ def explain_missing_tools(config: ModelConfig, base: Path, names: Sequence[str])
         base: Folder of the pipeline's file.
         names: Names of the environment's tools.
     """
-    template = _own_template(config, base)
-    if config.chat_template is not None:
-        settings = {} if template is None else template.settings
-        template = PlannedTemplate(read_template(config.chat_template, base), settings)
+    template = _planned(config, base)
     missing = None if template is None else _missing_part(template, names)
     if missing is None:
         return None
@@ -134,6 +135,14 @@ def _missing_part(template: PlannedTemplate, names: Sequence[str]) -> str | None
         except TemplateError:
             continue
     return "no place for the results of tools (the role 'tool')"
+
+
+def _planned(config: ModelConfig, base: Path) -> PlannedTemplate | None:
+    """Return the template that a model stage will write; None if it is not on this machine."""
+    template = _own_template(config, base)
+    if config.chat_template is None:
+        return template
+    return PlannedTemplate(read_template(config.chat_template, base), {} if template is None else template.settings)
 
 
 def _own_template(config: ModelConfig, base: Path) -> PlannedTemplate | None:

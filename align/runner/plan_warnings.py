@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from align.config.chat_template import TEMPLATE_FIELDS
 from align.config.environment import EnvironmentConfig
 from align.config.stages.inputs import ModelConfig
 from align.errors import UserError
@@ -17,15 +18,17 @@ POLICY_FIELDS = ("policy", "model", "policies")
 """Inputs of a stage whose weights come from a model stage."""
 POSITIONS = "align.models.model_plan:known_positions"
 MISSING_TOOLS = "align.models.planned_template:explain_missing_tools"
+TEMPLATE_SETTINGS = "align.models.planned_template:check_settings"
 """Functions about a model's files. Their package has modules that import torch, so they are loaded by name."""
 
 
 def stage_warnings(pipeline: Pipeline, node: Node) -> list[str]:
     """Return warnings about a stage's settings, one sentence or more each.
 
-    Raises ``UserError`` for a policy whose chat template does not write the environment's tools, and for responses
-    that are longer than the model's context.
+    Raises ``UserError`` for a policy whose chat template does not write the environment's tools or lacks a variable
+    that the stage sets, and for responses that are longer than the model's context.
     """
+    _check_template_settings(pipeline, node)
     for place, environment in _environments(node):
         _check_tools(pipeline, node, environment, place)
     inspect = node.stage.inspect("plan_warnings")
@@ -42,6 +45,15 @@ def _environments(node: Node) -> Iterator[tuple[str, EnvironmentConfig]]:
         environment = getattr(holder, "environment", None)
         if isinstance(environment, EnvironmentConfig):
             yield place, environment
+
+
+def _check_template_settings(pipeline: Pipeline, node: Node) -> None:
+    """Raise ``UserError`` if a policy's chat template does not read a variable that the stage sets."""
+    if node.stage.kind == "model" or not any(getattr(node.config, name, None) for name in TEMPLATE_FIELDS):
+        return
+    for model in _model_stages(pipeline, node):
+        if isinstance(model.config, ModelConfig):
+            load_object(TEMPLATE_SETTINGS)(model.config, pipeline.base, node.config, f"stages.{node.name}.")
 
 
 def _check_tools(pipeline: Pipeline, node: Node, environment: EnvironmentConfig, place: str) -> None:

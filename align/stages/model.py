@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,13 @@ from align.config.hub_commits import small_file
 from align.config.stages.inputs import ModelConfig
 from align.errors import UserError
 from align.models.chat.named_templates import read_template, template_file
+from align.models.chat.template_settings import TemplateSettings, stored_settings
 from align.models.checkpoints.conversion import read_base
 from align.models.checkpoints.files import ADAPTER_CONFIG, CONFIG, READ_SUFFIXES, is_adapter
 from align.models.checkpoints.folder_checks import check_adapter, check_folder
 from align.models.checkpoints.source import Origin, Source, identity, resolve
 from align.models.model_plan import check_template
-from align.models.planned_template import explain_replacement
+from align.models.planned_template import check_settings, explain_replacement
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest, file_digest
 
@@ -30,7 +32,7 @@ def pinned(config: ModelConfig, base: Path) -> ModelConfig:
     """Return the config with the commits of Hub names, and with an adapter's base.
 
     Raises ``UserError`` for a missing source, for an adapter whose base is unknown or missing, for a model that will
-    have no chat template, and for a chat template whose tokens the model lacks.
+    have no chat template, for a chat template whose tokens the model lacks, and for a setting that it does not read.
     """
     source = resolve(config.source, config.revision, base)
     changes: dict[str, Any] = {"revision": source.revision} if source.origin is Origin.HUB else {}
@@ -42,6 +44,7 @@ def pinned(config: ModelConfig, base: Path) -> ModelConfig:
     changes = {name: value for name, value in changes.items() if getattr(config, name) != value}
     config = config.model_copy(update=changes) if changes else config
     check_template(config, base)
+    check_settings(config, base)
     return config
 
 
@@ -141,6 +144,7 @@ def run(context: StageContext) -> dict[str, Any]:
     changes = Changes(
         chat_template=None if template is None else lambda _: template,
         template_name=config.chat_template or "",
+        template_settings=TemplateSettings.of(config),
         add_tokens=tuple(config.add_tokens),
         dtype=config.dtype,
     )
@@ -230,10 +234,12 @@ def _describe(out_dir: Path, context: StageContext) -> dict[str, Any]:
     tokenizer = load_tokenizer(out_dir)
     model = load_policy(out_dir)
     context.progress(PARTS, PARTS, unit="parts")
+    settings = stored_settings(tokenizer.chat_template)
     return {
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "architecture": type(model).__name__,
         "vocabulary": len(tokenizer),
         "eos": tokenizer.eos_token,
         "pad": tokenizer.pad_token,
+        **({"chat_template_kwargs": json.dumps(settings)} if settings else {}),
     }

@@ -18,6 +18,7 @@ from align.errors import UserError
 from align.evaluation.rewards import judge_usage, load_late, open_score
 from align.inference.protocol import Sampling
 from align.models.chat.render import render_prompt
+from align.models.chat.template_settings import TemplateSettings
 from align.models.compute.processes import use_threads
 from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext
@@ -57,6 +58,7 @@ def run(context: StageContext) -> dict[str, Any]:
             check_user_rows(environment, split_rows, context.name)
     scorer = _open_scorer(context)
     tokenizer = load_tokenizer(context.artifact("policy").model)
+    TemplateSettings.of(context.config).apply(tokenizer, f"stages.{context.name}.")
     if environment is None:
         assert scorer is not None, "without an environment something scores"
         results, facts = _sample_responses(context, tokenizer, scorer)

@@ -6,6 +6,7 @@ A process can hold one vLLM engine: it is opened for the first checkpoint and lo
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from align.inference.engine import SwitchingEngine, max_positions, open_engine
 from align.inference.protocol import Response, RolloutEngine, Sampling
 from align.inference.requests import Answer, Request
 from align.models.chat.render import render_prompt, require_chat_template
+from align.models.chat.template_settings import TemplateSettings, stored_settings
 from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
@@ -61,6 +63,12 @@ class LocalModel:
         self.tokenizer = load_tokenizer(artifact.model)
         require_chat_template(self.tokenizer, f"the checkpoint of stage '{artifact.stage}'")
         self.max_positions = max_positions(artifact.model)
+
+    def set_template(self, settings: TemplateSettings, prefix: str) -> None:
+        """Set variables of the chat template, which answers depend on. ``prefix`` is the place of the fields."""
+        settings.apply(self.tokenizer, prefix)
+        if settings:
+            self.identity |= {"template": json.dumps(stored_settings(self.tokenizer.chat_template), sort_keys=True)}
 
     def answer(self, requests: list[Request], sink: AnswerSink) -> None:
         """Answer the requests in chunks; prompts that are too long get an ``error``."""

@@ -20,6 +20,7 @@ from align.evaluation.rewards import judge_usage, load_late, open_score
 from align.inference.cached_client import Backend, CachedClient, Prices
 from align.inference.endpoint_client import Endpoint
 from align.inference.requests import Answer, Request, RequestCache
+from align.models.chat.template_settings import TemplateSettings
 from align.pipeline.context import StageContext
 from align.store.fingerprint import canonical
 from align.store.json_files import write_text_atomically
@@ -99,7 +100,11 @@ class _Synthesis:
         if self.engines is None:
             answers = max(config.max_tokens, 0 if config.judge is None else config.judge.max_tokens)
             self.engines = Engines(self.context, config.max_prompt_tokens + answers)
-        return LocalModel(self.engines, self.context.artifact(field), config.max_prompt_tokens, self.context.precision)
+        model = LocalModel(self.engines, self.context.artifact(field), config.max_prompt_tokens, self.context.precision)
+        is_judge = field == "judge_model"
+        prefix = f"stages.{self.context.name}.{'judge.' if is_judge else ''}"
+        model.set_template(TemplateSettings.of(config.judge if is_judge else config), prefix)
+        return model
 
     def _progress(self, done: int, total: int, tokens: int) -> None:
         # Cost is only known for endpoints with prices.

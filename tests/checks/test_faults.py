@@ -181,7 +181,7 @@ def test_a_change_shows_in_a_checkpoint_that_stands_alone(
 
 
 def test_every_fault_is_injected_somewhere() -> None:
-    here = {name for name, _ in FAULTS} | {"adapter-base"}  # tests/checks/test_adapters.py
+    here = {name for name, _ in FAULTS} | {"adapter-base", "thinking-changed"}  # test_adapters.py, test_thinking.py
     assert here == set(FAULT_REMEDIES)
 
 

@@ -15,9 +15,11 @@ from transformers import AutoTokenizer
 from align.config.runtime import Runtime
 from align.config.stages.inputs import ModelConfig
 from align.errors import UserError
+from align.models.chat.render import render_prompt
 from align.models.loading import load_policy, load_tokenizer
 from align.pipeline.context import StageContext
-from align.stages.model import identities, run
+from align.stages.model import identities, pinned, run
+from tests.support.chat_templates import THINKING
 from tests.support.models.adapters import train_adapter
 
 
@@ -165,3 +167,16 @@ def test_template_that_replaces_the_models_own_warns(tiny_model: Path, tmp_path:
     context = _context(tmp_path, source=str(tiny_model), chat_template="alpaca")
     run(context)
     assert "chat_template: alpaca replaces the chat template of" in context.events.read_text()
+
+
+def test_thinking_switch_is_stored_in_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    source = str(_edited(tiny_model, tmp_path / "source", chat_template=THINKING))
+    metrics = run(_context(tmp_path, source=source, thinking=False))
+    assert metrics["chat_template_kwargs"] == '{"enable_thinking": false}'
+    tokenizer = load_tokenizer(tmp_path / "output" / "model")
+    prompt = tokenizer.decode(render_prompt(tokenizer, [{"role": "user", "content": "Why?"}]))
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    with pytest.raises(UserError, match="^thinking: the chat template has no switch"):
+        pinned(ModelConfig(source=source, chat_template="chatml", thinking="on"), tmp_path)
+    with pytest.raises(UserError, match="^chat_template_kwargs: .* Did you mean 'enable_thinking'"):
+        pinned(ModelConfig(source=source, chat_template_kwargs={"enable_thinkin": True}), tmp_path)

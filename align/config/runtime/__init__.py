@@ -35,6 +35,8 @@ FAULT_REMEDIES: dict[str, str] = {
     "adapter-base": "Name the base that the adapter was trained on.",
     "template-changed": "Put the chat template back, or give it to the `model` stage (`chat_template`) and train again "
     "from there, so that every checkpoint learns it.",
+    "thinking-changed": "Remove `thinking` or the switch in `chat_template_kwargs` from this stage, or train with the "
+    "same setting.",
     "tokenizer-changed": "Put the tokenizer's files back, or take checkpoints that come from the same base model.",
     "pad-is-eos": "Bring the model in through a `model` stage, or set pad_token to another special token.",
     "eos-not-turn-end": "Bring the model in through a `model` stage, which takes the template's end of turn as eos.",

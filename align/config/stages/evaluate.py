@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config, PrecisionSetting, rename_in_block, stage_input
+from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking
 from align.config.environment import USER_INPUT
 from align.config.scores import MetricFunction, Score, metric_functions, reward_names
 from align.config.stages.evaluation.gates import KL_PREFIX, GateSpec, parse_gates
@@ -179,6 +180,11 @@ class EvaluateConfig(Config):
     longer conversation is not answered, and is counted."""
     temperature: float = Field(1.0, ge=0)
     """Sampling temperature of ``prompts``; KL is measured at the same one. 0 is greedy and leaves KL out."""
+    thinking: Thinking = None
+    """``on`` or ``off`` sets the thinking switch of every policy's chat template; by default as each checkpoint has it
+    (docs/thinking.md)."""
+    chat_template_kwargs: TemplateVariables = Field({})
+    """Variables of every policy's chat template, in place of the checkpoints'."""
     max_pairs: int | None = Field(None, ge=1)
     """At most so many held-out pairs, drawn by seed."""
     max_heldout: int | None = Field(256, ge=1)
@@ -191,7 +197,7 @@ class EvaluateConfig(Config):
     """Resamples behind every interval and permutation test; the smallest p-value is about 1 / this."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"tasks", "baselines"})
-    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"metrics", "rows", "users"})
+    keyed_when_set: ClassVar[frozenset[str]] = TEMPLATE_FIELDS | {"metrics", "rows", "users"}
 
     def fields_outside_key(self) -> set[str]:
         """Return ``identified``, and also ``score`` if it is a list, whose rates and prices change no result."""

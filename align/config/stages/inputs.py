@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config, stage_input
+from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking
 from align.config.recipe.source_settings import RecordSource, parse_split
 from align.config.user_paths import NameOrPath, PathField, UserPath
 from align.store.artifacts import DATASETS, Kind
@@ -35,6 +36,12 @@ class ModelConfig(Config):
     """Chat template, which replaces the model's: a template that ships with align, by name (alpaca, chatml,
     chatml-tools, gemma, llama2, llama3, mistral, phi3, qwen2.5, tulu, vicuna, zephyr), or the path of a Jinja file.
     Required for a base model without one."""
+    thinking: Thinking = None
+    """``on`` or ``off`` sets the thinking switch of a chat template that has one (Qwen3, SmolLM3, GLM, DeepSeek V3.1),
+    for this stage's checkpoint and all later ones (docs/thinking.md). By default the template decides."""
+    chat_template_kwargs: TemplateVariables = Field({})
+    """Variables of the chat template, such as ``{reasoning_effort: low}``, stored in the checkpoint as ``thinking``
+    is. A variable that the template does not read is refused."""
     add_tokens: list[str] = Field([])
     """Special tokens to add to the vocabulary, such as the chat template's: ``["<|im_start|>", "<|im_end|>"]``. Their
     embeddings start as the mean of all others; ``train_tokens`` of LoRA trains them."""
@@ -44,6 +51,7 @@ class ModelConfig(Config):
     identified: ClassVar[frozenset[str]] = frozenset(
         {"source", "revision", "base_model", "base_revision", "chat_template", "add_tokens"}
     )
+    keyed_when_set: ClassVar[frozenset[str]] = TEMPLATE_FIELDS
 
     @field_validator("add_tokens")
     @classmethod

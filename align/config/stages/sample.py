@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.config.base import Config, PrecisionSetting, stage_input
+from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.scores import Score, score_identities
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
@@ -44,6 +45,11 @@ class SampleConfig(Config):
     """Most tokens per response; a longer one is cut off and counts as unfinished."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts are dropped and counted."""
+    thinking: Thinking = None
+    """``on`` or ``off`` sets the thinking switch of the policy's chat template; by default as the checkpoint has it
+    (docs/thinking.md)."""
+    chat_template_kwargs: TemplateVariables = Field({})
+    """Variables of the policy's chat template, in place of the checkpoint's."""
     score: Score = "gold"
     """Function that scores responses (``gold``, or an import path ``module:name``), or a list of rewards; null for
     ``reward``. With an ``environment`` the default is null: only its score counts."""
@@ -59,7 +65,7 @@ class SampleConfig(Config):
     """Type of the matrix products; ``auto`` measures which one this device multiplies faster in."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"score", "environment"})
-    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"environment"})
+    keyed_when_set: ClassVar[frozenset[str]] = TEMPLATE_FIELDS | {"environment"}
 
     @model_validator(mode="after")
     def _check_score_or_reward(self) -> SampleConfig:

@@ -8,8 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StrictBool, field_validator, model_validator
 
-from align.config.base import Config, PrecisionSetting, stage_input
-from align.config.endpoint import EndpointConfig, JudgeConfig
+from align.config.base import Config, PrecisionSetting, settings_for_key, stage_input
+from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking
+from align.config.endpoint import EndpointConfig, JudgeConfig, refuse_settings_of_server
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.scores import Score, score_identities
 from align.config.stages.sample import SplitCounts
@@ -172,6 +173,10 @@ class SynthesizeConfig(Config):
     """Judge that compares every two answers in both orders; only for pairs."""
     judge_model: stage_input(*GENERATORS) | None = None  # type: ignore[valid-type]
     """Stage whose checkpoint judges, if ``judge`` has no endpoint."""
+    thinking: Thinking = None
+    """``on`` or ``off`` sets the thinking switch of ``model``'s chat template (docs/thinking.md)."""
+    chat_template_kwargs: TemplateVariables = Field({})
+    """Variables of ``model``'s chat template, in place of the checkpoint's."""
     system: str | None = Field(None, min_length=1)
     """System message for prompts that have none; the rows do not contain it."""
     temperature: float = Field(1.0, ge=0, le=5)
@@ -199,13 +204,14 @@ class SynthesizeConfig(Config):
     identified: ClassVar[frozenset[str]] = frozenset(
         {"endpoint", "environment", "seeds", "score", "judge", "cache", "max_cost"}
     )
-    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"environment"})
+    keyed_when_set: ClassVar[frozenset[str]] = TEMPLATE_FIELDS | {"environment"}
 
     @model_validator(mode="after")
     def _check_single_generator(self) -> SynthesizeConfig:
         if (self.model is None) == (self.endpoint is None):
             have = "both are" if self.model else "neither is"
             raise ValueError(f"either model or endpoint answers; {have} set")
+        refuse_settings_of_server(self, self.endpoint)
         if self.judge is not None and (self.judge_model is None) == (self.judge.endpoint is None):
             have = "both are" if self.judge_model else "neither is"
             raise ValueError(f"either judge.endpoint or judge_model judges; {have} set")
@@ -282,7 +288,7 @@ class SynthesizeConfig(Config):
             identities["endpoint"] = canonical(self.endpoint.identity())
         if self.judge is not None:
             # The judge's settings without its address: the same model elsewhere gives the same verdicts.
-            settings = self.judge.model_dump(exclude={"endpoint"})
+            settings = settings_for_key(self.judge, self.judge.model_dump(exclude={"endpoint"}))
             judge = self.judge.endpoint.identity() if self.judge.endpoint is not None else {}
             identities["judge"] = canonical({**settings, **judge})
         if self.seeds is not None:

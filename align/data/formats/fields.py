@@ -204,7 +204,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys((*CHOICES, "mc1_targets", "mc2_targets"), _CHOICES),
     **dict.fromkeys(("context", "documents", "input", "history", "system", "system_prompt"), _PROMPT_PART),
     **dict.fromkeys(("tools", "functions"), "the model would not be told its tools. Choose the format messages"),
-    "chat_template_kwargs": "align renders every row with the template's defaults",
+    "chat_template_kwargs": "the model stage sets the template's variables, for all rows (docs/thinking.md)",
     "train_detail": "align trains on a message as a whole or not at all",
 }
 """Fields, by path or by name, that would change the training data, each with the reason why it must not be ignored."""

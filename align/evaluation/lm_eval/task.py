@@ -37,6 +37,7 @@ from align.evaluation.lm_eval.worker import JOB, RESULT, SEEDS
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.tasks.base import Task, TaskInputs
 from align.models.chat.render import render_prompt
+from align.models.chat.template_settings import stored_settings
 from align.store.fingerprint import digest, file_digest
 from align.store.json_files import DamagedFile, parse_object, write_text_atomically
 
@@ -217,6 +218,7 @@ class LmEvalTask(Task):
             "shots": self._shots(reader.info),
             "system": reader.info.system,
             "model_dir": str(reader.model_dir.resolve()),
+            "template": stored_settings(reader.tokenizer.chat_template),
             "precision": self.inputs.precision,
             "device": _device(runtime.device),
             "engine": runtime.engine.model_dump(mode="json"),

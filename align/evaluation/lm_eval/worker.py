@@ -352,7 +352,8 @@ def _prepare(job: Mapping[str, Any]) -> None:
 
 def _model_arguments(job: Mapping[str, Any]) -> dict[str, Any]:
     """Return lm-eval's model arguments: float32 weights and autocast as in align's forward passes, or vLLM's."""
-    shared = {"pretrained": job["model_dir"], "trust_remote_code": False}
+    # lm-eval passes enable_thinking to every template under vLLM, so the checkpoint's own value must be passed, too.
+    shared = {"pretrained": job["model_dir"], "trust_remote_code": False, "chat_template_args": job["template"]}
     if job["backend"] == "hf":
         arguments = {**shared, "dtype": "float32", "softmax_dtype": "float32"}
         if job["precision"] == "bfloat16":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from align.errors import UserError
 from align.models.chat.named_templates import require_tokens
 from align.models.chat.render import require_chat_template
 from align.models.chat.special_tokens import add_tokens, grow_embeddings, unify_special_tokens
+from align.models.chat.template_settings import TemplateSettings
 from align.models.checkpoints.files import ADAPTER_WEIGHTS, read_header, read_object, read_optional
 from align.models.checkpoints.folder_checks import EMBEDDINGS, require_embeddings
 from align.models.pretrained import adapter_config, attach_adapter, open_gguf, open_model, open_tokenizer, refusing
@@ -33,6 +34,8 @@ class Changes:
     """Function from the model's own template to the new one; None keeps its own."""
     template_name: str = ""
     """Name or path of the new template, for messages."""
+    template_settings: TemplateSettings = field(default_factory=TemplateSettings)
+    """Variables of the template, to store in it."""
     add_tokens: tuple[str, ...] = ()
     """Special tokens to add to the vocabulary."""
     dtype: str = "float32"
@@ -112,10 +115,11 @@ def merge_adapter(
 
 
 def _apply(changes: Changes, tokenizer: Any, model: Any, source: str) -> None:
-    """Apply the template and the tokens of ``changes``, both in place."""
+    """Apply the template, its settings and the tokens of ``changes``, in place."""
     if changes.chat_template is not None:
         tokenizer.chat_template = changes.chat_template(tokenizer.chat_template)
     require_chat_template(tokenizer, f"the model '{source}'")
+    changes.template_settings.apply(tokenizer)
     if changes.add_tokens:
         # A tokenizer with more tokens than the model embeds belongs to another model; resizing would hide that.
         require_embeddings(tokenizer, model, source, "it belongs to another model. Fetch the model's own.")

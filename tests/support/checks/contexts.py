@@ -24,7 +24,7 @@ class Learner(Config):
 
 
 def context(
-    folder: Path, inputs: dict[str, Any], waive: list[str] | None = None, config: Learner | None = None
+    folder: Path, inputs: dict[str, Any], waive: list[str] | None = None, config: Config | None = None
 ) -> StageContext:
     folder.mkdir(parents=True, exist_ok=True)
     runtime = Runtime.model_validate({"handover": {"waive": waive or []}})

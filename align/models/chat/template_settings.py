@@ -1,0 +1,188 @@
+"""Variables of a chat template, such as ``enable_thinking``, stored as defaults in the template itself. Torch-free.
+
+A setting is written in front of the template's text, in Jinja. Every program that renders the checkpoint's template
+then uses it: training, engines, judges, vLLM, llama.cpp and transformers. A request that passes the variable overrides
+it. Excluded: where the settings come from (``align.config.chat_template``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal, Self
+
+from align.config.chat_template import SET_BY_ALIGN, TemplateValue
+from align.config.validation import hint_nearest
+from align.errors import UserError
+
+SWITCHES = ("enable_thinking", "thinking")
+"""Variables that turn thoughts on and off: Qwen3, SmolLM3, GLM and Gemma; DeepSeek V3.1 and Granite."""
+STORED = re.compile(r"\{#- chat_template_kwargs (?P<settings>\{.*?\}) -#\}[^\n]*\n")
+"""The line of the settings, with a comment that has them as JSON."""
+OF_TRANSFORMERS = SET_BY_ALIGN | {"raise_exception", "strftime_now", "pad_token", "unk_token", "namespace", "range"}
+"""Variables and functions that no user sets."""
+QUESTION = [{"role": "user", "content": "a"}]
+TOKENS = {"bos_token": "", "eos_token": ""}
+
+State = Literal["on", "off"]
+
+
+@dataclass(frozen=True)
+class TemplateSettings:
+    """Settings of a chat template, as a stage's config has them."""
+
+    thinking: State | None = None
+    variables: Mapping[str, TemplateValue] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Return the settings of a stage or block with the fields ``thinking`` and ``chat_template_kwargs``."""
+        return cls(config.thinking, config.chat_template_kwargs)
+
+    def __bool__(self) -> bool:
+        return self.thinking is not None or bool(self.variables)
+
+    @property
+    def thinking_state(self) -> State | None:
+        """The state that these settings ask for; None if they have no thinking switch."""
+        values = [self.variables[name] for name in SWITCHES if isinstance(self.variables.get(name), bool)]
+        if self.thinking is None and values:
+            return "on" if values[0] else "off"
+        return self.thinking
+
+    def apply(self, tokenizer: Any, prefix: str = "") -> None:
+        """Store the settings in the tokenizer's template, in place.
+
+        Raises ``UserError``, whose field follows ``prefix``, for a variable that the template does not read, and for
+        ``thinking`` if it has no switch.
+        """
+        if not self:
+            return
+        template = tokenizer.chat_template
+        if isinstance(template, str):
+            tokenizer.chat_template = self.write(template, prefix)
+        else:
+            # A tokenizer may have several templates by name, of which only some read the variable.
+            default = self.resolve(template["default"], prefix)
+            tokenizer.chat_template = {name: store(text, default) for name, text in template.items()}
+
+    def write(self, template: str, prefix: str = "") -> str:
+        """Return ``template`` with the settings stored in it. Raises ``UserError`` as :meth:`apply` does."""
+        return store(template, self.resolve(template, prefix))
+
+    def resolve(self, template: str, prefix: str = "") -> dict[str, TemplateValue]:
+        """Return the template's variables with their values. Raises ``UserError`` as :meth:`apply` does."""
+        names = template_variables(template)
+        known = f"Its variables are {', '.join(names)}." if names else "It has no variables."
+        for name in self.variables:
+            if name not in names:
+                raise UserError(
+                    f"{prefix}chat_template_kwargs: the chat template does not read '{name}'."
+                    f"{hint_nearest(name, names)} {known}"
+                )
+        values = dict(self.variables)
+        if self.thinking is not None:
+            switch = thinking_switch(template)
+            if switch is None:
+                raise UserError(
+                    f"{prefix}thinking: the chat template has no switch for thoughts ({', '.join(SWITCHES)}). {known} "
+                    "Set one of them in chat_template_kwargs, or remove thinking."
+                )
+            values[switch] = self.thinking == "on"
+        return values
+
+
+def stored_settings(template: str | Mapping[str, str]) -> dict[str, TemplateValue]:
+    """Return the settings that a template has stored; of several templates by name, the default's."""
+    line = STORED.search(_default(template))
+    return {} if line is None else json.loads(line["settings"])
+
+
+def without_settings(template: str) -> str:
+    """Return the template without its stored settings."""
+    return STORED.sub("", template, count=1)
+
+
+def store(template: str, values: Mapping[str, TemplateValue]) -> str:
+    """Return the template with more settings stored; a value replaces an earlier one."""
+    settings = stored_settings(template) | dict(values)
+    if not settings:
+        return template
+    text = json.dumps(settings).replace("#", "\\u0023")  # '#}' would end the comment
+    defaults = "".join(
+        f"{{%- if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
+        for name, value in settings.items()
+    )
+    # Jinja removes the line break after the last tag, as transformers sets it up. The template starts a line as before.
+    return f"{{#- chat_template_kwargs {text} -#}}{defaults}\n{without_settings(template)}"
+
+
+def _literal(value: TemplateValue) -> str:
+    return json.dumps(value).replace("#", "\\u0023")
+
+
+@lru_cache(maxsize=64)
+def template_variables(template: str) -> list[str]:
+    """Return the variables that a template reads and users may set; none for a template that cannot be parsed."""
+    from jinja2 import TemplateError, meta, nodes
+
+    from align.models.chat.chat_template import template_environment
+
+    environment = template_environment()
+    try:
+        tree = environment.parse(without_settings(template))
+    except TemplateError:
+        return []
+    # A variable that the template assigns is its own, unless the template asks if a user has set it.
+    assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    asked = {
+        test.node.name
+        for test in tree.find_all((nodes.Test, nodes.Filter))
+        if test.name in ("defined", "undefined", "default") and isinstance(test.node, nodes.Name)
+    }
+    names = meta.find_undeclared_variables(tree) - (assigned - asked)
+    return sorted(names - OF_TRANSFORMERS - environment.globals.keys())
+
+
+def thinking_switch(template: str) -> str | None:
+    """Return the variable that turns thoughts on and off; None if no variable changes the prompt."""
+    for name in SWITCHES:
+        if name in template_variables(template):
+            prompts = [_prompt(template, {name: value}) for value in (True, False)]
+            if prompts[0] != prompts[1]:
+                return name
+    return None
+
+
+def thinking_state(tokenizer: Any) -> State | None:
+    """Return whether the tokenizer's template asks for thoughts; None if it has no switch."""
+    return _state(_default(tokenizer.chat_template))
+
+
+def _default(template: str | Mapping[str, str]) -> str:
+    """Return the template, or the default of several by name."""
+    return template if isinstance(template, str) else template["default"]
+
+
+@lru_cache(maxsize=64)
+def _state(template: str) -> State | None:
+    switch = thinking_switch(template)
+    if switch is None:
+        return None
+    # A template has its own default, which differs between families.
+    return "on" if _prompt(template, {}) == _prompt(template, {switch: True}) else "off"
+
+
+def _prompt(template: str, variables: Mapping[str, TemplateValue]) -> str | None:
+    """Return a short prompt; None if the template refuses it."""
+    from jinja2 import TemplateError
+
+    from align.models.chat.chat_template import render_text
+
+    try:
+        return render_text(template, messages=QUESTION, add_generation_prompt=True, **TOKENS, **variables)
+    except TemplateError:
+        return None

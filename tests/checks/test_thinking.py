@@ -1,0 +1,65 @@
+"""A policy that was trained with thoughts is not sampled without them, nor the other way around."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.checks.facts import read_facts
+from align.checks.stage import check_inputs, check_output
+from align.config.stages.sample import SampleConfig
+from align.errors import UserError
+from align.store.artifacts import Artifact, Kind
+from tests.support.checks.contexts import context
+
+
+def trained(folder: Path, source: Path, inputs: dict[str, Any] | None = None, **metrics: Any) -> Artifact:
+    shutil.copytree(source, folder / "model", ignore=shutil.ignore_patterns("align.json"))
+    check_output(context(folder, inputs or {}), "sft", Kind.POLICY, metrics)
+    return Artifact(folder.name, Kind.POLICY, folder, {})
+
+
+def sampling(**settings: Any) -> SampleConfig:
+    return SampleConfig(policy="sft", prompts="data", **settings)
+
+
+OFF, ON = {"thinking": "off"}, {"chat_template_kwargs": {"enable_thinking": True}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        (3, OFF, "thinking-changed: policy .'sft'. was trained with thoughts, and this stage turns thinking off"),
+        (0, ON, "trained without thoughts, and this stage turns thinking on"),
+        (3, ON, None),
+        (0, OFF, None),
+        (3, {"chat_template_kwargs": {"effort": "low"}}, None),
+        (3, {}, None),
+        (None, OFF, None),
+    ],
+)
+def test_other_thinking_is_refused_by_name(
+    rows: int | None, settings: dict[str, Any], message: str | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    policy = trained(tmp_path / "sft", tiny_model, **({} if rows is None else {"thought_rows": rows}))
+    inputs = {"policy": policy}
+    if message is None:
+        check_inputs(context(tmp_path / "next", inputs, config=sampling(**settings)), Kind.PREFERENCES)
+        return
+    with pytest.raises(UserError, match=message):
+        check_inputs(context(tmp_path / "next", inputs, config=sampling(**settings)), Kind.PREFERENCES)
+    waived = context(tmp_path / "next", inputs, waive=["thinking-changed"], config=sampling(**settings))
+    check_inputs(waived, Kind.PREFERENCES)
+
+
+def test_later_stages_inherit_trained_thoughts(tiny_model: Path, tmp_path: Path) -> None:
+    sft = trained(tmp_path / "sft", tiny_model, thought_rows=3)
+    rl = trained(tmp_path / "grpo", sft.model, {"policy": sft})
+    facts = read_facts(rl.model)
+    assert facts is not None and facts.thoughts is True
+    dpo = trained(tmp_path / "dpo", rl.model, {"policy": rl}, thought_rows=0)
+    facts = read_facts(dpo.model)
+    assert facts is not None and facts.thoughts is False
