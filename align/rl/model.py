@@ -20,7 +20,7 @@ from align.models.checkpoints.conversion import plain_of
 from align.models.checkpoints.sharding import is_partitioned
 from align.models.fast import ragged_rows
 from align.models.fast.shared_parts import count_frozen_layers, lower_weights_key, run_lower_layers, run_upper_layers
-from align.models.fast.token_logprobs import PLAIN, Temperature, logit_transform, token_logprobs
+from align.models.fast.token_logprobs import Temperature, logit_transform, token_logprobs
 from align.models.tuning.apply import apply_tuning, initial_policy
 from align.rl.masking import value_mask
 from align.rl.packing import Batch
@@ -128,7 +128,6 @@ class PolicyAndReference(nn.Module):
 
     def __init__(self, policy: Any, temperature: float) -> None:
         super().__init__()
-        _check_head(policy)
         self.policy = policy
         self.temperature = temperature
         self.checkpointing = False
@@ -212,7 +211,8 @@ class PolicyAndReference(nn.Module):
         # The head is the largest matrix: it runs on the states before response tokens only, not on prompts or padding.
         hidden = states[batch["positions"][:, :-1][mask]]  # (N, H)
         head = model.get_output_embeddings()
-        logprobs, entropy = token_logprobs(hidden, head, batch["targets"][mask], self._temperature(batch))
+        targets, temperature = batch["targets"][mask], self._temperature(batch)
+        logprobs, entropy = token_logprobs(hidden, head, targets, temperature, logit_transform(model))
         return _scatter(logprobs, mask), _scatter(entropy, mask)
 
     def _temperature(self, batch: Batch) -> Temperature:
@@ -295,13 +295,3 @@ def _frozen_layers(policy: Any, trunk: Any) -> dict[int, int]:
 def _scatter(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return values (N,) of the real tokens in the mask's shape (B, T), zero elsewhere; differentiable."""
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
-
-
-def _check_head(policy: Any) -> None:
-    """Raise ``UserError`` for a model that transforms its logits: ``token_logprobs.py`` applies a linear head only."""
-    transform = logit_transform(policy)
-    if transform != PLAIN:
-        raise UserError(
-            f"ppo: this model transforms its logits (scale {transform.scale:g}, soft cap {transform.cap}), which PPO "
-            "here does not do. Its log-probabilities would be wrong. Use a model without it."
-        )

@@ -3,7 +3,7 @@
 trl 1.16 computes logits in tiles of 4,096 tokens by 32,768 words, with several float32 copies of a tile in its backward
 pass: on a CPU up to 4 GiB of memory, and three times the time of ``token_statistics``. Two private names of
 ``trl.trainer.utils`` are replaced here and nowhere else; ``tests/training/test_fused_head.py`` fails when an upgrade
-changes them. Heads with a bias or a soft cap keep trl's own function.
+changes them. Heads with a bias keep trl's own function.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from trl.kernels import ChunkedLogProbFunction
 
-from align.models.fast.token_logprobs import token_statistics
+from align.models.fast.token_logprobs import LogitTransform, token_statistics
 from align.patches.trl import replace_fused_head
 
 
@@ -44,13 +44,13 @@ class _BlockwiseHead:
         that were not asked for are None.
         """
         _, soft_cap, logit_scale, outputs = settings
-        is_plain = bias is None and soft_cap is None and logit_scale > 0 and "log_sum_sq_probs" not in outputs
+        is_plain = bias is None and "log_sum_sq_probs" not in outputs
         if hidden.device.type != "cpu" or not is_plain:
             results: tuple[torch.Tensor | None, ...] = ChunkedLogProbFunction.apply(
                 hidden, weight, bias, targets, temperature, *settings
             )
             return results
-        statistics = token_statistics(hidden, weight, targets, temperature / logit_scale)
+        statistics = token_statistics(hidden, weight, targets, temperature, LogitTransform(logit_scale, soft_cap))
         return (
             statistics.logprobs,
             statistics.entropies if "entropy" in outputs else None,

@@ -9,8 +9,6 @@ from transformers import TrainerCallback
 from align.config.tuning import FullTuning, LoraTuning
 from align.errors import UserError
 from align.models.loading import load_policy
-from align.rl.model import PolicyAndReference
-from tests.support.models.scaled_logits import make_scaling_model
 from tests.support.rl.gradients import FlatGradients as Gradients
 
 LORA = LoraTuning(rank=4, alpha=8)
@@ -26,11 +24,6 @@ LOGGED = {
 
 def updates(trainer):
     return [entry for entry in trainer.state.log_history if "score" in entry]
-
-
-def test_a_policy_that_transforms_its_logits_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"transforms its logits \(scale 0.125, soft cap None\)"):
-        PolicyAndReference(load_policy(make_scaling_model(tmp_path)), temperature=1.0)
 
 
 @pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])

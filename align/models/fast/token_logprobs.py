@@ -3,10 +3,8 @@
 The output head runs over blocks of the vocabulary. The logits of one block exist at a time, in float32 for the softmax
 and small enough to stay in a core's cache. The backward pass computes them again instead of keeping them.
 
-Scale and soft cap that a model applies to the product of its vocabulary head before the softmax.
-
-Code that runs trunk and head by themselves applies them as well, or it would compute another distribution than the
-model.
+Some models scale or cap the product of their head before the softmax. Code that runs trunk and head by themselves
+applies this ``LogitTransform`` as well, or it would compute another distribution than the model.
 """
 
 from __future__ import annotations
@@ -31,6 +29,31 @@ Temperature = float | torch.Tensor
 """Divisor of the logits: a number for all tokens, or a number for each, (N, 1)."""
 
 
+@dataclass(frozen=True)
+class LogitTransform:
+    """Function from the head's product to the logits."""
+
+    scale: float = 1.0
+    cap: float | None = None
+    """Bound of the scaled logits, by a tanh; None for a model without one."""
+
+    def apply(self, product: torch.Tensor) -> torch.Tensor:
+        """Return the logits, of the shape of ``product``."""
+        logits = product if self.scale == 1.0 else self.scale * product
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
+        """Return the derivative of the logits by the head's product, from the logits themselves."""
+        if self.cap is None:
+            return self.scale
+        # y = c tanh(s x / c)  =>  dy / dx = s (1 - tanh^2) = s (1 - (y / c)^2)
+        return (logits / self.cap).square_().neg_().add_(1.0).mul_(self.scale)
+
+
+PLAIN = LogitTransform()
+"""The head's product is the logits."""
+
+
 class TokenStatistics(NamedTuple):
     """Numbers of N predicted tokens, (N,) each; only the first two have gradients."""
 
@@ -49,20 +72,25 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: Temperature
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: Temperature,
+        transform: LogitTransform,
     ) -> tuple[torch.Tensor, ...]:
         """Return the statistics of hidden states (N, H), targets (N,) and the head's weight (V, H)."""
         slices = [slice(start, start + TOKENS) for start in range(0, len(hidden), TOKENS)]
         parts = [_OnlineSoftmax(hidden[part], targets[part]) for part in slices]
         for part, softmax in zip(slices, parts, strict=True):
-            for block, logits in _blocks(hidden[part], weight, _part_of(temperature, part)):
-                softmax.add(block, logits)
+            for block, logits in _blocks(hidden[part], weight, transform):
+                softmax.add(block, _divided(logits, _part_of(temperature, part)))
         columns = [softmax.result(len(weight)) for softmax in parts]
         logprobs, entropies, is_top1, mean_logits, normalizers = (
             torch.cat(pieces) for pieces in zip(_no_statistics(hidden.device), *columns, strict=True)
         )
         ctx.save_for_backward(hidden, weight, targets, normalizers, entropies)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.transform = temperature, transform
         ctx.mark_non_differentiable(is_top1, mean_logits)
         return logprobs, entropies, is_top1, mean_logits
 
@@ -84,8 +112,9 @@ class _TokenStatistics(torch.autograd.Function):
             temperature = _part_of(ctx.temperature, part)
             # d logp_y / d logit_v = 1[v = y] - p_v;  d H / d logit_v = -p_v (log p_v + H)
             factor = -grad_logprobs[part, None]
-            for block, logits in _blocks(states, weight, temperature):
-                log_p = logits.sub_(normalizers[part, None])
+            for block, logits in _blocks(states, weight, ctx.transform):
+                slope = ctx.transform.slope(logits)
+                log_p = _divided(logits, temperature).sub_(normalizers[part, None])
                 if with_entropy:
                     by_entropy = (log_p + entropies[part, None]).mul_(grad_entropies[part, None])
                     grad = log_p.exp_().mul_(by_entropy.neg_().add_(factor))
@@ -93,6 +122,8 @@ class _TokenStatistics(torch.autograd.Function):
                     grad = log_p.exp_().mul_(factor)
                 inside, column = _within(targets[part], block)
                 grad[rows[inside], column] += grad_logprobs[part][inside]
+                if ctx.transform != PLAIN:
+                    grad.mul_(slope)
                 low = _divided(grad, temperature).to(hidden.dtype)
                 grad_hidden[part] += low @ weight[block]
                 if grad_weight is not None and start == 0:
@@ -101,7 +132,7 @@ class _TokenStatistics(torch.autograd.Function):
                     grad_weight[block] += low.T @ states
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
 @dataclass
@@ -172,15 +203,14 @@ def _no_statistics(device: torch.device) -> tuple[torch.Tensor, ...]:
 
 
 def _blocks(
-    hidden: torch.Tensor, weight: torch.Tensor, temperature: Temperature
+    hidden: torch.Tensor, weight: torch.Tensor, transform: LogitTransform
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield parts of the vocabulary, and their float32 logits (n, v)."""
+    """Yield parts of the vocabulary, and their float32 logits (n, v) at temperature 1."""
     most = max(256, LOGITS.get(hidden.device.type, LOGITS["cuda"]) // len(hidden))
     size = 2 ** (most.bit_length() - 1)
     for start in range(0, len(weight), size):
         block = slice(start, start + size)
-        logits = (hidden @ weight[block].T).float()
-        yield block, _divided(logits, temperature)
+        yield block, transform.apply((hidden @ weight[block].T).float())
 
 
 def _divided(values: torch.Tensor, temperature: Temperature) -> torch.Tensor:
@@ -201,24 +231,32 @@ def _within(targets: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Te
 
 
 def token_logprobs(
-    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, temperature: Temperature
+    hidden: torch.Tensor,
+    head: nn.Module,
+    targets: torch.Tensor,
+    temperature: Temperature,
+    transform: LogitTransform = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-probabilities of ``targets`` and entropies of ``softmax(head(hidden) / temperature)``, (N,) each.
+    """Return log-probabilities of ``targets`` and entropies of ``softmax(logits / temperature)``, (N,) each.
 
-    Both are float32. ``hidden`` is (N, H), ``targets`` (N,), ``temperature`` a number or (N, 1). The matrix product
-    runs in autocast's type, the softmax in float32. A head that is more than a plain bias-free linear layer (an
-    adapter, a bias) runs as it is, with logits of all N tokens.
+    Both are float32. The logits are ``transform.apply(head(hidden))``. ``hidden`` is (N, H), ``targets`` (N,),
+    ``temperature`` a number or (N, 1). The matrix product runs in autocast's type, the softmax in float32. A head that
+    is more than a plain bias-free linear layer (an adapter, a bias) runs as it is, with logits of all N tokens.
     """
     if type(head) is not nn.Linear or head.bias is not None:
-        return _from_logits(head(hidden).float() / temperature, targets)
-    statistics = token_statistics(hidden, head.weight, targets, temperature)
+        return _from_logits(transform.apply(head(hidden).float()) / temperature, targets)
+    statistics = token_statistics(hidden, head.weight, targets, temperature, transform)
     return statistics.logprobs, statistics.entropies
 
 
 def token_statistics(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: Temperature = 1.0
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: Temperature = 1.0,
+    transform: LogitTransform = PLAIN,
 ) -> TokenStatistics:
-    """Return the statistics of ``softmax(hidden weight^T / temperature)`` at ``targets``.
+    """Return the statistics of ``softmax(transform.apply(hidden weight^T) / temperature)`` at ``targets``.
 
     ``hidden`` is (N, H), ``weight`` (V, H), ``targets`` (N,). The matrix products run in autocast's type.
     """
@@ -231,7 +269,7 @@ def token_statistics(
         if isinstance(temperature, torch.Tensor):
             temperature = F.pad(temperature, (0, 0, 0, padding), value=1.0)
     with torch.autocast(device, enabled=False):
-        columns = _TokenStatistics.apply(hidden.to(dtype), weight.to(dtype), targets, temperature)
+        columns = _TokenStatistics.apply(hidden.to(dtype), weight.to(dtype), targets, temperature, transform)
     return TokenStatistics(*(column[:count] for column in columns[:4]))
 
 
@@ -244,24 +282,6 @@ MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 """Fields of a config that logits are multiplied by (Cohere, Muse Glimmer, Falcon-H1)."""
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
 """Fields with a soft cap (Gemma, RecurrentGemma)."""
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """Function from the head's product to the logits."""
-
-    scale: float = 1.0
-    cap: float | None = None
-    """Bound of the scaled logits, by a tanh; None for a model without one."""
-
-    def apply(self, product: torch.Tensor) -> torch.Tensor:
-        """Return the logits, of the shape of ``product``."""
-        logits = product if self.scale == 1.0 else self.scale * product
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
-
-
-PLAIN = LogitTransform()
-"""The head's product is the logits."""
 
 
 def logit_transform(model: Any) -> LogitTransform:

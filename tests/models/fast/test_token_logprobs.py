@@ -7,18 +7,19 @@ import torch
 from torch import nn
 
 from align.models.fast import token_logprobs as module
-from align.models.fast.token_logprobs import token_logprobs, token_statistics
+from align.models.fast.token_logprobs import PLAIN, LogitTransform, token_logprobs, token_statistics
 
 
-def plain(hidden, head, targets, temperature):
-    log_p = torch.log_softmax(head(hidden) / temperature, dim=-1)
+def plain(hidden, head, targets, temperature, transform=PLAIN):
+    log_p = torch.log_softmax(transform.apply(head(hidden)) / temperature, dim=-1)
     return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2, torch.tensor([0.7, 1.0, 0.3, 2.0, 1.0, 0.5, 0.9])[:, None]])
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.3])
 @pytest.mark.parametrize("tokens", [3, 1024])
-def test_values_and_gradients_equal_plain_autograd(monkeypatch, temperature, entropy_weight, tokens):
+@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(0.25), LogitTransform(0.5, cap=2.0)])
+def test_values_and_gradients_equal_plain_autograd(monkeypatch, temperature, entropy_weight, tokens, transform):
     monkeypatch.setattr(module, "ROWS", 1)
     monkeypatch.setattr(module, "TOKENS", tokens)  # seven tokens: two full parts and a rest, or all at once
     monkeypatch.setitem(module.LOGITS, "cpu", 1)  # blocks of 256 words: two, and a rest of 188
@@ -30,11 +31,26 @@ def test_values_and_gradients_equal_plain_autograd(monkeypatch, temperature, ent
     results = []
     for function in (token_logprobs, plain):
         hidden.grad = head.weight.grad = None
-        logprobs, entropies = function(hidden, head, targets, temperature)
+        logprobs, entropies = function(hidden, head, targets, temperature, transform)
         ((logprobs * weights).sum() + entropy_weight * (entropies * weights).sum()).backward()
         results.append((logprobs, entropies, hidden.grad, head.weight.grad))
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_scale_and_cap_enter_value_and_gradient():
+    """Products (x, 0) with x = 2, scale 0.5, cap 2, temperature 0.5: worked by hand.
+
+    Logits 2 tanh(0.5 x / 2) / 0.5 = 4 tanh(0.5) = 1.848469 and 0; p = 1 / (1 + e^-1.848469) = 0.863951.
+    log p = -0.146239; d log p / d x = (1 - p) * 4 * 0.25 * (1 - tanh(0.5)^2) = 0.136049 * 0.786448 = 0.106995.
+    """
+    hidden = torch.tensor([[2.0]], requires_grad=True)
+    head = nn.Linear(1, 2, bias=False)
+    head.weight.data = torch.tensor([[1.0], [0.0]])
+    logprobs, _ = token_logprobs(hidden, head, torch.tensor([0]), 0.5, LogitTransform(0.5, cap=2.0))
+    logprobs.sum().backward()
+    assert logprobs.item() == pytest.approx(-0.146239, abs=1e-5)
+    assert hidden.grad.item() == pytest.approx(0.106995, abs=1e-5)
 
 
 @pytest.fixture
@@ -93,8 +109,8 @@ def test_micro_batches_have_products_of_equal_shapes(monkeypatch):
     shapes = []
     blocks = module._blocks
 
-    def record(hidden, weight, temperature):
-        for block, logits in blocks(hidden, weight, temperature):
+    def record(hidden, weight, transform):
+        for block, logits in blocks(hidden, weight, transform):
             shapes.append(tuple(logits.shape))
             yield block, logits
 
