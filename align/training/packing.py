@@ -26,6 +26,7 @@ from align.errors import UserError
 from align.models.checkpoints.conversion import plain_of
 from align.models.fast.ragged_rows import NotRaggedError, enable_ragged, make_layout
 from align.models.fast.real_tokens import can_compute_real_tokens
+from align.models.fast.stateful_layers import carries_state
 from align.patches.transformers import attention_name
 from align.training.rows import MASKED, Encoded
 
@@ -84,7 +85,8 @@ def fill_ratio(packs: Sequence[dict[str, list[int]]], capacity: int) -> float:
 def packing_form(model: Any) -> Form:
     """Return the form in which ``model`` can separate concatenated rows. Raises ``UserError`` if it cannot."""
     causal_model = plain_of(model)
-    if carries_state(causal_model.config):
+    is_ragged = can_compute_real_tokens(causal_model)
+    if carries_state(causal_model.config) and not is_ragged:
         raise UserError(
             f"packing and padding_free: layers of this {causal_model.config.model_type} carry a state from token to "
             "token, which would pass from row to row. Turn them off."
@@ -92,7 +94,7 @@ def packing_form(model: Any) -> Form:
     attention = attention_name(causal_model.config)
     if attention.startswith("flash"):
         return "flash"
-    if can_compute_real_tokens(causal_model):
+    if is_ragged:
         return "ragged"
     # transformers makes the mask of several rows from their positions, which a few families (BLOOM, MPT) do not accept.
     accepts_positions = "position_ids" in inspect.signature(causal_model.base_model.forward).parameters
@@ -102,15 +104,6 @@ def packing_form(model: Any) -> Form:
         f"packing and padding_free: the attention '{attention}' of this {causal_model.config.model_type} cannot keep "
         "rows in one line apart. Turn them off."
     )
-
-
-def carries_state(config: Any) -> bool:
-    """Return True if a model has layers of linear attention, convolutions or a state space (LFM2, Mamba, Qwen3.5)."""
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
-    if kinds:
-        return any("attention" not in kind or kind.startswith("linear") for kind in kinds)
-    return any(name.startswith(("mamba_", "ssm_", "state_size")) for name in vars(text))
 
 
 def enable_flat(model: Any, form: Form) -> None:

@@ -31,6 +31,7 @@ from align.training.packing import (
 )
 from align.training.rows import MASKED, Encoded, encode_supervised
 from align.training.trainers import PreparedSFT
+from tests.support.models.families import family_model
 from tests.support.training.harness import events, losses, rows
 from tests.support.training.killed_stage import Killed, dying
 from tests.support.training.sft_setup import make_packing_stage, make_sft_trainer
@@ -152,6 +153,12 @@ def test_models_are_run_as_they_can_be(tiny_model: Path) -> None:
     flash.config._attn_implementation = "something"
     with pytest.raises(UserError, match="the attention 'something' of this llama cannot keep rows"):
         packing_form(flash)
+
+
+def test_states_that_no_hook_resets_are_refused() -> None:
+    assert packing_form(family_model("lfm2")) == "ragged"
+    with pytest.raises(UserError, match="layers of this mamba2 carry a state from token to token"):
+        packing_form(family_model("mamba2"))
 
 
 def test_padding_free_training_is_training(tiny_model: Path, tmp_path: Path) -> None:

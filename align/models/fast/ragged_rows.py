@@ -11,8 +11,8 @@ proceeds in three steps (``ragged_attention``):
 It is registered as an attention function of transformers, so every model that looks up its attention in that registry
 can run this way. On a CPU, short sequences use plain matrix products: torch's flash kernel there needs 2 to 4 times as
 long up to a few hundred tokens, most of all backwards. A prefix that several sequences share may appear once
-(``shared_parts.PrefixBatch``): each of them attends to the prefix's keys and values. Excluded: sliding windows, linear
-attention, caches.
+(``shared_parts.PrefixBatch``): each of them attends to the prefix's keys and values. Layers of linear attention get
+whole rows (``stateful_layers``). Excluded: sliding windows, caches.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from align.models.fast.attention import FromGroups, HeadGather, ShortAttention, ToGroups
+from align.models.fast.stateful_layers import carries_state, enable_rows, stateful_layers
 from align.patches.transformers import attention_name
 
 NAME = "align_ragged"
@@ -46,6 +47,7 @@ Layout = dict[str, Any]
 ``token_slots`` (N,): the slot of each token.
 ``shapes``: (segments, queries, keys) of each group.
 ``masks``: bool, (S, 1, Q, K) or (1, 1, Q, K) for each group; True where a query may look at a key.
+``segments``: the lengths of the segments, and the segments that each of them continues.
 
 Only where segments continue others:
 ``key_tokens`` (K,): for each key slot, the index of its token; N for padding.
@@ -136,6 +138,7 @@ def make_layout(lengths: Sequence[int], parents: Sequence[int | None] | None = N
         "token_slots": builder.token_slots,
         "shapes": shapes,
         "masks": masks,
+        "segments": (list(lengths), ancestors),
         "cache": LayoutCache(),
     }
     if builder.prefix_copies:
@@ -212,10 +215,16 @@ class NotRaggedError(RuntimeError):
 
 
 def can_run_ragged(model: Any) -> bool:
-    """Return True for a model that looks up its attention in transformers' registry and attends in full everywhere."""
+    """Return True for a model that looks up its attention in transformers' registry and attends in full everywhere.
+
+    Its other layers are those of ``stateful_layers``.
+    """
     config = model.config.get_text_config()
     if getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None):
         return False
+    if carries_state(config):
+        # transformers marks only some of these families as compatible, but all of them look up their attention.
+        return bool(stateful_layers(model)) and attention_name(config) in ("sdpa", NAME)
     if not set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}:
         return False
     return bool(model.is_backend_compatible()) and attention_name(config) in ("sdpa", NAME)
@@ -224,6 +233,7 @@ def can_run_ragged(model: Any) -> bool:
 def enable_ragged(model: Any) -> None:
     """Let ``model`` accept layouts; without one it works as before. Check ``can_run_ragged`` first."""
     model.set_attn_implementation(NAME)
+    enable_rows(model)
 
 
 def try_ragged(model: Any) -> bool:

@@ -22,6 +22,7 @@ import torch
 from align.models.checkpoints.conversion import plain_of
 from align.models.fast.ragged_rows import NotRaggedError, can_run_ragged, enable_ragged, to_device
 from align.models.fast.shared_parts import PrefixBatch, share_prefixes
+from align.models.fast.stateful_layers import Spread
 
 LOG = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class _RealTokens:
         """Put the states of the line back to the places of their tokens."""
         places, self._places = self._places, None
         if places is not None:
-            output.last_hidden_state = _Spread.apply(output.last_hidden_state[0], places)
+            output.last_hidden_state = Spread.apply(output.last_hidden_state[0], places)
         return output
 
     @torch.no_grad()
@@ -172,27 +173,3 @@ def _row_lengths(inputs: dict[str, Any]) -> torch.Tensor | None:
     if not bool((real == is_right_padded).all()) or int(lengths.min()) == 0:
         return None
     return lengths
-
-
-class _Spread(torch.autograd.Function):
-    """Rows (N, H) at ``places`` (B, T) -> (B, T, H), 0 where a place is N.
-
-    The gradient of a row is the sum over its places, in float32: a prompt's last token predicts the first token of
-    every answer to it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """(N, H) at (B, T) places -> (B, T, H)."""
-        ctx.save_for_backward(places)
-        ctx.count = len(rows)
-        is_padding = (places == len(rows))[..., None]
-        return rows[places.clamp(max=len(rows) - 1)].masked_fill_(is_padding, 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        """(B, T, H) -> (N, H)."""
-        (places,) = ctx.saved_tensors
-        rows = grad.new_zeros(ctx.count + 1, grad.shape[-1], dtype=torch.float32)  # the last row stores padding's
-        rows.index_add_(0, places.flatten(), grad.flatten(0, 1).float())
-        return rows[: ctx.count].to(grad.dtype), None
