@@ -6,17 +6,21 @@ of a module called ``experts``. The router that chooses among them is another ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 EXPERTS = "experts"
 """Name of the module with a block's experts."""
 ROUTERS = ("gate", "router")
 """Names of the module that chooses the experts of a token."""
-READ_BY_KERNELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-"""Types of models with state-space layers for which peft refuses some modules."""
+READ_BY_KERNELS = ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h")
+"""Types of models with state-space layers; peft refuses ``KERNEL_MATRICES`` of some of them."""
+KERNEL_MATRICES = ("out_proj", "conv1d")
+"""Modules whose weights the kernels of state-space layers read in training."""
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 """Names of matrices of experts, shared experts and dense feed-forward layers, which peft moves to the experts."""
 
@@ -61,38 +65,63 @@ def expert_matrices(model: Any) -> list[str]:
     return sorted(names)
 
 
-def matrices_outside_experts(model: Any) -> list[str]:
-    """Return the linear layers that adapters train by default in a mixture: attention, not routers or feed-forward."""
-    blocks = [f"{name}." for name, _ in mixture_blocks(model)]
-    head = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module is not head
-        and name.rpartition(".")[2] not in (*FEED_FORWARD, "score")
-        and not name.startswith(tuple(blocks))
-    ]
-
-
 def default_targets(model: Any) -> str | list[str]:
     """Return the modules that ``all-linear`` adapts: all matrices but the head if the model allows it.
 
-    A mixture's experts and routers are skipped. The fused kernels of some state-space models read the weights of
-    ``out_proj`` and ``conv1d`` without calling the modules, so peft refuses to adapt them.
+    A mixture's experts, routers and feed-forward layers are skipped. So are matrices that the fused kernels of
+    state-space layers read without calling the modules, because kernels would ignore adapters on them.
     """
-    if has_experts(model.config):
-        return matrices_outside_experts(model)
-    if model.config.model_type not in READ_BY_KERNELS:
+    is_mixture, is_read = has_experts(model.config), model.config.get_text_config().model_type in READ_BY_KERNELS
+    if not is_mixture and not is_read:
         return "all-linear"
+    skipped = ("score", *(FEED_FORWARD if is_mixture else ()), *(KERNEL_MATRICES if is_read else ()))
+    blocks = tuple(f"{name}." for name, _ in mixture_blocks(model))
     head = model.get_output_embeddings()
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and module is not head
-        and name.rpartition(".")[2] not in ("out_proj", "conv1d", "score")
+        and name.rpartition(".")[2] not in skipped
+        and not name.startswith(blocks)
     ]
+
+
+@contextlib.contextmanager
+def record_experts(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Yield a list that gets the experts of all tokens, sorted: (N, k) for each mixture block in each call.
+
+    Blocks call their ``experts`` with the states, the chosen experts and their weights.
+    """
+    choices: list[torch.Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        choices.append(args[1].detach().flatten(0, -2).sort(dim=-1).values.cpu())
+
+    handles = [block.experts.register_forward_pre_hook(record) for _, block in mixture_blocks(model)]
+    try:
+        yield choices
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def token_experts(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Return the sorted experts of each row's tokens: (layers, T, k) for each row, computed one row at a time."""
+    device = next(model.parameters()).device
+    experts = []
+    for row in rows:
+        with record_experts(model) as choices:
+            model(input_ids=torch.tensor([list(row)], device=device), use_cache=False)
+        experts.append(torch.stack(choices))
+    return experts
+
+
+def router_disagreement(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
+    """Return the share of choices, of a token in a layer, with other experts; both are from ``token_experts``."""
+    differs = [(a != b).any(dim=-1).flatten() for a, b in zip(first, second, strict=True)]
+    return float(torch.cat(differs).float().mean())
 
 
 def freeze_routers(model: Any) -> int:

@@ -10,12 +10,14 @@ import torch
 from align.config.tuning import LoraTuning
 from align.errors import UserError
 from align.models.experts import (
+    default_targets,
     expert_matrices,
     freeze_routers,
     has_experts,
-    matrices_outside_experts,
+    router_disagreement,
     router_loss_weight,
     routers,
+    token_experts,
 )
 from align.models.tuning.lora import wrap
 from align.models.tuning.peft_layers import merged_weights
@@ -46,7 +48,7 @@ def test_parts_of_a_mixture_are_found(model_type: str) -> None:
     blocks = 1 if model_type == "deepseek_v3" else 2  # DeepSeek's first layer is dense
     weights = [name for name in routers(model) if name.endswith("weight")]
     assert len(weights) == blocks and all("mlp" in name for name in weights)
-    adapted = matrices_outside_experts(model)
+    adapted = default_targets(model)
     assert adapted and all("attn" in name for name in adapted)
 
 
@@ -100,8 +102,47 @@ def test_frozen_routers_are_counted() -> None:
     assert freeze_routers(family_model("llama")) == 0
 
 
-@pytest.mark.parametrize("model_type", ["falcon_h1", "mamba2"])
-def test_state_space_models_keep_what_kernels_read(model_type: str) -> None:
+HYBRIDS = {
+    "qwen3_5_text": "linear_attn: in_proj_a in_proj_b in_proj_qkv in_proj_z out_proj",
+    "qwen3_next": "linear_attn: in_proj_ba in_proj_qkvz out_proj",
+    "lfm2": "conv: in_proj out_proj",
+    "bamba": "mamba: in_proj",
+    "falcon_h1": "mamba: in_proj",
+    "granitemoehybrid": "mamba: in_proj",
+    "mamba2": "mixer: in_proj",
+}
+"""Part of a layer with a state, and its matrices with adapters. Kernels read ``out_proj`` of state spaces directly."""
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_default_adapters_include_linear_attention(model_type: str) -> None:
+    part, _, expected = HYBRIDS[model_type].partition(": ")
     adapted = wrap(family_model(model_type), lora(), seed=0)
-    names = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_A" in name}
-    assert "in_proj" in names and not names & {"out_proj", "conv1d", "lm_head"}
+    paths = [name.split(".lora_A")[0].split(".") for name, _ in adapted.named_parameters() if "lora_A" in name]
+    assert sorted({path[-1] for path in paths if path[-2] == part}) == expected.split()
+    assert model_type == "mamba2" or {"q_proj", "k_proj", "v_proj"} <= {path[-1] for path in paths}
+    assert "lm_head" not in {path[-1] for path in paths}
+
+
+def test_disagreement_of_routers_counts_tokens_in_layers() -> None:
+    # Two layers, three tokens, two experts each: the last token of the second layer has another expert.
+    first = torch.tensor([[[0, 1], [1, 2], [0, 3]], [[0, 2], [1, 3], [2, 3]]])
+    second = first.clone()
+    second[1, 2] = torch.tensor([1, 3])
+    assert router_disagreement([first], [second]) == pytest.approx(1 / 6)
+    assert router_disagreement([first, first], [first, first]) == 0.0
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_experts_of_tokens_are_those_of_the_router(model_type: str) -> None:
+    model = family_model(model_type).eval()
+    rows = [[10, 11, 12], [13, 14, 15, 16, 17]]
+    single = token_experts(model, rows)
+    blocks = 1 if model_type == "deepseek_v3" else 2
+    assert [tuple(row.shape) for row in single] == [(blocks, 3, 2), (blocks, 5, 2)]
+    assert router_disagreement(single, token_experts(model, rows)) == 0.0
+    # Another router chooses other experts, but experts of other weights do not change the first layer's choice.
+    for name, parameter in routers(model).items():
+        if name.endswith("weight"):
+            parameter.data.neg_()
+    assert router_disagreement(single, token_experts(model, rows)) > 0.5
