@@ -29,6 +29,7 @@ from align.config.user_functions import (
     top_level_names,
 )
 from align.config.validation import hint_nearest, suggest
+from align.config.verifiers import EnvironmentVerifier
 from align.errors import UserError, redact, require_extra, shorten
 from align.store.artifacts import GENERATORS
 from align.store.fingerprint import canonical, code_identity
@@ -124,9 +125,9 @@ class EnvironmentConfig(Config):
     """Class of the user's as ``module:Class``, one instance an episode: ``reset``, ``score``, and its tools."""
     tools: list[str] | None = Field(None, min_length=1)
     """Functions that the policy may call, each as ``module:function``, with type hints and a docstring."""
-    score: str | None = None
+    score: str | EnvironmentVerifier | None = None
     """Function that scores an episode with ``tools`` or a ``user``: ``gold``, ``gsm8k_answer``, or
-    ``module:function``."""
+    ``module:function``; or a verifier of the last turn, as ``{math: answer}``."""
     verifiers: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/@-]*$")
     """Installed environment of the package verifiers, by the name of its package: ``reverse-text``."""
     openenv: str | None = None
@@ -158,8 +159,8 @@ class EnvironmentConfig(Config):
 
     @field_validator("class_name", "score")
     @classmethod
-    def _check_import_path(cls, path: str | None) -> str | None:
-        if path is not None and path not in SHORT:
+    def _check_import_path(cls, path: str | EnvironmentVerifier | None) -> str | EnvironmentVerifier | None:
+        if isinstance(path, str) and path not in SHORT:
             _check_path(path)
         return path
 
@@ -251,13 +252,24 @@ class EnvironmentConfig(Config):
         Runs no code of the user's. Raises ``UserError``, which begins with ``place``, for a missing class or function
         and for arguments that it does not accept.
         """
-        settings = settings_for_key(self, self.model_dump(exclude={*FREE, "user"}))
+        # A verifier's identity is part of the code below.
+        in_code = {"user", "score"} if isinstance(self.score, EnvironmentVerifier) else {"user"}
+        settings = settings_for_key(self, self.model_dump(exclude={*FREE, *in_code}))
         user = {} if self.user is None else {"user": self.user.identity()}
         return canonical(settings | user | {"code": dict(self._code(place))})
 
     def _sources(self) -> list[str]:
         values = (self.class_name, self.tools, self.verifiers, self.openenv)
         return [name for name, value in zip(SOURCES, values, strict=True) if value is not None]
+
+    def _score_identity(self, place: str) -> str:
+        """Return the identity of what scores. Raises ``UserError`` for arguments that it does not accept."""
+        if isinstance(self.score, str):
+            return scoring_identity(self.score, self.arguments, place)
+        assert self.score is not None
+        if self.arguments:
+            raise UserError(f"{place}: arguments are for a function, and this is {self.score.label}; remove them.")
+        return self.score.identity()
 
     def _code(self, place: str) -> Iterator[tuple[str, str]]:
         """Yield what the environment is made of, and the digest or version of each."""
@@ -270,7 +282,7 @@ class EnvironmentConfig(Config):
             yield f"tools[{index}]", function_identity(path, f"{place}.tools[{index}]")
             _check_function(path, f"{place}.tools[{index}]")
         if self.score is not None:
-            yield "score", scoring_identity(self.score, self.arguments, f"{place}.score")
+            yield "score", self._score_identity(f"{place}.score")
         if self.verifiers is not None:
             require_extra("verifiers", "verifiers", f"{place}.verifiers:")
             yield "verifiers", importlib.metadata.version("verifiers")

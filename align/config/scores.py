@@ -10,13 +10,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from align.config.base import Config, stage_input
+from align.config.base import stage_input
 from align.config.endpoint import EndpointJudge
 from align.config.user_functions import SHORT, check_arguments, function_identity
+from align.config.verifiers import VERIFIERS, VerifierFields
 from align.store.artifacts import Kind
 from align.store.fingerprint import canonical
 
-SOURCES = ("function", "judge", "reward")
+SOURCES = ("function", "judge", "reward", *VERIFIERS)
 """Fields of an entry, of which it has exactly one."""
 RESERVED = frozenset({"length_correlation", "std"})
 """Names of other metrics that are logged next to the scores, whose names are ``score_<name>``."""
@@ -38,8 +39,8 @@ class RewardJudge(EndpointJudge):
         return self
 
 
-class RewardEntry(Config):
-    """One reward of a list: a function, an endpoint that judges, or a reward stage."""
+class RewardEntry(VerifierFields):
+    """One reward of a list: a verifier, a function, an endpoint that judges, or a reward stage."""
 
     function: str | None = None
     """Function that scores responses: ``gold``, ``gsm8k_answer``, or an import path ``module:name``; sync or async."""
@@ -50,7 +51,8 @@ class RewardEntry(Config):
     weight: float = 1.0
     """Factor of this reward in the sum. 0 logs it without any effect; negative values punish."""
     name: str | None = Field(None, pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")
-    """Name in logs, curves and samples; by default the function's or the stage's name, or ``judge``."""
+    """Name in logs, curves and samples; by default the function's or the stage's name, the
+    verifier's kind, or ``judge``."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the function in addition to rows and responses."""
     concurrency: int = Field(16, ge=1, le=4096)
@@ -64,7 +66,7 @@ class RewardEntry(Config):
     def _check_source(self) -> Self:
         sources = [name for name in SOURCES if getattr(self, name) is not None]
         if len(sources) != 1:
-            listed = f"has {' and '.join(sources)}" if sources else "has none of function, judge and reward"
+            listed = f"has {' and '.join(sources)}" if sources else f"has none of {', '.join(SOURCES)}"
             raise ValueError(f"{listed}; a reward comes from exactly one of them.")
         if self.function is None and self.arguments:
             raise ValueError(f"arguments are for a function, and this is a {sources[0]}; remove them.")
@@ -81,7 +83,7 @@ class RewardEntry(Config):
             return self.name
         if self.function is not None:
             return self.function.rpartition(":")[2]
-        return str(self.reward) if self.reward is not None else "judge"
+        return str(self.reward) if self.reward is not None else self.verifier or "judge"
 
     @property
     def fallback(self) -> float | None:
@@ -99,6 +101,8 @@ class RewardEntry(Config):
             source = {"function": scoring_identity(self.function, self.arguments, place)}
         elif self.judge is not None:
             source = {"judge": self.judge.identity() | {"reference": self.judge.reference}}
+        elif self.verifier is not None:
+            source = {"verifier": self.verifier_identity()}
         fields: dict[str, Any] = {"name": self.label, "weight": self.weight}
         if self.fallback is not None:
             fields["on_error"] = self.fallback
@@ -163,24 +167,40 @@ def scoring_identity(path: str, arguments: dict[str, Any], place: str) -> str:
 METRIC_NAME = r"^[A-Za-z][A-Za-z0-9_-]{0,63}$"
 
 
-class MetricFunction(Config):
-    """A function that scores responses, as a metric of the scorecard."""
+class MetricFunction(VerifierFields):
+    """A function or a verifier that scores responses, as a metric of the scorecard."""
 
-    function: str
+    function: str | None = None
     """``gold``, or ``package.module:function``."""
     name: str | None = Field(None, pattern=METRIC_NAME)
-    """Name of the metric; by default the function's."""
+    """Name of the metric; by default the function's, or the verifier's kind."""
     better: Literal["higher", "lower"] = "higher"
     """Scores that are better."""
     arguments: dict[str, Any] = Field({})
     """Keyword arguments for the function in addition to rows and responses."""
 
-    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"arguments"})
+    keyed_when_set: ClassVar[frozenset[str]] = VerifierFields.verifier_fields | {"arguments"}
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        sources = [name for name in ("function", *VERIFIERS) if getattr(self, name) is not None]
+        if len(sources) != 1:
+            listed = f"has {' and '.join(sources)}" if sources else f"has none of function, {', '.join(VERIFIERS)}"
+            raise ValueError(f"{listed}; a metric comes from exactly one of them.")
+        if self.function is None and self.arguments:
+            raise ValueError(f"arguments are for a function, and this is {sources[0]}; remove them.")
+        return self
 
     @property
     def metric(self) -> str:
         """Name in the scorecard, in gates and on the page."""
-        return self.name or self.function.rpartition(":")[2]
+        return self.name or (self.function or str(self.verifier)).rpartition(":")[2]
+
+    def identity(self, place: str) -> str:
+        """Return everything that the metric depends on; raises ``UserError`` as ``scoring_identity`` does."""
+        if self.function is None:
+            return canonical(self.verifier_identity())
+        return scoring_identity(self.function, self.arguments, place)
 
 
 MetricFunctions = str | Sequence[str | MetricFunction]

@@ -48,8 +48,8 @@ def gold(rows: list[Row], responses: list[str]) -> list[float]:
 def gsm8k_answer(rows: list[Row], responses: list[str]) -> list[float]:
     """Return 1.0 if the response's final number equals the row's answer, else 0.0.
 
-    Both are read by :func:`align.data.final_answers.final_number`, as the evaluation task ``gsm8k`` reads them:
-    thoughts do not count, and a response with two answers scores 0.
+    The verifier ``{number: checks.answer}`` gives the same scores, and also reasons. The evaluation task ``gsm8k``
+    reads answers in the same way: thoughts do not count, and a response with two answers scores 0.
     """
     scores = []
     for row, response in zip(rows, responses, strict=True):

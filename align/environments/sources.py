@@ -12,6 +12,8 @@ from typing import Any
 
 from align.config.environment import METHODS, NO_TOOLS, EnvironmentConfig, tool_name, two_answers
 from align.config.user_functions import check_call, check_methods, full_path, load_function
+from align.config.validation import validate_plain
+from align.config.verifiers import EnvironmentVerifier
 from align.data.rows import Message, Row
 from align.data.scoring import SCORE, FunctionScorer, function_scorer
 from align.environments.environment import Action, Environment, EnvironmentSource, tool_schema
@@ -25,6 +27,7 @@ from align.environments.results import (
     read_text,
 )
 from align.errors import UserError
+from align.verifiers.scorer import VerifierScorer, open_verifier
 
 MESSAGES, RESPONSE = "messages", "response"
 """Parameters of a function or method that scores: the whole conversation, or the policy's last turn."""
@@ -205,10 +208,11 @@ class ClassEnvironment(Environment):
 
 @dataclass(frozen=True)
 class FunctionSource:
-    """Functions of the user's as tools, and a function that scores."""
+    """Functions of the user's as tools, and a function or a verifier that scores."""
 
     paths: list[str]
-    score_path: str
+    score: str | dict[str, Any]
+    """Path of a function, or the fields of a verifier."""
     arguments: Mapping[str, Any]
     tools: list[dict[str, Any]]
     max_result_tokens: int
@@ -230,9 +234,12 @@ class FunctionSource:
         return {tool_name(path): load_function(path, f"{self.place}.tools") for path in self.paths}
 
     @cached_property
-    def scorer(self) -> FunctionScorer:
-        """The function that scores."""
-        return function_scorer(self.score_path, self.arguments, place=f"{self.place}.score")
+    def scorer(self) -> FunctionScorer | VerifierScorer:
+        """The function or the verifier that scores."""
+        place = f"{self.place}.score"
+        if isinstance(self.score, dict):
+            return open_verifier(validate_plain(EnvironmentVerifier, self.score), place)
+        return function_scorer(self.score, self.arguments, place=place)
 
 
 def open_functions(config: EnvironmentConfig, place: str) -> FunctionSource:
@@ -245,7 +252,10 @@ def open_functions(config: EnvironmentConfig, place: str) -> FunctionSource:
         if inspect.isclass(function):
             raise UserError(f"{where} '{path}': it is a class; name it as `class`, or list functions.")
         tools.append(tool_schema(function, tool_name(path), where))
-    score = full_path(str(config.score), f"{place}.score")
+    if isinstance(config.score, EnvironmentVerifier):
+        score: str | dict[str, Any] = config.score.model_dump()
+    else:
+        score = full_path(str(config.score), f"{place}.score")
     source = FunctionSource(paths, score, config.arguments, tools, config.max_result_tokens, place)
     # A mistake is reported before a model is loaded.
     source.preload()
@@ -278,7 +288,7 @@ class FunctionEnvironment(Environment):
         """Return the score of the last response, or of the conversation if the function has ``messages``."""
         scorer = self.source.scorer
         row = {"id": ""} | copy.deepcopy(self.row)
-        if MESSAGES in _parameters(scorer.function)[:2]:
+        if isinstance(scorer, FunctionScorer) and MESSAGES in _parameters(scorer.function)[:2]:
             place = tool_name(scorer.path)
             value = self.run(place, scorer.function, row, copy.deepcopy(messages), **scorer.arguments)
             return read_scores(value, place)

@@ -175,11 +175,17 @@ def _programs(config: EvaluateConfig) -> list[Program]:
     """Load the functions that score responses. Raises ``UserError`` for a missing function."""
     from align.config.user_functions import function_identity, load_function
     from align.data.scoring import function_scorer
+    from align.verifiers.scorer import open_verifier
 
     programs = []
     places = ["score"] if isinstance(config.score, str) else []
     places += [f"metrics[{number}]" for number in range(len(config.metrics))]
     for place, settings in zip(places, config.metric_functions, strict=True):
+        if settings.function is None:
+            meaning = f"verdict of {settings.verifier}, from 0 to 1"
+            identity, verifier = settings.identity(place), open_verifier(settings, place)
+            programs.append(Program(settings.metric, settings.better, meaning, verifier, identity))
+            continue
         identity = function_identity(settings.function, place)
         # The first line of the docstring says what the metric means.
         lines = (inspect.getdoc(load_function(settings.function, place)) or "").strip().splitlines()

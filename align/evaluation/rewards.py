@@ -21,6 +21,7 @@ from align.inference.endpoint_client import Endpoint
 from align.inference.requests import Answer, Request
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
+from align.verifiers.scorer import open_verifier
 
 REWARD_INPUTS = "score.reward"
 """Name of the reward stages of a list among a stage's inputs."""
@@ -87,6 +88,8 @@ def open_rewards(context: StageContext, load_reward: LoadReward, processes: int 
             # A stage cache for each judge, so each counts what it costs.
             caches = JudgmentCaches(context.checkpoints / f"score-{entry.label}", context.cache, context.warn)
             scorer = judge_scorer(entry.judge, caches, place, processes)
+        elif entry.verifier is not None:
+            scorer = open_verifier(entry, place)
         else:
             scorer = load_reward(next(artifacts))
         parts.append(Part(entry.label, entry.weight, scorer))

@@ -57,7 +57,7 @@ def test_reward_without_name_has_name_of_its_source() -> None:
     ("score", "message"),
     [
         ([], "stages.grpo.score: List should have at least 1 item"),
-        ([{}], "score[0]: has none of function, judge and reward"),
+        ([{}], "score[0]: has none of function, judge, reward, math"),
         ([{"function": "gold", "reward": "rm"}], "score[0]: has function and reward; a reward comes from exactly one"),
         ([{"functoin": "gold"}], "score[0]: unknown key 'functoin'. Did you mean 'function'?"),
         ([{"function": "gold", "wieght": 1}], "unknown key 'wieght'. Did you mean 'weight'?"),

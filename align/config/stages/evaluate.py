@@ -157,8 +157,9 @@ class EvaluateConfig(Config):
     """A program that scores responses (``gold`` or ``package.module:function``), a metric called what its function is
     called; or a list of rewards: the metric ``score`` is their weighted sum, ``score_<name>`` each of them."""
     metrics: list[str | MetricFunction] = Field([])
-    """Further programs that score responses: ``package.module:function``, or with a name and a direction
-    ``{function: mine:errors, name: errors, better: lower}``. The first metric of ``score`` and these decides."""
+    """Further programs that score responses: ``package.module:function``, ``{math: answer}``, or with a name and a
+    direction ``{function: mine:errors, name: errors, better: lower}``. The first metric of ``score`` and these
+    decides."""
     tasks: dict[str, AnyTask] = Field({})
     """Benchmarks and checks by name: ``ifeval: {files: [...]}``; a name of your own needs ``task:`` with the kind."""
     baselines: dict[str, BaselineConfig] = Field({})
@@ -253,7 +254,7 @@ class EvaluateConfig(Config):
             if name in (*PROMPT_METRICS, *self.reward_metrics):
                 raise ValueError(
                     f"'{name}' is a metric of its own, so a function needs another name: "
-                    f"metrics: [{{function: {function.function}, name: my_{name}}}]"
+                    f"metrics: [{{{function.verifier or 'function'}: ..., name: my_{name}}}]"
                 )
             if names.count(name) > 1:
                 raise ValueError(f"metrics: two metrics are called '{name}'; give one of them another name.")

@@ -21,11 +21,11 @@ from typing import Any
 from align.config.runtime.rollouts import CPU_STEP_TOKENS
 from align.config.validation import hint_nearest
 from align.errors import UserError
-from align.evaluation.tasks.ifeval import ensure_punkt
 from align.patches.datasets import pin_revisions
 from align.pipeline.process_limits import relax_collections, resume_collections
 from align.pipeline.stop_signal import die_with_parent
 from align.store.json_files import write_text_atomically
+from align.verifiers.instructions import ensure_punkt
 
 SHOWN_CHARACTERS = 2000
 """Most characters of a question in the report, which long-context tasks would fill."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import settings_for_key
-from align.config.scores import MetricFunction, score_identities, scoring_identity
+from align.config.scores import MetricFunction, score_identities
 from align.config.stages.evaluate import BaselineConfig, EvaluateConfig
 from align.config.stages.evaluation import tasks as configs
 from align.config.stages.evaluation.task_fields import TaskConfig
@@ -101,7 +101,7 @@ def identities(config: EvaluateConfig, base: Path) -> dict[str, str]:
     for number, entry in enumerate(config.metrics):
         place = f"metrics[{number}]"
         settings = MetricFunction(function=entry) if isinstance(entry, str) else entry
-        digests[place] = scoring_identity(settings.function, settings.arguments, place)
+        digests[place] = settings.identity(place)
     for name, task in config.tasks.items():
         digests |= _block_identities(f"tasks.{name}", task, base)
     for name, baseline in config.baselines.items():

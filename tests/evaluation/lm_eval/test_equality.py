@@ -18,12 +18,9 @@ from align.config.stages.evaluation.tasks import IfevalConfig, MultipleChoiceCon
 from align.errors import UserError
 from align.evaluation.tasks import build_task
 from align.evaluation.tasks.base import TaskInputs
-from align.evaluation.tasks.ifeval import (
-    IfevalTask,
-    check,
-    seeded_language_guess,
-)
+from align.evaluation.tasks.ifeval import IfevalTask, check
 from align.evaluation.tasks.multiple_choice import MultipleChoiceTask
+from align.verifiers.instructions import seeded_language_guess
 from tests.support.evaluation.tasks.ifeval_answers import KINDS
 from tests.support.evaluation.tasks.readers import ModelReader
 from tests.support.evaluation.tasks.respondents import NoModelContext, answered, task_inputs

@@ -19,7 +19,8 @@ from align.config.stages.evaluation.tasks import IfevalConfig
 from align.errors import UserError
 from align.evaluation.answers import Item
 from align.evaluation.tasks import build_task
-from align.evaluation.tasks.ifeval import SEVERAL, IfevalTask, check, seeded_language_guess, variants
+from align.evaluation.tasks.ifeval import SEVERAL, IfevalTask, check, variants
+from align.verifiers.instructions import seeded_language_guess
 from tests.support.evaluation.tasks.respondents import NoModelContext, Scripted, answered, task_inputs
 
 RECORDS: list[dict[str, Any]] = [

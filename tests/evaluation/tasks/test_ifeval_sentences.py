@@ -8,7 +8,7 @@ import nltk
 import pytest
 
 from align.errors import UserError
-from align.evaluation.tasks.ifeval import ensure_punkt
+from align.verifiers.instructions import ensure_punkt
 
 
 def test_nltk_reads_the_tables_that_the_package_carries(monkeypatch: pytest.MonkeyPatch) -> None:

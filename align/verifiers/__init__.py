@@ -1,0 +1,1 @@
+"""Verifiers: programs that compare an answer with a reference, and say why it fails. Torch-free."""

@@ -1,0 +1,113 @@
+"""Verifiers as scorers: the same object scores for training, for ``evaluate`` and for ``align rollout``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.config.verifiers import VerifierFields
+from align.data.rows import Row
+from align.data.scoring import Parts
+from align.errors import UserError, require_extra, shorten
+from align.verifiers import answers
+from align.verifiers.verdict import CRASHED, REASONS, TIMED_OUT, UNPARSABLE, BadReference, Verdict, reference_value
+from align.verifiers.workers import Comparison, shared_pool
+
+DIRECT: Mapping[str, Callable[[Any, str], Verdict]] = {
+    "number": answers.number,
+    "choice": answers.choice,
+    "exact": answers.exact,
+    "contains": answers.contains,
+}
+"""Verifiers whose time grows with the length of the answer only, so they need no process that can be killed."""
+PACKAGES = {"math": "math_verify", "json_schema": "jsonschema"}
+"""Packages of ``align-pipeline[verify]`` that a verifier needs."""
+
+
+@dataclass(frozen=True)
+class VerifierScorer:
+    """A verifier as a scorer. Each reason of a score below 1 is a metric, 1 for a response with this reason, else 0."""
+
+    config: VerifierFields
+    place: str
+    """Place of the entry in the YAML, for messages."""
+
+    @property
+    def path(self) -> str:
+        """Name in messages."""
+        return str(self.config.verifier)
+
+    def score(
+        self, rows: Sequence[Row], responses: Sequence[str], truncated: Sequence[bool] | None = None
+    ) -> list[float]:
+        """Return one score per response; raises as ``score_parts`` does."""
+        return self.score_parts(rows, responses, truncated)[""]
+
+    def score_parts(
+        self, rows: Sequence[Row], responses: Sequence[str], truncated: Sequence[bool] | None = None
+    ) -> Parts:
+        """Return the scores under ``""``, and 0 or 1 for each reason by name.
+
+        Raises ``UserError`` for a row without the column, and for a reference that the verifier cannot read.
+        """
+        verdicts = self.verify(rows, responses)
+        parts: Parts = {"": [verdict.score for verdict in verdicts]}
+        for reason in reasons_of(self.path):
+            parts[reason] = [float(verdict.reason == reason) for verdict in verdicts]
+        return parts
+
+    def verify(self, rows: Sequence[Row], responses: Sequence[str]) -> list[Verdict]:
+        """Return the verdicts on the responses; raises as ``score_parts`` does."""
+        references = [self._reference(row) for row in rows]
+        kind = self.path
+        verdicts: list[Verdict | BadReference]
+        if kind in DIRECT:
+            verdicts = [self._compare(*pair) for pair in zip(references, responses, strict=True)]
+        else:
+            comparisons = [
+                Comparison(kind, reference, response, self.config.seconds)
+                for reference, response in zip(references, responses, strict=True)
+            ]
+            verdicts = shared_pool().verify(comparisons)
+        return [self._check(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
+
+    def _reference(self, row: Row) -> Any:
+        value = getattr(self.config, self.path)
+        if self.path == "regex" or isinstance(value, dict):
+            return value
+        if self.path == "ifeval" and value == "instruction_id_list":
+            return {name: reference_value(row, name, self.place) for name in ("instruction_id_list", "kwargs")}
+        return reference_value(row, value, f"{self.place}.{self.path}")
+
+    def _compare(self, reference: Any, response: str) -> Verdict | BadReference:
+        try:
+            return DIRECT[self.path](reference, response)
+        except BadReference as error:
+            return error
+
+    def _check(self, row: Row, verdict: Verdict | BadReference) -> Verdict:
+        if isinstance(verdict, Verdict):
+            return verdict
+        value = shorten(repr(self._reference(row)), 80)
+        raise UserError(
+            f"{self.place}.{self.path}: row {row.get('id', '')}: the reference {value} {verdict}. Correct or drop the "
+            "row, or use another verifier."
+        )
+
+
+def reasons_of(kind: str) -> tuple[str, ...]:
+    """Return the reasons that a verifier can give."""
+    if kind == "number":
+        return tuple(reason for reason in REASONS if reason not in (TIMED_OUT, CRASHED))
+    if kind in DIRECT:
+        return tuple(reason for reason in REASONS if reason not in (TIMED_OUT, CRASHED, UNPARSABLE))
+    return REASONS
+
+
+def open_verifier(config: VerifierFields, place: str) -> VerifierScorer:
+    """Return the scorer of a verifier. Raises ``UserError``, which begins with ``place``, for a missing package."""
+    kind = str(config.verifier)
+    if kind in PACKAGES:
+        require_extra(PACKAGES[kind], "verify", f"{place}.{kind}:")
+    return VerifierScorer(config, place)

@@ -1,0 +1,64 @@
+"""The verdict of a verifier: a score with a reason, and the columns of a row that references come from."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from align.data.rows import Row
+from align.errors import UserError, shorten
+
+NO_ANSWER, UNPARSABLE, UNEQUAL = "no_answer", "unparsable", "unequal"
+TIMED_OUT, CRASHED = "timed_out", "crashed"
+REASONS = (NO_ANSWER, UNPARSABLE, UNEQUAL, TIMED_OUT, CRASHED)
+"""Reasons of a score below 1: there is no answer, or several; it cannot be read; it is another answer than the
+reference; the limit of time was reached; the program, or the process that compares, ended without a result."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A score from 0 to 1, and the reason if it is below 1."""
+
+    score: float
+    reason: str = ""
+
+
+RIGHT = Verdict(1.0)
+
+
+class BadReference(ValueError):
+    """A reference that a verifier cannot read: a mistake in the data, not in the answer."""
+
+
+def equal_or(is_right: bool) -> Verdict:
+    """Return the verdict of a comparison."""
+    return RIGHT if is_right else Verdict(0.0, UNEQUAL)
+
+
+def reference_value(row: Row, column: str, place: str) -> Any:
+    """Return a row's column, or with ``column.entry`` an entry of a column that holds a mapping or JSON text.
+
+    Raises ``UserError``, which begins with ``place``, for a row without the value.
+    """
+    name, dot, entry = column.partition(".")
+    value = row.get(column)
+    if value is None and dot:
+        value = _mapping(row.get(name)).get(entry)
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        columns = ", ".join(sorted(shorten(str(name)) for name in row if row[name] not in (None, "")))
+        raise UserError(
+            f"{place}: row {row.get('id', '')} has no '{column}'. A recipe keeps a column with `keep`; the row has "
+            f"{columns}."
+        )
+    return value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, dict) else {}

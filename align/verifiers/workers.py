@@ -1,0 +1,175 @@
+"""Comparisons in worker processes, each with a wall-clock limit after which its process is killed.
+
+A comparison may hang inside C code, where no exception and no signal handler reaches it, and math-verify's own limit is
+an alarm that works only in the main thread.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+from align.errors import StageFailed
+from align.verifiers.verdict import CRASHED, TIMED_OUT, BadReference, Verdict
+
+START_SECONDS = 300.0
+"""Time to start a worker and import its packages; sympy needs seconds, or a minute on a busy machine."""
+MOST_WORKERS = 8
+MAX_REQUESTS = 2000
+"""Requests after which a worker is replaced, since sympy keeps what it has computed."""
+LARGEST_REPLY = 1 << 20
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An answer to verify."""
+
+    kind: str
+    reference: Any
+    text: str
+    seconds: float
+
+
+class WorkerDied(Exception):
+    """The worker's process ended."""
+
+
+class Worker:
+    """One process, which is started for its first request and again after it was killed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._kinds: set[str] = set()
+        self._answered = 0
+
+    def verify(self, comparison: Comparison) -> Verdict:
+        """Return the verdict on an answer. Raises ``BadReference`` for a reference that cannot be used."""
+        if self._answered >= MAX_REQUESTS:
+            self.close()
+        was_used = self._answered > 0
+        try:
+            return self._verify(comparison)
+        except WorkerDied:
+            # Memory of earlier comparisons must not decide about this one: a new process gets it once more.
+            if was_used:
+                with contextlib.suppress(WorkerDied):
+                    return self._verify(comparison)
+            return Verdict(0.0, CRASHED)
+
+    def _verify(self, comparison: Comparison) -> Verdict:
+        kind = comparison.kind
+        if kind not in self._kinds:
+            error = "" if (reply := self._ask({"kind": kind}, START_SECONDS)) is None else reply.get("error", "")
+            if reply is None or error:
+                raise StageFailed(f"the verifier {kind} did not start: {error or f'{START_SECONDS:.0f} s passed'}.")
+            self._kinds.add(kind)
+        request = {"kind": kind, "reference": comparison.reference, "text": comparison.text}
+        reply = self._ask(request | {"seconds": comparison.seconds}, comparison.seconds)
+        if reply is None:
+            return Verdict(0.0, TIMED_OUT)
+        self._answered += 1
+        if "error" in reply:
+            raise BadReference(reply["error"])
+        return Verdict(float(reply["score"]), str(reply["reason"]))
+
+    def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+        """Return the reply; None if it took too long. Raises ``WorkerDied``. Both end the process."""
+        if self._connection is None:
+            self._start()
+        assert self._connection is not None
+        try:
+            self._connection.send_bytes(json.dumps(request).encode())
+            if self._connection.poll(seconds):
+                reply: dict[str, Any] = json.loads(self._connection.recv_bytes(LARGEST_REPLY))
+                return reply
+        except (EOFError, OSError, ValueError) as error:
+            self.close()
+            raise WorkerDied from error
+        self.close()
+        return None
+
+    def _start(self) -> None:
+        ours, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "align.verifiers.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # warnings about the text of an answer
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                start_new_session=True,
+            )
+        self._connection = ours
+        self._kinds = set()
+        self._answered = 0
+
+    def close(self) -> None:
+        """Kill the process."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+class WorkerPool:
+    """Workers that compare at the same time."""
+
+    def __init__(self, count: int) -> None:
+        self._workers = [Worker() for _ in range(count)]
+        self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(count, "verifiers")
+
+    def verify(self, comparisons: Sequence[Comparison]) -> list[Verdict | BadReference]:
+        """Return the verdicts in order; ``BadReference`` for an answer whose reference cannot be used."""
+        return list(self._threads.map(self._verify, comparisons))
+
+    def _verify(self, comparison: Comparison) -> Verdict | BadReference:
+        worker = self._idle.get()
+        try:
+            return worker.verify(comparison)
+        except BadReference as error:
+            return error
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """Kill all processes."""
+        for worker in self._workers:
+            worker.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+_START = threading.Lock()
+
+
+@functools.cache
+def _shared_pool(process: int) -> WorkerPool:
+    pool = WorkerPool(min(MOST_WORKERS, len(os.sched_getaffinity(0))))
+    atexit.register(pool.close)
+    return pool
+
+
+def shared_pool() -> WorkerPool:
+    """Return the pool of this process, whose workers live until it ends."""
+    with _START:
+        return _shared_pool(os.getpid())  # a fork has no threads

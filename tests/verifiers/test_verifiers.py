@@ -1,0 +1,177 @@
+"""Verdicts with their reasons, the same in ``score:``, ``metrics:`` and environments."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from align.config.environment import EnvironmentConfig
+from align.config.scores import MetricFunction, RewardEntry
+from align.config.validation import validate
+from align.config.verifiers import EnvironmentVerifier
+from align.data.checkers import gsm8k_answer
+from align.environments.sources import open_environment
+from align.errors import UserError
+from align.verifiers.scorer import open_verifier
+from tests.support.environments.opened import TOOLS
+
+RIGHT, NO_ANSWER, UNPARSABLE, UNEQUAL, TIMED_OUT = "", "no_answer", "unparsable", "unequal", "timed_out"
+
+
+def reasons(fields: dict[str, Any], pairs: list[tuple[Any, str]]) -> list[str]:
+    """Return the reasons of the verdicts on (reference, answer) pairs."""
+    scorer = open_verifier(validate(EnvironmentVerifier, fields, "p.yaml"), "score[0]")
+    rows = [{"id": str(index), "answer": reference} for index, (reference, _) in enumerate(pairs)]
+    verdicts = scorer.verify(rows, [answer for _, answer in pairs])
+    assert all((verdict.score == 1.0) == (not verdict.reason) for verdict in verdicts)
+    return [verdict.reason for verdict in verdicts]
+
+
+DIRECT = [
+    ("number", "72", "16 + 56 = 72.", RIGHT),
+    ("number", 3.5, "The answer is \\frac{7}{2}", RIGHT),
+    ("number", "72", "71", UNEQUAL),
+    ("number", "72", "71 or 72", NO_ANSWER),
+    ("number", "72", "<think>72", NO_ANSWER),
+    ("choice", "B", "Because of that, the answer is **B**.", RIGHT),
+    ("choice", "(b)", "(B) Paris", RIGHT),
+    ("choice", "B", "\\boxed{\\text{B}}", RIGHT),
+    ("choice", "B", "Answer: C", UNEQUAL),
+    ("choice", "B", "Answer: A or B", NO_ANSWER),
+    ("choice", "B", "Answer: A\nAnswer: B", NO_ANSWER),
+    ("choice", "B", "B is wrong, so is C", NO_ANSWER),
+    ("exact", "to be", " to be\n", RIGHT),
+    ("exact", "to be", "To be", UNEQUAL),
+    ("exact", "to be", " ", NO_ANSWER),
+    ("contains", "Paris", "It is paris.", RIGHT),
+    ("contains", ["Paris", "Lyon"], "Lyon, Nice", UNEQUAL),
+    ("contains", "14", "It is 14.5", UNEQUAL),
+    ("contains", "14", "It is 114", UNEQUAL),
+]
+
+
+@pytest.mark.parametrize("kind", ["number", "choice", "exact", "contains"])
+def test_verdict_of_direct_verifiers(kind: str) -> None:
+    cases = [case for case in DIRECT if case[0] == kind]
+    assert reasons({kind: "answer"}, [(case[1], case[2]) for case in cases]) == [case[3] for case in cases]
+
+
+MATH = [
+    ("5", "so it is \\boxed{5}", RIGHT),
+    ("\\frac{1}{2}", "\\boxed{0.5}", RIGHT),
+    ("x + 1", "The answer is $1 + x$.", RIGHT),
+    ("5", "#### 5", RIGHT),
+    ("5", "5", RIGHT),
+    ("7/2", "\\boxed{3\\frac{1}{2}}", RIGHT),
+    ("300000000", "\\boxed{3 \\cdot 10^8}", RIGHT),
+    ("5", "\\boxed{6}", UNEQUAL),
+    ("5", "\\boxed{4 \\text{ or } 5}", UNEQUAL),
+    ("5", "\\boxed{2 + 3}", UNEQUAL),  # copied from the question
+    ("7", "\\boxed{3 4}", UNEQUAL),  # math-verify adds them
+    ("5", "\\boxed{4} or \\boxed{5}", NO_ANSWER),
+    ("5", "First 5.\nThen no more.", NO_ANSWER),  # no fallback to the last number
+    ("5", "<think>\\boxed{5}", NO_ANSWER),
+    ("5", "\\boxed{5", NO_ANSWER),
+    ("5", "\\boxed{5 |}", UNPARSABLE),
+    ("5", "\\boxed{" + "(" * 900 + "}", UNPARSABLE),
+]
+
+
+def test_math_has_a_reason_for_each_verdict() -> None:
+    pairs = [(reference, answer) for reference, answer, _ in MATH]
+    assert reasons({"math": "answer", "seconds": 60.0}, pairs) == [reason for *_, reason in MATH]
+
+
+def test_worker_that_hangs_is_killed_and_replaced() -> None:
+    start = time.monotonic()
+    pairs = [("", "a" * 60 + "b"), ("", "aaa"), ("", "")]
+    assert reasons({"regex": "\\A(a+)+\\Z", "seconds": 0.5}, pairs) == [TIMED_OUT, RIGHT, NO_ANSWER]
+    assert time.monotonic() - start < 60
+
+
+def test_json_schema_reads_text_and_fenced_blocks() -> None:
+    schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
+    pairs = [
+        ("-", '{"a": 1}'),
+        ("-", 'Here:\n```json\n{"a": 1}\n```\n'),
+        ("-", '{"a": "1"}'),
+        ("-", '{"a": NaN}'),
+        ("-", "[" * 100_000),
+        ("-", '```\n{"a": 1}\n```\n```\n{"a": 2}\n```'),
+    ]
+    expected = [RIGHT, RIGHT, UNEQUAL, UNPARSABLE, UNPARSABLE, NO_ANSWER]
+    assert reasons({"json_schema": schema}, pairs) == expected
+    assert reasons({"json_schema": "answer"}, [(json.dumps(schema), '{"a": 1}')]) == [RIGHT]
+
+
+def test_ifeval_scores_the_share_of_followed_instructions() -> None:
+    checks = {
+        "instruction_id_list": ["startend:end_checker", "punctuation:no_comma"],
+        "kwargs": [{"end_phrase": "Bye."}, {}],
+    }
+    config = validate(EnvironmentVerifier, {"ifeval": "checks"}, "p.yaml")
+    scorer = open_verifier(config, "score[0]")
+    rows = [{"id": "0", "checks": json.dumps(checks)}] * 3
+    parts = scorer.score_parts(rows, ["Well. Bye.", "Well, bye. Bye.", ""])
+    assert parts[""] == [1.0, 0.5, 0.0] and parts["unequal"] == [0.0, 1.0, 0.0] and parts["no_answer"] == [0, 0, 1]
+
+
+def test_reasons_are_metrics_of_the_reward() -> None:
+    scorer = open_verifier(RewardEntry(number="checks.answer"), "score[0]")
+    row = {"id": "0", "checks": json.dumps({"answer": "72"})}
+    parts = scorer.score_parts([row] * 3, ["72", "71", "none"])
+    assert parts == {
+        "": [1.0, 0.0, 0.0],
+        "no_answer": [0.0, 0.0, 1.0],
+        "unparsable": [0.0, 0.0, 0.0],
+        "unequal": [0.0, 1.0, 0.0],
+    }
+    assert gsm8k_answer([row] * 3, ["72", "71", "none"]) == parts[""]
+
+
+@pytest.mark.parametrize(
+    ("fields", "row", "message"),
+    [
+        ({"number": "answr"}, {"answer": "5"}, "score[0].number: row 7 has no 'answr'.*the row has answer, id"),
+        ({"number": "checks.answer"}, {"checks": "{}"}, "has no 'checks.answer'"),
+        ({"number": "answer"}, {"answer": "none"}, "row 7: the reference 'none' is no number. Correct or drop the row"),
+        ({"json_schema": "answer"}, {"answer": "[}"}, "the reference .* is no JSON"),
+        ({"json_schema": {"type": "objct"}}, {}, "is no JSON schema: 'objct' is not valid"),
+        ({"ifeval": "answer"}, {"answer": "{}"}, "has no instruction_id_list and kwargs"),
+    ],
+)
+def test_unusable_reference_names_row_and_column(fields: dict[str, Any], row: dict[str, Any], message: str) -> None:
+    scorer = open_verifier(validate(EnvironmentVerifier, fields, "p.yaml"), "score[0]")
+    with pytest.raises(UserError, match=message.replace("[0]", r"\[0\]")):
+        scorer.score([{"id": "7", **row}], ["{}"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"math": "answer", "function": "gold"}, "has function and math; a reward comes from exactly one"),
+        ({"math": "answer", "memory_mb": 128}, "memory_mb is for code, and this is math"),
+        ({"function": "gold", "seconds": 1.0}, "seconds is for a verifier"),
+        ({"regex": "("}, "regex: is no regular expression"),
+        ({"math": "answer", "arguments": {"a": 1}}, "arguments are for a function, and this is a math"),
+        ({"code": "tests", "sandbox": {"command": ["x"], "unsafe": True}}, "has command and unsafe"),
+    ],
+)
+def test_wrong_verifier_is_refused_at_its_place(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(RewardEntry, fields, "p.yaml: score[0]")
+
+
+def test_metric_and_environment_use_the_same_verifier() -> None:
+    metric = validate(MetricFunction, {"number": "answer"}, "p.yaml")
+    assert metric.metric == "number" and open_verifier(metric, "metrics[0]").score([{"answer": "5"}], ["5"]) == [1.0]
+    fields = {"tools": [f"{TOOLS}:double"], "score": {"number": "answer"}, "max_tokens": 64}
+    config = validate(EnvironmentConfig, fields, "p.yaml: environment")
+    environment = open_environment(config, "environment").make()
+    environment.reset({"id": "0", "answer": "5", "prompt": []})
+    scores = environment.score([{"role": "assistant", "content": "It is 5."}])
+    assert scores.total == 1.0 and scores.parts["unequal"] == 0.0
+    assert config.identity() != config.model_copy(update={"score": EnvironmentVerifier(exact="answer")}).identity()
