@@ -21,7 +21,7 @@ from align.inference.endpoint_client import Endpoint
 from align.inference.requests import Answer, Request
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
-from align.verifiers.scorer import open_verifier
+from align.verifiers.scorer import VerifierScorer, open_verifier
 
 REWARD_INPUTS = "score.reward"
 """Name of the reward stages of a list among a stage's inputs."""
@@ -100,10 +100,12 @@ def open_rewards(context: StageContext, load_reward: LoadReward, processes: int 
     return tuple(parts)
 
 
-def judge_usage(parts: tuple[Part, ...]) -> dict[str, Any]:
-    """Return ``judges``: requests, tokens and cost of each judge by name; empty without a judge."""
+def score_facts(parts: tuple[Part, ...]) -> dict[str, Any]:
+    """Return ``judges``: requests, tokens and cost of each judge by name; and ``sandboxes``: the level of each."""
     usage = {part.name: part.scorer.usage() for part in parts if isinstance(part.scorer, JudgeScorer)}
-    return {"judges": usage} if usage else {}
+    scorers = [(part.name, part.scorer) for part in parts if isinstance(part.scorer, VerifierScorer)]
+    levels = {name: scorer.sandbox.level for name, scorer in scorers if scorer.sandbox is not None}
+    return {**({"judges": usage} if usage else {}), **({"sandboxes": levels} if levels else {})}
 
 
 def close_rewards(parts: tuple[Part, ...]) -> None:

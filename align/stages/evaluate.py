@@ -18,9 +18,10 @@ def run(context: StageContext) -> dict[str, Any]:
 
     use_threads(context.runtime)
     keep_freed_memory()
+    from align.data.scoring import Part
     from align.evaluation.evaluator import evaluate
     from align.evaluation.plan import make_plan
-    from align.evaluation.rewards import judge_usage
+    from align.evaluation.rewards import score_facts
     from align.inference.engine import open_engine
 
     # Everything is read and checked before the engine starts.
@@ -44,7 +45,8 @@ def run(context: StageContext) -> dict[str, Any]:
         from align.training.tracking import scorecard_values, track_result
 
         track_result(context, scorecard_values(card), card["settings"])
-    usage = {} if plan.scorer is None else judge_usage(plan.scorer.parts)
+    parts = () if plan.scorer is None else plan.scorer.parts
+    usage = score_facts((*parts, *(Part(program.metric, 1.0, program.scorer) for program in plan.programs)))
     return headline(card) | {"tokens": responses.tokens} | usage
 
 

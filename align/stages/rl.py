@@ -25,7 +25,7 @@ from align.data.scoring import Ensemble, Part, RewardScorer, Scorer, WeightedSum
 from align.environments.player import open_player
 from align.environments.user_models import check_user_rows, playing_processes
 from align.errors import UserError
-from align.evaluation.rewards import judge_usage, open_rewards
+from align.evaluation.rewards import open_rewards, score_facts
 from align.inference.engine import open_engine
 from align.inference.protocol import RolloutEngine
 from align.inference.servers.server_client import EngineLost
@@ -118,7 +118,7 @@ def run(context: StageContext) -> dict[str, Any]:
         trainer.save_model(str(context.output / "model"))
         if rank() == 0:
             gather(context.checkpoints, context.output)
-        usage = {} if scorer is None else judge_usage(scorer.parts)
+        usage = {} if scorer is None else score_facts(scorer.parts)
         usage |= {} if player is None else player.user_usage()
         if frozen:
             reference_facts |= {"frozen_router_parameters": frozen}

@@ -15,7 +15,7 @@ from align.data.scoring import Part, WeightedSum
 from align.data.steps.pairs import make_pairs
 from align.environments.user_models import check_user_rows
 from align.errors import UserError
-from align.evaluation.rewards import judge_usage, load_late, open_score
+from align.evaluation.rewards import load_late, open_score, score_facts
 from align.inference.protocol import Sampling
 from align.models.chat.render import render_prompt
 from align.models.chat.template_settings import TemplateSettings
@@ -65,7 +65,7 @@ def run(context: StageContext) -> dict[str, Any]:
     else:
         results, facts = sample_episodes(context, tokenizer, scorer, rows)
     metrics = _write(context, results)
-    return metrics | ({} if scorer is None else judge_usage(scorer.parts)) | facts
+    return metrics | ({} if scorer is None else score_facts(scorer.parts)) | facts
 
 
 def _sample_responses(

@@ -16,7 +16,7 @@ from align.environments.episode import Episode, sampled_tokens
 from align.environments.player import play_in_parts
 from align.environments.user_models import check_user_rows
 from align.errors import UserError
-from align.evaluation.rewards import judge_usage, load_late, open_score
+from align.evaluation.rewards import load_late, open_score, score_facts
 from align.inference.cached_client import Backend, CachedClient, Prices
 from align.inference.endpoint_client import Endpoint
 from align.inference.requests import Answer, Request, RequestCache
@@ -344,7 +344,7 @@ class _Synthesis:
             "asked_in_this_attempt": self.client.new,
             "retries_in_this_attempt": sum(endpoint.retried for endpoint in endpoints),
             **({"cost": round(sum(costs), 6), "spent": round(self.client.budget.spent, 6)} if costs else {}),
-            **({} if self.scorer is None else judge_usage(self.scorer.parts)),
+            **({} if self.scorer is None else score_facts(self.scorer.parts)),
             "engines": [] if self.engines is None else self.engines.names,
             **episode_rates(self.played),
             **self.user_usage,

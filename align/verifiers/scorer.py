@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ from align.config.verifiers import VerifierFields
 from align.data.rows import Row
 from align.data.scoring import Parts
 from align.errors import UserError, require_extra, shorten
-from align.verifiers import answers
+from align.verifiers import answers, code
+from align.verifiers.sandbox.isolation import Limits, Sandbox, open_sandbox
 from align.verifiers.verdict import CRASHED, REASONS, TIMED_OUT, UNPARSABLE, BadReference, Verdict, reference_value
-from align.verifiers.workers import Comparison, shared_pool
+from align.verifiers.workers import Comparison, cores, shared_pool
 
 DIRECT: Mapping[str, Callable[[Any, str], Verdict]] = {
     "number": answers.number,
@@ -32,6 +34,8 @@ class VerifierScorer:
     config: VerifierFields
     place: str
     """Place of the entry in the YAML, for messages."""
+    sandbox: Sandbox | None = None
+    """Isolation of the programs of ``code``."""
 
     @property
     def path(self) -> str:
@@ -62,7 +66,9 @@ class VerifierScorer:
         references = [self._reference(row) for row in rows]
         kind = self.path
         verdicts: list[Verdict | BadReference]
-        if kind in DIRECT:
+        if kind == "code":
+            verdicts = self._run_programs(references, responses)
+        elif kind in DIRECT:
             verdicts = [self._compare(*pair) for pair in zip(references, responses, strict=True)]
         else:
             comparisons = [
@@ -79,6 +85,22 @@ class VerifierScorer:
         if self.path == "ifeval" and value == "instruction_id_list":
             return {name: reference_value(row, name, self.place) for name in ("instruction_id_list", "kwargs")}
         return reference_value(row, value, f"{self.place}.{self.path}")
+
+    def _run_programs(self, references: Sequence[Any], responses: Sequence[str]) -> list[Verdict | BadReference]:
+        """Run the program of each response against its tests, as many at the same time as there are cores."""
+        limits = Limits(self.config.seconds, self.config.memory_mb)
+        assert self.sandbox is not None
+        sandbox = self.sandbox
+
+        def run(reference: Any, response: str) -> Verdict | BadReference:
+            try:
+                tests = code.read_tests(reference)
+            except BadReference as error:
+                return error
+            return code.verify(code.find_program(response, tests.entry_point), tests, sandbox, limits)
+
+        with ThreadPoolExecutor(cores(), "programs") as threads:
+            return list(threads.map(run, references, responses))
 
     def _compare(self, reference: Any, response: str) -> Verdict | BadReference:
         try:
@@ -110,4 +132,4 @@ def open_verifier(config: VerifierFields, place: str) -> VerifierScorer:
     kind = str(config.verifier)
     if kind in PACKAGES:
         require_extra(PACKAGES[kind], "verify", f"{place}.{kind}:")
-    return VerifierScorer(config, place)
+    return VerifierScorer(config, place, open_sandbox(config.sandbox, place) if kind == "code" else None)

@@ -31,6 +31,8 @@ def find_verifier(kind: str) -> Verify:
 
         return mathematics.verify
     if kind == "ifeval":
+        import if_verifiable.ifeval.instructions_registry  # noqa: F401
+
         from align.verifiers import instructions
 
         return instructions.verify

@@ -159,12 +159,17 @@ class WorkerPool:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
+def cores() -> int:
+    """Return the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 _START = threading.Lock()
 
 
 @functools.cache
 def _shared_pool(process: int) -> WorkerPool:
-    pool = WorkerPool(min(MOST_WORKERS, len(os.sched_getaffinity(0))))
+    pool = WorkerPool(min(MOST_WORKERS, cores()))
     atexit.register(pool.close)
     return pool
 

@@ -1,0 +1,162 @@
+"""The verifier ``code``: programs against tests, by their output or by asserts, in a sandbox.
+
+Tests by output start the program once for each input. Asserts run in a second sandbox, and call the program's functions
+in the first: neither process sees the other, and only plain values pass between them (``sandbox/confined.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from align.data.final_answers import answer_text
+from align.verifiers.sandbox.isolation import Limits, Sandbox
+from align.verifiers.sandbox.session import Session
+from align.verifiers.verdict import (
+    CRASHED,
+    NO_ANSWER,
+    RIGHT,
+    TIMED_OUT,
+    UNEQUAL,
+    UNPARSABLE,
+    BadReference,
+    Verdict,
+)
+
+_FENCED = re.compile(r"```[^\S\n]*(?:python3?|py)?[^\S\n]*\n(.*?)(?:\n[^\S\n]*```|\Z)", re.DOTALL | re.IGNORECASE)
+SYNTAX_ERRORS = ("SyntaxError", "IndentationError", "TabError")
+SYNTAX_EXIT = 3
+"""Exit code of ``confined.py`` for a program that is not valid Python."""
+MOST_MESSAGES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Tests:
+    """Tests of one row: pairs of input and output, or asserts."""
+
+    cases: tuple[tuple[str, str], ...] = ()
+    asserts: tuple[str, ...] = ()
+    setup: str = ""
+    """Trusted code that asserts need, such as imports."""
+    entry_point: str | None = None
+    """Function that ``check`` of the asserts gets as its argument."""
+
+
+def read_tests(reference: Any) -> Tests:
+    """Return the tests in a column: a list, a mapping, or text with code or JSON.
+
+    A list of texts has asserts. A list of mappings with ``input`` and ``output``, or a mapping with the lists
+    ``inputs`` and ``outputs``, has cases. A mapping with ``test`` (text or a list) has asserts, optionally with
+    ``setup`` and ``entry_point``. Raises ``BadReference`` for anything else.
+    """
+    if isinstance(reference, str):
+        text = reference.strip()
+        if text[:1] not in ("[", "{"):
+            return Tests(asserts=(text,))
+        try:
+            reference = json.loads(text)
+        except (ValueError, RecursionError):
+            raise BadReference("begins like JSON and is none") from None
+    if isinstance(reference, list) and reference:
+        if all(isinstance(item, str) for item in reference):
+            return Tests(asserts=tuple(reference))
+        if all(isinstance(item, dict) and {"input", "output"} <= set(item) for item in reference):
+            return Tests(cases=tuple((_text(item["input"]), _text(item["output"])) for item in reference))
+    if isinstance(reference, dict):
+        inputs, outputs = reference.get("inputs"), reference.get("outputs")
+        is_paired = isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs)
+        if is_paired and inputs and not reference.get("fn_name"):
+            return Tests(cases=tuple(zip(map(_text, inputs), map(_text, outputs), strict=True)))
+        if "test" in reference:
+            test = reference["test"]
+            setup, entry_point = reference.get("setup") or "", reference.get("entry_point")
+            return Tests((), tuple(test) if isinstance(test, list) else (str(test),), str(setup), entry_point)
+    raise BadReference(
+        "has no tests. Write a list of asserts, a list of {input, output}, {inputs: [...], outputs: [...]}, or "
+        "{test: ..., setup: ..., entry_point: ...}"
+    )
+
+
+def _text(value: Any) -> str:
+    """Return lines as one text, as APPS writes some inputs."""
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def find_program(text: str, entry_point: str | None = None) -> str:
+    """Return the program in an answer: its last block of Python, else the whole text outside thoughts.
+
+    With ``entry_point`` it is the last block that defines this function, if one does.
+    """
+    answer = answer_text(text)
+    if answer is None:
+        return ""
+    blocks = _FENCED.findall(answer)
+    if entry_point:
+        definition = re.compile(rf"^\s*def {re.escape(entry_point)}\b", re.MULTILINE)
+        blocks = [block for block in blocks if definition.search(block)] or blocks
+    return blocks[-1] if blocks else answer
+
+
+def verify(program: str, tests: Tests, sandbox: Sandbox, limits: Limits) -> Verdict:
+    """Return the verdict on a program: it passes all tests, or none counts. Raises ``SandboxFailed``."""
+    if not program.strip():
+        return Verdict(0.0, NO_ANSWER)
+    if tests.asserts:
+        return _verify_asserts(program, tests, sandbox, limits)
+    for content, expected in tests.cases:
+        with sandbox.start("run", limits) as session:
+            session.begin({"program": program, "stdin": content})
+            output = session.read_output()
+            if output is None:
+                return _failure(session)
+        if _lines(output) != _lines(expected):
+            return Verdict(0.0, UNEQUAL)
+    return RIGHT
+
+
+def _lines(output: str) -> list[str]:
+    """Return the lines of an output without space at their ends, and without empty lines at the end."""
+    return [line.rstrip() for line in output.rstrip().splitlines()]
+
+
+def _failure(session: Session) -> Verdict:
+    """Return the verdict on a program that gave no result."""
+    if session.is_over_time:
+        return Verdict(0.0, TIMED_OUT)
+    code = session.exit_code()
+    # The processor time may have ended between the two.
+    if session.is_over_time:
+        return Verdict(0.0, TIMED_OUT)
+    return Verdict(0.0, UNPARSABLE if code == SYNTAX_EXIT else CRASHED)
+
+
+def _verify_asserts(program: str, tests: Tests, sandbox: Sandbox, limits: Limits) -> Verdict:
+    """Start the program and its tests, and carry their messages."""
+    with sandbox.start("serve", limits) as solution, sandbox.start("grade", limits) as grader:
+        solution.begin({"program": program})
+        loaded = solution.receive()
+        if loaded is None:
+            return _failure(solution)
+        if "names" not in loaded:
+            return Verdict(0.0, UNPARSABLE if loaded.get("error") in SYNTAX_ERRORS else CRASHED)
+        names = [name for name in loaded["names"] if isinstance(name, str)]
+        grader.begin({"tests": tests.asserts, "setup": tests.setup, "entry_point": tests.entry_point, "names": names})
+        for _ in range(MOST_MESSAGES):
+            message = grader.receive()
+            if message is None:
+                return _failure(grader)
+            if "verdict" in message:
+                return _read_verdict(message)
+            reply = solution.receive() if solution.send(message) else None
+            if reply is None:
+                return _failure(solution)
+            grader.send(reply)
+    return Verdict(0.0, TIMED_OUT)
+
+
+def _read_verdict(message: dict[str, Any]) -> Verdict:
+    if message["verdict"] == "passed":
+        return RIGHT
+    return Verdict(0.0, UNEQUAL if message["verdict"] == "failed" else CRASHED)

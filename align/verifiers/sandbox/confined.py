@@ -1,0 +1,401 @@
+"""The first program inside a sandbox: it limits its own process for good, then runs code that nobody trusts.
+
+The parent passes this file's text to Python (``-c``), so a container needs no align. It imports only the standard
+library. One line of JSON on standard input says what to do:
+
+``run``: execute the program as ``__main__``; ``stdin`` is its input, and its output is the process's.
+``serve``: execute the program, then answer requests for calls of its functions, one JSON line each.
+``grade``: execute tests, whose calls of the program's functions are requests to the parent, then write the verdict.
+
+A program and its tests never share a process: only plain values pass between them. So no ``__eq__`` of the program
+takes part in a comparison, an early exit is a missing result, and the program cannot read its tests.
+"""
+
+from __future__ import annotations
+
+import builtins
+import ctypes
+import json
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+import types
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # `typing` costs milliseconds in every program
+    from typing import Any
+
+MOST_ITEMS = 100_000
+"""Items that are read from an iterator, which may have no end."""
+SYNTAX_ERROR = 3
+"""Exit code of a program that is not valid Python."""
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_CAPBSET_DROP = 1, 38, 24
+
+# ---- limits of the process ----
+
+# Numbers of system calls on x86_64 and on aarch64; -1 if there is no such call.
+DENIED = {
+    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "ptrace": (101, 117),
+    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kill": (62, 129), "tkill": (200, 130),
+    "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "fork": (57, -1), "vfork": (58, -1),
+    "execve": (59, 221), "execveat": (322, 281), "memfd_create": (319, 279), "memfd_secret": (447, 447),
+    "io_uring_setup": (425, 425), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218), "mount": (165, 40), "umount2": (166, 39),
+    "unshare": (272, 97), "setns": (308, 268), "chroot": (161, 51), "pivot_root": (155, 41), "shmget": (29, 194),
+    "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180), "open_by_handle_at": (304, 265),
+    "fsopen": (430, 430), "open_tree": (428, 428), "move_mount": (429, 429), "setpriority": (141, 140),
+    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "ioprio_set": (251, 30),
+}  # fmt: skip
+CLONE, CLONE3, PRCTL, PRLIMIT = (56, 220), (435, 435), (157, 167), (302, 261)
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+CLONE_THREAD = 0x10000
+ALLOW, KILL_PROCESS = 0x7FFF0000, 0x80000000
+EPERM, ENOSYS = 0x00050001, 0x00050026
+
+
+def confine(task: dict[str, Any]) -> None:
+    """Apply all limits of a task to this process. They hold until it ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if task["user"] is not None:
+        os.setgroups([])
+        os.setresgid(task["user"], task["user"], task["user"])
+        os.setresuid(task["user"], task["user"], task["user"])
+    if task["level"] != "command":
+        # The parent may die first, and a program that sleeps would stay.
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    set_limits(task)
+    if task["level"] == "unsafe":
+        return
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError("no_new_privs")
+    if os.geteuid() == 0:
+        drop_capabilities(libc)
+    if task["level"] == "landlock":
+        restrict_files(libc, task["readable"])
+    filter_system_calls(libc, is_required=task["level"] != "command")
+
+
+def set_limits(task: dict[str, Any]) -> None:
+    """Set the resource limits: processor time, memory, sizes of files, number of descriptors and of processes."""
+    limits = {
+        "RLIMIT_AS": task["memory"], "RLIMIT_FSIZE": task["file_size"], "RLIMIT_NOFILE": 64,
+        "RLIMIT_CORE": 0, "RLIMIT_NPROC": task["processes"], "RLIMIT_STACK": 8 << 20, "RLIMIT_MSGQUEUE": 0,
+    }  # fmt: skip
+    if task["level"] != "bubblewrap":
+        del limits["RLIMIT_NPROC"]  # it counts all processes of the user; the filter below forbids new ones
+    for name, value in limits.items():
+        number = getattr(resource, name)
+        hard = resource.getrlimit(number)[1]
+        limit = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(number, (limit, limit))
+    # A second later the kernel kills a program that ignores the signal.
+    resource.setrlimit(resource.RLIMIT_CPU, (task["cpu"], task["cpu"] + 1))
+
+
+def drop_capabilities(libc: ctypes.CDLL) -> None:
+    """Give up all capabilities of root."""
+    for capability in range(64):
+        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+    header = struct.pack("Ii", 0x20080522, 0)
+    if libc.capset(header, bytes(24)):
+        raise OSError("capset")
+
+
+def restrict_files(libc: ctypes.CDLL, readable: list[str]) -> None:
+    """Allow the process to read files below ``readable``, and no other access to files, by Landlock."""
+    abi = libc.syscall(444, None, ctypes.c_size_t(0), 1)
+    if abi < 1:
+        raise OSError("Landlock")
+    files = (1 << 13) - 1 | (1 << 13 if abi >= 2 else 0) | (1 << 14 if abi >= 3 else 0) | (1 << 15 if abi >= 5 else 0)
+    network = 3 if abi >= 4 else 0
+    scopes = 3 if abi >= 6 else 0
+    attributes = struct.pack("QQQ", files, network, scopes)
+    size = 8 if abi < 4 else (16 if abi < 6 else 24)
+    ruleset = libc.syscall(444, attributes, ctypes.c_size_t(size), 0)
+    for path in readable:
+        try:
+            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            continue
+        # Read a file; in folders also list them.
+        access = 4 | (8 if os.path.isdir(path) else 0)
+        libc.syscall(445, ruleset, 1, struct.pack("=Qi", access, descriptor), 0)
+        os.close(descriptor)
+    if libc.syscall(446, ruleset, 0):
+        raise OSError("Landlock")
+    os.close(ruleset)
+
+
+def filter_system_calls(libc: ctypes.CDLL, is_required: bool) -> None:
+    """Forbid new processes, programs, sockets, signals, tracing, and system calls around namespaces, by seccomp."""
+    machine = platform.machine()
+    if machine not in AUDIT_ARCH:
+        if is_required:
+            raise OSError(f"no filter of system calls for {machine}")
+        return
+    column = list(AUDIT_ARCH).index(machine)
+    LOAD, JEQ, JGE, JSET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+    code = [
+        (LOAD, 0, 0, 4), (JEQ, 1, 0, AUDIT_ARCH[machine]), (RETURN, 0, 0, KILL_PROCESS),
+        (LOAD, 0, 0, 0), (JGE, 0, 1, 0x40000000), (RETURN, 0, 0, KILL_PROCESS),
+    ]  # fmt: skip
+    for numbers in DENIED.values():
+        if numbers[column] >= 0:
+            code += [(JEQ, 0, 1, numbers[column]), (RETURN, 0, 0, EPERM)]
+    # glibc falls back to clone, whose flags can be read: threads are allowed, processes are not.
+    code += [(JEQ, 0, 1, CLONE3[column]), (RETURN, 0, 0, ENOSYS)]
+    code += [(JEQ, 0, 4, CLONE[column]), (LOAD, 0, 0, 16), (JSET, 1, 0, CLONE_THREAD), (RETURN, 0, 0, EPERM)]
+    code += [(RETURN, 0, 0, ALLOW)]
+    # Death with the parent cannot be switched off, and limits of other processes not changed.
+    code += [(JEQ, 0, 4, PRCTL[column]), (LOAD, 0, 0, 16), (JEQ, 0, 1, PR_SET_PDEATHSIG), (RETURN, 0, 0, EPERM)]
+    code += [(RETURN, 0, 0, ALLOW)]
+    code += [(JEQ, 0, 3, PRLIMIT[column]), (LOAD, 0, 0, 16), (JEQ, 1, 0, 0), (RETURN, 0, 0, EPERM)]
+    code += [(RETURN, 0, 0, ALLOW)]
+    program = b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+    buffer = ctypes.create_string_buffer(program)
+    filter_program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer))
+    if libc.prctl(22, 2, filter_program, 0, 0) and is_required:
+        raise OSError("seccomp")
+
+
+# ---- plain values as JSON ----
+
+
+class Handles(dict):  # type: ignore[type-arg]
+    """Objects of the program that are no plain values, by number: the tests get the number only."""
+
+
+def encode(value: Any, handles: Handles, depth: int = 0) -> Any:
+    """Return a value as JSON data. Objects of the program's own classes become handles."""
+    if depth > 100:
+        raise ValueError("a value nests too deep")
+    if value is None or type(value) in (bool, int, str, float):
+        return value
+    if isinstance(value, (int, str, float)):  # a subclass counts as its value
+        base = int if isinstance(value, int) else (str if isinstance(value, str) else float)
+        return base(value)
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": bytes(value).hex()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        name = next(kind.__name__ for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
+        return {name: [encode(item, handles, depth + 1) for item in value]}
+    if isinstance(value, dict):
+        pairs = [[encode(key, handles, depth + 1), encode(item, handles, depth + 1)] for key, item in value.items()]
+        return {"dict": pairs}
+    if isinstance(value, Remote):
+        return {"handle": value._number}
+    if hasattr(type(value), "__next__"):
+        items = [item for _, item in zip(range(MOST_ITEMS), value, strict=False)]
+        return {"iterator": [encode(item, handles, depth + 1) for item in items]}
+    number = len(handles)
+    handles[number] = value
+    return {"handle": number}
+
+
+def decode(data: Any, resolve: Any) -> Any:
+    """Return the value of JSON data; ``resolve`` gives the object behind a handle."""
+    if not isinstance(data, dict):
+        return data
+    ((kind, content),) = data.items()
+    if kind == "complex":
+        return complex(*content)
+    if kind == "bytes":
+        return bytes.fromhex(content)
+    if kind == "dict":
+        return {decode(key, resolve): decode(item, resolve) for key, item in content}
+    if kind == "iterator":
+        return iter([decode(item, resolve) for item in content])
+    if kind == "handle":
+        return resolve(content)
+    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](
+        [decode(item, resolve) for item in content]
+    )
+
+
+class Channel:
+    """Lines of JSON to and from the parent, on descriptors that the program does not know by number."""
+
+    def __init__(self) -> None:
+        self.reader = os.fdopen(os.dup(0), "rb")
+        self.writer = os.fdopen(os.dup(1), "wb")
+
+    def read(self) -> dict[str, Any]:
+        line = self.reader.readline()
+        if not line:
+            os._exit(0)
+        return json.loads(line)
+
+    def write(self, message: dict[str, Any]) -> None:
+        self.writer.write(json.dumps(message).encode() + b"\n")
+        self.writer.flush()
+
+
+# ---- tasks ----
+
+
+def run(task: dict[str, Any]) -> None:
+    """Execute a program with its input on descriptor 0, where ``input()`` and ``open(0)`` read it."""
+    namespace = main_module()
+    try:
+        program = compile(task["program"], "program.py", "exec")
+    except (SyntaxError, ValueError):
+        os._exit(SYNTAX_ERROR)
+    exec(program, namespace)  # noqa: S102
+
+
+def serve(task: dict[str, Any], channel: Channel) -> None:
+    """Execute a program, then call its functions on request."""
+    namespace = main_module()
+    handles = Handles()
+    try:
+        exec(compile(task["program"], "program.py", "exec"), namespace)  # noqa: S102
+        names = [name for name, value in namespace.items() if callable(value) and not name.startswith("_")]
+    except BaseException as error:
+        channel.write({"error": type(error).__name__})
+        return
+    channel.write({"names": names})
+    while True:
+        request = channel.read()
+        try:
+            target = namespace[request["name"]] if "name" in request else handles[request["handle"]]
+            if request["attribute"] is not None:
+                target = getattr(target, request["attribute"])
+            arguments = decode(request["arguments"], handles.__getitem__)
+            keywords = decode(request["keywords"], handles.__getitem__)
+            value = target(*arguments, **keywords) if request["is_call"] else target
+            reply = {"value": encode(value, handles)}
+            json.dumps(reply)
+        except BaseException as error:
+            reply = {"error": type(error).__name__}
+        channel.write(reply)
+
+
+class Remote:
+    """An object of the program's own, seen from its tests: its attributes are asked for, and it is equal to nothing."""
+
+    def __init__(self, channel: Channel, number: int) -> None:
+        self._channel, self._number = channel, number
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return ask(self._channel, {"handle": self._number, "attribute": None, "is_call": True}, arguments, keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return ask(self._channel, {"handle": self._number, "attribute": name, "is_call": False}, (), {})
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("objects of the program cannot be compared")
+
+    __hash__ = None
+
+
+def ask(channel: Channel, request: dict[str, Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Return the result of a call in the program's process; raise its exception, by name."""
+    handles = Handles()
+    message = {**request, "arguments": encode(list(arguments), handles), "keywords": encode(dict(keywords), handles)}
+    if handles:
+        raise TypeError("the tests pass an object that is no plain value")
+    channel.write(message)
+    reply = channel.read()
+    if "error" in reply:
+        kind = getattr(builtins, str(reply["error"]), None)
+        is_exception = isinstance(kind, type) and issubclass(kind, Exception)
+        raise (kind if is_exception else Exception)(reply["error"])
+    return decode(reply["value"], lambda number: Remote(channel, number))
+
+
+def grade(task: dict[str, Any], channel: Channel) -> None:
+    """Execute tests against functions that run in another process, and report the verdict.
+
+    The setup is trusted code. Of the program, tests see its entry point, and those names that they use and that neither
+    the setup, nor Python, nor its standard library has: a program must not replace ``abs`` or ``math`` in its tests.
+    """
+    namespace = main_module()
+    try:
+        exec(compile(task["setup"], "setup.py", "exec"), namespace)  # noqa: S102
+        tests = [compile(test, "tests.py", "exec") for test in task["tests"]]
+        for name in {name for test in tests for name in names_in(test)}:
+            if name in namespace or hasattr(builtins, name):
+                continue
+            if name in sys.stdlib_module_names:
+                namespace[name] = __import__(name)
+            elif name in task["names"]:
+                namespace[name] = proxy(channel, name)
+        entry_point = task["entry_point"]
+        if entry_point:
+            namespace[entry_point] = proxy(channel, entry_point)
+        for test in tests:
+            exec(test, namespace)  # noqa: S102
+        if entry_point and "check" in namespace:
+            namespace["check"](namespace[entry_point])
+        channel.write({"verdict": "passed"})
+    except AssertionError:
+        channel.write({"verdict": "failed"})
+    except BaseException as error:
+        channel.write({"verdict": "raised", "error": type(error).__name__})
+
+
+def names_in(code: types.CodeType) -> set[str]:
+    """Return the global names of code and of its functions; attributes are among them."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= names_in(constant)
+    return names
+
+
+def proxy(channel: Channel, name: str) -> Any:
+    """Return a function that calls the program's function of this name."""
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        return ask(channel, {"name": name, "attribute": None, "is_call": True}, arguments, keywords)
+
+    return call
+
+
+def main_module() -> dict[str, Any]:
+    """Return the namespace of a new ``__main__``, which has none of this file's names."""
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    return module.__dict__
+
+
+def redirect(source: int, *targets: int) -> None:
+    """Make descriptors copies of another."""
+    for target in targets:
+        os.dup2(source, target)
+
+
+def main() -> None:
+    """Do the task on standard input, after a line that says that the limits are in force."""
+    task = json.loads(sys.stdin.buffer.readline())
+    kind = task["kind"]
+    channel = Channel()
+    null = os.open(os.devnull, os.O_RDWR)
+    if kind == "run":
+        content = os.memfd_create("stdin")
+        os.write(content, task["stdin"].encode("utf-8", "surrogateescape"))
+        os.lseek(content, 0, os.SEEK_SET)
+        redirect(content, 0)
+    else:  # the channel reads the rest of the input; what the program prints is dropped
+        redirect(null, 0, 1)
+    sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+    confine(task)
+    channel.write({})
+    redirect(null, 2)
+    if kind == "run":
+        run(task)
+    elif kind == "serve":
+        serve(task, channel)
+    else:
+        grade(task, channel)
+
+
+main()

