@@ -13,14 +13,14 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from align.verifiers.code import Tests, verify
+from align.verifiers.code import ProgramTests, verify
 from align.verifiers.sandbox.isolation import Level, Limits, Sandbox
 from align.verifiers.verdict import Verdict
 from align.verifiers.workers import Comparison, WorkerPool, cores
 
 PROGRAM = "def area(width, height):\n    return width * height\n"
-TESTS = Tests(asserts=("assert area(2, 3) == 6", "assert area(0, 3) == 0", "assert area(1.5, 2) == 3.0"))
-CASES = Tests(cases=(("2 3", "6"),))
+TESTS = ProgramTests(asserts=("assert area(2, 3) == 6", "assert area(0, 3) == 0", "assert area(1.5, 2) == 3.0"))
+CASES = ProgramTests(cases=(("2 3", "6"),))
 PRINTING = "width, height = map(int, input().split())\nprint(width * height)\n"
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     print(f"math: {1000 * measure_comparisons(count):.1f} ms wall-clock time for each comparison")
 
 
-def measure(sandbox: Sandbox, program: str, tests: Tests, count: int) -> tuple[float, float]:
+def measure(sandbox: Sandbox, program: str, tests: ProgramTests, count: int) -> tuple[float, float]:
     """Return wall-clock and processor time of ``count`` programs. Raises ``RuntimeError`` if one fails."""
 
     def run(_: int) -> Verdict:

@@ -159,7 +159,7 @@ class EnvironmentConfig(Config):
 
     @field_validator("class_name", "score")
     @classmethod
-    def _check_import_path(cls, path: str | EnvironmentVerifier | None) -> str | EnvironmentVerifier | None:
+    def _check_import_path(cls, path: Any) -> Any:
         if isinstance(path, str) and path not in SHORT:
             _check_path(path)
         return path
@@ -264,9 +264,8 @@ class EnvironmentConfig(Config):
 
     def _score_identity(self, place: str) -> str:
         """Return the identity of what scores. Raises ``UserError`` for arguments that it does not accept."""
-        if isinstance(self.score, str):
-            return scoring_identity(self.score, self.arguments, place)
-        assert self.score is not None
+        if not isinstance(self.score, EnvironmentVerifier):
+            return scoring_identity(str(self.score), self.arguments, place)
         if self.arguments:
             raise UserError(f"{place}: arguments are for a function, and this is {self.score.label}; remove them.")
         return self.score.identity()

@@ -33,7 +33,7 @@ MOST_MESSAGES = 1_000_000
 
 
 @dataclass(frozen=True)
-class Tests:
+class ProgramTests:
     """Tests of one row: pairs of input and output, or asserts."""
 
     cases: tuple[tuple[str, str], ...] = ()
@@ -44,7 +44,7 @@ class Tests:
     """Function that ``check`` of the asserts gets as its argument."""
 
 
-def read_tests(reference: Any) -> Tests:
+def read_tests(reference: Any) -> ProgramTests:
     """Return the tests in a column: a list, a mapping, or text with code or JSON.
 
     A list of texts has asserts. A list of mappings with ``input`` and ``output``, or a mapping with the lists
@@ -54,25 +54,25 @@ def read_tests(reference: Any) -> Tests:
     if isinstance(reference, str):
         text = reference.strip()
         if text[:1] not in ("[", "{"):
-            return Tests(asserts=(text,))
+            return ProgramTests(asserts=(text,))
         try:
             reference = json.loads(text)
         except (ValueError, RecursionError):
             raise BadReference("begins like JSON and is none") from None
     if isinstance(reference, list) and reference:
         if all(isinstance(item, str) for item in reference):
-            return Tests(asserts=tuple(reference))
+            return ProgramTests(asserts=tuple(reference))
         if all(isinstance(item, dict) and {"input", "output"} <= set(item) for item in reference):
-            return Tests(cases=tuple((_text(item["input"]), _text(item["output"])) for item in reference))
+            return ProgramTests(cases=tuple((_text(item["input"]), _text(item["output"])) for item in reference))
     if isinstance(reference, dict):
         inputs, outputs = reference.get("inputs"), reference.get("outputs")
         is_paired = isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs)
         if is_paired and inputs and not reference.get("fn_name"):
-            return Tests(cases=tuple(zip(map(_text, inputs), map(_text, outputs), strict=True)))
+            return ProgramTests(cases=tuple(zip(map(_text, inputs), map(_text, outputs), strict=True)))
         if "test" in reference:
             test = reference["test"]
             setup, entry_point = reference.get("setup") or "", reference.get("entry_point")
-            return Tests((), tuple(test) if isinstance(test, list) else (str(test),), str(setup), entry_point)
+            return ProgramTests((), tuple(test) if isinstance(test, list) else (str(test),), str(setup), entry_point)
     raise BadReference(
         "has no tests. Write a list of asserts, a list of {input, output}, {inputs: [...], outputs: [...]}, or "
         "{test: ..., setup: ..., entry_point: ...}"
@@ -94,12 +94,16 @@ def find_program(text: str, entry_point: str | None = None) -> str:
         return ""
     blocks = _FENCED.findall(answer)
     if entry_point:
-        definition = re.compile(rf"^\s*def {re.escape(entry_point)}\b", re.MULTILINE)
-        blocks = [block for block in blocks if definition.search(block)] or blocks
+        blocks = [block for block in blocks if defines(block, entry_point)] or blocks
     return blocks[-1] if blocks else answer
 
 
-def verify(program: str, tests: Tests, sandbox: Sandbox, limits: Limits) -> Verdict:
+def defines(program: str, name: str) -> bool:
+    """Return True for a program with a line that defines a function of this name."""
+    return re.search(rf"^[^\S\n]*(?:async )?def {re.escape(name)}\b", program, re.MULTILINE) is not None
+
+
+def verify(program: str, tests: ProgramTests, sandbox: Sandbox, limits: Limits) -> Verdict:
     """Return the verdict on a program: it passes all tests, or none counts. Raises ``SandboxFailed``."""
     if not program.strip():
         return Verdict(0.0, NO_ANSWER)
@@ -132,7 +136,7 @@ def _failure(session: Session) -> Verdict:
     return Verdict(0.0, UNPARSABLE if code == SYNTAX_EXIT else CRASHED)
 
 
-def _verify_asserts(program: str, tests: Tests, sandbox: Sandbox, limits: Limits) -> Verdict:
+def _verify_asserts(program: str, tests: ProgramTests, sandbox: Sandbox, limits: Limits) -> Verdict:
     """Start the program and its tests, and carry their messages."""
     with sandbox.start("serve", limits) as solution, sandbox.start("grade", limits) as grader:
         solution.begin({"program": program})

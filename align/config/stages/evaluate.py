@@ -18,6 +18,7 @@ from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Think
 from align.config.environment import USER_INPUT
 from align.config.scores import MetricFunction, Score, metric_functions, reward_names
 from align.config.stages.evaluation.gates import KL_PREFIX, GateSpec, parse_gates
+from align.config.stages.evaluation.program_tasks import HumanevalConfig, MbppConfig
 from align.config.stages.evaluation.task_fields import TaskConfig
 from align.config.stages.evaluation.tasks import (
     EnvironmentTaskConfig,
@@ -52,6 +53,8 @@ TASK_CONFIGS: dict[str, type[TaskConfig]] = {
     "gsm8k": Gsm8kConfig,
     "multiple_choice": MultipleChoiceConfig,
     "xstest": XstestConfig,
+    "humaneval": HumanevalConfig,
+    "mbpp": MbppConfig,
     "environment": EnvironmentTaskConfig,
     "judged": JudgedConfig,
     "preference": PreferenceConfig,

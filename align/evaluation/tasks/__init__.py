@@ -14,6 +14,7 @@ from align.config.base import settings_for_key
 from align.config.scores import MetricFunction, score_identities
 from align.config.stages.evaluate import BaselineConfig, EvaluateConfig
 from align.config.stages.evaluation import tasks as configs
+from align.config.stages.evaluation.program_tasks import HumanevalConfig
 from align.config.stages.evaluation.task_fields import TaskConfig
 from align.config.stages.evaluation.tasks import EnvironmentTaskConfig
 from align.errors import UserError
@@ -21,6 +22,7 @@ from align.evaluation.tasks.base import Task, TaskInputs
 
 OWN_IDENTITIES = (
     EnvironmentTaskConfig,
+    HumanevalConfig,
     configs.JudgedConfig,
     configs.PerplexityConfig,
     configs.LmEvalConfig,
@@ -42,6 +44,10 @@ def task_module(kind: str) -> Any:
         from align.evaluation.tasks import sampled
 
         return sampled
+    if kind in ("humaneval", "mbpp"):
+        from align.evaluation.tasks import programs
+
+        return programs
     if kind == "multiple_choice":
         from align.evaluation.tasks import multiple_choice
 

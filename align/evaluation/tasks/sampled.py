@@ -39,7 +39,7 @@ from align.data.final_answers import answer_text, final_number, last_number, mar
 from align.data.rows import Message, assistant, normalized, user
 from align.errors import UserError
 from align.evaluation.answers import Answers, Example, Item, Measured, Turn
-from align.evaluation.scorecard import read_metrics
+from align.evaluation.scorecard import Metric, read_metrics
 from align.evaluation.tasks.base import Task, TaskInputs
 from align.evaluation.tasks.records import (
     TaskRecord,
@@ -90,8 +90,8 @@ class SampledTask(Task):
     def __init__(self, name: str, config: Any, inputs: TaskInputs, records: list[TaskRecord] | None = None) -> None:
         """Build the items from ``records``, by default all that the settings name."""
         self.name = name
-        self.metrics = read_metrics(self.kind)
         self._config = config
+        self.metrics = self.read_metrics()
         self._seed = inputs.seed
         self._sampling = Sampling(config.max_tokens, config.temperature, n=config.samples, seed=inputs.seed)
         self._data = self.describe_data(inputs.base)
@@ -108,6 +108,10 @@ class SampledTask(Task):
     @abstractmethod
     def grade(self, item: Item, text: str) -> dict[str, float]:
         """Return the numbers of one answer, by metric; and those of ``counts``, 0 or 1."""
+
+    def read_metrics(self) -> dict[str, Metric]:
+        """Return the metrics of the task in the order shown."""
+        return read_metrics(self.kind)
 
     def weights(self) -> dict[str, list[float]]:
         """Return the items' weights, for metrics in which they differ."""

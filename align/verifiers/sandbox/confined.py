@@ -367,12 +367,6 @@ def main_module() -> dict[str, Any]:
     return module.__dict__
 
 
-def redirect(source: int, *targets: int) -> None:
-    """Make descriptors copies of another."""
-    for target in targets:
-        os.dup2(source, target)
-
-
 def main() -> None:
     """Do the task on standard input, after a line that says that the limits are in force."""
     task = json.loads(sys.stdin.buffer.readline())
@@ -383,13 +377,14 @@ def main() -> None:
         content = os.memfd_create("stdin")
         os.write(content, task["stdin"].encode("utf-8", "surrogateescape"))
         os.lseek(content, 0, os.SEEK_SET)
-        redirect(content, 0)
+        os.dup2(content, 0)
     else:  # the channel reads the rest of the input; what the program prints is dropped
-        redirect(null, 0, 1)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
     sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     confine(task)
     channel.write({})
-    redirect(null, 2)
+    os.dup2(null, 2)
     if kind == "run":
         run(task)
     elif kind == "serve":

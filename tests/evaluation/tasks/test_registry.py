@@ -13,6 +13,8 @@ BLOCKS = {
     "ifbench": FILES,
     "gsm8k": FILES | {"shots": 2, "examples_files": ["y.jsonl"]},
     "xstest": FILES | {"max_items": 5},
+    "humaneval": {"samples": 4, "temperature": 0.8},
+    "mbpp": FILES | {"seconds": 2.0},
     "environment": FILES | {"environment": {"class": "games:Guess", "max_tokens": 64}},
     "multiple_choice": FILES | {"format": "arc"},
     "perplexity": FILES,

@@ -10,7 +10,7 @@ import pytest
 
 from align.config.verifiers import SandboxConfig
 from align.errors import UserError
-from align.verifiers.code import Tests, verify
+from align.verifiers.code import ProgramTests, verify
 from align.verifiers.sandbox import isolation
 from align.verifiers.sandbox.isolation import Level, Limits, Sandbox, open_sandbox
 
@@ -28,12 +28,12 @@ def sandbox(request: pytest.FixtureRequest) -> Sandbox:
     return Sandbox(request.param)
 
 
-def output(text: str, stdin: str = "") -> Tests:
-    return Tests(cases=((stdin, text),))
+def output(text: str, stdin: str = "") -> ProgramTests:
+    return ProgramTests(cases=((stdin, text),))
 
 
-def asserts(*lines: str, **fields: str) -> Tests:
-    return Tests(asserts=lines, **fields)
+def asserts(*lines: str, **fields: str) -> ProgramTests:
+    return ProgramTests(asserts=lines, **fields)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def asserts(*lines: str, **fields: str) -> Tests:
         ("import math\ndef f(): return 1.0", asserts("assert math.isclose(f(), 1)", setup="import math")),
     ],
 )  # fmt: skip
-def test_right_program_passes(sandbox: Sandbox, program: str, tests: Tests) -> None:
+def test_right_program_passes(sandbox: Sandbox, program: str, tests: ProgramTests) -> None:
     assert verify(program, tests, sandbox, LIMITS).reason == ""
 
 
@@ -95,7 +95,7 @@ def test_right_program_passes(sandbox: Sandbox, program: str, tests: Tests) -> N
         ("while True: print('x' * 9999)", output("1"), "crashed"),
     ],
 )  # fmt: skip
-def test_wrong_program_fails_with_its_reason(sandbox: Sandbox, program: str, tests: Tests, reason: str) -> None:
+def test_wrong_program_fails_with_its_reason(sandbox: Sandbox, program: str, tests: ProgramTests, reason: str) -> None:
     verdict = verify(program, tests, sandbox, LIMITS)
     assert (verdict.score, verdict.reason) == (0.0, reason)
 
@@ -112,7 +112,7 @@ def test_program_that_does_not_end_is_killed(sandbox: Sandbox, program: str) -> 
 
 def test_state_does_not_survive_a_program(sandbox: Sandbox) -> None:
     program = "import os\nprint(os.path.exists('/tmp/seen'))\ntry: open('/tmp/seen', 'w')\nexcept OSError: pass"
-    assert verify(program, Tests(cases=(("", "False"), ("", "False"))), sandbox, LIMITS).score == 1.0
+    assert verify(program, ProgramTests(cases=(("", "False"), ("", "False"))), sandbox, LIMITS).score == 1.0
 
 
 def test_best_level_is_taken_and_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
