@@ -14,6 +14,7 @@ from typing import Any, Literal
 from align.config.scores import score_identities
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.evaluation.gates import Gate, parse_gates
+from align.config.stages.evaluation.task_fields import TaskConfig
 from align.data.rows import user
 from align.data.scoring import WeightedSum
 from align.errors import UserError
@@ -107,13 +108,13 @@ def make_plan(context: StageContext) -> Plan:
     pairs = _test_rows(context, "pairs", config.max_pairs)
     heldout = _test_rows(context, "heldout", config.max_heldout)
     tasks = _build_tasks(context, pairs)
-    _check_systems(tasks, systems)
+    check_systems(tasks, systems)
     for policy in policies if heldout else []:
         check_heldout(policy.tokenizer, heldout, config.max_heldout_length)
     # 3. The prompt set under every system's template, and the length that the engine must hold.
     rows, prompts = _prompt_set(context, systems)
     max_length = _max_length(config, policies, prompts, tasks)
-    _check_checkpoints(tasks, policies, max_length)
+    check_checkpoints(tasks, policies, max_length)
     sampling = Sampling(
         max_tokens=config.max_tokens,
         temperature=config.temperature,
@@ -258,14 +259,19 @@ def _build_tasks(context: StageContext, pairs: list[Row]) -> list[Task]:
         rows={artifact.stage: artifact for artifact in context.inputs.get("rows") or []},
         users={artifact.stage: artifact for artifact in context.inputs.get("users") or []},
     )
+    return build_tasks(config.tasks, inputs)
+
+
+def build_tasks(configs: Mapping[str, TaskConfig], inputs: TaskInputs) -> list[Task]:
+    """Build tasks by their names. Raises ``UserError``, with the task's place, for data that does not fit."""
     tasks = []
-    for name, task_config in config.tasks.items():
+    for name, config in configs.items():
         with _task_place(name):
-            tasks.append(build_task(name, task_config, inputs))
+            tasks.append(build_task(name, config, inputs))
     return tasks
 
 
-def _check_systems(tasks: list[Task], systems: list[System]) -> None:
+def check_systems(tasks: list[Task], systems: list[System]) -> None:
     """Check that every system fits every task: above all, that there are as many examples as it shows."""
     # Before anything expensive: a task without enough examples would otherwise fail after hours of sampling.
     for task in tasks:
@@ -285,7 +291,7 @@ def _check_systems(tasks: list[Task], systems: list[System]) -> None:
                     task.check_reading(system.info, tokenizer, max_input_tokens(system.policy.model_dir, tokenizer))
 
 
-def _check_checkpoints(tasks: list[Task], policies: list[Policy], max_length: int) -> None:
+def check_checkpoints(tasks: list[Task], policies: list[Policy], max_length: int) -> None:
     """Check that every checkpoint can play the tasks' episodes, in an engine that holds ``max_length`` tokens."""
     for task in tasks:
         for policy in policies if task.plays else []:

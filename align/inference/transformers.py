@@ -49,12 +49,7 @@ class TransformersEngine:
         self.tokenizer = load_tokenizer(model_dir)
         with self.watchdog.watch("start"):
             self.model = load_policy(model_dir, dtype).to(device).requires_grad_(False)
-        config = self.model.config
-        if not hasattr(config.get_text_config(), "num_attention_heads"):
-            raise UserError(
-                f"{model_dir}: {config.model_type} has no cache of keys and values, with which transformers samples "
-                "here. Sample with vLLM instead: `runtime: {engine: {name: vllm}}`."
-            )
+        require_cache(self.model, str(model_dir), "Sample with vLLM instead: `runtime: {engine: {name: vllm}}`.")
         # ``logits_to_keep`` hands the head a slice, for which torch's CPU product copies the head once a sequence.
         self.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         self.device, self.dtype = device, dtype
@@ -200,6 +195,31 @@ class TransformersEngine:
         """Free the model."""
         self.model = None
         trim_malloc()  # what a reward model or a checkpoint that is read needs next would come on top of it
+
+
+class LiveEngine(TransformersEngine):
+    """Samples from a model that is being trained: it has no copy, so there are no weights to load."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, watchdog: Watchdog) -> None:
+        require_cache(model, "evaluate", "Use tasks that read, such as multiple_choice.")
+        self.watchdog = watchdog
+        self.tokenizer = tokenizer
+        self.model = model
+        weight = next(model.parameters())
+        self.device = weight.device
+        self.dtype = weight.dtype
+        self.batch_size = batch_size
+        self.eos = int(tokenizer.eos_token_id)
+        self.pad = int(tokenizer.pad_token_id)
+
+
+def require_cache(model: Any, place: str, remedy: str) -> None:
+    """Raise ``UserError`` for a model without a cache of keys and values."""
+    if not hasattr(model.config.get_text_config(), "num_attention_heads"):
+        raise UserError(
+            f"{place}: {model.config.model_type} has no cache of keys and values, with which transformers samples "
+            f"here. {remedy}"
+        )
 
 
 BLOCK = 256

@@ -29,6 +29,10 @@ except ImportError:
     from yaml import SafeLoader as Loader  # type: ignore[assignment]
 
 
+TRAINING_TASKS = "align.evaluation.tasks:training_identities"
+"""The function that returns the identities of the tasks of a training stage's ``evaluate``."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One kind of stage.
@@ -92,7 +96,10 @@ class Stage:
         identify = self.inspect("identities")
         if identify is not None:
             return identify(config, base)  # type: ignore[no-any-return]
-        return config.identities(base) if hasattr(config, "identities") else {}
+        identities: dict[str, str] = config.identities(base) if hasattr(config, "identities") else {}
+        evaluation = getattr(config, "evaluate", None)
+        # Tasks belong to a package that imports this one, so it is loaded by name.
+        return identities if evaluation is None else identities | load_object(TRAINING_TASKS)(evaluation, base)
 
     def inspect(self, name: str) -> Callable[..., Any] | None:
         """Import the inspector's function ``name``; None if the kind has no inspector with such a function."""

@@ -160,9 +160,9 @@ def save_checkpoint(trainer: Any) -> None:
             save_trained(model, folder)
             # Python's floats survive JSON exactly.
             write_text_atomically(folder / STATE, json.dumps(_state_to_save(trainer), indent=1))
-            if trainer.validation is not None and trainer.validation.weights is not None:
+            if trainer.best is not None and trainer.best.weights is not None:
                 # A link: the checkpoint keeps these weights when tidy deletes the folder of a former best policy.
-                link(trainer.validation.weights, folder / BEST)
+                link(trainer.best.weights, folder / BEST)
     # Each process writes its own random state into the folder that the first process made.
     trainer.accelerator.wait_for_everyone()
     sharded.save_optimizer(trainer, folder)
@@ -175,8 +175,8 @@ def save_checkpoint(trainer: Any) -> None:
         _publish(folder, output_dir, args.save_total_limit)
         # The journals of episodes that were learned from, and former best policies, are not needed any more.
         drop_journals(output_dir, trainer.update)
-        if trainer.validation is not None:
-            trainer.validation.tidy()
+        if trainer.best is not None:
+            trainer.best.tidy()
 
 
 def load_checkpoint(trainer: Any, folder: Path) -> None:
@@ -193,10 +193,10 @@ def load_checkpoint(trainer: Any, folder: Path) -> None:
         load_trained(model, folder)
     sharded.load_optimizer(trainer, folder)
     _load_state(trainer, state)
-    if trainer.args.should_save and trainer.validation is not None and trainer.validation.weights is not None:
+    if trainer.args.should_save and trainer.best is not None and trainer.best.weights is not None:
         # tidy may have deleted the folder, if a later checkpoint that is now lost had a better policy.
-        trainer.validation.weights.parent.mkdir(exist_ok=True)
-        link(folder / BEST, trainer.validation.weights)
+        trainer.best.weights.parent.mkdir(exist_ok=True)
+        link(folder / BEST, trainer.best.weights)
 
 
 def _state_to_save(trainer: Any) -> dict[str, Any]:
@@ -213,8 +213,10 @@ def _state_to_save(trainer: Any) -> dict[str, Any]:
     if trainer.args.drift.max_staleness:
         # Older weights sampled these rollouts. A resumed run has no copy of them to sample from again.
         state["ahead"] = trainer.prefetcher.state_dict()
-    if trainer.validation is not None:
-        state["best"] = trainer.validation.best
+    if trainer.best is not None:
+        state["best"] = trainer.best.best
+    if trainer.tasks is not None:
+        state["tasks"] = trainer.tasks.state_dict()
     return state
 
 
@@ -223,8 +225,13 @@ def _load_state(trainer: Any, state: dict[str, Any]) -> None:
     # The run before may have neither scaled scores nor validated.
     if trainer.objective.scale is not None and "scale" in state:
         trainer.objective.scale.load_state_dict(state["scale"])
-    if trainer.validation is not None:
-        trainer.validation.best = state.get("best")
+    name = trainer.config.best_metric
+    best = state.get("best")
+    # The run before may have chosen by other numbers.
+    if trainer.best is not None and (name is None or name in (best or {})):
+        trainer.best.best = best
+    if trainer.tasks is not None and "tasks" in state:
+        trainer.tasks.load_state_dict(state["tasks"])
     trainer.totals = state["totals"]
     trainer.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
     trainer.stopped = state["stopped"]

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from align.config.runtime.launch import rank
+from align.errors import UserError
 from align.models.checkpoints.sharding import full_model
 from align.models.compute.processes import broadcast
 from align.models.tuning.apply import parameter_counts
@@ -39,6 +40,8 @@ SUMMARIZED = (
 def begin(trainer: Any, resume_from_checkpoint: str | bool | None) -> None:
     """Prepare a trainer for its first update, or for the update after a checkpoint."""
     args = trainer.args
+    if trainer.config.evaluate is not None and trainer.tasks is None:
+        raise UserError("evaluate needs a stage's artifacts, and this trainer has none: run the stage or leave it out.")
     checkpoint = _choose_checkpoint(trainer, resume_from_checkpoint)
     if checkpoint is None:
         _drop_older_journals(trainer)
@@ -73,7 +76,7 @@ def end(trainer: Any) -> TrainOutput:
     metrics["train_loss"] = trainer.update_log.total_loss / max(trainer.state.global_step, 1)
     trainer.log(metrics)
     trainer.control = handler.on_train_end(args, trainer.state, trainer.control)
-    if trainer.validation is not None:
+    if trainer.validation is not None or trainer.tasks is not None:
         _validate_last(trainer)
     return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)
 
@@ -89,8 +92,10 @@ def summarize(trainer: Any) -> dict[str, Any]:
     if history:
         metrics |= _summarize_history(history, getattr(trainer.sampler.scorer, "names", []))
         metrics["tokens_per_second"] = trainer.totals["tokens"] / max(metrics["seconds"], 1e-9)
-    if trainer.validation is not None and trainer.validation.best is not None:
-        metrics["kept"] = trainer.validation.best
+    if trainer.best is not None and trainer.best.best is not None:
+        metrics["kept"] = trainer.best.best
+    if trainer.tasks is not None:
+        metrics |= trainer.tasks.finish()
     if trainer.alarms:
         metrics["alarms"] = [f"update {alarm.update}: {alarm.name}" for alarm in trainer.alarms]
     metrics["trainable_parameters"], metrics["parameters"] = parameter_counts(trainer.model.policy)
@@ -120,16 +125,21 @@ def _summarize_history(history: list[dict[str, float]], reward_names: list[str])
 
 
 def _validate_last(trainer: Any) -> None:
-    """Validate the last policy, unless it was validated, and restore the best policy if ``keep`` says so."""
+    """Validate and evaluate the last policy, unless that was done, and restore the best policy if ``keep`` says so."""
     validated_updates = [entry["update"] for entry in trainer.state.log_history if "eval_kl" in entry]
-    if trainer.update not in validated_updates:
+    is_validating = trainer.validation is not None and trainer.update not in validated_updates
+    is_evaluating = trainer.tasks is not None and trainer.update not in trainer.tasks.scores
+    if is_validating or is_evaluating:
         with full_model(trainer.model) as model:
             trainer.engine.load_weights(merged_weights(model.policy))
+    if is_evaluating:
+        trainer.evaluate_tasks(trainer.update, is_required=trainer.config.best_metric is not None)
+    if is_validating:
         trainer.validate(trainer.update)
     if trainer.config.keep != "last":
         # The first process may still be writing the best weights that all processes read next.
         trainer.accelerator.wait_for_everyone()
-        trainer.validation.restore(trainer.model)
+        trainer.best.restore(trainer.model)
 
 
 def _choose_checkpoint(trainer: Any, resume_from_checkpoint: str | bool | None) -> Path | None:

@@ -22,6 +22,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from align.config.stages.rl import RolloutFields
+from align.evaluation.training_tasks import LiveModel
+from align.models.checkpoints.conversion import plain_of
 from align.models.checkpoints.sharding import full_model, reshard
 from align.models.compute.precision import cast_frozen_to_bf16, low_residual
 from align.models.tuning.peft_layers import merged_weights
@@ -41,8 +43,10 @@ from align.rl.rollout import Rollout
 from align.rl.sampler import ParityProbe, RolloutSampler, require_some_episode
 from align.rl.update_log import UpdateLog
 from align.rl.update_steps import make_optimizer, measure_passes, micro_batch_loss
-from align.rl.validation import make_validation
+from align.rl.validation import BestPolicy, make_validation
+from align.training.held_out import scoring
 from align.training.sharded import shard_model
+from align.training.task_evaluations import TaskEvaluations
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,8 @@ class RLTrainer(Trainer):  # type: ignore[misc]
     lr_scheduler: Any
     report_phase: Callable[[str], None] = staticmethod(lambda text: None)
     """Gets the names of an update's phases, such as ``learning 2/4``; a stage sets it."""
+    tasks: TaskEvaluations | None = None
+    """Evaluations during training; a stage sets them."""
 
     def __init__(
         self,
@@ -94,6 +100,9 @@ class RLTrainer(Trainer):  # type: ignore[misc]
             self.prompts, inputs.engine, inputs.scorer, inputs.gold, args, episodes=inputs.episodes
         )
         self.validation = make_validation(args, inputs.eval_dataset, processing_class)
+        self.best: BestPolicy | None = self.validation
+        if self.best is None and config.best_metric is not None:
+            self.best = BestPolicy(args)
         self.ptx = make_ptx(config, inputs.ptx_dataset, processing_class)
         self.buffer = RolloutBuffer(objective, args, form, int(processing_class.pad_token_id), self.ptx)
         self.probe = ParityProbe(inputs.engine, self.prompts, args)
@@ -157,12 +166,16 @@ class RLTrainer(Trainer):  # type: ignore[misc]
             self.prefetcher.set_weights(update, merged_weights(model.policy))
             is_probing = self.probe.is_due(update)
             is_validating = self.validation is not None and update % int(self.config.eval_updates or 1) == 0
-            if is_probing or is_validating:
-                self.prefetcher.wait()  # both ask the engine themselves, about these weights
+            is_evaluating = self.tasks is not None and self.tasks.is_due(update)
+            if is_probing or is_validating or is_evaluating:
+                self.prefetcher.wait()  # they ask the engine themselves, about these weights
             if is_probing:
                 with self.accelerator.autocast():
                     self.probe.run(model.policy)
-        synchronized = time.perf_counter()
+            synchronized = time.perf_counter()
+            if is_evaluating and self.evaluate_tasks(update):
+                # Drop the prefixes that the engine has cached for the tasks: rollouts must not depend on them.
+                self.prefetcher.set_weights(update, merged_weights(model.policy))
         # 2. Validate these weights, before anything is learned in this update.
         if is_validating:
             self.validate(update)
@@ -171,7 +184,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         candidates = self.sampler.gather_rollouts(self.prefetcher.get(update), validated)
         candidates.seconds["sync"] = synchronized - started
         require_some_episode(candidates, self.objective.name)
-        if self.validation is not None:
+        if self.validation is not None or self.tasks is not None:
             candidates.seconds["validating"] = validated - synchronized
         # Some methods learn from a part of the responses, and may ask for more of them.
         rollout = self.objective.select(candidates, self.sampler)
@@ -185,6 +198,23 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         # For the KL to the reference: a policy that is too far from it does not count as the best.
         measure_passes(self, rollout, self.buffer.by_length(rollout))
         self.log({**self.validation.run(rollout, update, self.model), "update": update})
+
+    def evaluate_tasks(self, update: int, *, is_required: bool = False) -> bool:
+        """Evaluate the policy after ``update`` updates on the stage's tasks. The engine must hold its weights.
+
+        Returns False if the evaluation was skipped for its cost.
+        """
+        tasks, name = self.tasks, self.config.best_metric
+        assert tasks is not None
+
+        def measure() -> dict[str, float]:
+            with scoring(self):
+                return tasks.tasks.measure(LiveModel(plain_of(self.model.policy), self.engine))
+
+        scores = tasks.run(update, measure, is_required=is_required)
+        if scores is not None and name is not None and self.best is not None:
+            self.best.consider(self.model, update, scores, name, -1 if tasks.tasks.better[name] == "lower" else 1)
+        return scores is not None
 
     def measure(self, rollout: Rollout) -> None:
         """Add log-probabilities, the reference's, entropies and values at the current weights to the rollout.

@@ -29,41 +29,23 @@ FOLLOWED = 4
 """Held-out prompts whose responses are written down at every validation, at most."""
 
 
-class Validation:
-    """Held-out ``prompts``, and the best policy on them. It is the trainer that samples and measures responses."""
+class BestPolicy:
+    """The weights of the best policy so far, by a validated score or by a task's metric."""
 
-    def __init__(self, prompts: Prompts, args: RolloutArguments) -> None:
-        self.prompts, self.args, self.folder = prompts, args, Path(str(args.output_dir))
+    def __init__(self, args: RolloutArguments) -> None:
+        self.args, self.folder = args, Path(str(args.output_dir))
         self.best: dict[str, float] | None = None
         """``update`` and measures of the best policy so far. Its weights are in ``best-<update>``."""
 
-    def run(self, rollout: Rollout, update: int, model: Any) -> dict[str, float]:
-        """Summarize measured responses of ``model`` after ``update`` updates, and save its weights if it is the best.
+    def consider(self, model: Any, update: int, scores: Mapping[str, float], name: str, sign: int) -> None:
+        """Save the weights of ``model`` if its ``sign * scores[name]`` is the highest so far."""
+        if self.best is None or sign * scores[name] > sign * self.best[name]:
+            self._replace(model, update, scores)
 
-        The responses to the first prompts are written down (``completions.py``).
-
-        Returns means over all processes as ``eval_<measure>``, the KL in nats per response (k1). Scores are means over
-        the episodes that did not fail; there are none if all failed.
-        """
-        means = _means(rollout)
-        if self.args.should_save:
-            write_validation(self.folder, rollout, update, min(FOLLOWED, self.args.config.completions))
-        if self._is_best(means):
-            # Save under the update: a killed run may still need the former best, which ``tidy`` deletes later.
-            self._save(model, update)
-            self.best = {"update": float(update), **means}
-        return {f"eval_{name}": value for name, value in means.items()}
-
-    def _is_best(self, means: dict[str, float]) -> bool:
-        if self.args.config.keep == "last":
-            return False
-        # A policy far from the reference may just exploit the score, so it does not count as better.
-        if self.args.config.keep_kl is not None and means["kl"] > self.args.config.keep_kl:
-            return False
-        name = "gold" if self.args.config.keep == "best_gold" else "score"
-        if name not in means:
-            return False
-        return self.best is None or means[name] > self.best[name]
+    def _replace(self, model: Any, update: int, scores: Mapping[str, float]) -> None:
+        # Save under the update: a killed run may still need the former best, which ``tidy`` deletes later.
+        self._save(model, update)
+        self.best = {"update": float(update), **scores}
 
     def _save(self, model: Any, update: int) -> None:
         with full_model(model) as gathered_model:
@@ -94,6 +76,40 @@ class Validation:
             return
         with full_model(model, store=True) as gathered_model:
             checkpoint.load_trained(gathered_model, self.weights.parent)
+
+
+class Validation(BestPolicy):
+    """Held-out ``prompts``, and the best policy on them. It is the trainer that samples and measures responses."""
+
+    def __init__(self, prompts: Prompts, args: RolloutArguments) -> None:
+        super().__init__(args)
+        self.prompts = prompts
+
+    def run(self, rollout: Rollout, update: int, model: Any) -> dict[str, float]:
+        """Summarize measured responses of ``model`` after ``update`` updates, and save its weights if it is the best.
+
+        The responses to the first prompts are written down (``completions.py``).
+
+        Returns means over all processes as ``eval_<measure>``, the KL in nats per response (k1). Scores are means over
+        the episodes that did not fail; there are none if all failed.
+        """
+        means = _means(rollout)
+        if self.args.should_save:
+            write_validation(self.folder, rollout, update, min(FOLLOWED, self.args.config.completions))
+        if self._is_best(means):
+            self._replace(model, update, means)
+        return {f"eval_{name}": value for name, value in means.items()}
+
+    def _is_best(self, means: dict[str, float]) -> bool:
+        if self.args.config.keep == "last" or self.args.config.best_metric is not None:
+            return False
+        # A policy far from the reference may just exploit the score, so it does not count as better.
+        if self.args.config.keep_kl is not None and means["kl"] > self.args.config.keep_kl:
+            return False
+        name = "gold" if self.args.config.keep == "best_gold" else "score"
+        if name not in means:
+            return False
+        return self.best is None or means[name] > self.best[name]
 
 
 def make_validation(

@@ -6,9 +6,13 @@ A setting that works badly is a warning of the plan. A setting with which the st
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from align.config.chat_template import TEMPLATE_FIELDS
 from align.config.environment import EnvironmentConfig
+from align.config.stages.evaluate import EvaluateConfig
+from align.config.stages.evaluation.during_training import TrainingEvaluation
+from align.config.stages.evaluation.task_fields import RecordFields, TaskConfig
 from align.config.stages.inputs import ModelConfig
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
@@ -26,9 +30,11 @@ def stage_warnings(pipeline: Pipeline, node: Node) -> list[str]:
     """Return warnings about a stage's settings, one sentence or more each.
 
     Raises ``UserError`` for a policy whose chat template does not write the environment's tools or lacks a variable
-    that the stage sets, and for responses that are longer than the model's context.
+    that the stage sets, for responses that are longer than the model's context, and for tasks during training whose
+    rows an ``evaluate`` stage reports.
     """
     _check_template_settings(pipeline, node)
+    _check_reported_rows(pipeline, node)
     for place, environment in _environments(node):
         _check_tools(pipeline, node, environment, place)
     inspect = node.stage.inspect("plan_warnings")
@@ -39,8 +45,9 @@ def stage_warnings(pipeline: Pipeline, node: Node) -> list[str]:
 def _environments(node: Node) -> Iterator[tuple[str, EnvironmentConfig]]:
     """Yield the environments of a stage and of its evaluation tasks, with their places in the file."""
     holders = {"environment": node.config}
-    tasks = getattr(node.config, "tasks", None) or {}
-    holders |= {f"tasks.{name}.environment": task for name, task in tasks.items()}
+    for prefix, block in (("", node.config), ("evaluate.", getattr(node.config, "evaluate", None))):
+        tasks = getattr(block, "tasks", None) or {}
+        holders |= {f"{prefix}tasks.{name}.environment": task for name, task in tasks.items()}
     for place, holder in holders.items():
         environment = getattr(holder, "environment", None)
         if isinstance(environment, EnvironmentConfig):
@@ -54,6 +61,41 @@ def _check_template_settings(pipeline: Pipeline, node: Node) -> None:
     for model in _model_stages(pipeline, node):
         if isinstance(model.config, ModelConfig):
             load_object(TEMPLATE_SETTINGS)(model.config, pipeline.base, node.config, f"stages.{node.name}.")
+
+
+def _check_reported_rows(pipeline: Pipeline, node: Node) -> None:
+    """Raise ``UserError`` if a task during training reads a file or a split that an ``evaluate`` stage reports."""
+    evaluation = getattr(node.config, "evaluate", None)
+    if not isinstance(evaluation, TrainingEvaluation):
+        return
+    for other in pipeline:
+        if not isinstance(other.config, EvaluateConfig):
+            continue
+        reported: dict[str, str] = {}
+        for task in other.config.tasks.values():
+            reported |= _record_sources(task, pipeline.base)
+        for name, task in evaluation.tasks.items():
+            for identity, source in _record_sources(task, pipeline.base).items():
+                if identity in reported:
+                    raise UserError(
+                        f"stages.{node.name}.evaluate.tasks.{name}: stage '{other.name}' reports numbers on the same "
+                        f"records ({source}), so training must not look at them. Divide the records into two files."
+                    )
+
+
+def _record_sources(task: TaskConfig, base: Path) -> dict[str, str]:
+    """Return the files of a task's items by their digests, or the dataset by its name and split."""
+    from align.evaluation.tasks.records import file_identities, record_source
+
+    if not isinstance(task, RecordFields):
+        return {}
+    if task.files is not None:
+        files = file_identities(task, base)
+        return {digest: name for name, digest in files.items() if not name.startswith("examples: ")}
+    if task.revision is None:
+        return {}
+    source = record_source(task)
+    return {f"{source.label} {getattr(source, 'split', '')}": source.label}
 
 
 def _check_tools(pipeline: Pipeline, node: Node, environment: EnvironmentConfig, place: str) -> None:

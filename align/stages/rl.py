@@ -48,6 +48,7 @@ from align.training.input_checks import check_model, check_same_vocabulary
 from align.training.kept_state import OwnSettings, continued_facts, refuse_no_steps, restore_checkpoint
 from align.training.rows import hold_back_validation
 from align.training.stopping import StopOnRequest
+from align.training.task_evaluations import TaskEvaluations
 from align.training.tracking import follow, tracking_options
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,8 @@ def run(context: StageContext) -> dict[str, Any]:
     reference_facts = note_reference_scores(context, scorer, prompts)
     if reward_models and getattr(config, "critic_source", None) == "reward":
         check_same_vocabulary(context.name, tokenizer, reward_models[0].tokenizer, ("the policy", "the reward model"))
-    engine = _open_engine(context, source)
+    tasks = None if config.evaluate is None else TaskEvaluations(context, tokenizer)
+    engine = _open_engine(context, source, 0 if tasks is None else tasks.tasks.max_length)
     try:
         trainer = _make_trainer(
             context,
@@ -101,6 +103,7 @@ def run(context: StageContext) -> dict[str, Any]:
             engine=engine,
             episodes=player,
         )
+        trainer.tasks = tasks
         _report_phases(context, trainer)
         if trainer.prompts.dropped:
             context.warn(
@@ -129,8 +132,11 @@ def run(context: StageContext) -> dict[str, Any]:
             player.close()
 
 
-def _open_engine(context: StageContext, source: Path) -> RolloutEngine:
-    """Open the engine that samples with the policy in ``source``, prepared for the stage's tuning."""
+def _open_engine(context: StageContext, source: Path, task_length: int) -> RolloutEngine:
+    """Open the engine that samples with the policy in ``source``, prepared for the stage's tuning.
+
+    It holds at least ``task_length`` tokens of a conversation and its answer.
+    """
     config: RolloutFields = context.config
     context.phase("starting the engine")
     # The first process prepares the folder that the engine loads; the others wait for it.
@@ -138,7 +144,7 @@ def _open_engine(context: StageContext, source: Path) -> RolloutEngine:
         broadcast(lambda: engine_source(source, config.tuning, context.checkpoints / "engine" / "model")),
         context.runtime,
         precision=context.precision,
-        max_length=config.max_prompt_tokens + config.max_tokens,
+        max_length=max(config.max_prompt_tokens + config.max_tokens, task_length),
         seed=context.seed % 2**32,
         warn=context.warn,
         on_hang=context.fail_at_once,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,8 @@ from align.training.continued_rows import continue_rows, continuing_callbacks, k
 from align.training.forgetting import KLToStart, PullToStart, make_replay
 from align.training.kept_state import continued_facts, refuse_no_steps, restore_checkpoint
 from align.training.progress import ReportProgress, report_scores
-from align.training.stopping import VALIDATION, StopOnRequest, best_so_far
+from align.training.stopping import VALIDATION, BestSoFar, StopOnRequest, best_so_far
+from align.training.task_evaluations import EvaluateTasks
 from align.training.tracking import follow
 from align.training.unfreezing import OpenLayers, schedule_layers
 
@@ -104,23 +105,29 @@ def _fit(
     score_test = scored_with(extras, partial(held_out, "test"))
     score_in_training = score_test
     best = best_so_far(context, trainer)
-    if best is not None:
+    chooses_by_loss = best is not None and context.config.best_metric is None
+    if best is not None and chooses_by_loss:
         score_in_training = scored_with(extras, best.watching(lambda: _with_prefix(held_out("validation"))))
-    progress = ReportProgress(context, score_in_training, context.config.eval_steps, scores_last=best is not None)
+    progress = ReportProgress(context, score_in_training, context.config.eval_steps, scores_last=chooses_by_loss)
     trainer.add_callback(progress)
+    tasks = _add_tasks(context, trainer, extras, best)
     if best is not None:
         trainer.add_callback(best)
-        extras = [*extras, best]
+    extras = [*extras, *(callback for callback in (tasks, best) if callback is not None)]
     clock = _add_last_callbacks(context, trainer, checkpoint)
+    if tasks is not None and checkpoint is None:
+        tasks.evaluate(0)
 
     if checkpoint is not None:
         context.note(f"resuming from {checkpoint}")
     with frozen_weights_rounded(trainer), _untrimmed_heap_for(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = clock.seconds()
+    if tasks is not None:
+        tasks.evaluate(trainer.state.global_step, is_required=context.config.best_metric is not None)
     if best is not None:
         # The last step may be the best one, even if no evaluation was due there.
-        if best.scored_step < trainer.state.global_step:
+        if chooses_by_loss and best.scored_step < trainer.state.global_step:
             report_scores(context, trainer.state.global_step, score_in_training())
         best.restore()
     _release_optimizer(trainer)
@@ -141,6 +148,21 @@ def _fit(
         metrics |= getattr(extra, "facts", dict)()
     metrics |= {f"test_{name}_before": value for name, value in scores_before.items()}
     return metrics | {f"test_{name}_after": value for name, value in scores_after.items()}
+
+
+def _add_tasks(
+    context: StageContext, trainer: Any, extras: Sequence[TrainerCallback], best: BestSoFar | None
+) -> EvaluateTasks | None:
+    """Add the callback that evaluates the stage's tasks, if it has any; ``best`` may choose by their metric."""
+    if context.config.evaluate is None:
+        return None
+    tasks = EvaluateTasks(context, trainer, partial(resulting_weights, extras))
+    name = context.config.best_metric
+    if best is not None and name is not None:
+        best.lower_is_better = tasks.evaluations.tasks.better[name] == "lower"
+        tasks.on_scores = lambda scores, step: best.consider(scores[name], step)
+    trainer.add_callback(tasks)
+    return tasks
 
 
 def _facts_of_run(trainer: Any) -> dict[str, Any]:
@@ -342,15 +364,11 @@ def has_scores(callbacks: Sequence[TrainerCallback]) -> bool:
 def scored_with(callbacks: Sequence[TrainerCallback], held_out: Callable[[], Scores]) -> Callable[[], Scores]:
     """Return a function that joins ``held_out`` with the callbacks' ``scores()``, under the resulting weights.
 
-    Those weights are in the model inside the ``scoring()`` contexts of all callbacks.
+    Those weights are in the model inside ``resulting_weights``.
     """
 
     def scored() -> Scores:
-        # Enter every callback's context, for example to swap in averaged weights.
-        with contextlib.ExitStack() as weights:
-            for callback in callbacks:
-                if hasattr(callback, "scoring"):
-                    weights.enter_context(callback.scoring())
+        with resulting_weights(callbacks):
             scores = dict(held_out())
             for callback in callbacks:
                 if hasattr(callback, "scores"):
@@ -358,3 +376,13 @@ def scored_with(callbacks: Sequence[TrainerCallback], held_out: Callable[[], Sco
             return scores
 
     return scored
+
+
+@contextlib.contextmanager
+def resulting_weights(callbacks: Sequence[TrainerCallback]) -> Iterator[None]:
+    """Enter the ``scoring()`` contexts of all callbacks, which for example swap in averaged weights."""
+    with contextlib.ExitStack() as weights:
+        for callback in callbacks:
+            if hasattr(callback, "scoring"):
+                weights.enter_context(callback.scoring())
+        yield

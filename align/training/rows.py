@@ -71,14 +71,14 @@ def read_split(path: Path, most: int | None, stage: str) -> list[Row]:
 
 
 def read_splits(context: StageContext) -> dict[str, list[Row]]:
-    """Read the splits of the stage's ``data``: ``train``, ``test``, and ``validation`` for a checkpoint's choice.
+    """Read the splits of the stage's ``data``: ``train``, ``test``, and ``validation`` if it holds rows back.
 
     ``test`` is missing if it has no rows (``test_size: 0``). Training then has no held-out scores.
     """
     config, data = context.config, context.artifact("data")
     train = read_split(data.split("train"), None, context.name)
     splits = {}
-    if config.chooses:
+    if config.holds_back:
         train, splits["validation"] = hold_back_validation(context, train, config.eval_rows)
     test = read_rows(data.split("test"))[: config.eval_rows]
     if test:

@@ -1,8 +1,9 @@
 """Early stopping, the best weights instead of the last, and the stop on request.
 
-Every checkpoint contains the best validation loss and the best weights so far, so a resumed run stops and chooses as
-the uninterrupted one. The criterion is always the loss, and the weights before the first step are never restored. A
-stop on request writes a checkpoint after the current step; with several processes all of them stop after the same step.
+Every checkpoint contains the best value and the best weights so far, so a resumed run stops and chooses as the
+uninterrupted one. The criterion is the validation loss, or the metric of a task that is evaluated during training. The
+weights before the first step are never restored. A stop on request writes a checkpoint after the current step; with
+several processes all of them stop after the same step.
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ VALIDATION_LOSS = f"{VALIDATION}loss"
 
 
 class BestSoFar(TrainerCallback):
-    """Stops training when the validation loss no longer falls, and keeps the weights with the lowest loss.
+    """Stops training when the criterion no longer improves, and keeps the weights with its best value.
 
     ``best_loss`` and ``best_step`` are the best so far; ``waited`` counts the evaluations since then, of which
-    ``scored_step`` had the last.
+    ``scored_step`` had the last. A criterion that is better if higher counts as a negative loss.
     """
 
     def __init__(self, context: StageContext, trainer: Any) -> None:
         config: TrainingFields = context.config
         self.stopping, self.keep = config.early_stopping, config.keep == "best"
+        self.criterion = VALIDATION_LOSS if config.best_metric is None else config.best_metric
+        self.lower_is_better = True
         self.trainer, self.folder, self.log = trainer, context.checkpoints, context.note
         self.best_loss, self.best_step, self.waited, self.stopped_at = float("inf"), 0, 0, 0
         self.scored_step = 0
@@ -54,12 +57,14 @@ class BestSoFar(TrainerCallback):
 
         def scored() -> Scores:
             scores = validation()
-            self._consider(scores[VALIDATION_LOSS], int(self.trainer.state.global_step))
+            self.consider(scores[VALIDATION_LOSS], int(self.trainer.state.global_step))
             return scores
 
         return scored
 
-    def _consider(self, loss: float, step: int) -> None:
+    def consider(self, value: float, step: int) -> None:
+        """Compare the criterion after ``step`` steps with the best so far; keep the weights if it is better."""
+        loss = value if self.lower_is_better else -value
         self.scored_step = step
         least = self.stopping.min_improvement if self.stopping is not None else 0.0
         # The first evaluation always counts as the best so far.
@@ -89,6 +94,8 @@ class BestSoFar(TrainerCallback):
             return
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
         saved = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if saved.get("criterion", VALIDATION_LOSS) != self.criterion:
+            return  # the stage that this stage continues chose by other numbers
         self.best_step, self.waited, self.scored_step = saved["best_step"], saved["waited"], saved["scored_step"]
         self.best_loss = float("inf") if saved["best_loss"] is None else saved["best_loss"]
         if self.keep and self.best_step and state.is_world_process_zero:
@@ -104,6 +111,7 @@ class BestSoFar(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             state_to_save = {
+                "criterion": self.criterion,
                 "best_loss": self.best_loss if self.best_step else None,
                 "best_step": self.best_step,
                 "waited": self.waited,
@@ -120,7 +128,9 @@ class BestSoFar(TrainerCallback):
         """Load the best weights after training has ended. Return False if the last weights are the best."""
         last = int(self.trainer.state.global_step)
         if self.stopped_at and self.stopped_at == last:
-            self.log(f"stopped at step {last}: the validation loss was lowest at step {self.best_step}")
+            name = self.criterion if self.criterion != VALIDATION_LOSS else "validation loss"
+            best = "lowest" if self.lower_is_better else "highest"
+            self.log(f"stopped at step {last}: the {name} was {best} at step {self.best_step}")
         if not self.keep or self.best_step == last:
             return False
         wait_for_all()
@@ -131,7 +141,7 @@ class BestSoFar(TrainerCallback):
         """Return the stage's metrics."""
         return {
             "best_step": self.best_step,
-            "best_validation_loss": self.best_loss,
+            f"best_{self.criterion}": self.best_loss if self.lower_is_better else -self.best_loss,
             "stopped_early": bool(self.stopped_at),
         }
 

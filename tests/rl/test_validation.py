@@ -133,7 +133,8 @@ def test_failed_episodes_count_in_no_score():
         return Rollout(0, [{}] * 4, [0, 1, 2, 3], lists, lists, ["a"] * 4, tensors)
 
     validation = Validation.__new__(Validation)
-    validation.args = SimpleNamespace(config=SimpleNamespace(keep="best", keep_kl=None), should_save=False)
+    config = SimpleNamespace(keep="best", keep_kl=None, best_metric=None)
+    validation.args = SimpleNamespace(config=config, should_save=False)
     validation.best = {"update": 0.0, "score": -0.9}
     validation._save = lambda model, update: None
     halved = validation.run(

@@ -14,6 +14,7 @@ from align.runner.plan import plan
 from align.store.store import Store
 
 PPO = {"policy": "sft", "prompts": "data", "score": "gold", "learning_rate": 1e-5, "updates": 2}
+EVALUATE = {"policies": ["sft", "ppo"], "reference": "sft", "prompts": "data", "max_tokens": 64}
 SFT = {"model": "model", "data": "data", "learning_rate": 1e-3, "max_steps": 6}
 
 
@@ -28,7 +29,7 @@ def notes(store: Store, stage: str, model: dict[str, Any], **ppo: Any) -> str:
         "data": {"recipe": "data_recipes/embedded.yaml"},
         "sft": SFT,
         "ppo": {**PPO, **ppo},
-        "evaluate": {"policies": ["sft", "ppo"], "reference": "sft", "prompts": "data", "max_tokens": 64},
+        "evaluate": EVALUATE,
     }
     pipeline = Pipeline({"name": "run", "seed": 1, "stages": stages})
     return " ".join(next(step.notes for step in plan(pipeline, store) if step.node.name == stage))
@@ -128,3 +129,20 @@ def test_tool_template_of_a_tokenizer_counts(store: Store, tiny_model: Path, tmp
     text = (Path("align/models/chat/templates") / "chatml-tools.jinja").read_text()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text(text)
     assert notes(store, "ppo", {"source": str(folder)}, environment=CALCULATOR, score=None) == ""
+
+
+def test_reported_rows_are_refused_during_training(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, sum_ in (("dev", 2), ("test", 3), ("copy", 3)):
+        record = {"question": f"{sum_ - 1} + 1", "answer": f"#### {sum_}"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+    def evaluated(name: str) -> str:
+        tasks = {"gsm8k": {"files": [str(tmp_path / f"{name}.jsonl")]}}
+        return notes(store, "ppo", {"source": "tiny"}, evaluate={"every": 1, "tasks": tasks})
+
+    monkeypatch.setitem(EVALUATE, "tasks", {"sums": {"task": "gsm8k", "files": [str(tmp_path / "test.jsonl")]}})
+    assert evaluated("dev") == ""
+    with pytest.raises(UserError, match=r"stages.ppo.evaluate.tasks.gsm8k: stage 'evaluate' reports .*copy.jsonl"):
+        evaluated("copy")

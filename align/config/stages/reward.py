@@ -87,6 +87,8 @@ class RewardConfig(TrainingFields):
             for name, default in PAIR_FIELDS.items():
                 if getattr(self, name) != default:
                     raise ValueError(f"{name} is only for pairs, and objective is {self.objective}; leave it out.")
+        if self.objective == "process" and self.evaluate is not None:
+            raise ValueError("evaluate scores whole answers, and `objective: process` scores steps; leave it out.")
         if self.objective != "regression" and self.score_loss != "mse":
             raise ValueError(f"score_loss is for regression, and objective is {self.objective}; leave it out.")
         if self.objective != "process" and self.steps != StepsConfig():

@@ -16,6 +16,7 @@ from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.options import OWNED, OWNED_BY_ROLLOUTS, TrainerOptions
 from align.config.runtime.launch import LaunchConfig
 from align.config.scores import Score, reward_names, score_identities
+from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import sharding_objection
 from align.config.tuning import FullTuning, Tuning
@@ -115,11 +116,13 @@ class RolloutFields(TrainerOptions):
     eval_prompts: int = Field(64, ge=1)
     """Maximum held-out prompts per validation: the first ones of the ``test`` split. Where they select the policy
     (``keep``) they are held out of the ``train`` split instead, at most a fifth of its questions."""
+    evaluate: TrainingEvaluation | None = None
+    """Tasks of `align eval` to run during training: ``{every: 10, tasks: {gsm8k: {files: [dev.jsonl]}}}``."""
     keep: Literal["last", "best", "best_gold"] = "last"
-    """Policy that the stage saves: the last policy, or the policy with the best validated score (or gold score). The
-    ``test`` split, which is reported, plays no part in the selection."""
+    """Policy that the stage saves: the last policy, or the policy with the best validated score (or gold score), or the
+    best ``evaluate.best_metric``. The ``test`` split, which is reported, plays no part in the selection."""
     keep_kl: float | None = Field(None, gt=0)
-    """For ``keep: best``: maximum KL to the reference of the saved policy, in nats per response."""
+    """For ``keep: best`` by score: maximum KL to the reference of the saved policy, in nats per response."""
     on_alarm: Literal["warn", "stop"] = "warn"
     """Warn, or stop the run, on a collapse, exploding lengths, or a score that rises while gold falls."""
     completions: int = Field(8, ge=0)
@@ -150,6 +153,15 @@ class RolloutFields(TrainerOptions):
             tokens = settings.get("max_tokens", cls.model_fields["max_tokens"].default)
             settings["environment"] = EnvironmentConfig(verifiers="any", max_turns=1, max_tokens=tokens)
         return cls(**(names | settings))
+
+    @property
+    def best_metric(self) -> str | None:
+        """The task's metric that ``keep: best`` uses instead of the validated score, if any."""
+        return None if self.evaluate is None else self.evaluate.best_metric
+
+    def fields_outside_key(self) -> set[str]:
+        """Return ``identified``, and ``evaluate``, whose settings and files are identities."""
+        return {*super().fields_outside_key(), "evaluate"}
 
     @property
     def steps_per_update(self) -> int:
@@ -203,7 +215,8 @@ class RolloutFields(TrainerOptions):
         processes = launch.known or 1
         unit = self.micro_batch_size or self.indivisible_responses
         if self.responses_per_step % (processes * unit) == 0:
-            return sharding_objection(launch, self.tuning, looks_back=True)
+            evaluation = None if self.evaluate is None else self.evaluate.launch_objection(launch)
+            return evaluation or sharding_objection(launch, self.tuning, looks_back=True)
         possible = max(count for count in range(1, processes + 1) if self.responses_per_step % (count * unit) == 0)
         size = f" x micro_batch_size {unit}" if unit > 1 else ""
         return (
@@ -234,7 +247,9 @@ class RolloutFields(TrainerOptions):
 
     @model_validator(mode="after")
     def _check_validation_and_ptx(self) -> Self:
-        if self.keep != "last" and self.eval_updates is None:
+        if self.best_metric is not None and (self.keep != "best" or self.keep_kl is not None):
+            raise ValueError("evaluate.best_metric is for `keep: best` without keep_kl; set keep, or drop keep_kl.")
+        if self.keep != "last" and self.eval_updates is None and self.best_metric is None:
             raise ValueError(f"keep is {self.keep}, which needs validations; set eval_updates.")
         if self.keep == "best_gold" and self.gold is None:
             raise ValueError("keep is best_gold, but no gold function is named; set gold, or `keep: best`.")
@@ -242,6 +257,15 @@ class RolloutFields(TrainerOptions):
             raise ValueError("keep_kl limits `keep: best`, but keep is last; set keep, or remove keep_kl.")
         if (self.ptx is None) != (self.ptx_coef == 0):
             raise ValueError("ptx and ptx_coef go together: set a stage with answers and a weight above 0.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_evaluate(self) -> Self:
+        if self.evaluate is None:
+            return self
+        objection = self.evaluate.model_objection(has_vocabulary=True, has_pairs=False, tuning=self.tuning)
+        if objection is not None:
+            raise ValueError(f"evaluate.{objection}")
         return self
 
     @model_validator(mode="after")

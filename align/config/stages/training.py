@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from align.config.base import Config, PrecisionSetting, stage_input
 from align.config.options import TrainerOptions
 from align.config.runtime.launch import LaunchConfig
+from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.tuning import FullTuning, QloraTuning, Tuning, TuningBase
 from align.config.tuning_blocks import TrainedTokens
 from align.store.artifacts import Kind
@@ -27,12 +28,12 @@ class Anchor(Config):
 
 
 class EarlyStopping(Config):
-    """Stop before the last step, by the loss on the validation rows."""
+    """Stop before the last step, by the loss on the validation rows or by ``evaluate.best_metric``."""
 
     patience: int = Field(3, ge=1)
-    """Evaluations in a row, ``eval_steps`` apart, without an improvement on the best."""
+    """Evaluations in a row, ``eval_steps`` or ``evaluate.every`` apart, without an improvement on the best."""
     min_improvement: float = Field(0.0, ge=0)
-    """Decrease of the loss that counts as an improvement."""
+    """Change of the loss or metric that counts as an improvement."""
 
 
 class TrainingFields(TrainerOptions):
@@ -82,8 +83,9 @@ class TrainingFields(TrainerOptions):
     """Stop when the validation loss no longer falls: ``{patience: 3}``; needs ``eval_steps``. Same rows as ``keep``."""
     keep: Literal["last", "best"] = "last"
     """Weights to keep: the last, or the weights with the lowest validation loss (needs ``eval_steps``, and a copy of
-    the trained weights on disk). Validation rows come from the ``train`` split by question, at most ``eval_rows`` and a
-    fifth of the questions and rows; they are not trained on. The reported ``test`` split has no part in the choice."""
+    the trained weights on disk) or the best ``evaluate.best_metric``. Validation rows come from the ``train`` split by
+    question, at most ``eval_rows`` and a fifth of the questions and rows; they are not trained on. The reported
+    ``test`` split has no part in the choice."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential average of the trained weights, 0.999 or less for short runs; the average is saved."""
     anchor: Anchor | None = None
@@ -105,6 +107,8 @@ class TrainingFields(TrainerOptions):
     validation rows); by default only before and after training."""
     eval_rows: int = Field(512, ge=1)
     """Most held-out rows of a split to evaluate; fewer are faster and less certain."""
+    evaluate: TrainingEvaluation | None = None
+    """Tasks of `align eval` to run during training: ``{every: 50, tasks: {gsm8k: {files: [dev.jsonl]}}}``."""
     max_rows: int | None = Field(None, ge=1)
     """Use only the first rows of the training data; for trials."""
     trainer: dict[str, Any] = Field(default_factory=dict)
@@ -112,8 +116,23 @@ class TrainingFields(TrainerOptions):
 
     @property
     def chooses(self) -> bool:
-        """True if the validation loss decides which weights are kept, or when training stops."""
+        """True if scores during training decide which weights are kept, or when training stops."""
         return self.early_stopping is not None or self.keep == "best"
+
+    @property
+    def best_metric(self) -> str | None:
+        """The task's metric that decides instead of the validation loss, if any."""
+        return None if self.evaluate is None else self.evaluate.best_metric
+
+    @property
+    def holds_back(self) -> bool:
+        """True if rows of the ``train`` split are validation rows, which are not trained on."""
+        reads_pairs = self.evaluate is not None and self.evaluate.reads_stage_pairs
+        return reads_pairs or (self.chooses and self.best_metric is None)
+
+    def fields_outside_key(self) -> set[str]:
+        """Return ``identified``, and ``evaluate``, whose settings and files are identities."""
+        return {*super().fields_outside_key(), "evaluate"}
 
     @property
     def sides(self) -> int:
@@ -147,6 +166,7 @@ class TrainingFields(TrainerOptions):
             self._batch_objection(launch.known or 1)
             or sharding_objection(launch, self.tuning, looks_back=self.anchor is not None and self.anchor.to == "kl")
             or self._strategy_objection(launch)
+            or (None if self.evaluate is None else self.evaluate.launch_objection(launch))
         )
 
     def _strategy_objection(self, launch: LaunchConfig) -> str | None:
@@ -216,10 +236,23 @@ class TrainingFields(TrainerOptions):
     @model_validator(mode="after")
     def _check_eval_steps(self) -> Self:
         setting = "early_stopping" if self.early_stopping is not None else "keep: best"
-        if self.eval_steps is None and self.chooses:
+        if self.best_metric is not None and not self.chooses:
+            raise ValueError("evaluate.best_metric has no effect without `keep: best` or early_stopping; set one.")
+        if self.eval_steps is None and self.chooses and self.best_metric is None:
             raise ValueError(
                 f"{setting} needs the validation loss during training; set eval_steps, such as eval_steps: 20."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_evaluate(self) -> Self:
+        if self.evaluate is None:
+            return self
+        objection = self.evaluate.model_objection(
+            has_vocabulary=self.has_vocabulary, has_pairs=True, tuning=self.tuning
+        )
+        if objection is not None:
+            raise ValueError(f"evaluate.{objection}")
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from align.config.base import settings_for_key
 from align.config.scores import MetricFunction, score_identities
 from align.config.stages.evaluate import BaselineConfig, EvaluateConfig
 from align.config.stages.evaluation import tasks as configs
+from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.stages.evaluation.program_tasks import HumanevalConfig
 from align.config.stages.evaluation.task_fields import TaskConfig
 from align.config.stages.evaluation.tasks import EnvironmentTaskConfig
@@ -112,6 +113,15 @@ def identities(config: EvaluateConfig, base: Path) -> dict[str, str]:
         digests |= _block_identities(f"tasks.{name}", task, base)
     for name, baseline in config.baselines.items():
         digests |= _block_identities(f"baselines.{name}", baseline, base)
+    return digests
+
+
+def training_identities(evaluation: TrainingEvaluation, base: Path) -> dict[str, str]:
+    """Return the settings of a training stage's ``evaluate``, and of each task with the digests of its files."""
+    settings = settings_for_key(evaluation, evaluation.model_dump(mode="json", exclude=set(evaluation.identified)))
+    digests = {"evaluate": json.dumps(settings, sort_keys=True)}
+    for name, task in evaluation.tasks.items():
+        digests |= _block_identities(f"evaluate.tasks.{name}", task, base)
     return digests
 
 

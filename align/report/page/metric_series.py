@@ -152,6 +152,8 @@ def _reading_order(title: str) -> tuple[int, str]:
         return FIRST_CURVES.index("score"), f"score_turn_{int(turn[1]):06d}"
     if name.startswith("score_") and not name.endswith(("_std", "_correlation")):
         return FIRST_CURVES.index("score"), name  # the rewards of a list, next to their sum
+    if "." in name:
+        return FIRST_CURVES.index("gold"), name  # metrics of tasks during training, such as gsm8k.final
     return (FIRST_CURVES.index(name) if name in FIRST_CURVES else len(FIRST_CURVES), name)
 
 

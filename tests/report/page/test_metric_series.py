@@ -73,3 +73,9 @@ def test_episode_curves_come_first_and_turns_share_panels():
         ("policy_loss", ["policy_loss"]),
     ]
     assert group_by_panel({"score_turn_1": 0}) == [("score_turn_1", ["score_turn_1"])]
+
+
+def test_metrics_of_tasks_come_before_details():
+    names = ("zloss", "evaluation_share", "gsm8k.final", "kl", "loss")
+    titles = [title for title, _ in group_by_panel({name: ([0.0, 1.0], [0.0, 1.0]) for name in names})]
+    assert titles == ["loss", "gsm8k.final", "kl", "evaluation_share", "zloss"]

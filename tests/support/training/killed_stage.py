@@ -16,14 +16,16 @@ class Dying(StageContext):
     """A context that kills the stage when step ``DIES_AT`` is reported."""
 
     dies_at = 0
+    unit = "steps"
 
     def progress(self, done: float, total: float, unit: str = "steps", **shown: Any) -> None:
         super().progress(done, total, unit, **shown)
-        if unit == "steps" and done == self.dies_at:
+        if unit == self.unit and done == self.dies_at:
             raise Killed
 
 
-def dying(plain: StageContext, step: int) -> StageContext:
+def dying(plain: StageContext, step: int, unit: str = "steps") -> StageContext:
     killed = Dying(**{field.name: getattr(plain, field.name) for field in fields(plain)})
     object.__setattr__(killed, "dies_at", step)
+    object.__setattr__(killed, "unit", unit)
     return killed
