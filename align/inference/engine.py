@@ -55,7 +55,7 @@ def open_engine(
         return _open_pool(spec, device, warn, on_hang)
     # `auto` falls back to transformers where vLLM cannot be used. `vllm` raises there.
     if runtime.engine.name != "transformers":
-        obstacle = _vllm_obstacle(model_dir, runtime, device)
+        obstacle = _vllm_obstacle(model_dir, runtime, device, engine_dtype(runtime, precision))
         if obstacle is None:
             return _open_vllm(spec, device, on_hang)
         warn(f"{obstacle}; sampling with transformers instead, which is slower")
@@ -89,7 +89,7 @@ def engine_dtype(runtime: Runtime, precision: Precision) -> torch.dtype:
 # ---- in this process ----
 
 
-def _vllm_obstacle(model_dir: Path, runtime: Runtime, device: torch.device) -> str | None:
+def _vllm_obstacle(model_dir: Path, runtime: Runtime, device: torch.device, dtype: torch.dtype) -> str | None:
     """Say why vLLM cannot be used, or return None. Raises ``UserError`` if it is asked for by name."""
     from align.inference.vllm import why_model_unusable, why_unusable
     from align.inference.vllm_internals import why_unsupported
@@ -97,7 +97,7 @@ def _vllm_obstacle(model_dir: Path, runtime: Runtime, device: torch.device) -> s
     unusable = why_unusable()
     unsupported = why_unsupported(model_dir, runtime.engine)
     if unusable is None and unsupported is None:
-        unsupported = why_model_unusable(model_dir, device)
+        unsupported = why_model_unusable(model_dir, device, dtype)
     is_required = runtime.engine.name == "vllm"
     if is_required and unusable is not None:
         raise UserError(

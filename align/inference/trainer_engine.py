@@ -19,6 +19,7 @@ from align.config.runtime.launch import rank
 from align.inference.protocol import RolloutEngine, Sampling
 from align.inference.servers.pool import PoolEngine
 from align.models.compute.processes import rank_range
+from align.models.experts import has_experts, router_disagreement, token_experts
 
 Result = TypeVar("Result")
 
@@ -86,12 +87,16 @@ class ParityError(RuntimeError):
 
 @dataclass(frozen=True)
 class Parity:
-    """Result of a probe. ``mean_gap`` and ``max_gap`` are |engine - trainer| in nats per token."""
+    """Result of a probe. ``mean_gap`` and ``max_gap`` are |engine - trainer| in nats per token.
+
+    ``router_disagreement`` is the share of choices, of a token in a layer, with other experts; None without experts.
+    """
 
     tokens: int
     mean_gap: float
     max_gap: float
     tolerance: float
+    router_disagreement: float | None = None
 
 
 def probe(
@@ -114,10 +119,27 @@ def probe(
     logprobs = trainer_logprobs(model, prompts, [response.token_ids for response in responses], temperature)
     sampler_logprobs = torch.tensor([value for response in responses for value in response.logprobs])
     gap = (sampler_logprobs - logprobs).abs()
-    parity = Parity(len(gap), float(gap.mean()), float(gap.max()), tolerance_of(engine, model))
+    rows = [[*prompt, *response.token_ids] for prompt, response in zip(prompts, responses, strict=True)]
+    disagreement = compare_experts(engine, model, rows)
+    parity = Parity(len(gap), float(gap.mean()), float(gap.max()), tolerance_of(engine, model), disagreement)
     if not gap.isfinite().all() or parity.mean_gap > parity.tolerance:
         raise ParityError(explain(engine.name, parity, sampler_logprobs, logprobs))
     return parity
+
+
+def compare_experts(engine: Any, model: Any, rows: list[list[int]]) -> float | None:
+    """Return the share of choices with other experts in the engine than in ``model``.
+
+    None for a model without experts and for an engine that cannot be observed, such as a server.
+    """
+    if not has_experts(model.config) or not hasattr(engine, "token_experts"):
+        return None
+    theirs = engine.token_experts(rows)
+    training = model.training
+    model.eval()
+    ours = token_experts(model, rows)
+    model.train(training)
+    return None if theirs is None else router_disagreement(theirs, ours)
 
 
 def tolerance_of(engine: Any, model: Any) -> float:

@@ -28,7 +28,9 @@ from align.inference.protocol import Progress, Response, Sampling, TurnRequest, 
 from align.models.chat.render import render_prompt
 from align.models.checkpoints.conversion import require_finite
 from align.models.compute.processes import cumulative_sum, trim_malloc
+from align.models.experts import has_experts, token_experts
 from align.models.loading import load_policy, load_tokenizer
+from align.models.pretrained import with_tensors
 
 
 class TransformersEngine:
@@ -152,16 +154,20 @@ class TransformersEngine:
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         return ids.to(self.device), mask.to(self.device)
 
+    def token_experts(self, rows: list[list[int]]) -> list[torch.Tensor]:
+        """Return the experts of each row's tokens, (layers, T, k); the model is a mixture of experts."""
+        return token_experts(self.model, rows)
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy a full set of weights into the model, so further training does not change the sampler halfway.
 
-        Each tensor has the shape that the checkpoint gives its name. A tied tensor may be missing: its memory is
-        another tensor's, which was copied.
+        Names are the model's own, or those of its files, which store each expert of a mixture. A tied tensor may be
+        missing: its memory is another tensor's, which was copied.
         """
         state = self.model.state_dict()
         missing = set(state)
         with self.watchdog.watch("load_weights"):
-            for name, tensor in weights:
+            for name, tensor in self._by_own_names(weights):
                 if name not in state:
                     raise ValueError(f"the engine's model has no weight '{name}'")
                 state[name].copy_(tensor)
@@ -174,6 +180,16 @@ class TransformersEngine:
         lacking = sorted(name for name in missing if len(names_by_address[state[name].data_ptr()]) == 1)
         if lacking:
             raise ValueError(f"the new weights lack {', '.join(lacking[:3])}: a full set is needed")
+
+    def _by_own_names(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
+        """Return the weights by the model's names; only those of a mixture's files are read before they are copied."""
+        if not has_experts(self.model.config):
+            return weights
+        tensors = dict(weights)
+        if tensors.keys() <= self.model.state_dict().keys():
+            return tensors.items()
+        own: dict[str, torch.Tensor] = with_tensors(self.model, tensors).state_dict()
+        return own.items()
 
     @torch.inference_mode()
     def score_tokens(

@@ -28,12 +28,15 @@ from align.inference.vllm_internals import (
     VllmChanged,
     cpu_block_size,
     model_runner,
+    record_experts,
     stored_adapter,
     why_model_unsupported,
 )
-from align.inference.weights import refuse_missing, weight_names, with_tied_head
+from align.inference.weights import refuse_missing, weight_names, with_stored_names, with_tied_head
+from align.models.fast.stateful_layers import carries_state
 from align.models.loading import load_tokenizer
-from align.patches.vllm import draw_once_per_row, keep_thread_count, use_cpu_norms
+from align.models.pretrained import open_config
+from align.patches.vllm import draw_once_per_row, keep_thread_count, repack_experts, use_cpu_norms
 from align.pipeline.process_limits import resume_collections
 
 WEIGHTS, CACHE = "weights", "kv_cache"
@@ -66,10 +69,10 @@ def import_engine() -> None:
             importlib.import_module(module)
 
 
-def why_model_unusable(model_dir: Path, device: torch.device) -> str | None:
-    """Say why vLLM cannot run a checkpoint's model on a device; None when it can. vLLM must be usable."""
+def why_model_unusable(model_dir: Path, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Say why vLLM cannot run a checkpoint's model on a device, in a type; None when it can. vLLM must be usable."""
     with _preserve_global_state():  # vLLM's description of a model seeds every generator
-        return why_model_unsupported(model_dir, device)
+        return why_model_unsupported(model_dir, device, dtype)
 
 
 def _prepare_environment() -> None:
@@ -124,8 +127,11 @@ class VllmEngine:
         self.eos = int(self.tokenizer.eos_token_id)
         # A change of weights must bring all of these.
         self.names = weight_names(model_dir)
+        self.model_dir = model_dir
         self.dtype, self.max_length = dtype, max_length
+        self.compiles = config.compile
         memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": config.sleep}
+        memory["enable_prefix_caching"] = True
         if device.type == "cpu":
             memory = {
                 "kv_cache_memory_bytes": int(config.cpu_kv_cache_gb * 2**30),
@@ -139,6 +145,8 @@ class VllmEngine:
             resume_collections()
             if device.type == "cpu":
                 memory["block_size"] = cpu_block_size(model_dir, dtype, max_length)
+                # vLLM caches states of prefixes only with prompts read in parts.
+                memory["enable_prefix_caching"] = not carries_state(open_config(model_dir))
             self.llm = LLM(
                 model=str(model_dir),
                 trust_remote_code=False,
@@ -148,7 +156,6 @@ class VllmEngine:
                 enforce_eager=not config.compile,
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # or the checkpoint's own top-k and penalties would creep in
-                enable_prefix_caching=True,
                 disable_log_stats=True,
                 seed=seed,
                 **memory,
@@ -241,6 +248,7 @@ class VllmEngine:
         with self.watchdog.watch("load_weights"):
             with torch.no_grad(), _preserve_global_state():
                 self.sleep_mode.wake(WEIGHTS)
+                repack_experts(self.runner.model)
                 self.runner.reload_weights(weights_iterator=self._complete(weights, loaded))
             refuse_missing(self.names, loaded)
             if not self.llm.reset_prefix_cache():
@@ -252,7 +260,7 @@ class VllmEngine:
         A stored adapter's tensors go to its hooks instead.
         """
         # The watchdog hears of each tensor: a large model lasts longer than the timeout as a whole.
-        for name, tensor in with_tied_head(weights, self.tied):
+        for name, tensor in with_tied_head(with_stored_names(weights, self.model_dir, self.names), self.tied):
             loaded.add(name)
             self.watchdog.progress()
             if self.adapter is not None and name in self.adapter.weights:
@@ -278,6 +286,19 @@ class VllmEngine:
             entries = zip(row[start:], output.prompt_logprobs[start:], strict=True)
             logprobs.append([float(entry[token].logprob) for token, entry in entries])
         return logprobs
+
+    def token_experts(self, rows: list[list[int]]) -> list[torch.Tensor] | None:
+        """Return the experts of each row's tokens, (layers, T, k); None if a compiled model cannot be observed."""
+        if self.compiles:
+            return None
+        experts = []
+        for row in rows:
+            # One request at a time, so the choices of a step belong to its tokens; prompt log-probabilities make vLLM
+            # compute tokens that are in its prefix cache as well.
+            with record_experts(self.runner.model) as choices:
+                self.score_tokens([row[:1]], [row[1:]], 1.0)
+            experts.append(torch.stack([torch.cat(layer)[: len(row)] for layer in choices.values()]))
+        return experts
 
     def close(self) -> None:
         """Free the model and the cache. A second engine in this process may fail to start."""

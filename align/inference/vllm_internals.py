@@ -13,9 +13,10 @@ real positions. Excluded: servers, whose process is not ours, and tensor paralle
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,11 @@ class VllmChanged(RuntimeError):
         )
 
 
-def why_model_unsupported(model_dir: Path, device: torch.device) -> str | None:
+def why_model_unsupported(model_dir: Path, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Say why vLLM has no implementation of a checkpoint's model on a device, or return None. Raises ``VllmChanged``.
 
     Takes 0.1 s and draws random numbers: the caller restores them. An engine finds the same out after half a minute,
-    an unsupported head size only in its first step.
+    an unsupported head size or type only in its first step.
     """
     from pydantic import ValidationError
     from vllm.config import ModelConfig
@@ -71,6 +72,8 @@ def why_model_unsupported(model_dir: Path, device: torch.device) -> str | None:
         return f"vLLM does not support the model ({str(error.errors()[0]['msg']).split('. ')[0]})"
     if device.type != "cpu" or config.is_attention_free:
         return None
+    if dtype == torch.float32 and hasattr(config.hf_text_config, "linear_key_head_dim"):
+        return "vLLM on a CPU computes gated delta nets in bfloat16 only (runtime.engine.dtype: bfloat16)"
     backend: Any = getattr(importlib.import_module("vllm.v1.attention.backends.cpu_attn"), "CPUAttentionBackend", None)
     if not hasattr(backend, "get_supported_head_sizes"):
         raise VllmChanged("get_supported_head_sizes")
@@ -110,6 +113,28 @@ def model_runner(llm: Any) -> Any:
     if not callable(getattr(runner, "reload_weights", None)):
         raise VllmChanged("reload_weights")
     return runner
+
+
+@contextlib.contextmanager
+def record_experts(model: Any) -> Iterator[dict[int, list[torch.Tensor]]]:
+    """Yield lists that get the sorted experts of a step's tokens, (N, k), by the number of the layer.
+
+    vLLM returns routes (``enable_return_routed_experts``) only from its second model runner, which CPUs do not use.
+    Both runners read them by ``set_capture_fn`` of the routers. Raises ``VllmChanged``.
+    """
+    layers = importlib.import_module("vllm.model_executor.layers.fused_moe.layer")
+    kind = getattr(layers, "MoERunner", None)
+    routers = {m.layer_id: m.router for m in model.modules() if kind is not None and isinstance(m, kind)}
+    if not routers or not all(hasattr(router, "set_capture_fn") for router in routers.values()):
+        raise VllmChanged("set_capture_fn")
+    choices: dict[int, list[torch.Tensor]] = {number: [] for number in sorted(routers)}
+    for number, router in routers.items():
+        router.set_capture_fn(lambda ids, chosen=choices[number]: chosen.append(ids.long().sort(dim=-1).values.cpu()))
+    try:
+        yield choices
+    finally:
+        for router in routers.values():
+            router.set_capture_fn(None)
 
 
 def stored_adapter(runner: Any, model_dir: Path, dtype: torch.dtype) -> Adapter | None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 
 from align.config.user_paths import user_path
 from align.models.checkpoints.files import weight_files
+from align.models.pretrained import stored_tensors
 from align.pipeline.process_limits import usable_cores
 from align.store.json_files import write_text_atomically
 
@@ -43,6 +45,33 @@ def with_tied_head(weights: Iterable[tuple[str, torch.Tensor]], tied: bool) -> I
     # Some checkpoints store a tied head, some do not.
     if tied and not has_head and embedding is not None:
         yield HEAD, embedding
+
+
+LAYER = re.compile(r".*?\.\d+\.")
+"""Beginning of the name of a layer's tensor."""
+
+
+def with_stored_names(
+    weights: Iterable[tuple[str, torch.Tensor]], model_dir: Path, names: Set[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights of a live model under ``names``, the names of the tensors in the files of ``model_dir``.
+
+    transformers computes with all experts of a layer as one tensor (experts, ...), and stores a tensor for each expert.
+    One layer at a time is converted, so memory stays bounded.
+    """
+    layer, waiting = "", {}
+    for name, tensor in weights:
+        if name in names or name == HEAD:
+            yield name, tensor
+            continue
+        match = LAYER.match(name)
+        if waiting and match is not None and match.group() != layer:
+            yield from stored_tensors(model_dir, waiting).items()
+            waiting = {}
+        layer = layer if match is None else match.group()
+        waiting[name] = tensor.detach()
+    if waiting:
+        yield from stored_tensors(model_dir, waiting).items()
 
 
 def adapter_weights(model_dir: Path) -> dict[str, torch.Tensor]:
@@ -168,7 +197,8 @@ class WeightsFolder:
         draft = folder.with_name(f"{folder.name}.partial")
         draft.mkdir()
         try:
-            digests = write_shards(with_tied_head(weights, spec.tied_embeddings), draft, spec.dtype)
+            stored = with_stored_names(weights, spec.model_dir, spec.tensor_names)
+            digests = write_shards(with_tied_head(stored, spec.tied_embeddings), draft, spec.dtype)
             refuse_missing(set(spec.tensor_names), set(digests))
             # Servers treat the folder for its own checkpoint, so it needs all of its small files.
             for file in spec.model_dir.iterdir():  # configuration and tokenizer

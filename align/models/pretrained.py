@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from align.models.checkpoints.folder_checks import (
     tensor_entries,
 )
 from align.models.score_heads import classifier_class
+from align.patches.transformers import revert_conversion
 from align.pipeline.process_limits import resume_collections
 
 Task = Literal["causal", "classifier", "encoder"]
@@ -145,6 +147,21 @@ def with_tensors(model: Any, tensors: dict[str, Any]) -> Any:
     task: Task = "classifier" if hasattr(model, "score") else "causal"
     refuse_misfits(task, Path(model.config.name_or_path), info)
     return rebuilt.eval()
+
+
+def stored_tensors(folder: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return tensors of the causal model in ``folder`` by their names in its files: the reverse of ``with_tensors``."""
+    return revert_conversion(_empty_model(folder), tensors)
+
+
+@lru_cache(maxsize=2)
+def _empty_model(folder: Path) -> Any:
+    """Return the causal model of a folder without memory."""
+    import torch
+    import transformers
+
+    with torch.device("meta"), _quiet(), _preserved_rng():
+        return transformers.AutoModelForCausalLM.from_config(open_config(folder))
 
 
 def needs_eager_attention(folder: Path, config: Any, has_own_code: bool = False) -> bool:

@@ -58,6 +58,17 @@ def save_everything(model: Any, **options: Any) -> None:
         model._keys_to_ignore_on_save = ignored
 
 
+def revert_conversion(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return tensors of ``model``, by their names in memory, as ``save_pretrained`` names and shapes them.
+
+    Calls ``transformers.core_model_loading.revert_weight_conversion``; transformers has no public function for it. The
+    patch was written for transformers 5.17.
+    """
+    path = "transformers.core_model_loading:revert_weight_conversion"
+    converted: dict[str, Any] = private_name("transformers", path, ["model", "state_dict"])(model, tensors)
+    return converted
+
+
 def attention_name(config: Any) -> str:
     """Return the name of the attention that a model with this config uses.
 

@@ -108,6 +108,25 @@ def draw_once_per_row(runner: Any, pick: Pick) -> None:
     module.batched_count_greater_than = lambda x, values: torch.zeros(len(x), dtype=torch.int64)
 
 
+def repack_experts(model: Any) -> None:
+    """Let the next reload of weights pack the experts of ``model`` for the kernels of CPUs.
+
+    Clears ``moe_kernel`` of ``UnquantizedFusedMoEMethod``. While a layer has its kernel, ``_setup_kernel`` copies new
+    weights without the packing of the first load, and the kernel reads them in the wrong order. Other platforms need
+    no packing.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    module = "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method"
+    method = _private_name(f"{module}:UnquantizedFusedMoEMethod")
+    _private_name(f"{module}:UnquantizedFusedMoEMethod._setup_kernel", ["self", "layer", "w13", "w2"])
+    for layer in model.modules():
+        if isinstance(getattr(layer, "quant_method", None), method):
+            layer.quant_method.moe_kernel = None
+
+
 def use_cpu_norms() -> bool:
     """Have the RMS norms of all models in this process computed by vLLM's C++ kernels; call it after a worker started.
 

@@ -33,7 +33,7 @@ def test_auto_falls_back_and_says_so(tiny_model: Path, monkeypatch: pytest.Monke
 def test_auto_falls_back_where_vllm_cannot_run_the_model(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "vLLM on a CPU has no attention for heads of 16 numbers, only of 32, 64"
     monkeypatch.setattr(vllm, "why_unusable", lambda: None)
-    monkeypatch.setattr(vllm, "why_model_unusable", lambda model_dir, device: reason)
+    monkeypatch.setattr(vllm, "why_model_unusable", lambda model_dir, device, dtype: reason)
     warnings: list[str] = []
     assert _open(tiny_model, "auto", warnings) == "transformers"
     assert warnings == [f"{reason}; sampling with transformers instead, which is slower"]

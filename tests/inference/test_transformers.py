@@ -11,6 +11,7 @@ from align.errors import UserError
 from align.inference.protocol import Sampling
 from align.inference.trainer_engine import trainer_logprobs
 from align.inference.transformers import TransformersEngine
+from align.inference.weights import checkpoint_weights
 from align.models.loading import load_policy
 from align.models.tuning.peft_layers import merged_weights
 from tests.support.models.families import write_family
@@ -88,6 +89,19 @@ def test_weights_are_copied_and_a_missing_one_is_an_error(tiny_model: Path) -> N
     engine.load_weights(untied)  # the tied head comes with the embeddings
     with pytest.raises(ValueError, match=r"lack model\.norm\.weight"):
         engine.load_weights([pair for pair in untied if pair[0] != "model.norm.weight"])
+
+
+def test_experts_are_loaded_by_the_names_of_their_files(tmp_path: Path) -> None:
+    """Evaluation gives its engine another checkpoint's tensors, with one for each expert."""
+    first, second = write_family("qwen3_moe", tmp_path / "first"), tmp_path / "second"
+    other = _noisy(first)
+    other.save_pretrained(second)
+    engine = _engine(first)
+    engine.load_weights(checkpoint_weights(second))
+    responses = [[50, 51, 52]] * len(PROMPTS)
+    ours = trainer_logprobs(other, PROMPTS, responses, 1.0)
+    theirs = torch.tensor(engine.score_tokens(PROMPTS, responses, 1.0)).flatten()
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
 def test_progress_and_global_randomness(tiny_model: Path) -> None:

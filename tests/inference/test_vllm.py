@@ -18,3 +18,14 @@ def test_engine(tiny_model: Path, tmp_path: Path) -> None:
     process = start_module("tests.support.inference.vllm_checks", [str(tiny_model)], log, vllm=True)
     assert process.wait(timeout=240) == 0, log.read_text()[-4000:]
     assert "all checks passed" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "olmoe", "granitemoehybrid", "bamba", "falcon_h1"])
+def test_weights_of_mixtures_and_hybrids_follow_the_trainer(model_type: str, tmp_path: Path) -> None:
+    """vLLM fuses and packs experts anew at every load; a stale one would sample another policy."""
+    log = tmp_path / "log.txt"
+    arguments = [model_type, str(tmp_path / "model")]
+    process = start_module("tests.support.inference.vllm_families", arguments, log, vllm=True)
+    assert process.wait(timeout=240) == 0, log.read_text()[-4000:]
+    assert "all checks passed" in log.read_text()

@@ -23,7 +23,7 @@ from align.inference.servers.server import COMPLETIONS, FAULTS, NO_WEIGHTS, Memb
 from align.inference.servers.server_client import POLL_SECONDS, BadReply, EngineLost, WeightsChanged
 from align.inference.servers.server_options import ServerSpec
 from align.inference.servers.server_process import GRACE_SECONDS
-from align.inference.weights import WeightsFolder, checkpoint_weights, with_tied_head
+from align.inference.weights import WeightsFolder, checkpoint_weights, with_stored_names, with_tied_head
 
 Result = TypeVar("Result")
 
@@ -254,7 +254,8 @@ class PoolEngine:
                 self.version = self.folder.write(weights)
                 self._for_each(ready, read)
             else:
-                self._send(list(with_tied_head(weights, self.spec.tied_embeddings)), ready, failed)
+                stored = with_stored_names(weights, self.spec.model_dir, self.spec.tensor_names)
+                self._send(list(with_tied_head(stored, self.spec.tied_embeddings)), ready, failed)
             # 2. When no server can read the folder, the folder is at fault, not the servers.
             if failed and (first or all(isinstance(failed.get(member), BadReply) for member in ready)):
                 raise next(iter(failed.values()))

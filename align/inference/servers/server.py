@@ -24,7 +24,7 @@ from align.inference.server_worker import LOAD, NAME, REPORT
 from align.inference.servers.server_client import POLL_SECONDS, BadReply, Client, EngineLost, WeightsChanged
 from align.inference.servers.server_options import NcclSender, ServerSpec, check_server, read_key
 from align.inference.servers.server_process import GRACE_SECONDS, Placement, ServerLaunch, start_server
-from align.inference.weights import WeightsFolder, with_tied_head
+from align.inference.weights import WeightsFolder, with_stored_names, with_tied_head
 
 COMPLETIONS, RPC, RESET = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
 MAX_LOGPROB = 1e-3
@@ -223,7 +223,8 @@ class ServerEngine:
         if self.sender is None:
             watchdog = watchdog or Watchdog(self.name, spec.config.timeout)
             self.sender = NcclSender(self.client, spec.device, spec.dtype, watchdog)
-        self.sender.send(with_tied_head(weights, spec.tied_embeddings), set(spec.tensor_names))
+        stored = with_stored_names(weights, spec.model_dir, spec.tensor_names)
+        self.sender.send(with_tied_head(stored, spec.tied_embeddings), set(spec.tensor_names))
         self._reset_prefix_cache()
         self.sent_versions += 1
         # Ask for the report last, so the loads of this transfer are included.

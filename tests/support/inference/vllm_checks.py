@@ -36,6 +36,7 @@ from align.patches.vllm import rounds_to_nearest
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))
 from tests.support.inference.vllm_session_checks import check_sessions
+from tests.support.models.families import write_family
 from tests.support.models.tuning.tuning_cases import CASES, push, tuning_of, wrapped
 
 PROMPTS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) for i in range(8)]
@@ -91,6 +92,9 @@ def models_that_it_cannot_run_are_named(model_dir: Path) -> None:
         changed = copy / "config.json"
         changed.write_text(json.dumps({**config, "head_dim": 16}))
         assert "no attention for heads of 16 numbers, only of 32, 64" in str(why_model_unusable(copy, device))
+        write_family("qwen3_next", copy.parent / "gated")
+        reason = why_model_unusable(copy.parent / "gated", device, torch.float32)
+        assert "gated delta nets in bfloat16 only" in str(reason)
         changed.write_text(json.dumps({**config, "architectures": ["OddForCausalLM"]}))
         assert "does not support the model" in str(why_model_unusable(copy, device))
         assert "OddForCausalLM" in str(why_model_unusable(copy, device))

@@ -1,0 +1,33 @@
+"""Weights for engines by the names of a checkpoint's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from align.inference.weights import checkpoint_weights, weight_names, with_stored_names
+from align.models.loading import load_policy
+from align.models.tuning.peft_layers import merged_weights
+from tests.support.models.families import write_family
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "lfm2", "llama"])
+def test_live_weights_get_the_names_of_their_files(model_type: str, tmp_path: Path) -> None:
+    folder = write_family(model_type, tmp_path / "model")
+    stored = dict(checkpoint_weights(folder))
+    live = dict(with_stored_names(merged_weights(load_policy(folder)), folder, weight_names(folder)))
+    assert live.keys() - {"lm_head.weight"} == stored.keys() - {"lm_head.weight"}
+    for name, tensor in stored.items():
+        assert torch.equal(live[name], tensor), name
+
+
+def test_experts_are_converted_layer_by_layer(tmp_path: Path) -> None:
+    folder = write_family("qwen3_moe", tmp_path / "model")
+    weights = iter(list(merged_weights(load_policy(folder))))
+    renamed = with_stored_names(weights, folder, weight_names(folder))
+    first = next(name for name, _ in renamed if ".experts." in name)
+    assert first.startswith("model.layers.0.mlp.experts.0.")
+    # The second layer's experts have not been read when the first layer's come.
+    assert any("layers.1.mlp.experts" in name for name, _ in weights)
