@@ -44,6 +44,11 @@ CLEAR_TREND = 3.0
 """Standard errors that the slope of a line through the scores must exceed: 1 in 100 flat lines of 8 points does."""
 
 
+OTHER_EXPERTS = 0.1
+"""Share of choices of experts that differ between engine and trainer. With such differences training collapsed in
+arXiv 2510.11370; rounding to bfloat16 changes a few percent (docs/models.md)."""
+
+
 CONSTANT_SCORE = "constant score"
 
 
@@ -66,7 +71,7 @@ def alarms(history: Sequence[Entry]) -> list[Alarm]:
         return []
     update = int(history[-1]["update"])
     # The first checks need no start to compare with: a run of few updates must not end without a word.
-    checks: list[Check] = [_constant_score, _kl, _truncation, _failures]
+    checks: list[Check] = [_constant_score, _kl, _truncation, _failures, _routers]
     if len(history) > START:
         checks += [_collapse, _entropy_surge, _gradient, _explosion, _over_optimization, _calls]
     raised = (check(history) for check in checks)
@@ -105,6 +110,18 @@ def _kl(history: Sequence[Entry]) -> tuple[str, str]:
             "it started from. Lower learning_rate, or raise kl_coef or set kl_budget"
         )
     return "KL", ""
+
+
+def _routers(history: Sequence[Entry]) -> tuple[str, str]:
+    """Return an alarm for a mixture of experts whose engine chooses other experts than the trainer."""
+    share = history[-1].get("router_disagreement", 0.0)
+    if share > OTHER_EXPERTS:
+        return "routers", (
+            f"engine and trainer choose other experts in {share:.0%} of the layers of a token, so their "
+            "log-probabilities belong to different models. Set the same type for both (precision and "
+            "runtime.engine.dtype), and keep importance_cap"
+        )
+    return "routers", ""
 
 
 def _truncation(history: Sequence[Entry]) -> tuple[str, str]:

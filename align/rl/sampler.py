@@ -233,6 +233,8 @@ class ParityProbe:
         self.prompts = prompts
         self.args = args
         self.config = args.config
+        self.metrics: dict[str, float] = {}
+        """``router_disagreement`` of the last probe of a mixture of experts, until it is logged."""
         self._has_run = False
         self._server_returns = 0
         """Times that a server had come back when the probe last ran."""
@@ -262,7 +264,14 @@ class ParityProbe:
                 parity.mean_gap,
                 parity.tokens,
             )
+            if parity.router_disagreement is not None:
+                self.metrics["router_disagreement"] = parity.router_disagreement
         self._has_run = True
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Return the metrics of a probe that has run since the last call."""
+        metrics, self.metrics = self.metrics, {}
+        return metrics
 
 
 def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> None:

@@ -34,7 +34,9 @@ class UpdateLog:
         """Note the metrics that are known before learning, and save some of the responses."""
         trainer, args = self.trainer, self.trainer.args
         statistics = metrics.rollout_statistics(trainer.objective.averages, rollout, args.drift.max_staleness > 0)
-        self._metrics = statistics | {"kl_coef": kl_coef} | trainer.sampler.cache_statistics
+        self._metrics = (
+            statistics | {"kl_coef": kl_coef} | trainer.sampler.cache_statistics | trainer.probe.pop_metrics()
+        )
         self._example = completions.example(rollout.candidates or rollout)
         count = args.config.completions
         if count and trainer.is_world_process_zero():

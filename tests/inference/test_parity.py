@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.inference.trainer_engine import ParityError, probe
+from align.inference.trainer_engine import ParityError, compare_experts, probe
 from align.inference.transformers import TransformersEngine
+from align.models.experts import routers
 from align.models.loading import load_policy
 from align.models.tuning.peft_layers import merged_weights
+from tests.support.models.families import write_family
 
 PROMPTS = [[1, 30, 31], [1, 40, 41, 42], [1, 50, 51]]
 
@@ -52,3 +54,17 @@ def test_wrong_temperature_is_found(engine: TransformersEngine, tiny_model: Path
     engine.generate = hot  # type: ignore[method-assign]
     with pytest.raises(ParityError, match="another temperature"):
         probe(engine, load_policy(tiny_model), PROMPTS, temperature=0.7)
+
+
+def test_other_experts_of_a_mixture_are_counted(tmp_path: Path) -> None:
+    folder = write_family("qwen3_moe", tmp_path / "model")
+    engine = TransformersEngine(folder, device=torch.device("cpu"), dtype=torch.float32, batch_size=8)
+    model = load_policy(folder)
+    assert probe(engine, model, PROMPTS).router_disagreement == 0.0
+    for router in routers(engine.model).values():
+        router.data = router.data.flip(0)
+    assert (compare_experts(engine, model, PROMPTS) or 0.0) > 0.5
+
+
+def test_dense_models_have_no_disagreement(engine: TransformersEngine, tiny_model: Path) -> None:
+    assert probe(engine, load_policy(tiny_model), PROMPTS).router_disagreement is None

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.models.families import FAMILIES
-from tests.support.models.matrix import CELLS, run_cell
+from tests.support.models.families import FAMILIES, write_family
+from tests.support.models.matrix import CELLS, run_cell, steps_of, train
 from tools.model_matrix import PAGE, row_of, table_rows
 
 pytestmark = pytest.mark.usefixtures("stages_in_process")
@@ -29,6 +29,13 @@ def test_cell_equals_the_documented_one(model_type: str, column: str, folders: P
     assert cell.status != "differs", f"{model_type} {column} differs by {cell.difference:.1e}"
     documented = table_rows(PAGE.read_text(encoding="utf-8"))[model_type][column]
     assert documented.startswith(cell.status)
+
+
+def test_rl_of_a_mixture_freezes_and_compares_routers(tmp_path: Path) -> None:
+    run = train(write_family("qwen3_moe", tmp_path / "qwen3_moe"), "grpo", tmp_path)
+    metrics = run.artifacts["grpo"].record["metrics"]
+    assert metrics["frozen_router_parameters"] == 2 * 4 * 32  # layers x experts x hidden
+    assert steps_of(run, "grpo")[0]["router_disagreement"] == 0.0
 
 
 @pytest.mark.slow

@@ -171,3 +171,12 @@ def test_kl_of_the_quickstart_is_healthy():
 def test_all_failures_are_an_alarm_from_the_first_update():
     (alarm,) = alarms(episodes(failure_rate=1.0)[-1:])
     assert alarm.name == "failures"
+
+
+def test_other_experts_in_the_engine_are_an_alarm():
+    """The probe runs from time to time, so most updates have no such metric."""
+    entries = history()
+    assert alarms([{**entry, "router_disagreement": 0.05} for entry in entries]) == []
+    (alarm,) = alarms([*entries[:-1], {**entries[-1], "router_disagreement": 0.2}])
+    assert (alarm.name, alarm.update) == ("routers", 12)
+    assert "other experts in 20% of the layers of a token" in alarm.text
