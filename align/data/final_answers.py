@@ -42,14 +42,18 @@ _MARK = re.compile(
 skipped in decoding: ``analysisFive and … so 16.assistantfinal#### 16``."""
 
 
-def hide_thoughts(text: str) -> str:
-    """Replace the characters of the thoughts that a turn begins with by spaces."""
+def thought_end(text: str) -> int:
+    """Return the number of characters of the thoughts that a turn begins with; 0 for none."""
     end = 0
     while (thought := LEADING.match(text, end)) is not None:
         end = thought.end()
     opened = OPENED.match(text) if end == 0 else None
-    if opened is not None:
-        end = opened.end()
+    return end if opened is None else opened.end()
+
+
+def hide_thoughts(text: str) -> str:
+    """Replace the characters of the thoughts that a turn begins with by spaces."""
+    end = thought_end(text)
     return " " * end + text[end:]
 
 
