@@ -42,18 +42,14 @@ _MARK = re.compile(
 skipped in decoding: ``analysisFive and … so 16.assistantfinal#### 16``."""
 
 
-def thought_end(text: str) -> int:
-    """Return the number of characters of the thoughts that a turn begins with; 0 for none."""
+def hide_thoughts(text: str) -> str:
+    """Replace the characters of the thoughts that a turn begins with by spaces."""
     end = 0
     while (thought := LEADING.match(text, end)) is not None:
         end = thought.end()
     opened = OPENED.match(text) if end == 0 else None
-    return end if opened is None else opened.end()
-
-
-def hide_thoughts(text: str) -> str:
-    """Replace the characters of the thoughts that a turn begins with by spaces."""
-    end = thought_end(text)
+    if opened is not None:
+        end = opened.end()
     return " " * end + text[end:]
 
 
