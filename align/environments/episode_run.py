@@ -13,9 +13,10 @@ from typing import Any, Literal, Protocol
 
 from align.config.environment import EnvironmentConfig
 from align.data.call_values import ToolCall
+from align.data.final_answers import split_thought
 from align.data.rows import Message, user
 from align.data.tool_calls import ParsedTurn, ToolCallFormat
-from align.environments.episode import CallRecord, Episode, PolicyTurn, failed_episode
+from align.environments.episode import CallRecord, Episode, PolicyTurn, failed_episode, turn_places
 from align.environments.results import Scores, Step
 
 Method = Literal["reset", "call", "step", "user", "score"]
@@ -104,7 +105,7 @@ def limits(config: EnvironmentConfig, has_step: bool) -> dict[str, Any]:
         "has_step": has_step,
         "max_turns": config.max_turns,
         "max_tokens": config.max_tokens,
-        "turn_max_tokens": config.turn_max_tokens or config.max_tokens,
+        "turn_max_tokens": config.max_turn_tokens,
         "user": None if config.user is None else UserRules(config.user.stop, config.user.opens),
     }
 
@@ -195,7 +196,7 @@ class EpisodeRun:
         """Continue after a turn without calls: the environment or a user answers it, or the episode is over."""
         number = len(self.episode.turns) - 1
         if self.rules.has_step:
-            self.action = Act("step", number, 0, (turn.text,))
+            self.action = Act("step", number, 0, (str(turn.answer_text),))
         elif self.rules.user is None:
             self._end("finished")
         elif self._is_last_turn and self.rules.user.stop is None:
@@ -351,7 +352,18 @@ class EpisodeRun:
 
     def _end(self, stop: Literal["finished", "truncated", "max_turns"]) -> None:
         self.episode.stop = stop
-        self.action = Act("score", len(self.episode.turns) - 1, 0, (self.episode.messages,))
+        self.action = Act("score", len(self.episode.turns) - 1, 0, (self._read_messages(),))
+
+    def _read_messages(self) -> list[Message]:
+        """Return the conversation as an environment scores it: the policy's thoughts are fields of their messages."""
+        messages = list(self.episode.messages)
+        for place, turn in zip(turn_places(self.episode), self.episode.turns, strict=False):
+            if not turn.thought_tokens:
+                continue
+            content = split_thought(messages[place]["content"], is_opened=True)
+            answer = "" if turn.is_open else str(content)
+            messages[place] = messages[place] | {"content": answer, "reasoning_content": content.thought}
+        return messages
 
     def fail(self, reason: str) -> None:
         """End the episode because its environment failed."""
