@@ -19,7 +19,6 @@ from align.config.base import Config, settings_for_key, stage_input
 from align.config.endpoint import EndpointConfig
 from align.config.recipe.templates import MissingValue, parse_template
 from align.config.scores import scoring_identity
-from align.config.thinking import check_thinking_budget
 from align.config.user_functions import (
     SHORT,
     check_class,
@@ -235,11 +234,6 @@ class EnvironmentConfig(Config):
         return self
 
     @property
-    def max_turn_tokens(self) -> int:
-        """Tokens of a turn, at most."""
-        return self.turn_max_tokens or self.max_tokens
-
-    @property
     def label(self) -> str:
         """Name of the environment in messages: a class, functions, a package, or an address."""
         source = self.class_name or ", ".join(self.tools or []) or self.verifiers or self.openenv
@@ -312,15 +306,6 @@ def take_episode_tokens(config: Config) -> None:
         )
     # Without a note that it was set: the file did not set it.
     config.__dict__["max_tokens"] = tokens
-
-
-def check_stage_budget(config: Any) -> None:
-    """Raise ``ValueError`` if a stage's ``thinking_budget`` leaves no room for an answer in a response or a turn."""
-    environment: EnvironmentConfig | None = config.environment
-    if environment is None:
-        check_thinking_budget(config.thinking_budget, config.max_tokens, "max_tokens")
-    else:
-        check_thinking_budget(config.thinking_budget, environment.max_turn_tokens, "turn_max_tokens")
 
 
 def two_answers(path: str, place: str) -> UserError:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from align.data.call_values import ToolCall
-from align.data.final_answers import AnswerText
+from align.data.final_answers import AnswerText, split_thought
 from align.data.formats.messages import tool_calls
 from align.data.rows import Message, user
 from align.inference.protocol import Response
@@ -194,6 +194,18 @@ def turn_places(episode: Episode) -> list[int]:
         return []
     places = [index for index, message in enumerate(episode.messages) if message["role"] == "assistant"]
     return places[-len(episode.turns) :]
+
+
+def scored_messages(episode: Episode) -> list[Message]:
+    """Return the conversation as an environment scores it: the policy's thoughts are fields of their messages."""
+    messages = list(episode.messages)
+    for place, turn in zip(turn_places(episode), episode.turns, strict=False):
+        if not turn.thought_tokens:
+            continue
+        content = split_thought(messages[place]["content"], is_opened=True)
+        answer = "" if turn.is_open else str(content)
+        messages[place] = messages[place] | {"content": answer, "reasoning_content": content.thought}
+    return messages
 
 
 def sampled_tokens(episode: Episode) -> int:

@@ -13,10 +13,9 @@ from typing import Any, Literal, Protocol
 
 from align.config.environment import EnvironmentConfig
 from align.data.call_values import ToolCall
-from align.data.final_answers import split_thought
 from align.data.rows import Message, user
 from align.data.tool_calls import ParsedTurn, ToolCallFormat
-from align.environments.episode import CallRecord, Episode, PolicyTurn, failed_episode, turn_places
+from align.environments.episode import CallRecord, Episode, PolicyTurn, failed_episode, scored_messages
 from align.environments.results import Scores, Step
 
 Method = Literal["reset", "call", "step", "user", "score"]
@@ -105,7 +104,7 @@ def limits(config: EnvironmentConfig, has_step: bool) -> dict[str, Any]:
         "has_step": has_step,
         "max_turns": config.max_turns,
         "max_tokens": config.max_tokens,
-        "turn_max_tokens": config.max_turn_tokens,
+        "turn_max_tokens": config.turn_max_tokens or config.max_tokens,
         "user": None if config.user is None else UserRules(config.user.stop, config.user.opens),
     }
 
@@ -352,18 +351,7 @@ class EpisodeRun:
 
     def _end(self, stop: Literal["finished", "truncated", "max_turns"]) -> None:
         self.episode.stop = stop
-        self.action = Act("score", len(self.episode.turns) - 1, 0, (self._read_messages(),))
-
-    def _read_messages(self) -> list[Message]:
-        """Return the conversation as an environment scores it: the policy's thoughts are fields of their messages."""
-        messages = list(self.episode.messages)
-        for place, turn in zip(turn_places(self.episode), self.episode.turns, strict=False):
-            if not turn.thought_tokens:
-                continue
-            content = split_thought(messages[place]["content"], is_opened=True)
-            answer = "" if turn.is_open else str(content)
-            messages[place] = messages[place] | {"content": answer, "reasoning_content": content.thought}
-        return messages
+        self.action = Act("score", len(self.episode.turns) - 1, 0, (scored_messages(self.episode),))
 
     def fail(self, reason: str) -> None:
         """End the episode because its environment failed."""

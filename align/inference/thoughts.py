@@ -16,9 +16,11 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from align.config.thinking import response_limit
 from align.data.final_answers import TAGS, split_thought
 from align.errors import UserError
 from align.inference.protocol import Progress, Response, RolloutEngine, Sampling, Session, TurnRequest
+from align.pipeline.context import StageContext
 
 _NAMES = "|".join(TAGS)
 _OPENED = re.compile(rf"(?:<(?:{_NAMES})>|\[THINK\])\s*\Z")
@@ -251,6 +253,12 @@ def thought_facts(response: Response) -> dict[str, Any]:
         "thought_end": response.thought_end,
         "open_thought": response.is_open,
     }
+
+
+def check_stage_room(context: StageContext, tokenizer: Any) -> None:
+    """Raise ``UserError`` if the tokens that close a thought leave no room for an answer in a stage's responses."""
+    _, limit = response_limit(context.config)
+    require_answer_room(context.config.thinking_budget, tokenizer, limit, context.name)
 
 
 def require_answer_room(budget: int | None, tokenizer: Any, max_tokens: int, place: str) -> None:

@@ -18,7 +18,7 @@ from align.environments.user_models import check_user_rows
 from align.errors import UserError
 from align.evaluation.rewards import load_late, open_score, score_facts
 from align.inference.protocol import Response, Sampling
-from align.inference.thoughts import ThoughtReader, generate, require_answer_room
+from align.inference.thoughts import ThoughtReader, check_stage_room, generate
 from align.models.chat.render import render_prompt
 from align.models.chat.template_settings import TemplateSettings
 from align.models.compute.processes import use_threads
@@ -61,8 +61,7 @@ def run(context: StageContext) -> dict[str, Any]:
     scorer = _open_scorer(context)
     tokenizer = load_tokenizer(context.artifact("policy").model)
     TemplateSettings.of(context.config).apply(tokenizer, f"stages.{context.name}.")
-    limit = context.config.max_tokens if environment is None else environment.max_turn_tokens
-    require_answer_room(context.config.thinking_budget, tokenizer, limit, context.name)
+    check_stage_room(context, tokenizer)
     if environment is None:
         assert scorer is not None, "without an environment something scores"
         results, facts = _sample_responses(context, tokenizer, scorer)

@@ -33,7 +33,7 @@ from align.config.stages.evaluation.tasks import (
     RewardPairsConfig,
     XstestConfig,
 )
-from align.config.thinking import ThinkingBudget, check_thinking_budget
+from align.config.thinking import ThinkingBudget, check_thinking_budget, turn_limit
 from align.config.user_paths import UserPath
 from align.config.validation import suggest
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
@@ -281,7 +281,7 @@ class EvaluateConfig(Config):
         limits = {} if self.prompts is None else {"max_tokens": self.max_tokens}
         for name, task in self.tasks.items():
             if isinstance(task, EnvironmentTaskConfig):
-                limits[f"tasks.{name}.environment.turn_max_tokens"] = task.environment.max_turn_tokens
+                limits[f"tasks.{name}.environment.turn_max_tokens"] = turn_limit(task.environment)
             elif isinstance(task, SamplingFields | JudgedConfig):
                 limits[f"tasks.{name}.max_tokens"] = task.max_tokens
         return limits

@@ -12,14 +12,14 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from align.config.base import PrecisionSetting, stage_input
-from align.config.environment import EnvironmentConfig, check_stage_budget, take_episode_tokens
+from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.options import OWNED, OWNED_BY_ROLLOUTS, TrainerOptions
 from align.config.runtime.launch import LaunchConfig
 from align.config.scores import Score, reward_names, score_identities
 from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import sharding_objection
-from align.config.thinking import ThinkingBudget
+from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.config.tuning import FullTuning, Tuning
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 
 from align.config.base import Config, PrecisionSetting, stage_input
 from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking
-from align.config.environment import EnvironmentConfig, check_stage_budget, take_episode_tokens
+from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.scores import Score, score_identities
-from align.config.thinking import ThinkingBudget
+from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 
