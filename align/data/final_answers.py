@@ -74,7 +74,7 @@ def split_thought(text: str, is_opened: bool = False) -> AnswerText:
         text: The response. Special tokens that mark thoughts must be part of it.
         is_opened: True if the generation prompt has opened the thought.
     """
-    end = _thought_end(text)
+    end = thought_end(text)
     is_open = end > 0 and CLOSED.search(text[:end]) is None
     if end == 0 and is_opened:
         closing = _CLOSING.search(text)
@@ -87,12 +87,12 @@ def split_thought(text: str, is_opened: bool = False) -> AnswerText:
 
 def hide_thoughts(text: str) -> str:
     """Replace the characters of the thoughts that a turn begins with by spaces."""
-    end = _thought_end(text)
+    end = thought_end(text)
     return " " * end + text[end:]
 
 
-def _thought_end(text: str) -> int:
-    """Return the number of characters of the thoughts that a turn begins with."""
+def thought_end(text: str) -> int:
+    """Return the number of characters of the thoughts that a turn begins with; 0 for none."""
     end = 0
     while (thought := LEADING.match(text, end)) is not None:
         end = thought.end()

@@ -33,6 +33,7 @@ from align.training.fit import fit
 from align.training.input_checks import check_ends, check_same_vocabulary, encode_splits, load_model
 from align.training.rows import Encoded, counts, encode_supervised, read_splits
 from align.training.save import save
+from align.training.thoughts import check_thoughts, thought_facts
 from align.training.trainers import reduce_work
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def run(context: StageContext) -> dict[str, Any]:
     teacher = context.artifact("teacher")
     _check_teacher(context, tokenizer, teacher)
     stored = read_splits(context)
+    check_thoughts(context.name, tokenizer, stored["train"])
     splits = encode_splits(context, stored, lambda rows, _: encode_supervised(tokenizer, rows, config.max_length))
     for encoded in splits.values():
         for number, row in enumerate(encoded.rows):
@@ -84,6 +86,7 @@ def run(context: StageContext) -> dict[str, Any]:
             engine.close()
     save(context, trainer, tokenizer)
     facts = {"rows": len(train_rows.rows), **counts(splits, "rows"), **targets.facts()}
+    facts |= thought_facts(tokenizer, train_rows)
     if engine is not None:
         # The steps follow from the seed, so the count includes the steps of earlier attempts.
         on_policy_steps = (

@@ -25,6 +25,7 @@ from align.training.preference_trainers import beta_at
 from align.training.reference import Answer, ReferenceCache, Sums, answer_sums
 from align.training.rows import Encoded, Row, read_splits
 from align.training.sft_trainer import LintedRows
+from align.training.thoughts import check_thoughts
 from align.training.trainers import reduce_work
 
 ADAPTER_FIELDS = {"rank", "alpha", "dropout", "targets", "last_layers", "rslora", "dora", "init", "save_modules"}
@@ -86,6 +87,7 @@ def prepare_policy(
     linted, splits = {}, {}
     for split, stored in read_splits(context).items():
         rows = rows_of(stored)
+        check_thoughts(context.name, tokenizer, rows)
         encoded = splits[split] = encode(tokenizer, rows, config.max_length)
         check_encoded(context, encoded, len(rows), split)
         linted[split] = Split(rows, encoded)

@@ -27,6 +27,9 @@ OF_TRANSFORMERS = SET_BY_ALIGN | {"raise_exception", "strftime_now", "pad_token"
 QUESTION = [{"role": "user", "content": "a"}]
 TOKENS = {"bos_token": "", "eos_token": ""}
 
+THOUGHT_ROWS = "thought_rows"
+"""Metric of a stage that trains on answers: the number of rows whose answer has a thought."""
+
 State = Literal["on", "off"]
 
 
