@@ -17,10 +17,11 @@ from align.models.chat.template_settings import TemplateSettings
 from align.models.loading import load_tokenizer
 from align.stages.sft import run
 from align.store.artifacts import Artifact, Kind
-from align.training.rows import MASKED, encode_answers, encode_pairs, encode_supervised, set_thoughts
-from align.training.thoughts import check_thoughts, thought_facts
+from align.training.rows import MASKED, REWRITTEN, encode_answers, encode_pairs, encode_supervised, set_thoughts
+from align.training.thoughts import check_thoughts, own_template, thought_facts, use_training_template
 from align.training.unpaired import encode_unpaired, unpair
 from tests.support.chat_templates import THINKING
+from tests.support.environments.families import make, released_template
 from tests.support.training.harness import context, rows
 
 THOUGHT = "<think>\nIt is é.\n</think>\n\n"
@@ -94,6 +95,22 @@ def test_conversation_with_dropped_thoughts_is_split(tokenizer: Any) -> None:
     assert thought_facts(tokenizer, encoded) == {"thought_rows": 2, "split_conversations": 1}
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
     assert thought_facts(tokenizer, encode_supervised(tokenizer, rows(1), 200)) == {}
+
+
+def test_pairs_of_episodes_use_training_template() -> None:
+    tokenizer = make("qwen3")
+    own = tokenizer.chat_template = released_template("qwen3")
+    row = thinking_rows(1)[0]
+    row["chosen"] = [assistant(THOUGHT + "b"), user("c"), assistant(THOUGHT + "d")]
+    assert encode_pairs(tokenizer, [row], 200).counts == {REWRITTEN: 1}
+    use_training_template(tokenizer, thinking_rows(2))
+    assert own_template(tokenizer) == tokenizer.chat_template == own
+    use_training_template(tokenizer, [row])
+    encoded = encode_pairs(tokenizer, [row], 200)
+    text = tokenizer.decode(encoded.rows[0]["chosen_ids"])
+    assert text.count("It is") == 2
+    assert thought_facts(tokenizer, encoded) == {"thought_rows": 1, "training_template": "qwen3"}
+    assert own_template(tokenizer) == own != tokenizer.chat_template
 
 
 def test_template_without_tags_gets_thought_as_field(tokenizer: Any) -> None:
