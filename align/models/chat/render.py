@@ -136,7 +136,7 @@ def _with_calls(tokenizer: Any, message: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: value for name, value in message.items() if value is not None and name not in hidden}
     thought_field = _thought_field(str(tokenizer.chat_template)) if message["role"] == "assistant" else None
     if thought_field is not None:
-        fields |= split_thought(message["content"] or "", thought_field)
+        fields |= thought_fields(message["content"] or "", thought_field)
     if not message.get("tool_calls"):
         return fields
     _require(tokenizer, "tool_calls", "a message calls a tool")
@@ -157,7 +157,7 @@ def _thought_field(template: str) -> str | None:
     return field[1] if field is not None and "</think>" not in template else None
 
 
-def split_thought(content: str, field: str) -> dict[str, str]:
+def thought_fields(content: str, field: str) -> dict[str, str]:
     """Return an answer's text without its thought as ``content``, and the thought as ``field``, if there is one."""
     end = thought_end(content)
     if not end:
