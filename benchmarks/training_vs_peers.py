@@ -9,9 +9,10 @@ missing: align's runs this checkout, without optional packages.
 
 Alike on all sides: the embedded SmolLM2-135M-Instruct with a chat template that adds no system message, single-turn
 rows of LLaMA-Factory's demo files that fit the greatest length, one epoch in steps of 8 rows (pairs) in one
-micro-batch, learning rate, LoRA of rank 16 on every linear layer but the head, products in bfloat16. Weights are
-float32 masters, but for LLaMA-Factory's LoRA, which holds the frozen ones in bfloat16. Each side draws its own order of
-the rows. Nobody evaluates; each saves as it does by default, a checkpoint after the last step included.
+micro-batch, learning rate, LoRA of rank 16 on every linear layer but the head, products in bfloat16
+(``--precision float32`` for a processor that emulates it). Weights are float32 masters, but for LLaMA-Factory's LoRA,
+which holds the frozen weights in bfloat16. Each side draws its own order of the rows. No side evaluates; each saves as
+it does by default, a checkpoint after the last step included.
 
 Measured in each run, a process tree of its own that starts from an empty folder: the training loop from the end of the
 first step to the end of the last, in real tokens (prompt and answer, no padding, a pair's prompt twice) as the side
@@ -71,6 +72,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=2, help="runs of each side and work")
     add("--rows", type=int, help="rows (pairs) of an epoch; by default 64 of SFT, 32 pairs, 48 of KTO")
     add("--micro-batch", type=int, default=8, choices=(1, 2, 4, 8), help="rows of a forward pass; a step has 8")
+    add("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="type of the matrix products")
     add("--checkpointing", action="store_true", help="every side recomputes activations in the backward pass")
     add("--data", type=Path, help="folder of the demo files; by default $ALIGN_DATA/llamafactory-demo")
     add("--json", type=Path, help="results, which the same command goes on from")
@@ -105,7 +107,9 @@ def environments(options: argparse.Namespace) -> tuple[dict[str, Path], dict[str
 
 def compare(options: argparse.Namespace, folder: Path, start: float) -> int:
     """Run what is due, print the table, and return the exit code."""
-    settings = Settings(micro_batch=options.micro_batch, checkpointing=options.checkpointing)
+    settings = Settings(
+        micro_batch=options.micro_batch, checkpointing=options.checkpointing, precision=options.precision
+    )
     rows = {name: options.rows or WORKS[name].rows for name in WORKS}
     results = Results.load(options.json, {**asdict(settings), "rows": rows})
     executables, packages, failures = environments(options)

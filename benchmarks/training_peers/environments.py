@@ -24,6 +24,8 @@ class Package:
     name: str
     version: str
     executable: str
+    distribution: str = ""
+    """Name of its distribution, if that is another one."""
 
     @property
     def folder(self) -> str:
@@ -33,7 +35,7 @@ class Package:
 
 ROOT = Path(__file__).parents[2]
 """This checkout, which is what align's environment runs."""
-ALIGN = Package("align", VERSION, "align")
+ALIGN = Package("align", VERSION, "align", distribution="align-pipeline")
 TRL = Package("trl", "1.16.0", "trl")
 LLAMAFACTORY = Package("llamafactory", "0.9.5", "llamafactory-cli")
 PACKAGES = {"trl": TRL, "trl_threads": TRL, "llamafactory": LLAMAFACTORY}
@@ -60,7 +62,7 @@ def prepare(package: Package, folder: Path) -> Path:
             raise UserError(f"{folder} is not a virtual environment; name another folder for {package.name}.")
         print(f"creating a virtual environment for {package.name} {package.version} in {folder}", flush=True)
         run_or_refuse([sys.executable, "-m", "venv", str(folder)])
-    installed = inventory(python).get(package.name)
+    installed = inventory(python).get(package.distribution or package.name)
     if installed is None:
         print(f"installing {package.name} {package.version} there", flush=True)
         run_or_refuse(

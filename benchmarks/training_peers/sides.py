@@ -97,6 +97,7 @@ def write_pipeline(work: Work, settings: Settings, place: Place) -> None:
         "batch_size": settings.batch,
         "micro_batch_size": settings.micro_batch,
         "max_length": work.max_length,
+        "precision": settings.precision,
     }
     if work.has_reference:
         stage["beta"] = BETA
@@ -119,7 +120,7 @@ def trl_options(work: Work, settings: Settings, place: Place, as_shipped: bool) 
         "dataset_name": place.rows / "rows",
         "output_dir": place.run / "out",
         "dtype": "float32",
-        "bf16": True,
+        "bf16": settings.precision == "bfloat16",
         "use_cpu": True,
         "max_length": work.max_length,
         "per_device_train_batch_size": settings.micro_batch,
@@ -157,7 +158,7 @@ def write_llamafactory(work: Work, settings: Settings, place: Place) -> None:
         "cutoff_len": work.max_length,
         "output_dir": str(place.run / "out"),
         "finetuning_type": work.tuning,
-        "bf16": True,
+        "bf16": settings.precision == "bfloat16",
         "use_cpu": True,
         "per_device_train_batch_size": settings.micro_batch,
         "gradient_accumulation_steps": settings.accumulation,

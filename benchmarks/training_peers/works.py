@@ -47,11 +47,17 @@ WORKS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that are equal on all sides. ``checkpointing`` recomputes activations in the backward pass."""
+    """Settings that are equal on all sides.
+
+    Args:
+        checkpointing: Recompute activations in the backward pass.
+        precision: Type of the matrix products, ``bfloat16`` or ``float32``.
+    """
 
     batch: int = 8
     micro_batch: int = 8
     checkpointing: bool = False
+    precision: str = "bfloat16"
 
     @property
     def accumulation(self) -> int:

@@ -85,6 +85,15 @@ def test_all_sides_have_the_same_settings(work, place):
         assert align["beta"] == factory["pref_beta"] == float(trl["beta"])
 
 
+@pytest.mark.parametrize(("precision", "is_low"), [("bfloat16", True), ("float32", False)])
+def test_precision_is_for_every_side(place, precision, is_low):
+    work = WORKS["sft_lora"]
+    settings = Settings(precision=precision)
+    assert options_of(work, settings, place)["bf16"] == str(is_low)
+    assert read_factory(work, settings, place)["bf16"] is is_low
+    assert read_pipeline(work, settings, place)["sft"]["precision"] == precision
+
+
 def test_trl_as_shipped_keeps_its_own_checkpointing(place):
     work = WORKS["sft_lora"]
     assert "gradient_checkpointing" not in options_of(work, Settings(), place, as_shipped=True)
