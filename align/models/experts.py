@@ -13,16 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from align.models.compute.layers import FEED_FORWARD, KERNEL_MATRICES, READ_BY_KERNELS
+
 EXPERTS = "experts"
 """Name of the module with a block's experts."""
 ROUTERS = ("gate", "router")
 """Names of the module that chooses the experts of a token."""
-READ_BY_KERNELS = ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h")
-"""Types of models with state-space layers; peft refuses ``KERNEL_MATRICES`` of some of them."""
-KERNEL_MATRICES = ("out_proj", "conv1d")
-"""Modules whose weights the kernels of state-space layers read in training."""
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
-"""Names of matrices of experts, shared experts and dense feed-forward layers, which peft moves to the experts."""
 
 
 def has_experts(config: Any) -> bool:
