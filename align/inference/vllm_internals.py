@@ -126,8 +126,9 @@ def record_experts(model: Any) -> Iterator[dict[int, list[torch.Tensor]]]:
     Both runners read them by ``set_capture_fn`` of the routers. Raises ``VllmChanged``.
     """
     layers = importlib.import_module("vllm.model_executor.layers.fused_moe.layer")
-    kind = getattr(layers, "MoERunner", None)
-    routers = {m.layer_id: m.router for m in model.modules() if kind is not None and isinstance(m, kind)}
+    if not hasattr(layers, "MoERunner"):
+        raise VllmChanged("MoERunner")
+    routers = {module.layer_id: module.router for module in model.modules() if isinstance(module, layers.MoERunner)}
     if not routers or not all(hasattr(router, "set_capture_fn") for router in routers.values()):
         raise VllmChanged("set_capture_fn")
     choices: dict[int, list[torch.Tensor]] = {number: [] for number in sorted(routers)}

@@ -67,7 +67,8 @@ def default_targets(model: Any) -> str | list[str]:
     A mixture's experts, routers and feed-forward layers are skipped. So are matrices that the fused kernels of
     state-space layers read without calling the modules, because kernels would ignore adapters on them.
     """
-    is_mixture, is_read = has_experts(model.config), model.config.get_text_config().model_type in READ_BY_KERNELS
+    is_mixture = has_experts(model.config)
+    is_read = model.config.get_text_config().model_type in READ_BY_KERNELS
     if not is_mixture and not is_read:
         return "all-linear"
     skipped = ("score", *(FEED_FORWARD if is_mixture else ()), *(KERNEL_MATRICES if is_read else ()))
