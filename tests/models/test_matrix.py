@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from align.inference.weights import checkpoint_weights
 from tests.support.models.families import FAMILIES, write_family
 from tests.support.models.matrix import COLUMNS, run_cell, steps_of, train
 from tools.model_matrix import PAGE, row_of, table_rows
@@ -32,10 +34,14 @@ def test_cell_equals_the_documented_one(model_type: str, column: str, folders: P
 
 
 def test_rl_of_a_mixture_freezes_and_compares_routers(tmp_path: Path) -> None:
-    run = train(write_family("qwen3_moe", tmp_path / "qwen3_moe"), "grpo", tmp_path)
+    model = write_family("qwen3_moe", tmp_path / "qwen3_moe")
+    run = train(model, "grpo", tmp_path)
     metrics = run.artifacts["grpo"].record["metrics"]
     assert metrics["frozen_router_parameters"] == 2 * 4 * 32  # layers x experts x hidden
     assert steps_of(run, "grpo")[0]["router_disagreement"] == 0.0
+    before, after = (dict(checkpoint_weights(folder)) for folder in (model, run.artifacts["grpo"].model))
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved and not any(".gate." in name for name in moved)
 
 
 @pytest.mark.slow
