@@ -26,6 +26,9 @@ MIXERS = {
     "falcon_h1": "mamba",
     "granitemoehybrid": "mamba",
     "lfm2": "conv",
+    "lfm2_moe": "conv",
+    "olmo_hybrid": "linear_attn",
+    "qwen3_5_moe_text": "linear_attn",
     "qwen3_5_text": "linear_attn",
     "qwen3_next": "linear_attn",
 }
