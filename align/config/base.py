@@ -128,11 +128,12 @@ def input_names(config: Config, name: str) -> str | list[str] | None:
     field, _, nested = name.partition(".")
     # The block may be of another class of its union, which lacks the field.
     value = getattr(config, field, None)
+    blocks = [block for block in value if isinstance(block, Config)] if isinstance(value, list) else []
     if not nested:
-        return value  # type: ignore[no-any-return]
+        # A field may hold a stage's name or blocks, whose inputs have nested names.
+        return None if blocks or isinstance(value, Config) else value  # type: ignore[no-any-return]
     if isinstance(value, Config):
         return input_names(value, nested)
-    blocks = [block for block in value if isinstance(block, Config)] if isinstance(value, list) else []
     return [getattr(block, nested) for block in blocks if getattr(block, nested) is not None] or None
 
 

@@ -126,8 +126,8 @@ class EnvironmentConfig(Config):
     tools: list[str] | None = Field(None, min_length=1)
     """Functions that the policy may call, each as ``module:function``, with type hints and a docstring."""
     score: str | EnvironmentVerifier | None = None
-    """Scores an episode with ``tools`` or a ``user``: ``gold``, ``gsm8k_answer``, ``module:function``, or a verifier of
-    its last turn, as ``{math: answer}``."""
+    """Function that scores an episode with ``tools`` or a ``user``: ``gold``, ``gsm8k_answer``, or
+    ``module:function``; or a verifier of the last turn, as ``{math: answer}``."""
     verifiers: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/@-]*$")
     """Installed environment of the package verifiers, by the name of its package: ``reverse-text``."""
     openenv: str | None = None
@@ -211,8 +211,6 @@ class EnvironmentConfig(Config):
             raise ValueError("tools need a `score`: a function that says how good the episode is.")
         if is_user_alone and self.score is None:
             raise ValueError("a user without tools needs a `score`: a function that says how good the episode is.")
-        if isinstance(self.score, EnvironmentVerifier) and self.arguments:
-            raise ValueError(f"arguments are for a function, and the score is {self.score.label}; remove them.")
         if self.score is not None and not self.tools and not is_user_alone:
             raise ValueError(f"score is for `tools`, and the {sources[0]} scores its episodes itself; remove it.")
         if self.user is not None and sources and sources[0] not in WITH_USER:
@@ -266,9 +264,10 @@ class EnvironmentConfig(Config):
 
     def _score_identity(self, place: str) -> str:
         """Return the identity of what scores. Raises ``UserError`` for arguments that it does not accept."""
-        if isinstance(self.score, str):
-            return scoring_identity(self.score, self.arguments, place)
-        assert self.score is not None
+        if not isinstance(self.score, EnvironmentVerifier):
+            return scoring_identity(str(self.score), self.arguments, place)
+        if self.arguments:
+            raise UserError(f"{place}: arguments are for a function, and this is {self.score.label}; remove them.")
         return self.score.identity()
 
     def _code(self, place: str) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,6 @@ from align.evaluation.logprobs import LoadedModels, LogprobsOf, heldout_losses
 from align.evaluation.plan import Plan
 from align.evaluation.scoring import ResultCache
 from align.evaluation.systems import Policy, System
-from align.inference.protocol import Response
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 
@@ -260,28 +259,20 @@ def kl_values(
         and ``sampler_gap``, the mean |sampler - policy| log-probability per token. The gap is large if the engine
         sampled from other weights than the policy's.
     """
-    responses = [response for samples in response_set.responses for response in samples]
-    logprobs, ref_logprobs = _zero_forced(logprobs, responses), _zero_forced(ref_logprobs, responses)
     estimates = [sequence_kl(values, ref_values) for values, ref_values in zip(logprobs, ref_logprobs, strict=True)]
-    gap = 0.0
-    for response, values in zip(responses, logprobs, strict=True):
+    responses = [response for samples in response_set.responses for response in samples]
+    gaps = [
         # The engine's log-probabilities against the trainer's: a large gap means that other weights were sampled.
-        gap += sum(abs(sampled - value) for sampled, value in zip(response.logprobs, values, strict=True))
-    sampled_tokens = sum(sum(response.mask) for response in responses)
+        abs(sampled - value)
+        for response, values in zip(responses, logprobs, strict=True)
+        for sampled, value in zip(response.logprobs, values, strict=True)
+    ]
     return {
         "kl": response_set.unflatten([k1 for k1, _ in estimates]),
         "kl_k3": response_set.unflatten([k3 for _, k3 in estimates]),
         "token_kl": _token_kl(logprobs, ref_logprobs, response_set),
-        "sampler_gap": gap / max(1, sampled_tokens),
+        "sampler_gap": sum(gaps) / max(1, len(gaps)),
     }
-
-
-def _zero_forced(logprobs: Sequence[Sequence[float]], responses: Sequence[Response]) -> list[list[float]]:
-    """Return log-probabilities with 0 for tokens that a thinking budget forced, as the engine has it."""
-    return [
-        [value if is_sampled else 0.0 for value, is_sampled in zip(values, response.mask, strict=True)]
-        for values, response in zip(logprobs, responses, strict=True)
-    ]
 
 
 def _token_kl(

@@ -92,7 +92,7 @@ QUOTED_CHARACTERS = 200
 JUDGED_LATE = "The judge is asked after every system has answered; start it until then."
 
 
-def fill_rubric(rubric: str, row: Mapping[str, Any], where: str) -> str:
+def fill_rubric(rubric: str, row: Mapping[str, Any], where: str, noun: str = "the judge's rubric") -> str:
     """Return a rubric with the values of the columns that it quotes: ``{row[answer]}``. Other braces are text.
 
     Raises ``UserError``, with the row's place, for a column that the row does not have.
@@ -102,7 +102,7 @@ def fill_rubric(rubric: str, row: Mapping[str, Any], where: str) -> str:
         value = row.get(match[1])
         if value is None:
             raise UserError(
-                f"{where}: the judge's rubric quotes row[{match[1]}], which this row does not have. A recipe keeps it "
+                f"{where}: {noun} quotes row[{match[1]}], which this row does not have. A recipe keeps it "
                 f"with keep: [{match[1]}]; rows have {', '.join(sorted(row))}."
             )
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -65,6 +65,13 @@ class _AttemptFailed(Exception):
 class Endpoint:
     """A :class:`~align.inference.cached_client.Backend` at an OpenAI-compatible server."""
 
+    path = COMPLETIONS
+    noun = "chat completion"
+    """Name of an answer in messages."""
+    max_bytes = MAX_REPLY_BYTES
+    remedy = "Correct the settings, or write `on_error: drop` to leave such rows out and count them."
+    """Advice for a request that the server refuses."""
+
     def __init__(self, config: EndpointConfig, *, drop: bool = False, place: str = "endpoint") -> None:
         """Read the key. Raises ``UserError`` when its variable is not set.
 
@@ -191,8 +198,9 @@ class Endpoint:
         # The server's limit holds for the key, so all requests in flight wait, not only this one.
         self._paused_until = max(self._paused_until, time.monotonic() + failure.wait)
 
-    async def _attempt(self, transport: Transport, request: Request, sink: AnswerSink) -> Answer:
-        body = {
+    def body(self, request: Request) -> dict[str, Any]:
+        """Return the JSON of a request, without ``extra``."""
+        body: dict[str, Any] = {
             "model": self.config.model,
             "messages": [_wire_message(message) for message in request.messages],
             self.config.length_field: request.max_tokens,
@@ -203,22 +211,29 @@ class Endpoint:
             body["tools"] = json.loads(request.tools)
         if self.config.send_seed:
             body["seed"] = request.own_seed
-        content = json.dumps({**body, **self.config.extra}).encode()
+        return body
+
+    def parse(self, request: Request, reply: Any) -> Answer:
+        """Return the answer in a reply's JSON. Raises ``ValueError`` for anything else."""
+        return read_completion(reply)
+
+    async def _attempt(self, transport: Transport, request: Request, sink: AnswerSink) -> Answer:
+        content = json.dumps({**self.body(request), **self.config.extra}).encode()
         reply = await transport.exchange(
-            "POST", COMPLETIONS, content, timeout=self.config.timeout, max_bytes=MAX_REPLY_BYTES
+            "POST", self.path, content, timeout=self.config.timeout, max_bytes=self.max_bytes
         )
         if reply.error is None:
-            return await self._read(transport, reply)
+            return await self._read(transport, request, reply)
         # No connection was made, so the request was not sent and is not charged.
         if reply.is_unreachable:
             raise _AttemptFailed(self._explain(reply), is_reached=False)
         if isinstance(reply.error, ReplyTooLong):
-            raise _AttemptFailed(f"sent more than {MAX_REPLY_BYTES >> 20} MiB in one answer", is_usable=False)
+            raise _AttemptFailed(f"sent more than {self.max_bytes >> 20} MiB in one answer", is_usable=False)
         # The server may have answered and charged for it.
         sink.record_lost(request)
         if reply.is_timeout:
             limit = f"{self.config.timeout:g} s ({self.place}.timeout)"
-            raise _AttemptFailed(f"did not answer {COMPLETIONS} within {limit}")
+            raise _AttemptFailed(f"did not answer {self.path} within {limit}")
         raise _AttemptFailed(self._explain(reply))
 
     def _explain(self, reply: Reply) -> str:
@@ -227,17 +242,17 @@ class Endpoint:
 
     # ---- replies ----
 
-    async def _read(self, transport: Transport, reply: Reply) -> Answer:
+    async def _read(self, transport: Transport, request: Request, reply: Reply) -> Answer:
         """Return the answer in a reply. Raises ``_AttemptFailed`` for errors that may pass, else ``UserError``."""
         status, quote = reply.status, self._quote(reply.data)
         endpoint = f"{self.place}: {self.config.url}"
         if status == 200:
             try:
-                return read_completion(json.loads(reply.data))
+                return self.parse(request, json.loads(reply.data))
             except (ValueError, RecursionError) as error:  # RecursionError: brackets that nest without end
                 reason = self._clean(shorten(str(error)))
                 raise _AttemptFailed(
-                    f"gave an answer that is no chat completion ({reason}){quote}", is_usable=False
+                    f"gave an answer that is no {self.noun} ({reason}){quote}", is_usable=False
                 ) from None
         # Busy or broken for the moment.
         if status in RETRIED_STATUSES or status >= 500:
@@ -256,8 +271,7 @@ class Endpoint:
         problem = f"refuses the request with status {status}{quote}"
         if self.drop:
             return Answer("", error=problem)
-        remedy = "Correct the settings, or write `on_error: drop` to leave such rows out and count them."
-        raise UserError(f"{endpoint} {problem}. {remedy}")
+        raise UserError(f"{endpoint} {problem}. {self.remedy}")
 
     async def _explain_missing(self, transport: Transport) -> str:
         """Explain a 404: the address or the model is wrong, and most servers can list their models."""

@@ -59,8 +59,7 @@ def with_stored_names(
     transformers computes with all experts of a layer as one tensor (experts, ...), and stores a tensor for each expert.
     One layer at a time is converted, so memory stays bounded.
     """
-    layer = ""
-    waiting: dict[str, torch.Tensor] = {}
+    layer, waiting = "", {}
     for name, tensor in weights:
         if name in names or name == HEAD:
             yield name, tensor

@@ -40,8 +40,7 @@ def curve_name(node: Node, name: str) -> str:
 
     A stage that chooses its checkpoint by validation rows scores those while it trains, not the ``test`` split.
     """
-    by_metric = getattr(node.config, "best_metric", None) is not None
-    if name.startswith(TEST) and getattr(node.config, "chooses", False) and not by_metric:
+    if name.startswith(TEST) and getattr(node.config, "chooses", False):
         return VALIDATION + name.removeprefix(TEST)
     return name
 

@@ -23,7 +23,6 @@ from align.errors import UserError
 from align.inference.protocol import RolloutEngine
 from align.inference.requests import Request
 from align.inference.sessions import open_session
-from align.inference.thoughts import ThinkingSession, ThoughtReader, thought_rates
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 from align.store.json_files import read_entry, write_entry
@@ -57,8 +56,7 @@ def episode_rates(episodes: Sequence[Episode]) -> dict[str, float]:
         "max_turns_rate": sum(episode.stop == "max_turns" for episode in episodes),
         "failure_rate": sum(episode.stop == "failed" for episode in episodes),
     }
-    turns = [turn for episode in episodes for turn in episode.turns]
-    return {name: value / count for name, value in sums.items()} | thought_rates(turns)
+    return {name: value / count for name, value in sums.items()}
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,6 @@ class EpisodeParts:
         self.seconds = 0.0
 
     @property
-    def _thinking_budget(self) -> int | None:
-        """The stage's budget, if its kind has one."""
-        return getattr(self.context.config, "thinking_budget", None)
-
-    @property
     def tools(self) -> list[dict[str, Any]]:
         """JSON schemas of the environment's tools."""
         return self.player.source.tools
@@ -122,7 +115,7 @@ class EpisodeParts:
 
     def _key(self, tasks: Sequence[EpisodeTask]) -> str:
         """Return a digest of all that the episodes depend on."""
-        config, budget = self.context.config, self._thinking_budget
+        config = self.context.config
         return digest(
             {
                 "policy": self.policy.weights,
@@ -130,7 +123,6 @@ class EpisodeParts:
                 "environment": config.environment.identity(),
                 "sampling": [config.temperature, config.top_p, self.policy.max_prompt_tokens, self.policy.system],
                 "tasks": [[task.row, task.seed] for task in tasks],
-                **({} if budget is None else {"thinking_budget": budget}),
             }
         )
 
@@ -139,11 +131,7 @@ class EpisodeParts:
         engine = self.policy.open_engine()
         self.engine_name = engine.name
         started = time.perf_counter()
-        session = ThinkingSession(
-            open_session(engine, self.context.config.temperature, self.context.config.top_p),
-            ThoughtReader(self.policy.tokenizer),
-            self._thinking_budget,
-        )
+        session = open_session(engine, self.context.config.temperature, self.context.config.top_p)
         try:
             episodes = self.player.play_in(session, tasks, journal, self._report)
         finally:
@@ -202,14 +190,13 @@ class EndpointEpisodes:
 
     def _key(self, tasks: Sequence[EpisodeTask]) -> str:
         """Return a digest of all that the episodes depend on."""
-        config, budget = self.context.config, self._thinking_budget
+        config = self.context.config
         return digest(
             {
                 "model": self.identity,
                 "environment": config.environment.identity(),
                 "sampling": [config.temperature, config.top_p, config.system],
                 "tasks": [[task.row, task.seed] for task in tasks],
-                **({} if budget is None else {"thinking_budget": budget}),
             }
         )
 

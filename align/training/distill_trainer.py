@@ -45,7 +45,7 @@ Sampler = Callable[[Any, list[list[int]], int], list[list[int]]]
 
 
 class AnswerCollator:
-    """Collate ``input_ids``, ``attention_mask``, ``labels`` (B, T); ``row`` (B,) is -1 for sampled answers."""
+    """Collate ``input_ids``, ``attention_mask``, ``labels`` (B, T); ``row`` (B,) is negative for sampled answers."""
 
     def __init__(self, pad: int) -> None:
         self.pad = pad
@@ -61,6 +61,11 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
     sft_weight: float = 0.0
     on_policy: float = 0.0
     sampler: Sampler | None = None
+    label_sampled: Callable[[list[dict[str, Any]], list[int]], list[TopTokens]] | None = None
+    """Returns a teacher's tokens for sampled rows, given the numbers of the rows whose prompts they have. None if
+    ``teacher`` reads the batches itself."""
+    sampled_tokens: Sequence[TopTokens] = ()
+    """Teacher's tokens for the rows that the current step sampled; row -1 has the first."""
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "row"]  # type: ignore[assignment]
@@ -77,14 +82,16 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
         prompts = [prompt_of(*row) for batch in batches for row in _rows_of(batch)]
         student = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         # One call samples the answers of all micro-batches, which then go back to their batches in order.
-        sampled = iter(zip(prompts, self.sampler(student, prompts, step), strict=True))
+        rows: list[dict[str, Any]] = [
+            {"input_ids": prompt + answer, "labels": [MASKED] * len(prompt) + answer, "row": -1 - number}
+            for number, (prompt, answer) in enumerate(zip(prompts, self.sampler(student, prompts, step), strict=True))
+        ]
+        if self.label_sampled is not None:
+            self.sampled_tokens = self.label_sampled(rows, [number for batch in batches for number in _numbers(batch)])
+        sampled = iter(rows)
         sampled_batches: list[Any] = []
         for batch in batches:
-            rows = []
-            for _ in range(len(batch["row"])):
-                prompt, answer = next(sampled)
-                rows.append({"input_ids": prompt + answer, "labels": [MASKED] * len(prompt) + answer})
-            collated = self.data_collator(rows)
+            collated = self.data_collator([next(sampled) for _ in range(len(batch["row"]))])
             if SHARE in batch:
                 # The answers are new, but the micro-batch keeps its weight among the processes.
                 collated[SHARE] = batch[SHARE]
@@ -100,7 +107,7 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
         with self.accelerator.autocast():
             hidden = answer_states(model, student, inputs)
             total = self.divergence(student, hidden, inputs)
-            # Only answers of the data are imitated. Sampled answers (row -1) are the student's own.
+            # Only answers of the data are imitated. Sampled answers (negative rows) are the student's own.
             if self.sft_weight and int(inputs["row"][0]) >= 0:
                 shifted = inputs["labels"][:, 1:]
                 targets, head = shifted[shifted != MASKED], trunk_and_head(student)[1]
@@ -119,8 +126,10 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
         rows = inputs["row"].tolist()
         top_tokens = self.top_tokens if top_tokens is None else top_tokens
         teacher: TopTokens | Live
-        # Cached tokens exist for rows of the data. Sampled answers (row -1) need the teacher itself.
-        if top_tokens and rows[0] >= 0:
+        if rows[0] < 0:
+            top_tokens, rows = self.sampled_tokens, [-1 - row for row in rows]
+        # A teacher in memory reads sampled answers, and without ``top_k`` all rows.
+        if top_tokens:
             ids = torch.cat([top_tokens[row].ids for row in rows]).to(hidden.device, torch.long)
             logprobs = torch.cat([top_tokens[row].logprobs for row in rows]).to(hidden.device)
             teacher = TopTokens(ids, logprobs)
@@ -137,6 +146,11 @@ class PreparedDistill(Prepared, _Distilling):  # type: ignore[misc]
 def is_on_policy_step(seed: int, step: int, share: float) -> bool:
     """Return True for a step on the student's answers: ``share`` of the steps, from seed and step only."""
     return share > 0 and random.Random(f"on-policy:{seed}:{step}").random() < share  # noqa: S311
+
+
+def _numbers(batch: Any) -> list[int]:
+    numbers: list[int] = batch["row"].tolist()
+    return numbers
 
 
 def _rows_of(batch: Any) -> Iterator[tuple[list[int], list[int]]]:
@@ -271,9 +285,17 @@ class TeacherCache:
     hits: int = 0
     computed: int = 0
 
-    def load(self, rows: Sequence[dict[str, Any]], compute: Callable[[], list[TopTokens]]) -> list[TopTokens]:
-        """Return the tokens for ``rows``, from a file or from ``compute``. A damaged file is ignored."""
-        key = self._key(rows)
+    def load(
+        self,
+        rows: Sequence[dict[str, Any]],
+        compute: Callable[[], list[TopTokens]],
+        also_read: Sequence[dict[str, Any]] = (),
+    ) -> list[TopTokens]:
+        """Return the tokens for ``rows``, from a file or from ``compute``. A damaged file is ignored.
+
+        ``also_read`` are further rows that the tokens depend on.
+        """
+        key = self._key([*rows, *also_read])
         file = self.folder / f"{key[:32]}.safetensors"
         counts = [sum(label != MASKED for label in row["labels"][1:]) for row in rows]
         cached = read_tensors(file, key, COLUMNS, sum(counts), self.warn)

@@ -23,6 +23,10 @@ from align.models.fast.token_logprobs import PLAIN, LogitTransform
 Divergence = Literal["forward", "reverse", "jsd"]
 CHUNK = 256
 """Tokens whose distributions exist at a time."""
+ABSENT = float("-inf")
+"""Log-probability of an entry of ``TopTokens`` that is no token."""
+NO_MASS = -200.0
+"""Log-probability whose probability is 0 in float32. Finite, since 0 times a difference of infinities is not 0."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TopTokens:
-    """A teacher's likeliest tokens: (N, K) ids and log-probabilities."""
+    """A teacher's likeliest tokens: (N, K) ids and log-probabilities, which are ``ABSENT`` for no token."""
 
     ids: torch.Tensor
     logprobs: torch.Tensor
@@ -99,6 +103,9 @@ def summed_divergence(
 
         def _top_tokens_loss(states: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
             student = measure.log_softmax(head(states), transform).gather(1, ids)
+            # An absent token has no mass in either model. Without any token, both have all mass in the tail.
+            absent = logprobs == ABSENT
+            student, logprobs = student.masked_fill(absent, NO_MASS), logprobs.masked_fill(absent, NO_MASS)
             return measure.of(with_rest(student), with_rest(logprobs)).sum()
 
         return _sum_over_chunks(_top_tokens_loss, hidden, teacher.ids, teacher.logprobs)

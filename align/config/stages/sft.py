@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,8 +10,10 @@ from pydantic import Field, model_validator
 from align.config.base import stage_input
 from align.config.options import OWNED
 from align.config.stages.lint import LintSettings
+from align.config.stages.teacher import TeacherConfig, check_teachers
 from align.config.stages.training import TrainingFields
 from align.store.artifacts import GENERATORS, Kind
+from align.store.fingerprint import canonical
 
 
 class SftConfig(TrainingFields):
@@ -26,8 +29,6 @@ class SftConfig(TrainingFields):
     supervise: Literal["last", "all"] = "last"
     """Turns to train on. ``last``: the answer of a row, and all turns of an episode. ``all``: also every assistant turn
     of the prompt. Their positions are found by rendering the conversation up to each turn, with any chat template."""
-    thoughts: Literal["train", "read", "drop"] = "train"
-    """Thoughts of answers (``<think>``): learn them, show but do not learn them, or remove them (docs/thinking.md)."""
     packing: bool = False
     """Pack short rows into rows of ``max_length`` tokens, without attention between them (best fit decreasing)."""
     padding_free: bool = False
@@ -94,12 +95,14 @@ class DistillConfig(TrainingFields):
 
     model: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """Stage whose checkpoint is the student."""
-    teacher: stage_input(*GENERATORS)  # type: ignore[valid-type]
-    """Stage whose checkpoint is the teacher: same tokenizer and chat template, usually a larger model."""
+    teacher: stage_input(*GENERATORS) | TeacherConfig | list[TeacherConfig]  # type: ignore[valid-type]
+    """Stage whose checkpoint is the teacher: same tokenizer and chat template, usually a larger model. Or a block, for
+    a server, a privileged prompt or another tokenizer. Or a list of blocks, chosen by ``teacher_column``."""
+    teacher_column: str | None = Field(None, min_length=1)
+    """Column of the rows whose value chooses the teacher by its ``match``: ``source``, or a column that the recipe
+    keeps."""
     data: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES)  # type: ignore[valid-type]
     """Stage with the conversations: the answer is ``completion``, or ``chosen``."""
-    thoughts: Literal["train", "read", "drop"] = "train"
-    """Thoughts of answers (``<think>``): learn them, show but do not learn them, or remove them (docs/thinking.md)."""
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
     """``forward`` is KL(teacher || student), which covers all modes of the teacher; ``reverse`` seeks its main modes;
     ``jsd`` is in between."""
@@ -114,7 +117,7 @@ class DistillConfig(TrainingFields):
     """Weight of an SFT loss on the data's answers, in addition to the divergence."""
     on_policy: float = Field(0.0, ge=0, le=1)
     """Share of the steps that train on answers sampled by the student at that step. It corrects the student's own
-    mistakes, and needs teacher and engine in memory."""
+    mistakes, and needs the engine in memory, and each teacher that is no endpoint."""
     max_tokens: int = Field(64, ge=1)
     """Most tokens of a sampled answer."""
     sample_temperature: float = Field(1.0, gt=0, le=5)
@@ -123,6 +126,7 @@ class DistillConfig(TrainingFields):
     """Lint of the rows' tokens before the first step: findings to accept (docs/lint.md)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
+    keyed_when_set: ClassVar[frozenset[str]] = TrainingFields.keyed_when_set | {"teacher_column"}
     trainer_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
     owned_options: ClassVar[dict[str, str]] = OWNED | {
         **dict.fromkeys(("packing", "padding_free"), "distillation pads its rows"),
@@ -132,8 +136,15 @@ class DistillConfig(TrainingFields):
 
     @model_validator(mode="after")
     def _check_student_and_teacher(self) -> Self:
-        if self.model == self.teacher:
-            raise ValueError(f"teacher is '{self.teacher}', the student itself; name another stage.")
+        if any(self.model in (self.teacher, block.stage) and block.system is None for block in self.teachers):
+            raise ValueError(
+                f"teacher is '{self.model}', the student itself; name another stage, or give it a privileged prompt: "
+                "`teacher: {self: true, system: ...}`."
+            )
+        if not isinstance(self.teacher, str):
+            check_teachers(self.teachers, self.teacher_column, self.top_k, self.temperature)
+        elif self.teacher_column is not None:
+            raise ValueError("teacher_column chooses among a list of teachers, and teacher names one stage; remove it.")
         if self.on_policy and self.tuning.input_only:
             raise ValueError(
                 f"on_policy samples from the student during training, and `tuning: {self.tuning.method}` changes its "
@@ -143,6 +154,23 @@ class DistillConfig(TrainingFields):
         if self.on_policy and self.max_tokens >= self.max_length:
             raise ValueError(f"max_tokens {self.max_tokens} leaves no room for a prompt in max_length.")
         return self
+
+    @property
+    def teachers(self) -> list[TeacherConfig]:
+        """The teachers as blocks."""
+        if isinstance(self.teacher, str):
+            return [TeacherConfig(stage=self.teacher)]
+        return [self.teacher] if isinstance(self.teacher, TeacherConfig) else self.teacher
+
+    def fields_outside_key(self) -> set[str]:
+        """Return the fields whose text the stage's key leaves out; blocks of teachers are in ``identities``."""
+        return set(self.identified) | (set() if isinstance(self.teacher, str) else {"teacher"})
+
+    def identities(self, base: Path) -> dict[str, str]:
+        """Return the identities of teachers that are blocks. Rates and retries of their servers do not change them."""
+        if isinstance(self.teacher, str):
+            return {}
+        return {"teacher": canonical([block.identity() for block in self.teachers])}
 
     @model_validator(mode="after")
     def _check_unused_settings(self) -> Self:

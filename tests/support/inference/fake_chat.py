@@ -73,7 +73,7 @@ class FakeChat:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if self.path != "/v1/chat/completions":
+                if self.path not in ("/v1/chat/completions", "/v1/completions"):
                     return self._send(404, {"error": {"message": f"no route {self.path}"}}, {})
                 with fake.lock:
                     fake.bodies.append(body)

@@ -53,10 +53,10 @@ def preference_stage(root: Path, model: Path, kind: str, **fields: Any) -> Stage
 # ---- distill, pretrain, reward ----
 
 
-def distill_stage(root: Path, student: Path, teacher: Path, **fields: Any) -> StageContext:
+def distill_stage(root: Path, student: Path, teacher: Path, /, **fields: Any) -> StageContext:
     """Return a stage on 24 answers; the cache is next to ``root``, so that stages share it."""
     defaults = {"learning_rate": 3e-3, "batch_size": 8, "max_length": 64, "precision": "float32"}
-    config = DistillConfig(model="model", teacher="teacher", data="data", **(defaults | fields))
+    config = DistillConfig(**({"model": "model", "teacher": "teacher", "data": "data"} | defaults | fields))
     stage = context(root, config, student, data_artifact(root / "data", Kind.INSTRUCTIONS, train=24, test=8))
     folder = root / "teacher"
     if not folder.exists():
