@@ -447,3 +447,27 @@ def test_judge_among_rewards_counts_requests_and_quotes_columns(context, inputs)
     assert metrics["values"]["sft"]["score_judge"] == pytest.approx(6 / 9)
     assert metrics["judges"]["judge"]["requests"] == len(fake.bodies) > 1
     assert any("The source is words." in prompt for prompt in fake.prompts())
+
+
+def test_thoughts_are_closed_counted_and_not_scored(context, inputs, tmp_path, tiny_model):
+    folder = tmp_path / "thinker"
+    model = shutil.copytree(tiny_model, folder / "model")
+    tokenizer = loading.load_tokenizer(model)
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    tokenizer.save_pretrained(model)
+    thinker = Artifact("thinker", Kind.POLICY, folder, {"key": "thinker"})
+    names = {"policies": ["thinker"], "reference": "thinker", "max_tokens": 24, "thinking_budget": 4}
+    config = context.config.model_copy(update=names | dict.fromkeys(("reward", "pairs", "heldout")))
+    values = {"policies": [thinker], "reference": thinker, "reward": None, "pairs": None, "heldout": None}
+    evaluate.run(replace(context, config=config, inputs=inputs | values))
+    card = json.loads((context.output / "scorecard.json").read_text(encoding="utf-8"))
+    assert card["settings"]["sampling"]["thinking_budget"] == 4
+    estimates = card["estimates"]["thinker"]
+    # Of 24 tokens, 4 and the 11 that close a thought are thought, unless the turn ended before.
+    assert estimates["thought_length"]["value"] > 11 and estimates["open_thoughts"]["value"] < 0.3
+    assert estimates["length"]["value"] + estimates["thought_length"]["value"] <= 24
+    for line in (context.output / "samples.jsonl").read_text().splitlines():
+        for sample in json.loads(line)["responses"]["thinker"]:
+            answer = sample["text"][sample["thought_end"] :]
+            assert sample["scores"]["variety"] == min(1.0, len(set(answer)) / 9)
+            assert sample["open_thought"] == (answer == "" and not sample["text"].rstrip().endswith("</think>"))
