@@ -211,6 +211,8 @@ class EnvironmentConfig(Config):
             raise ValueError("tools need a `score`: a function that says how good the episode is.")
         if is_user_alone and self.score is None:
             raise ValueError("a user without tools needs a `score`: a function that says how good the episode is.")
+        if isinstance(self.score, EnvironmentVerifier) and self.arguments:
+            raise ValueError(f"arguments are for a function, and the score is {self.score.label}; remove them.")
         if self.score is not None and not self.tools and not is_user_alone:
             raise ValueError(f"score is for `tools`, and the {sources[0]} scores its episodes itself; remove it.")
         if self.user is not None and sources and sources[0] not in WITH_USER:
@@ -262,14 +264,6 @@ class EnvironmentConfig(Config):
         values = (self.class_name, self.tools, self.verifiers, self.openenv)
         return [name for name, value in zip(SOURCES, values, strict=True) if value is not None]
 
-    def _score_identity(self, place: str) -> str:
-        """Return the identity of what scores. Raises ``UserError`` for arguments that it does not accept."""
-        if not isinstance(self.score, EnvironmentVerifier):
-            return scoring_identity(str(self.score), self.arguments, place)
-        if self.arguments:
-            raise UserError(f"{place}: arguments are for a function, and this is {self.score.label}; remove them.")
-        return self.score.identity()
-
     def _code(self, place: str) -> Iterator[tuple[str, str]]:
         """Yield what the environment is made of, and the digest or version of each."""
         if self.class_name is not None:
@@ -280,8 +274,10 @@ class EnvironmentConfig(Config):
         for index, path in enumerate(self.tools or []):
             yield f"tools[{index}]", function_identity(path, f"{place}.tools[{index}]")
             _check_function(path, f"{place}.tools[{index}]")
-        if self.score is not None:
-            yield "score", self._score_identity(f"{place}.score")
+        if isinstance(self.score, str):
+            yield "score", scoring_identity(self.score, self.arguments, f"{place}.score")
+        elif self.score is not None:
+            yield "score", self.score.identity()
         if self.verifiers is not None:
             require_extra("verifiers", "verifiers", f"{place}.verifiers:")
             yield "verifiers", importlib.metadata.version("verifiers")

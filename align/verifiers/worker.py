@@ -71,7 +71,7 @@ def _answer(load: Callable[[str], Verify], request: dict[str, Any]) -> dict[str,
     if "text" not in request:
         return {}
     # If the parent dies during a comparison that hangs, the kernel ends this process: the default action of the alarm.
-    signal.setitimer(signal.ITIMER_REAL, request["seconds"] + ORPHAN_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 4 * request["seconds"] + ORPHAN_SECONDS)
     try:
         verdict = function(request["reference"], request["text"])
     except BadReference as error:

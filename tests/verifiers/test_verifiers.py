@@ -170,6 +170,8 @@ def test_metric_and_environment_use_the_same_verifier() -> None:
     assert metric.metric == "number" and open_verifier(metric, "metrics[0]").score([{"answer": "5"}], ["5"]) == [1.0]
     fields = {"tools": [f"{TOOLS}:double"], "score": {"number": "answer"}, "max_tokens": 64}
     config = validate(EnvironmentConfig, fields, "p.yaml: environment")
+    with pytest.raises(UserError, match="arguments are for a function, and the score is number; remove them"):
+        validate(EnvironmentConfig, fields | {"arguments": {"a": 1}}, "p.yaml: environment")
     environment = open_environment(config, "environment").make()
     environment.reset({"id": "0", "answer": "5", "prompt": []})
     scores = environment.score([{"role": "assistant", "content": "It is 5."}])
