@@ -13,19 +13,23 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from align.config.yaml import load_yaml
 from align.evaluation.scorecard import Scorecard
 from align.runner.worker import ENVIRONMENT
 from benchmarks.gpu_items import Item, Machine
+from benchmarks.gpu_proofs import PROOFS
 
 REPOSITORY = Path(__file__).parents[1]
 TESTS = "tests/gpu"
 GRACE = 45.0
-"""Seconds in which the quickstart saves a checkpoint and ends."""
+"""Seconds in which a pipeline saves a checkpoint and ends."""
+HELD_OUT = ("test_loss_after", "test_accuracy_after")
+"""Metrics that a proof without a scorecard is judged by."""
 
 
 class OutOfTime(Exception):
@@ -170,7 +174,7 @@ def read_report(report: Path) -> dict[str, Any]:
     return result
 
 
-# ---- the quickstart ----
+# ---- pipelines ----
 
 
 def run_quickstart(item: Item, place: Place, seconds: float) -> dict[str, Any]:
@@ -178,25 +182,44 @@ def run_quickstart(item: Item, place: Place, seconds: float) -> dict[str, Any]:
 
     Under ``--tiny`` it is ``pipelines/smoke.yaml``.
     """
-    pipeline = "smoke" if place.machine.tiny else "quickstart"
+    name = "smoke" if place.machine.tiny else "quickstart"
+    result, stages = _run_pipeline(f"pipelines/{name}.yaml", item, place, seconds, place.settings)
+    if stages is None:
+        return result
+    return {**result, "engine": stages["ppo"]["metrics"].get("engine"), **scores(Path(stages["evaluate"]["path"]))}
+
+
+def run_proof(item: Item, place: Place, seconds: float) -> dict[str, Any]:
+    """Run a pipeline of a published result, or continue it, and return what it expects and what it measured."""
+    path = REPOSITORY / PROOFS / f"{item.name}.yaml"
+    result, stages = _run_pipeline(str(path), item, place, seconds)
+    if stages is None:
+        return result
+    result["expected"] = load_yaml(path)["description"]
+    if "evaluate" in stages:
+        return {**result, **scores(Path(stages["evaluate"]["path"]))}
+    *_, last = stages.values()
+    return {**result, "measured": {name: last["metrics"][name] for name in HELD_OUT if name in last["metrics"]}}
+
+
+def _run_pipeline(
+    path: str, item: Item, place: Place, seconds: float, settings: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the seconds of a pipeline's stages and these, or ``failed`` and None."""
     log = place.log(item.name)
     command = [
-        *(sys.executable, "-m", "align.cli.main", "run", f"pipelines/{pipeline}.yaml"),
+        *(sys.executable, "-m", "align.cli.main", "run", path),
         *("--store", str(place.work / "store"), "--json", "--set", f"runtime.device={place.machine.device}"),
     ]
-    for setting in place.settings:
+    for setting in settings:
         command += ["--set", setting]
     code = run_command(command, log, seconds, grace=min(GRACE, seconds / 3))
     document = None if code else last_document(log)
     if document is None:
-        return {"failed": last_line(log)}
+        return {"failed": last_line(log)}, None
     stages = document["stages"]
-    return {
-        "stages": {name: stage["seconds"] for name, stage in stages.items()},
-        "total": sum(stage["seconds"] for stage in stages.values()),
-        "engine": stages["ppo"]["metrics"].get("engine"),
-        **scores(Path(stages["evaluate"]["path"])),
-    }
+    by_stage = {name: stage["seconds"] for name, stage in stages.items()}
+    return {"stages": by_stage, "total": sum(by_stage.values())}, stages
 
 
 def last_document(log: Path) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Measure all that needs a GPU, in commands of at most nine minutes; call it until it says that all is done.
 
-    python -m benchmarks.gpu_evidence [--part tests|training|plan|determinism|quickstart] [--out FOLDER]
+    python -m benchmarks.gpu_evidence [--part tests|training|plan|determinism|quickstart|proof] [--out FOLDER]
     python -m benchmarks.gpu_evidence --device cpu --tiny --out FOLDER      # the same code on a processor
     python -m benchmarks.gpu_evidence --out FOLDER --table                  # the table of what is there
 
@@ -31,11 +31,13 @@ from benchmarks.gpu_commands import (
     last_line,
     list_tests,
     run_command,
+    run_proof,
     run_quickstart,
     run_stage_item,
     run_test,
 )
 from benchmarks.gpu_items import PARTS, Item, Machine, determinism_items, plan_items, training_items
+from benchmarks.gpu_proofs import proof_items
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_table import make_table, summarize
 
@@ -100,6 +102,7 @@ class Session:
             "training": training_items,
             "plan": plan_items,
             "determinism": determinism_items,
+            "proof": proof_items,
         }
         return lists[part](machine)
 
@@ -127,8 +130,8 @@ class Session:
         try:
             result = RUN.get(part, run_stage_item)(item, self.place, seconds)
         except OutOfTime:
-            # The quickstart goes on where it was; any other item would start over, and never end.
-            if part == "quickstart" or not is_whole:
+            # A pipeline continues where it was; any other item would start over, and never end.
+            if part in RUN_PIPELINES or not is_whole:
                 return False
             result = {"failed": f"took longer than the {self.limit:.0f} seconds of a command (--limit)"}
         result["seconds"] = time.monotonic() - started
@@ -142,7 +145,12 @@ class Session:
         return FIRST_ITEM if longest is None else 1.2 * longest
 
 
-RUN: dict[str, Callable[[Item, Place, float], dict[str, Any]]] = {"tests": run_test, "quickstart": run_quickstart}
+RUN_PIPELINES: dict[str, Callable[[Item, Place, float], dict[str, Any]]] = {
+    "quickstart": run_quickstart,
+    "proof": run_proof,
+}
+"""How the items of the parts that are pipelines are run."""
+RUN: dict[str, Callable[[Item, Place, float], dict[str, Any]]] = {"tests": run_test, **RUN_PIPELINES}
 """How the items of a part are run; those of the others are stages."""
 
 

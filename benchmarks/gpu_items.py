@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.gpu_models import SHAPES
 from benchmarks.gpu_run import StageItem
 
-PARTS = ("tests", "training", "plan", "determinism", "quickstart")
+PARTS = ("tests", "training", "plan", "determinism", "quickstart", "proof")
 ROWS = ("sft", "reward", "dpo")
 """Stages that train on rows."""
 ROLLOUTS = ("ppo", "grpo")

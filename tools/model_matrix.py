@@ -2,35 +2,31 @@
 
     .venv/bin/python -m tools.model_matrix              # all families, about 30 s each on one core
     .venv/bin/python -m tools.model_matrix qwen3 lfm2   # only their rows
+    .venv/bin/python -m tools.model_matrix --columns memory   # only this column
 
 ``tests/models/test_matrix.py`` compares the table with new runs.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 START, END = "<!-- matrix -->", "<!-- end of matrix -->"
-NOTES = re.compile(r"\s*\[\d+\]")
 VERSIONS = ("transformers", "trl", "peft", "torch")
 
 
 def table_rows(page: str) -> dict[str, dict[str, str]]:
     """Return the table of the page: family -> column -> cell, without its notes."""
-    lines = [line for line in page.split(START)[1].split(END)[0].splitlines() if line.startswith("|")]
-    columns, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    table = {}
-    for family, *cells in rows:
-        table[family.strip("`")] = dict(zip(columns[1:], (NOTES.sub("", cell) for cell in cells), strict=True))
-    return table
+    return {family: row_of(cells) for family, cells in documented_cells(page).items()}
 
 
 def row_of(cells: Mapping[str, Any]) -> dict[str, str]:
@@ -38,15 +34,17 @@ def row_of(cells: Mapping[str, Any]) -> dict[str, str]:
     return {column: cell.status for column, cell in cells.items()}
 
 
-def write_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
+def write_table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Write the rows, notes with the messages of refusals, and the tested versions into the page."""
-    columns = list(next(iter(rows.values())))
     notes: dict[str, int] = {}
     lines = ["| family | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for family, cells in rows.items():
         texts = []
         for column in columns:
-            cell = cells[column]
+            cell = cells.get(column)
+            if cell is None:
+                texts.append("-")
+                continue
             number = notes.setdefault(plain_message(cell.message), len(notes) + 1) if cell.message else None
             texts.append(cell.status if number is None else f"{cell.status} [{number}]")
         lines.append(f"| `{family}` | " + " | ".join(texts) + " |")
@@ -70,26 +68,47 @@ def plain_message(message: str) -> str:
     return re.sub(r" \(scale [\d.]+, soft cap [\w.]+\)", "", text)
 
 
-def main(families: list[str]) -> None:
-    """Run the cells of the families and write their rows."""
+def documented_cells(page: str) -> dict[str, dict[str, Any]]:
+    """Return the cells of the page with the messages of its notes: family -> column -> cell."""
+    from tests.support.models.matrix import Cell
+
+    block = page.split(START)[1].split(END)[0]
+    notes = dict(re.findall(r"^- \[(\d+)\] (.*)$", block, re.MULTILINE))
+    columns, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")
+    )
+    table: dict[str, dict[str, Any]] = {}
+    for family, *texts in rows:
+        cells = {}
+        for column, text in zip(columns[1:], texts, strict=True):
+            status, _, note = text.partition(" ")
+            cells[column] = Cell(status, message=notes.get(note.strip("[]"), ""))
+        table[family.strip("`")] = cells
+    return table
+
+
+def main(arguments: list[str]) -> None:
+    """Run the cells of the families and write them; other families and columns keep their cells."""
     import torch
 
     from tests.support import in_process
     from tests.support.models.families import FAMILIES
-    from tests.support.models.matrix import CELLS, Cell, run_cell
+    from tests.support.models.matrix import COLUMNS, run_cell
 
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=COLUMNS)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    documented = table_rows(PAGE.read_text(encoding="utf-8")) if families else {}
-    rows: dict[str, dict[str, Cell]] = {}
+    rows = documented_cells(PAGE.read_text(encoding="utf-8"))
     with in_process.stages():
-        for family in families or FAMILIES:
+        for family in options.families:
             with tempfile.TemporaryDirectory() as folder:
-                rows[family] = {column: run_cell(family, column, Path(folder)) for column in (*CELLS, "memory")}
-            sys.stdout.write(f"{family}: {' '.join(cell.status for cell in rows[family].values())}\n")
-    if not documented.keys() <= rows.keys():
-        sys.stdout.write("The page is written only when all families run.\n")
-        return
-    write_table(rows)
+                new = {column: run_cell(family, column, Path(folder)) for column in options.columns}
+            sys.stdout.write(f"{family}: {' '.join(cell.status for cell in new.values())}\n")
+            sys.stdout.flush()
+            rows[family] = rows.get(family, {}) | new
+    write_table({family: rows[family] for family in FAMILIES if family in rows}, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from align.config.stages.continue_from import LARGEST_STATE, size_text
 from align.config.tuning import LowRank, QloraTuning, TuningBase
 from align.models.compute.architecture import Architecture
 from align.models.compute.costs import FLOAT, SIZES, activations_per_token
+from align.models.compute.layers import count
 
 TRAINED = 4 * FLOAT
 """Bytes of a trained parameter: weight, gradient, and AdamW's two averages."""
@@ -235,17 +236,19 @@ def copied_parameters(model: Architecture, tuning: TuningBase, checkpointing: bo
 
     With checkpointing they are one layer's.
     """
-    layers = 1 if checkpointing else model.learning_layers(tuning)
-    return model.matrices // model.layers * layers
+    if checkpointing:
+        return model.largest.matrices + count(model.largest.experts)
+    learning = model.blocks[model.layers - model.learning_layers(tuning) :]
+    return sum(block.matrices + count(block.experts) for block in learning)
 
 
 def model_bytes(model: Architecture, tuning: TuningBase) -> int:
     """Return the bytes of a causal model's weights under ``tuning``, without the adapters."""
     if not isinstance(tuning, QloraTuning):
         return FLOAT * model.parameters
-    # Only the matrices are quantized. Embeddings, head, norms and biases stay in float32.
-    biases = model.layers * sum(linear.bias * linear.outputs for linear in model.linears)
-    return FLOAT * (model.parameters - model.matrices + biases) + _quantized_bytes(model.matrices - biases, tuning)
+    # Only linear layers are quantized. Embeddings, head, experts, norms and biases stay in float32.
+    weights = model.matrices - model.biases
+    return FLOAT * (model.parameters - weights) + _quantized_bytes(weights, tuning)
 
 
 def _quantized_bytes(weights: int, tuning: QloraTuning) -> int:
@@ -312,8 +315,8 @@ def engine_memory(
             weights += size * model.head  # vLLM's CPU backend packs a copy of the head
         servers = max(1, runtime.rollouts.servers)
         return servers * weights, servers * int(engine.cpu_kv_cache_gb * 2**30), "nothing"
-    # A key and a value per layer for every token of every sequence in a batch.
-    cache = 2 * size * model.key_value_width * model.layers * min(sequences, engine.batch_size) * length
+    # Keys and values of every token, and the states of every sequence in a batch.
+    cache = size * (model.token_cache * length + model.state) * min(sequences, engine.batch_size)
     released: Released = "nothing"
     if name == "transformers":
         released = "cache"

@@ -182,7 +182,7 @@ def scoring_memory(load: ScoringLoad, precision: Precision, *, gpu: bool = False
     """Return the bytes of one device while texts are scored, by purpose."""
     model, size = load.model, SIZES[precision]
     # Without gradients autocast keeps no copy of a matrix, so only the widest one counts.
-    widest = max((linear.parameters for linear in model.linears), default=0)
+    widest = max(matrix.parameters for block in model.blocks for matrix in (*block.linears, *block.experts))
     purpose, parameters = "weights", model.parameters
     if load.is_reward_model:
         purpose, parameters = "reward", model.trunk + model.hidden
@@ -332,7 +332,7 @@ class _Engine:
         if self.name == "vllm" and not self.device.gpu:
             # On a CPU vLLM's cache has a fixed size, which must hold the sequences.
             model = self.load.model
-            numbers = 2 * model.key_value_width * model.layers * sequences * self.load.length
+            numbers = sequences * (model.token_cache * self.load.length + model.state)
             if _bytes_per_number(self.runtime, self.precision) * numbers > parts["kv_cache"]:
                 return False
         return sum(parts.values()) + self.device.context <= self.room

@@ -223,7 +223,7 @@ def sharded(memory: Memory, job: Job, strategy: Strategy, devices: int) -> Memor
     low_precision = job.precision == "bfloat16" and job.tuning.trains_all
     if is_deepspeed and strategy.checkpointing and low_precision:
         # DeepSpeed's own autocast keeps a copy of every matrix to the end of a pass.
-        copies = max(copies, 2 * job.model.matrices)
+        copies = max(copies, 2 * (job.model.matrices + job.model.experts))
     exchange = BUCKET if devices > 1 else 0
     return replace(memory, **parts, copies=copies, buffers=exchange + _gathered_bytes(job, strategy))
 
@@ -243,7 +243,7 @@ def _gathered_bytes(job: Job, strategy: Strategy) -> int:
     model = job.model
     # Devices gather these at once: some layers, the weights outside the layers, and the largest unit's gradient.
     root = model.embedded + (0 if model.tied else model.head)
-    layer = sum(linear.parameters for linear in model.linears) + model.vectors
+    layer = model.largest.parameters
     gradients = max(layer, model.embedded) if job.tuning.trains_all else 0
     return FLOAT * (GATHERED_AHEAD * layer + root + gradients)
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from align.config.runtime import FAULT_REMEDIES
 from align.errors import UserError
+from align.models.chat.template_settings import THOUGHT_ROWS
 from align.models.checkpoints.files import BadHeader, read_header
 from align.store.fingerprint import digest, file_digest
 from align.store.json_files import write_text_atomically
@@ -29,8 +30,6 @@ FILE = "align.json"
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 """Names of a reward model's score head in transformers."""
 BASE = "base_weights"
-THOUGHT_ROWS = "thought_rows"
-"""Metric of a stage that trains on answers: the number of those with a thought."""
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 """End of the output head's name."""

@@ -39,7 +39,7 @@ from align.checks.facts import (
 )
 from align.config.stages.continue_from import CONTINUE
 from align.evaluation.statistics import wilson
-from align.models.chat.template_settings import TemplateSettings
+from align.models.chat.template_settings import TemplateSettings, template_state
 from align.pipeline.context import StageContext
 from align.store.artifacts import GENERATORS, Artifact, Kind
 
@@ -306,6 +306,11 @@ def check_output(context: StageContext, kind: str, makes: Kind | None, metrics: 
     base = weights_digest(tensors) if (folder / ADAPTER).is_dir() else None
     sources = [read_facts(artifact.model) for _, artifact in input_checkpoints(context) if artifact.kind in GENERATORS]
     thoughts = next((facts.thoughts for facts in sources if facts is not None), None)
+    template = template_text(folder)
+    if thoughts is None and template is not None and hasattr(context.config, "rollout_batch"):
+        # An RL stage has trained on its own answers, which have thoughts if the template asks for them.
+        state = template_state(template)
+        thoughts = None if state is None else state == "on"
     facts = facts_of(folder, kind, tensors, metrics, verified=not faults, thoughts=thoughts, adapter_base=base)
     write_facts(folder, facts)
     _record_base(context)

@@ -6,13 +6,17 @@ leaves. The engine is always transformers, which starts fastest for one reply at
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from align.data.final_answers import split_thought
 from align.errors import printable
 
+DIM = ("\x1b[2m", "\x1b[0m")
+"""Sequences that begin and end dim text in a terminal."""
 HELP = "/reset clears the conversation, /exit leaves, Ctrl-C stops a reply."
 
 
@@ -67,12 +71,20 @@ def _read_line(source: TextIO, output: TextIO) -> str | None:
 
 
 def _stream_reply(pieces: Iterator[str], output: TextIO) -> str:
-    """Print a reply as it is generated and return it; Ctrl-C ends it early and keeps what was printed."""
+    """Print a reply as it is generated and return it; Ctrl-C ends it early and keeps what was printed.
+
+    A terminal shows thoughts dim.
+    """
+    dim, plain = DIM if output.isatty() and "NO_COLOR" not in os.environ else ("", "")
     reply = ""
     try:
         for piece in pieces:
             reply += piece
-            output.write(printable(piece))
+            # The end of the piece that is after the thought.
+            answer = split_thought(reply)[-len(piece) :] if piece else ""
+            thought = piece[: len(piece) - len(answer)]
+            output.write(f"{dim}{printable(thought)}{plain}" if thought else "")
+            output.write(printable(answer))
             output.flush()
     except KeyboardInterrupt:
         output.write(" …")

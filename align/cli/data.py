@@ -103,6 +103,7 @@ def lint(options: argparse.Namespace) -> int:
         rows=options.rows,
         seed=options.seed,
         reward=find_checkpoint(options.reward, options.store) if options.reward else None,
+        thinking=options.thinking,
     )
     if options.json:
         print_json([finding.to_json() for finding in findings])
@@ -247,6 +248,7 @@ def _add_lint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, metavar="N", help="the training stage's max_length")
     parser.add_argument("--rows", type=int, default=10_000, metavar="N", help="rows to check per split (default 10000)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed that draws those rows")
+    parser.add_argument("--thinking", choices=("on", "off"), help="thinking switch of the chat template, as in a stage")
     parser.add_argument(
         "--reward", metavar="CHECKPOINT", help="a reward model that checks whether sides of pairs are swapped"
     )

@@ -69,7 +69,7 @@ def topics() -> dict[str, Topic]:
         ),
         "task": Topic(
             "Evaluation tasks",
-            "What an `evaluate` stage asks in `tasks:`, and how answers are scored.",
+            "The `tasks:` of an `evaluate` stage, and of `evaluate:` in a stage that trains.",
             tuple(TASK_CONFIGS.values()),
         ),
         "sweep": Topic(

@@ -170,6 +170,7 @@ def _make_rehearsal(scene: Scene, outputs: FinishedStages, options: argparse.Nam
         seed=node.seed,
         where=scene.place,
         user_dir=_find_user(scene, outputs),
+        thinking_budget=getattr(scene.config, "thinking_budget", None),
     )
 
 

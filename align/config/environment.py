@@ -126,8 +126,8 @@ class EnvironmentConfig(Config):
     tools: list[str] | None = Field(None, min_length=1)
     """Functions that the policy may call, each as ``module:function``, with type hints and a docstring."""
     score: str | EnvironmentVerifier | None = None
-    """Function that scores an episode with ``tools`` or a ``user``: ``gold``, ``gsm8k_answer``, or
-    ``module:function``; or a verifier of the last turn, as ``{math: answer}``."""
+    """Scores an episode with ``tools`` or a ``user``: ``gold``, ``gsm8k_answer``, ``module:function``, or a verifier of
+    its last turn, as ``{math: answer}``."""
     verifiers: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/@-]*$")
     """Installed environment of the package verifiers, by the name of its package: ``reverse-text``."""
     openenv: str | None = None

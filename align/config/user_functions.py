@@ -29,6 +29,9 @@ SHORT = {
     "gold": f"{CHECKERS}:gold",
     "gsm8k_answer": f"{CHECKERS}:gsm8k_answer",
     "reasoning_gym": "align.data.families.gym_tasks:verified",
+    "gsm8k_strict": "align.data.published_scores:gsm8k_strict",
+    "countdown": "align.data.published_scores:countdown",
+    "reverse_text": "align.data.published_scores:reverse_text",
 }
 """Short names of align's own functions."""
 

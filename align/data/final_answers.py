@@ -1,5 +1,6 @@
 r"""The answer in a model's text: the text after its thoughts, and the final number of a worked solution. Torch-free.
 
+``split_thought`` is the rule for every reader of responses: scorers, judges, reward models and metrics.
 ``final_number`` is the rule for rewards and evaluation: the number after ``####`` (GSM8K's mark, arXiv 2110.14168),
 else in the last ``\boxed{}`` (MATH's), else the last number of the text. It skips thoughts and reads fractions. Two
 different answers count as no answer. ``marked_number`` and ``last_number`` read as other harnesses do: the first and
@@ -20,7 +21,9 @@ _NAMES = "|".join(TAGS)
 LEADING = re.compile(
     rf"\s*(?:<(?P<tag>{_NAMES})>.*?(?:</(?P=tag)>|\Z)"
     r"|\[THINK\].*?(?:\[/THINK\]|\Z)"  # Magistral
-    r"|<\|channel\|>analysis<\|message\|>.*?(?:<\|end\|>|\Z))",  # gpt-oss
+    # gpt-oss: the header of the answer's channel belongs to the end of the thought
+    r"|(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>.*?"
+    r"(?:<\|end\|>(?:<\|start\|>assistant<\|channel\|>final<\|message\|>)?|\Z))",
     re.DOTALL,
 )
 """A thought that a turn begins with. A thought that is never closed is the whole turn."""
@@ -29,6 +32,9 @@ OPENED = re.compile(
     re.DOTALL,
 )
 """A thought that the generation prompt has opened. A closing tag within a call's text is followed by more of it."""
+CLOSED = re.compile(rf"(?:</(?:{_NAMES})>|\[/THINK\]|<\|end\|>|<\|channel\|>final<\|message\|>)\Z")
+"""The end of a thought that is closed."""
+_CLOSING = re.compile(rf"</(?:{_NAMES})>|\[/THINK\]")
 EMPTY = re.compile(rf"(?:<(?:{_NAMES})>)?</(?:{_NAMES})>|(?:\[THINK\])?\[/THINK\]")
 """An empty thought without white space, or its end if the generation prompt has opened it."""
 
@@ -42,15 +48,56 @@ _MARK = re.compile(
 skipped in decoding: ``analysisFive and … so 16.assistantfinal#### 16``."""
 
 
+class AnswerText(str):
+    """The answer of a response, as scorers read it. ``full_text`` is the response with its thought.
+
+    A response that ends inside its thought has an empty answer, and ``is_open`` is True.
+    """
+
+    full_text: str
+    thought: str
+    """The thought with its marks; empty if the response has no thought."""
+    is_open: bool
+
+    @classmethod
+    def cut(cls, text: str, end: int, is_open: bool = False) -> AnswerText:
+        """Return the answer of a response whose thought has ``end`` characters."""
+        answer = cls(text[end:])
+        answer.full_text, answer.thought, answer.is_open = text, text[:end], is_open
+        return answer
+
+
+def split_thought(text: str, is_opened: bool = False) -> AnswerText:
+    """Return the answer of a response, which knows the thought before it.
+
+    Args:
+        text: The response. Special tokens that mark thoughts must be part of it.
+        is_opened: True if the generation prompt has opened the thought.
+    """
+    end = thought_end(text)
+    is_open = end > 0 and CLOSED.search(text[:end]) is None
+    if end == 0 and is_opened:
+        closing = _CLOSING.search(text)
+        end, is_open = (len(text), True) if closing is None else (closing.end(), False)
+    if end:
+        # The space between a thought and the answer belongs to neither.
+        end = len(text) - len(text[end:].lstrip())
+    return AnswerText.cut(text, end, is_open)
+
+
 def hide_thoughts(text: str) -> str:
     """Replace the characters of the thoughts that a turn begins with by spaces."""
+    end = thought_end(text)
+    return " " * end + text[end:]
+
+
+def thought_end(text: str) -> int:
+    """Return the number of characters of the thoughts that a turn begins with; 0 for none."""
     end = 0
     while (thought := LEADING.match(text, end)) is not None:
         end = thought.end()
     opened = OPENED.match(text) if end == 0 else None
-    if opened is not None:
-        end = opened.end()
-    return " " * end + text[end:]
+    return end if opened is None else opened.end()
 
 
 def answer_text(text: str) -> str | None:

@@ -24,6 +24,7 @@ from typing import Any, Literal, Protocol
 from align.config.scores import is_reserved
 from align.config.user_functions import check_call, full_path, load_function
 from align.data.event_loop import gather_bounded, wait_for
+from align.data.final_answers import AnswerText, split_thought
 from align.data.rows import Row
 from align.errors import NO_SPACE, StageFailed, UserError, shorten
 from align.store.retry import is_unreachable
@@ -96,7 +97,9 @@ class FunctionScorer:
         Raises ``UserError`` for a wrong number of results, for scores that are not finite and metrics that are no
         numbers, and ``ScoreFailed`` for an exception of a function with a label.
         """
-        results = self._call_each(rows, responses) if self.takes_one else self._call(rows, responses)
+        # Texts of rows, such as reference answers, were not sampled and are split here.
+        answers: list[str] = [text if isinstance(text, AnswerText) else split_thought(text) for text in responses]
+        results = self._call_each(rows, answers) if self.takes_one else self._call(rows, answers)
         if len(results) != len(responses):
             raise UserError(f"{self.path} returned {len(results)} scores for {len(responses)} responses; one each.")
         scores: list[float] = []

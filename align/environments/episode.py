@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from align.data.call_values import ToolCall
+from align.data.final_answers import AnswerText, split_thought
 from align.data.formats.messages import tool_calls
 from align.data.rows import Message, user
+from align.inference.protocol import Response
 
 ROW_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")
 """Fields of a message that rows store."""
@@ -26,19 +28,8 @@ reached its maximum of turns; or its environment failed."""
 
 
 @dataclass(frozen=True)
-class PolicyTurn:
-    """One turn that the policy sampled."""
-
-    token_ids: list[int]
-    """Sampled tokens, including the end of turn if it was sampled."""
-    logprobs: list[float]
-    """The engine's log-probability of each token."""
-    finished: bool
-    """True if the end of turn was sampled."""
-    text: str
-    """The decoded tokens without special tokens."""
-    weights_update: int | None = None
-    """Update before which the policy had the weights that sampled it; None outside of training."""
+class PolicyTurn(Response):
+    """One turn that the policy sampled; ``weights_update`` is None outside of training."""
 
     @property
     def tokens(self) -> int:
@@ -86,7 +77,7 @@ class Episode:
     @property
     def token_ids(self) -> list[int]:
         """Ids of all tokens after the prompt, (T,)."""
-        return [token for segment, _ in self._segments() for token in segment]
+        return [token for turn, observation in self._pairs() for token in (*turn.token_ids, *observation)]
 
     @property
     def logprobs(self) -> list[float]:
@@ -108,12 +99,15 @@ class Episode:
     @property
     def mask(self) -> list[bool]:
         """True on the tokens that the policy sampled, (T,)."""
-        return [sampled for segment, sampled in self._segments() for _ in segment]
+        mask: list[bool] = []
+        for turn, observation in self._pairs():
+            mask += [*turn.mask, *([False] * len(observation))]
+        return mask
 
     @property
     def length(self) -> int:
         """Tokens after the prompt."""
-        return sum(len(segment) for segment, _ in self._segments())
+        return sum(len(turn.token_ids) + len(observation) for turn, observation in self._pairs())
 
     @property
     def finished(self) -> bool:
@@ -122,20 +116,33 @@ class Episode:
 
     @property
     def text(self) -> str:
-        """Text of the last turn: the answer that scorers of single responses read."""
+        """Text of the last turn."""
         return self.turns[-1].text if self.turns else ""
+
+    @property
+    def answer_text(self) -> AnswerText:
+        """The last turn's text after its thought: the answer that scorers of single responses read."""
+        return self.turns[-1].answer_text if self.turns else AnswerText.cut("", 0)
 
     def _pairs(self) -> list[tuple[PolicyTurn, list[int]]]:
         # The last turn has no observation, so it is paired with an empty observation.
         observations = [*self.observations, *([[]] * (len(self.turns) - len(self.observations)))]
         return list(zip(self.turns, observations, strict=True))
 
-    def _segments(self) -> list[tuple[list[int], bool]]:
-        """Return the token ids of each turn and observation, in order, and whether the policy sampled them."""
-        segments: list[tuple[list[int], bool]] = []
+    @property
+    def forced(self) -> list[int]:
+        """Positions of ``token_ids`` that thinking budgets forced."""
+        positions: list[int] = []
+        start = 0
         for turn, observation in self._pairs():
-            segments += [(turn.token_ids, True), (observation, False)]
-        return segments
+            positions += [start + position for position in turn.forced]
+            start += len(turn.token_ids) + len(observation)
+        return positions
+
+    @property
+    def thought_tokens(self) -> int:
+        """Tokens of the thoughts of all turns."""
+        return sum(turn.thought_tokens for turn in self.turns)
 
     def context_ids(self) -> list[int]:
         """Return the token ids that the next turn continues: the prompt, and all that followed."""
@@ -187,6 +194,18 @@ def turn_places(episode: Episode) -> list[int]:
         return []
     places = [index for index, message in enumerate(episode.messages) if message["role"] == "assistant"]
     return places[-len(episode.turns) :]
+
+
+def scored_messages(episode: Episode) -> list[Message]:
+    """Return the conversation as an environment scores it: the policy's thoughts are fields of their messages."""
+    messages = list(episode.messages)
+    for place, turn in zip(turn_places(episode), episode.turns, strict=False):
+        if not turn.thought_tokens:
+            continue
+        content = split_thought(messages[place]["content"], is_opened=True)
+        answer = "" if turn.is_open else str(content)
+        messages[place] = messages[place] | {"content": answer, "reasoning_content": content.thought}
+    return messages
 
 
 def sampled_tokens(episode: Episode) -> int:

@@ -15,7 +15,7 @@ from align.config.environment import EnvironmentConfig
 from align.data.call_values import ToolCall
 from align.data.rows import Message, user
 from align.data.tool_calls import ParsedTurn, ToolCallFormat
-from align.environments.episode import CallRecord, Episode, PolicyTurn, failed_episode
+from align.environments.episode import CallRecord, Episode, PolicyTurn, failed_episode, scored_messages
 from align.environments.results import Scores, Step
 
 Method = Literal["reset", "call", "step", "user", "score"]
@@ -195,7 +195,7 @@ class EpisodeRun:
         """Continue after a turn without calls: the environment or a user answers it, or the episode is over."""
         number = len(self.episode.turns) - 1
         if self.rules.has_step:
-            self.action = Act("step", number, 0, (turn.text,))
+            self.action = Act("step", number, 0, (str(turn.answer_text),))
         elif self.rules.user is None:
             self._end("finished")
         elif self._is_last_turn and self.rules.user.stop is None:
@@ -351,7 +351,7 @@ class EpisodeRun:
 
     def _end(self, stop: Literal["finished", "truncated", "max_turns"]) -> None:
         self.episode.stop = stop
-        self.action = Act("score", len(self.episode.turns) - 1, 0, (self.episode.messages,))
+        self.action = Act("score", len(self.episode.turns) - 1, 0, (scored_messages(self.episode),))
 
     def fail(self, reason: str) -> None:
         """End the episode because its environment failed."""

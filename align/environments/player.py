@@ -12,7 +12,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from align.environments.turn_template import TurnTemplate
 from align.environments.user_models import check_user_rows, open_stage_user, user_prompt, user_usage
 from align.environments.worker_pool import EnvironmentPool
 from align.inference.protocol import Response, Session, TurnRequest
+from align.inference.thoughts import ThinkingSession, ThoughtReader
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 
@@ -214,7 +215,8 @@ class EpisodePlayer:
 
     def _turn(self, response: Response) -> PolicyTurn:
         update = self.weights_update if response.weights_update is None else response.weights_update
-        return PolicyTurn(response.token_ids, response.logprobs, response.finished, response.text, update)
+        values = {entry.name: getattr(response, entry.name) for entry in fields(PolicyTurn)}
+        return PolicyTurn(**values | {"weights_update": update})
 
 
 class EnvironmentPlayer:
@@ -273,6 +275,7 @@ class EnvironmentPlayer:
         journal: Journal | None = None,
         on_progress: Progress | None = None,
         weights_update: int | None = None,
+        thinking_budget: int | None = None,
     ) -> list[Episode]:
         """Return an episode for each task, in order.
 
@@ -280,7 +283,7 @@ class EnvironmentPlayer:
         """
         from align.inference.sessions import open_session  # imports torch
 
-        session = open_session(engine, temperature)
+        session = ThinkingSession(open_session(engine, temperature), ThoughtReader(self.tokenizer), thinking_budget)
         try:
             return self.play_in(session, tasks, journal, on_progress, weights_update)
         finally:

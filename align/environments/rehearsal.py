@@ -46,6 +46,8 @@ class Rehearsal:
     """Name of the stage, for messages."""
     user_dir: Path | None = None
     """Checkpoint that plays the user; None if there is none."""
+    thinking_budget: int | None = None
+    """Tokens after which a thought is closed by force."""
 
     def open_player(self, user: SimulatedUser | None) -> EnvironmentPlayer:
         """Open the environment. Raises ``UserError`` if it does not fit the checkpoint."""
@@ -99,7 +101,13 @@ def play(
         player.check_rows(task.row for task in tasks)
         engine = rehearsal.open_engine(warn)
         stack.callback(engine.close)
-        episodes = player.play(engine, tasks, temperature=rehearsal.temperature, on_progress=on_progress)
+        episodes = player.play(
+            engine,
+            tasks,
+            temperature=rehearsal.temperature,
+            on_progress=on_progress,
+            thinking_budget=rehearsal.thinking_budget,
+        )
     return [StoredEpisode(task.row, task.seed, episode) for task, episode in zip(tasks, episodes, strict=True)]
 
 
@@ -175,13 +183,13 @@ class ReplaySession(Session):
 
     def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
         """Return all requested turns. A turn that was not stored is empty and cut off."""
-        responses = []
+        responses: list[tuple[int, Response]] = []
         while self._requests:
             episode, number = self._requests.popleft()
             turns = self._turns[episode]
             # A changed environment may ask for more turns than were stored.
             turn = turns[number] if number < len(turns) else PolicyTurn([], [], False, "")
-            responses.append((episode, Response(turn.token_ids, turn.logprobs, turn.finished, turn.text)))
+            responses.append((episode, turn))
         return responses
 
 

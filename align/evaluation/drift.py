@@ -16,6 +16,7 @@ from align.evaluation.logprobs import LoadedModels, LogprobsOf, heldout_losses
 from align.evaluation.plan import Plan
 from align.evaluation.scoring import ResultCache
 from align.evaluation.systems import Policy, System
+from align.inference.protocol import Response
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 
@@ -259,20 +260,28 @@ def kl_values(
         and ``sampler_gap``, the mean |sampler - policy| log-probability per token. The gap is large if the engine
         sampled from other weights than the policy's.
     """
-    estimates = [sequence_kl(values, ref_values) for values, ref_values in zip(logprobs, ref_logprobs, strict=True)]
     responses = [response for samples in response_set.responses for response in samples]
-    gaps = [
+    logprobs, ref_logprobs = _zero_forced(logprobs, responses), _zero_forced(ref_logprobs, responses)
+    estimates = [sequence_kl(values, ref_values) for values, ref_values in zip(logprobs, ref_logprobs, strict=True)]
+    gap = 0.0
+    for response, values in zip(responses, logprobs, strict=True):
         # The engine's log-probabilities against the trainer's: a large gap means that other weights were sampled.
-        abs(sampled - value)
-        for response, values in zip(responses, logprobs, strict=True)
-        for sampled, value in zip(response.logprobs, values, strict=True)
-    ]
+        gap += sum(abs(sampled - value) for sampled, value in zip(response.logprobs, values, strict=True))
+    sampled_tokens = sum(sum(response.mask) for response in responses)
     return {
         "kl": response_set.unflatten([k1 for k1, _ in estimates]),
         "kl_k3": response_set.unflatten([k3 for _, k3 in estimates]),
         "token_kl": _token_kl(logprobs, ref_logprobs, response_set),
-        "sampler_gap": sum(gaps) / max(1, len(gaps)),
+        "sampler_gap": gap / max(1, sampled_tokens),
     }
+
+
+def _zero_forced(logprobs: Sequence[Sequence[float]], responses: Sequence[Response]) -> list[list[float]]:
+    """Return log-probabilities with 0 for tokens that a thinking budget forced, as the engine has it."""
+    return [
+        [value if is_sampled else 0.0 for value, is_sampled in zip(values, response.mask, strict=True)]
+        for values, response in zip(logprobs, responses, strict=True)
+    ]
 
 
 def _token_kl(

@@ -8,7 +8,7 @@ that a killed attempt resumes, and a later run with the same inputs reuses them.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,10 +28,12 @@ from align.evaluation.scoring import (
     ScoringContext,
     describe_rewards,
     function_values,
+    has_thoughts,
     reward_list_values,
     reward_values,
     select_best,
     shape_values,
+    thought_values,
 )
 from align.evaluation.systems import OpenEngine, Policy, ResponseCache, Sampler, System
 from align.pipeline.context import StageContext
@@ -119,6 +121,7 @@ class Evaluation:
             warn=self.context.warn,
             progress=lambda done, total: self.context.progress(done, total, unit="responses"),
             precision=plan.precision,
+            thinking_budget=plan.thinking_budget,
         )
         tasks = [task for task in plan.tasks if task.responds]
         playing = [task for task in plan.tasks if task.plays]
@@ -200,6 +203,9 @@ class Evaluation:
         """Return each system's values on the prompt set: lengths, and rewards if there is a reward model."""
         plan = self.plan
         values = {name: shape_values(response_set) for name, response_set in responses.prompt_set.items()}
+        if any(map(has_thoughts, responses.prompt_set.values())):
+            for name, response_set in responses.prompt_set.items():
+                values[name] |= thought_values(response_set)
         reward = self.scoring.artifact("reward")
         if reward is None:
             return values
@@ -207,7 +213,10 @@ class Evaluation:
         entries = {}
         for name, response_set in responses.prompt_set.items():
             # Texts, not tokens: a reward model with another tokenizer reads the text.
-            texts = [[[response.text, response.finished] for response in samples] for samples in response_set.responses]
+            texts = [
+                [[str(response.answer_text), response.finished] for response in samples]
+                for samples in response_set.responses
+            ]
             # All that the scores depend on; the number is raised when the computation changes.
             entries[name] = f"reward-{name}", digest(["rewards 3", reward.weights, prompts, texts, plan.precision])
         scores_by_system = {name: self.results.read(*entry) for name, entry in entries.items()}
@@ -313,7 +322,7 @@ class Evaluation:
         return {
             "prompts": len(plan.rows),
             "samples_per_prompt": plan.sampling.n,
-            "sampling": asdict(plan.sampling),
+            "sampling": replace(plan.sampling, thinking_budget=plan.thinking_budget).settings(),
             "precision": plan.precision,
             "engines": engines,
             "seed": context.seed,

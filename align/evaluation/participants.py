@@ -26,8 +26,9 @@ from align.evaluation.logprobs import LoadedModels
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.scoring import ResultCache
 from align.evaluation.systems import Sampler, System
-from align.inference.protocol import Response, Sampling, Session, TurnRequest
+from align.inference.protocol import Response, Sampling
 from align.inference.sessions import open_session
+from align.inference.thoughts import ThinkingSession, ThoughtReader
 from align.store.fingerprint import digest
 
 NO_ANSWER = Response([], [], False, "")
@@ -160,6 +161,7 @@ class Performer:
 
     def _part(self, episode_set: EpisodeSet, tasks: Sequence[EpisodeTask]) -> list[Episode]:
         """Return the episodes of some tasks, from the cache or played now."""
+        budget = self.sampler.thinking_budget
         identity = digest(
             {
                 # The number is raised when the same episodes would be played in another way.
@@ -170,6 +172,7 @@ class Performer:
                 "temperature": episode_set.temperature,
                 "max_length": self.max_length,
                 "engine": self.sampler.identity,
+                **({} if budget is None else {"thinking_budget": budget}),
             }
         )
         stored = self.results.read("episodes", identity)
@@ -204,7 +207,11 @@ class Performer:
         if not self.system.is_plain:
             player.rules = replace(player.rules, turns=PromptedTurns(player.rules.turns, self.system.conversation))
         try:
-            session = DecodingSession(open_session(engine, episode_set.temperature), policy.tokenizer)
+            session = ThinkingSession(
+                open_session(engine, episode_set.temperature),
+                ThoughtReader(policy.tokenizer),
+                self.sampler.thinking_budget,
+            )
             try:
                 episodes = player.play_in(session, tasks, journal, self.sampler.report)
             finally:
@@ -256,40 +263,3 @@ def episode_tasks(episode_set: EpisodeSet, seed: int) -> list[EpisodeTask]:
     for row, id in zip(episode_set.rows, episode_set.ids, strict=True):
         tasks += row_tasks(row, [episode_seed(seed, id, sample) for sample in range(episode_set.samples)])
     return tasks
-
-
-class DecodingSession:
-    """A ``Session`` whose texts are decoded with another tokenizer.
-
-    The engine was opened with another checkpoint's tokenizer.
-    """
-
-    def __init__(self, session: Session, tokenizer: Any) -> None:
-        self._session = session
-        self._tokenizer = tokenizer
-        self.is_lockstep = session.is_lockstep
-
-    @property
-    def pending(self) -> int:
-        """See the protocol."""
-        return self._session.pending
-
-    def submit(self, request: TurnRequest) -> None:
-        """See the protocol."""
-        self._session.submit(request)
-
-    def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
-        """See the protocol."""
-        return [(key, self._decode(response)) for key, response in self._session.poll(timeout)]
-
-    def cache_statistics(self) -> dict[str, float] | None:
-        """See the protocol."""
-        return self._session.cache_statistics()
-
-    def close(self) -> None:
-        """See the protocol."""
-        self._session.close()
-
-    def _decode(self, response: Response) -> Response:
-        text = str(self._tokenizer.decode(response.token_ids, skip_special_tokens=True))
-        return replace(response, text=text)

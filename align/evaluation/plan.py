@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.config.scores import score_identities
-from align.config.stages.evaluate import EvaluateConfig
+from align.config.stages.evaluate import THOUGHT_METRICS, EvaluateConfig
 from align.config.stages.evaluation.gates import Gate, parse_gates
 from align.config.stages.evaluation.task_fields import TaskConfig
 from align.data.rows import user
@@ -29,6 +29,7 @@ from align.evaluation.tasks.base import Task, TaskInputs
 from align.evaluation.tasks.records import draw
 from align.inference.engine import max_positions
 from align.inference.protocol import Sampling
+from align.inference.thoughts import require_answer_room
 from align.models.chat.template_settings import TemplateSettings, stored_settings
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact, Kind
@@ -72,6 +73,8 @@ class Plan:
     resampling: Resampling
     max_length: int
     """Tokens that the engine must hold, prompt and response together."""
+    thinking_budget: int | None = None
+    """Tokens after which thoughts are closed by force; None for no limit."""
     tasks: list[Task] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
 
@@ -115,6 +118,9 @@ def make_plan(context: StageContext) -> Plan:
     rows, prompts = _prompt_set(context, systems)
     max_length = _max_length(config, policies, prompts, tasks)
     check_checkpoints(tasks, policies, max_length)
+    for policy in policies:
+        for place, limit in config.response_limits.items():
+            require_answer_room(config.thinking_budget, policy.tokenizer, limit, place)
     sampling = Sampling(
         max_tokens=config.max_tokens,
         temperature=config.temperature,
@@ -137,6 +143,7 @@ def make_plan(context: StageContext) -> Plan:
         precision=context.precision,
         resampling=Resampling(config.bootstrap, context.seed),
         max_length=max_length,
+        thinking_budget=config.thinking_budget,
         tasks=tasks,
         gates=parse_gates(config.gates, [system.name for system in systems], config.reference),
     )
@@ -331,7 +338,7 @@ def _metric_names(plan: Plan, config: EvaluateConfig) -> set[str]:
     if plan.heldout:
         names.add("heldout_loss")
     if plan.rows:
-        names |= {"length", "finished"}
+        names |= {"length", "finished", *THOUGHT_METRICS}
         names |= {*(program.metric for program in plan.programs), *config.reward_metrics}
         if plan.sampling.temperature > 0:
             names |= {"kl", "kl_k3"}

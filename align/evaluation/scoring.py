@@ -59,17 +59,32 @@ class ResultCache:
 
 
 def shape_values(response_set: ResponseSet) -> dict[str, Values]:
-    """Return ``length`` in tokens, and ``finished``: 1 for a response that ended by itself, else 0."""
+    """Return ``length`` of answers in tokens, and ``finished``: 1 for a response that ended by itself, else 0."""
     return {
-        "length": [[float(len(response.token_ids)) for response in samples] for samples in response_set.responses],
+        "length": [[float(response.answer_tokens) for response in samples] for samples in response_set.responses],
         "finished": [[float(response.finished) for response in samples] for samples in response_set.responses],
+    }
+
+
+def has_thoughts(response_set: ResponseSet) -> bool:
+    """Return True if a response has a thought."""
+    return any(response.thought_tokens for samples in response_set.responses for response in samples)
+
+
+def thought_values(response_set: ResponseSet) -> dict[str, Values]:
+    """Return ``thought_length`` in tokens, and ``open_thoughts``: 1 for a response that ends inside its thought."""
+    return {
+        "thought_length": [
+            [float(response.thought_tokens) for response in samples] for samples in response_set.responses
+        ],
+        "open_thoughts": [[float(response.is_open) for response in samples] for samples in response_set.responses],
     }
 
 
 def function_values(scorer: Scorer, rows: Sequence[Row], response_set: ResponseSet) -> Values:
     """Return the scores of a verifiable function, per prompt and sample."""
     responses, repeated = response_set.flatten(rows)
-    texts = [response.text for response in responses]
+    texts: list[str] = [response.answer_text for response in responses]
     scores = scorer.score(repeated, texts, [not response.finished for response in responses])
     return response_set.unflatten(scores)
 
@@ -80,7 +95,7 @@ def reward_list_values(scorer: WeightedSum, rows: Sequence[Row], response_set: R
     Metrics of the rewards follow, ``score_<name>_<metric>``, without those that some response lacks.
     """
     responses, repeated = response_set.flatten(rows)
-    texts = [response.text for response in responses]
+    texts: list[str] = [response.answer_text for response in responses]
     parts = scorer.score_parts(repeated, texts, [not response.finished for response in responses])
     # Scores always count, and a model's NaN shows; only of a further metric it means that the response lacks it.
     return {
@@ -105,7 +120,7 @@ def reward_values(
         repeated += set_rows
     scores = score(
         [row["prompt"] for row in repeated],
-        [response.text for response in responses],
+        [response.answer_text for response in responses],
         [response.finished for response in responses],
         [row.get("tools") for row in repeated],
     )
@@ -263,7 +278,7 @@ def select_best(
         offered = [tool for tool, samples in zip(tools, answers, strict=True) for _ in samples]
     scores = context.reward_scores(
         [turn.prompt for turn in last],
-        [turn.response.text for turn in last],
+        [str(turn.response.answer_text) for turn in last],
         [turn.response.finished for turn in last],
         tools=offered,
     )

@@ -25,6 +25,7 @@ from align.evaluation.answers import Example, ResponseSet
 from align.evaluation.scorecard import SystemInfo
 from align.inference.engine import SwitchingEngine, architecture
 from align.inference.protocol import Response, RolloutEngine, Sampling
+from align.inference.thoughts import ThoughtReader, generate
 from align.models.chat.render import render_prompt
 from align.store.fingerprint import digest, file_digest
 from align.store.json_files import numbered_lines, read_entry, write_entry
@@ -261,10 +262,12 @@ class Sampler:
         warn: Callable[[str], None],
         progress: Progress,
         precision: str = "bfloat16",
+        thinking_budget: int | None = None,
     ) -> None:
         """``open_engine(model_dir, runtime)`` opens an engine that computes in ``precision``; ``progress(done, total)``
-        counts responses, ``total`` those announced to ``expect``.
+        counts responses, ``total`` those announced to ``expect``. Thoughts are closed after ``thinking_budget`` tokens.
         """
+        self.thinking_budget = thinking_budget
         # A process can hold one vLLM only, and numbers of two engines do not compare: transformers samples all.
         several = len({architecture(policy.model_dir) for policy in policies}) > 1
         if several and runtime.engine.name != "transformers" and not runtime.rollouts.servers:
@@ -288,12 +291,13 @@ class Sampler:
 
     def generate(self, policy: Policy, prompts: list[list[int]], sampling: Sampling) -> ResponseSet:
         """Return a checkpoint's responses, from the cache or sampled now."""
+        sampling = replace(sampling, thinking_budget=self.thinking_budget)
         # Everything that changes the responses: weights, token ids, sampling, and the engine with its precision.
         identity = digest(
             {
                 "key": policy.key,
                 "prompts": prompts,
-                "sampling": asdict(sampling),
+                "sampling": sampling.settings(),
                 "engine": self.identity,
             }
         )
@@ -301,6 +305,12 @@ class Sampler:
         if response_set is None:
             response_set = _generate(self.engine_with(policy), policy, prompts, sampling, self.report)
             self.cache.write(identity, response_set)
+        # Responses of earlier versions were stored without their thoughts.
+        reader = ThoughtReader(policy.tokenizer)
+        response_set.responses = [
+            [reader.read(ids, response) for response in samples]
+            for ids, samples in zip(prompts, response_set.responses, strict=True)
+        ]
         tokens = sum(len(response.token_ids) for samples in response_set.responses for response in samples)
         self.count(len(prompts) * sampling.n, tokens, response_set.engine)
         return response_set
@@ -330,7 +340,7 @@ class Sampler:
 def _generate(
     engine: RolloutEngine, policy: Policy, prompts: list[list[int]], sampling: Sampling, progress: Progress
 ) -> ResponseSet:
-    responses = engine.generate(prompts, sampling, progress)
+    responses = generate(engine, ThoughtReader(policy.tokenizer), prompts, sampling, progress)
     if len(responses) != len(prompts) or any(len(samples) != sampling.n for samples in responses):
         raise RuntimeError(f"the engine returned other than {sampling.n} responses to each of {len(prompts)} prompts")
     # The engine was opened with another checkpoint's tokenizer: texts are decoded with the policy's own.
@@ -344,6 +354,7 @@ def _generate(
                     logprobs=[float(value) for value in sample.logprobs],
                     finished=bool(sample.finished),
                     text=decode(sample.token_ids, skip_special_tokens=True),
+                    forced=sample.forced,
                 )
                 for sample in samples
             ]

@@ -17,6 +17,7 @@ from typing import Any
 from align.data.card import License
 from align.data.push import Part, Upload, check_repo, hub_errors, make_repository
 from align.errors import UserError
+from align.export.thinking import serving_advice
 from align.models.checkpoints.conversion import CLASSIFIER, tokenizer_folder
 from align.models.checkpoints.files import ADAPTER_CONFIG
 from align.models.checkpoints.folder_checks import check_adapter, check_folder
@@ -59,6 +60,8 @@ class Written:
     architecture: str
     files: dict[str, int]
     """Sizes in bytes by name."""
+    serving_advice: list[str] = field(default_factory=list)
+    """Sentences about serving a model that thinks."""
 
 
 @dataclass
@@ -185,6 +188,7 @@ def export(source: Source, out: Path, dtype: str | None = None, shard: str = SHA
         parameters=sum(weight.numel() for weight in model.parameters()),
         architecture=type(model).__name__,
         files={file.name: file.stat().st_size for file in sorted(out.iterdir()) if file.is_file()},
+        serving_advice=[] if source.is_reward() else serving_advice(tokenizer, model.config.model_type),
     )
 
 

@@ -99,7 +99,8 @@ def _about(facts: Facts) -> list[str]:
 def _use(facts: Facts) -> list[str]:
     examples = json.loads(Path(__file__).with_name("usage.json").read_text(encoding="utf-8"))
     code = "\n".join(examples["reward" if facts.written.is_reward else "policy"])
-    return [*fenced(code, "python"), "", *_checked(facts)]
+    advice = [line for sentence in facts.written.serving_advice for line in (sentence, "")]
+    return [*fenced(code, "python"), "", *advice, *_checked(facts)]
 
 
 def _checked(facts: Facts) -> list[str]:

@@ -20,11 +20,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from align.config.runtime import EngineConfig, Runtime
+from align.data.final_answers import AnswerText
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,15 @@ class Sampling:
     seed: int = 0
     seeds: tuple[int, ...] | None = None
     """A seed per prompt instead of ``seed`` and its index: its responses are then the same in any list of prompts."""
+    thinking_budget: int | None = None
+    """Tokens after which a thought is closed by force; only ``align.inference.thoughts`` reads it."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as JSON, without those that were added later and are not set."""
+        settings = asdict(self)
+        if self.thinking_budget is None:
+            del settings["thinking_budget"]
+        return settings
 
     def request_seed(self, prompt: int, sample: int) -> int:
         """Return the seed of one response, from ``seed`` and the response's index: batching does not change it."""
@@ -72,6 +82,30 @@ class Response:
     """The tokens decoded, special ones omitted."""
     weights_update: int | None = None
     """Update whose weights sampled it, if they may change while a session is open; None if they stay."""
+    thought_tokens: int = 0
+    """Tokens of the thought that the response begins with, its marks included."""
+    thought_end: int = 0
+    """Characters of ``text`` before the answer."""
+    is_open: bool = False
+    """True if the response ends inside its thought, so it has no answer."""
+    forced: list[int] = field(default_factory=list)
+    """Positions of the tokens that a thinking budget forced; their log-probabilities are 0 and they are not learned."""
+
+    @property
+    def answer_text(self) -> AnswerText:
+        """The answer after the thought."""
+        return AnswerText.cut(self.text, self.thought_end, self.is_open)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Number of tokens after the thought."""
+        return len(self.token_ids) - self.thought_tokens
+
+    @property
+    def mask(self) -> list[bool]:
+        """True on the tokens that were sampled, (T,)."""
+        forced = set(self.forced)
+        return [position not in forced for position in range(len(self.token_ids))]
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ class WeightsKeeper:
             raise ValueError(f"the weights in {path} have the digest {received}, and {digest} was announced")
         self._align_count_loads()
         # 2. Load through vLLM's own method, which the counter sees.
-        repack_experts(self.model_runner.get_model())
-        self.reload_weights(weights_path=path)  # type: ignore[attr-defined]
+        with repack_experts(self.model_runner.get_model()):
+            self.reload_weights(weights_path=path)  # type: ignore[attr-defined]
         return self.align_name_weights(version, received)
 
     def align_name_weights(self, version: str, digest: str | None = None) -> dict[str, Any]:

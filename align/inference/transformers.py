@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from align.errors import UserError
 from align.inference.protocol import Progress, Response, Sampling, TurnRequest, Watchdog
+from align.inference.thoughts import ThoughtReader
 from align.models.chat.render import render_prompt
 from align.models.checkpoints.conversion import require_finite
 from align.models.compute.processes import cumulative_sum, trim_malloc
@@ -314,8 +315,12 @@ class Replier:
         self.generator = torch.Generator().manual_seed(random.SystemRandom().getrandbits(62))
 
     def reply(self, turns: list[dict[str, str]]) -> Iterator[str]:
-        """Yield the reply to ``turns`` in pieces; a piece never ends inside a character."""
+        """Yield the reply to ``turns`` in pieces; a piece never ends inside a character.
+
+        A thought that the prompt opens begins with the prompt's mark.
+        """
         ids = self._prompt_ids(turns)
+        yield ThoughtReader(self.tokenizer).opening_text(ids[0].tolist())
         cache = None
         tokens: list[int] = []
         printed = ""

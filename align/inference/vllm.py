@@ -248,8 +248,8 @@ class VllmEngine:
         with self.watchdog.watch("load_weights"):
             with torch.no_grad(), _preserve_global_state():
                 self.sleep_mode.wake(WEIGHTS)
-                repack_experts(self.runner.model)
-                self.runner.reload_weights(weights_iterator=self._complete(weights, loaded))
+                with repack_experts(self.runner.model):
+                    self.runner.reload_weights(weights_iterator=self._complete(weights, loaded))
             refuse_missing(self.names, loaded)
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("vLLM kept its prefix cache across a change of weights: requests still hold blocks")

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from align.config.runtime import EngineConfig
 from align.config.tuning import AdaptersTuning, PrefixTuning
 from align.inference.weights import adapter_weights
+from align.models.fast.stateful_layers import carries_state
 from align.models.tuning.stored import DESCRIPTION, FOLDER, is_stored, stored_tuning
 from align.patches.vllm import allow_blocks_of_16, attention_kernel
 
@@ -70,6 +71,8 @@ def why_model_unsupported(model_dir: Path, device: torch.device, dtype: torch.dt
     except ValidationError as error:
         # The message continues with the list of all architectures there are.
         return f"vLLM does not support the model ({str(error.errors()[0]['msg']).split('. ')[0]})"
+    if config.using_transformers_backend() and carries_state(config.hf_config):
+        return f"vLLM has no {config.architectures[0]}, and runs no layers with a state by transformers"
     if device.type != "cpu" or config.is_attention_free:
         return None
     if dtype == torch.float32 and hasattr(config.hf_text_config, "linear_key_head_dim"):
@@ -123,8 +126,9 @@ def record_experts(model: Any) -> Iterator[dict[int, list[torch.Tensor]]]:
     Both runners read them by ``set_capture_fn`` of the routers. Raises ``VllmChanged``.
     """
     layers = importlib.import_module("vllm.model_executor.layers.fused_moe.layer")
-    kind = getattr(layers, "MoERunner", None)
-    routers = {m.layer_id: m.router for m in model.modules() if kind is not None and isinstance(m, kind)}
+    if not hasattr(layers, "MoERunner"):
+        raise VllmChanged("MoERunner")
+    routers = {module.layer_id: module.router for module in model.modules() if isinstance(module, layers.MoERunner)}
     if not routers or not all(hasattr(router, "set_capture_fn") for router in routers.values()):
         raise VllmChanged("set_capture_fn")
     choices: dict[int, list[torch.Tensor]] = {number: [] for number in sorted(routers)}

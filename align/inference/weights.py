@@ -59,7 +59,8 @@ def with_stored_names(
     transformers computes with all experts of a layer as one tensor (experts, ...), and stores a tensor for each expert.
     One layer at a time is converted, so memory stays bounded.
     """
-    layer, waiting = "", {}
+    layer = ""
+    waiting: dict[str, torch.Tensor] = {}
     for name, tensor in weights:
         if name in names or name == HEAD:
             yield name, tensor

@@ -11,10 +11,13 @@ from align.data.final_answers import EMPTY
 from align.data.rows import assistant, user
 from align.lint.findings import Findings
 from align.models.chat.render import MAX_TRAILING
+from align.models.chat.template_settings import thinking_state
 
 U1, A1, U2, A2 = "Qanat", "Zephyrus", "Xylem", "Vortex"
 PROBE = [user(U1), assistant(A1), user(U2), assistant(A2)]
 
+THOUGHT_SIGN = re.compile(r"think|thought|reasoning|<\|channel\|>", re.IGNORECASE)
+"""Sign of thoughts in a template, or in an added token."""
 MARK = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?[a-z]{1,3}>|<(?:start|end)_of_[a-z]+>|\[/?[A-Z_]{2,20}\]|<</?[A-Z]+>>")
 """Marks of the known templates: ``<|im_end|>``, ``</s>``, ``<end_of_turn>``, ``[/INST]``."""
 
@@ -88,6 +91,14 @@ class ChatFormat:
         names = self.special_pattern.findall(lead) if self.special_pattern else []
         is_header = bool(names) and lead.rstrip().endswith(names[-1])
         return squeezed(lead) if is_header or EMPTY.fullmatch(squeezed(lead)) else ""
+
+    @cached_property
+    def is_thinking(self) -> bool:
+        """True if the model may write thoughts: template or tokenizer mention them, and they are not switched off."""
+        state = thinking_state(self.tokenizer)
+        added = [token.content for token in getattr(self.tokenizer, "added_tokens_decoder", {}).values()]
+        mentions = any(map(THOUGHT_SIGN.search, [str(self.tokenizer.chat_template), *added]))
+        return state == "on" or (state is None and mentions)
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         """Return the text of a conversation."""

@@ -15,6 +15,7 @@ from align.data.rows import Message, Row, is_finished
 from align.errors import UserError, shorten
 from align.lint.chat_format import ChatFormat
 from align.lint.findings import Place
+from align.models.chat.render import READ_THOUGHTS
 from align.pipeline.registry import STAGES, find_stage, load_object
 from align.training import rows as encoders
 from align.training.unpaired import encode_unpaired
@@ -187,13 +188,15 @@ class BatchReader:
         for side, (ids, labels, hidden) in zip(self.sides, parts, strict=True):
             # A supervised stage learns the chosen answer of a pair.
             field = side if row.get(side) else "chosen"
-            answer = row.get(field) or []
+            turns = [*row["prompt"], *(row.get(field) or [])]
+            if row.get(READ_THOUGHTS):
+                turns = [encoders.answer_only(turn) for turn in turns]
             sequence = TokenSequence(
                 place=place,
                 side=side,
                 ids=ids,
                 labels=labels,
-                messages=[*row["prompt"], *answer],
+                messages=turns,
                 finished=is_finished(row, field),
                 chat_format=self.chat_format,
                 tools=row.get("tools"),

@@ -121,7 +121,7 @@ class Linter:
             placed_rows.append((place, row))
             # 1. The turns as text.
             check_turns(row, place, self.chat_format, self.findings)
-            check_thoughts(row, place, self.findings)
+            check_thoughts(row, place, self.findings, is_thinking=self.chat_format.is_thinking)
             self._calls.check(row, place, self.findings)
             if isinstance(row.get("label"), bool):
                 self._labels[row["label"]] += 1

@@ -22,6 +22,7 @@ from align.lint.encodings import UNPAIRED, Collator, encoding_of
 from align.lint.findings import Finding, Findings
 from align.lint.linter import Linter, Options
 from align.lint.tokens import Limits, Supervise
+from align.models.chat.template_settings import State, TemplateSettings
 from align.pipeline.context import StageContext
 from align.store.json_files import write_text_atomically
 from align.training.rows import Encoded
@@ -248,13 +249,14 @@ def lint_dataset(
     rows: int | None = Options.rows,
     seed: int = 0,
     reward: Path | None = None,
+    thinking: State | None = None,
 ) -> list[Finding]:
     """Lint both splits of a built dataset for a model: a folder, or a built-in model's name.
 
     ``kind`` is a recipe's kind of rows or a kind of training stage; None takes the kind of rows that the columns show.
     ``reward`` is the folder of a reward model that scores up to
-    ``MAX_SCORED_PAIRS`` pairs of each split, to detect swapped sides. Raises ``UserError`` for a folder without
-    splits or a model without chat template.
+    ``MAX_SCORED_PAIRS`` pairs of each split, to detect swapped sides. ``thinking`` sets the template's switch. Raises
+    ``UserError`` for a folder without splits or a model without chat template.
     """
     from align.models.chat.render import require_chat_template
 
@@ -272,6 +274,7 @@ def lint_dataset(
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer, limits, ends = load_tokenizer_and_limits(model, Path(scratch), max_length)
         require_chat_template(tokenizer, "lint: the tokenizer")
+        TemplateSettings(thinking).apply(tokenizer, "lint: ")
         linter = Linter(tokenizer, Options(stage, limits=limits, ends=ends, rows=rows, seed=seed))
         for path, total in splits.items():
             # Draw first, then stream: only the drawn rows of a large dataset are encoded.

@@ -119,8 +119,15 @@ _OPENED = re.compile(rf"\s*(?:<(?:{'|'.join(TAGS)})>|<\|channel\|>analysis\b)")
 """A text that begins with a thought. Tags later in a text may be quoted, so they are not checked."""
 
 
-def check_thoughts(row: Row, place: Place, findings: Findings) -> None:
-    """Check the answers of one row that a stage learns; an answer that was cut off may lack its end."""
+def check_thoughts(row: Row, place: Place, findings: Findings, *, is_thinking: bool = True) -> None:
+    """Check the answers of one row that a stage learns; an answer that was cut off may lack its end.
+
+    ``is_thinking`` is True for a model that may write thoughts.
+    """
+    for message in row["prompt"]:
+        text = message["content"] or ""
+        if message["role"] in ("user", "system") and _OPENED.match(text) and answer_text(text):
+            findings.add("thought-in-other-turn", place, f"{message['role']}: {text}")
     for name in ANSWER_FIELDS:
         if name == "rejected" or (name == "completion" and row.get("label") is False):
             continue  # such an answer is an example of a bad one
@@ -133,6 +140,8 @@ def check_thoughts(row: Row, place: Place, findings: Findings) -> None:
                 findings.add("unclosed-thought", place, f"{name}: {text}")
             elif answer == "" and not message.get("tool_calls"):
                 findings.add("thought-without-answer", place, f"{name}: {text}")
+            elif answer and not is_thinking:
+                findings.add("unexpected-thought", place, f"{name}: {text}")
 
 
 CALL_SIGN = re.compile(r"[{\[<]|\w\(")

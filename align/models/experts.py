@@ -13,16 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from align.models.compute.layers import FEED_FORWARD, KERNEL_MATRICES, READ_BY_KERNELS
+
 EXPERTS = "experts"
 """Name of the module with a block's experts."""
 ROUTERS = ("gate", "router")
 """Names of the module that chooses the experts of a token."""
-READ_BY_KERNELS = ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h")
-"""Types of models with state-space layers; peft refuses ``KERNEL_MATRICES`` of some of them."""
-KERNEL_MATRICES = ("out_proj", "conv1d")
-"""Modules whose weights the kernels of state-space layers read in training."""
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
-"""Names of matrices of experts, shared experts and dense feed-forward layers, which peft moves to the experts."""
 
 
 def has_experts(config: Any) -> bool:
@@ -71,7 +67,8 @@ def default_targets(model: Any) -> str | list[str]:
     A mixture's experts, routers and feed-forward layers are skipped. So are matrices that the fused kernels of
     state-space layers read without calling the modules, because kernels would ignore adapters on them.
     """
-    is_mixture, is_read = has_experts(model.config), model.config.get_text_config().model_type in READ_BY_KERNELS
+    is_mixture = has_experts(model.config)
+    is_read = model.config.get_text_config().model_type in READ_BY_KERNELS
     if not is_mixture and not is_read:
         return "all-linear"
     skipped = ("score", *(FEED_FORWARD if is_mixture else ()), *(KERNEL_MATRICES if is_read else ()))

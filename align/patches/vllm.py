@@ -108,23 +108,32 @@ def draw_once_per_row(runner: Any, pick: Pick) -> None:
     module.batched_count_greater_than = lambda x, values: torch.zeros(len(x), dtype=torch.int64)
 
 
-def repack_experts(model: Any) -> None:
-    """Let the next reload of weights pack the experts of ``model`` for the kernels of CPUs.
+@contextmanager
+def repack_experts(model: Any) -> Iterator[None]:
+    """Inside, let a reload of weights pack the experts of ``model`` for the kernels of CPUs.
 
     Clears ``moe_kernel`` of ``UnquantizedFusedMoEMethod``. While a layer has its kernel, ``_setup_kernel`` copies new
-    weights without the packing of the first load, and the kernel reads them in the wrong order. Other platforms need
-    no packing.
+    weights without the packing of the first load, and the kernel reads them in the wrong order. A layer that the reload
+    passes over (GPT-OSS) gets its kernel back; the parity probe reports its old weights. Other platforms need no
+    packing.
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return
     module = "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method"
-    method = _private_name(f"{module}:UnquantizedFusedMoEMethod")
-    _private_name(f"{module}:UnquantizedFusedMoEMethod._setup_kernel", ["self", "layer", "w13", "w2"])
-    for layer in model.modules():
-        if isinstance(getattr(layer, "quant_method", None), method):
-            layer.quant_method.moe_kernel = None
+    kernels: list[tuple[Any, Any]] = []
+    if current_platform.is_cpu():
+        method_class = _private_name(f"{module}:UnquantizedFusedMoEMethod")
+        _private_name(f"{module}:UnquantizedFusedMoEMethod._setup_kernel", ["self", "layer", "w13", "w2"])
+        methods = [getattr(layer, "quant_method", None) for layer in model.modules()]
+        kernels = [(method, method.moe_kernel) for method in methods if isinstance(method, method_class)]
+    for method, _ in kernels:
+        method.moe_kernel = None
+    try:
+        yield
+    finally:
+        for method, kernel in kernels:
+            if method.moe_kernel is None:
+                method.moe_kernel = kernel
 
 
 def use_cpu_norms() -> bool:

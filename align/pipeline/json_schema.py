@@ -27,7 +27,8 @@ def pipeline_schema() -> dict[str, Any]:
     _define_loop(definitions, stages)
     # It has the kind of the stage that it continues, so it needs no ``stage``.
     definitions["continued_stage"] = {"type": "object", "required": [CONTINUE], "not": {"required": ["stage"]}}
-    _name_tasks_by_kind(definitions["stage_evaluate"]["properties"]["tasks"])
+    for block in ("stage_evaluate", "TrainingEvaluation"):
+        _name_tasks_by_kind(definitions[block]["properties"]["tasks"])
     for name in ("store", "report_to"):
         _accept_text(definitions["Runtime"]["properties"], name)
     named_stage = {"$ref": "#/$defs/named_stage"}

@@ -29,8 +29,8 @@ except ImportError:
     from yaml import SafeLoader as Loader  # type: ignore[assignment]
 
 
-TRAINING_TASKS = "align.evaluation.tasks:training_identities"
-"""The function that returns the identities of the tasks of a training stage's ``evaluate``."""
+TASKS = "align.evaluation.tasks"
+"""The package of evaluation tasks, which imports this one and is therefore loaded by name."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,9 @@ class Stage:
             return identify(config, base)  # type: ignore[no-any-return]
         identities: dict[str, str] = config.identities(base) if hasattr(config, "identities") else {}
         evaluation = getattr(config, "evaluate", None)
-        # Tasks belong to a package that imports this one, so it is loaded by name.
-        return identities if evaluation is None else identities | load_object(TRAINING_TASKS)(evaluation, base)
+        if evaluation is not None:
+            identities |= importlib.import_module(TASKS).training_identities(evaluation, base)
+        return identities
 
     def inspect(self, name: str) -> Callable[..., Any] | None:
         """Import the inspector's function ``name``; None if the kind has no inspector with such a function."""

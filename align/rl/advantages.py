@@ -30,6 +30,7 @@ def gae(
     lam: float,
     truncation: Truncation,
     turn_discount: float = 1.0,
+    forced: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return advantages and returns, both (B, T), zero on padding (arXiv 1506.02438, equation 16).
 
@@ -40,7 +41,7 @@ def gae(
     end counts as 0 if the response is finished, because the episode is over. After truncation it is used
     (``bootstrap``, arXiv 1712.00378) or 0 (``terminal``). Values past a row's end are not read. If an environment's
     tokens leave a gap in the mask, the recursion skips the gap: ``V_{t+1}`` is the value before the next sampled token.
-    ``turn_discount`` multiplies gamma at such a step.
+    ``turn_discount`` multiplies gamma at such a step, unless the gap are ``forced`` tokens within a turn, (B, T).
     """
     batch, width = rewards.shape
     last = last_index(response_mask)  # (B,)
@@ -51,7 +52,7 @@ def gae(
         value_at_end = torch.zeros_like(value_at_end)
 
     # A step that leads into another turn is also discounted by ``turn_discount``, (B, T). No turn follows the last.
-    crosses_turns = turn_ends(response_mask)
+    crosses_turns = turn_ends(response_mask if forced is None else response_mask | forced)
     crosses_turns[rows, last] = False
     discounts = torch.where(crosses_turns, gamma * turn_discount, gamma).to(rewards.dtype)
     traces = torch.where(crosses_turns, gamma * turn_discount * lam, gamma * lam).to(rewards.dtype)

@@ -84,7 +84,9 @@ class RolloutArguments(TrainingArguments):
         """Return the settings that decide the order of the data."""
         sources = (self.config, self.drift)
         settings = {name: next(getattr(s, name) for s in sources if hasattr(s, name)) for name in FINGERPRINT}
-        return {"seed": self.seed, **settings}
+        # Checkpoints of runs without a budget lack it.
+        budget = self.config.thinking_budget
+        return {"seed": self.seed, **settings, **({} if budget is None else {"thinking_budget": budget})}
 
 
 def rollout_arguments(

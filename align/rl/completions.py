@@ -80,7 +80,19 @@ def _facts(rollout: Rollout, index: int) -> dict[str, Any]:
         **scores,
         **gold,
         "tokens": len(rollout.responses[index]),
+        **_thought_facts(rollout, index),
         "finished": bool(tensors["finished"][index]),
+    }
+
+
+def _thought_facts(rollout: Rollout, index: int) -> dict[str, Any]:
+    """Return the place of a response's thought; empty for an episode, and for a response without a thought."""
+    if not rollout.has_thoughts or rollout.episodes is not None or not rollout.tensors["thought_tokens"][index]:
+        return {}
+    return {
+        "thought_tokens": int(rollout.tensors["thought_tokens"][index]),
+        "thought_end": int(rollout.tensors["thought_end"][index]),
+        "open_thought": bool(rollout.tensors["open_thought"][index]),
     }
 
 

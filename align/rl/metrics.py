@@ -88,8 +88,8 @@ def add_rollout(averages: Averages, rollout: Rollout) -> dict[str, float]:
         add_episodes(averages, candidates.episodes)
     scores = candidates.tensors["scores"]
     statistics["score_range"] = float(scores.max() - scores.min())
-    lengths = candidates.tensors["response_mask"].sum(dim=1)
-    statistics["score_length_correlation"] = correlation(scores, lengths)
+    # Scores are of answers.
+    statistics["score_length_correlation"] = correlation(scores, candidates.answer_lengths)
     return statistics
 
 
@@ -131,6 +131,11 @@ def _add_scores(averages: Averages, candidates: Rollout) -> None:
     if "gold" in tensors:
         averages.add("gold", tensors["gold"].sum(), responses)
     averages.add("length", tensors["response_mask"].sum(), responses)
+    if candidates.has_thoughts:
+        averages.add("thought_length", tensors["thought_tokens"].sum(), responses)
+        averages.add("answer_length", candidates.answer_lengths.sum(), responses)
+        averages.add("open_thoughts", tensors["open_thought"].sum(), responses)
+        averages.add("forced_tokens", tensors["forced"].sum(), responses)
     averages.add("eos_rate", tensors["finished"].sum(), responses)
     averages.add("truncation_rate", truncated(candidates).sum(), responses)
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 
 from align.environments.episode import Episode
+from align.inference.protocol import Response
 from align.inference.servers.pool import PoolEngine
 from align.inference.trainer_engine import is_shared
 from align.rl.rollout import Rollout
@@ -194,7 +194,7 @@ def _completed(rollout: Rollout | None) -> Future[Rollout | None]:
 
 def _from_json(response: dict[str, Any]) -> Any:
     """Return an episode, or an object with the attributes of an engine's response that ``make_rollout`` reads."""
-    return Episode.from_json(response) if "turns" in response else SimpleNamespace(**response)
+    return Episode.from_json(response) if "turns" in response else Response(**response)
 
 
 def _to_json(rollout: Rollout) -> dict[str, Any]:
@@ -210,6 +210,13 @@ def _to_json(rollout: Rollout) -> dict[str, Any]:
             "finished": bool(rollout.tensors["finished"][i]),
             "text": rollout.texts[i],
         }
+        if rollout.has_thoughts:
+            response |= {
+                "thought_tokens": int(rollout.tensors["thought_tokens"][i]),
+                "thought_end": int(rollout.tensors["thought_end"][i]),
+                "is_open": bool(rollout.tensors["open_thought"][i]),
+                "forced": rollout.tensors["forced"][i].nonzero()[:, 0].tolist(),
+            }
         responses.setdefault(rollout.groups[i], []).append(response)
     # Turns of episodes have their own update. This update is for responses, and for turns by an older version.
     weights_update = rollout.update - int(rollout.staleness.max())

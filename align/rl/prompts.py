@@ -19,6 +19,7 @@ import torch
 
 from align.data.rows import answer_side
 from align.errors import UserError
+from align.inference.thoughts import ThoughtReader
 from align.models.chat.render import answer_turns, render_prompt, split_answer, split_turns
 from align.training.row_history import Continuation
 
@@ -60,6 +61,8 @@ class Prompts:
     def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int | None) -> None:
         self.rows: list[Row] = []
         self.token_ids: list[list[int]] = []
+        self.reader = ThoughtReader(tokenizer)
+        """Finds the thoughts in responses to these prompts."""
         self.dropped = 0
         for row in rows:
             ids = _token_ids(row, tokenizer)

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
+from align.data.final_answers import AnswerText
 from align.environments.episode import Episode
-from align.rl.masking import pad_rows, response_mask
+from align.rl.masking import pad_rows
 from align.rl.packing import Batch, Form, pack
 from align.rl.prompts import Prompts, Row, Text
 
+THOUGHTS = ("thought_tokens", "thought_end", "open_thought", "forced")
+"""Tensors that a rollout has if a response has a thought."""
 COMPONENT = "score_"
 """Prefix of the names of a score's components among a rollout's tensors."""
 
@@ -25,7 +28,8 @@ class Rollout:
     metric), ``gold``; (B, T): ``response_mask``, ``weights_update`` (update before which the policy had the weights
     that sampled the token), ``sampler_logprobs``, ``logprobs``, ``ref_logprobs``, ``entropy``, ``kl``, ``rewards``,
     ``advantages`` (whitened if the settings say so), ``raw_advantages``, ``returns``, ``learn_mask`` (tokens that the
-    loss includes); (B, T+1): ``values``.
+    loss includes); (B, T+1): ``values``; with thoughts also (B,): ``thought_tokens``, ``thought_end`` (characters
+    before the answer), ``open_thought`` (the response ends inside its thought), (B, T): ``forced``.
     """
 
     update: int
@@ -55,6 +59,28 @@ class Rollout:
     def tokens(self) -> int:
         """Tokens of all responses that the policy sampled."""
         return int(self.tensors["response_mask"].sum())
+
+    @property
+    def has_thoughts(self) -> bool:
+        """True if a response has a thought."""
+        return "thought_end" in self.tensors
+
+    @property
+    def answers(self) -> list[AnswerText]:
+        """The texts after their thoughts, which are scored."""
+        if not self.has_thoughts:
+            return [AnswerText.cut(text, 0) for text in self.texts]
+        ends = self.tensors["thought_end"].tolist()
+        are_open = self.tensors["open_thought"].tolist()
+        return [AnswerText.cut(*thought) for thought in zip(self.texts, ends, are_open, strict=True)]
+
+    @property
+    def answer_lengths(self) -> torch.Tensor:
+        """Tokens after the thoughts, without an environment's, (B,)."""
+        tensors, lengths = self.tensors, self.tensors["response_mask"].sum(dim=1)
+        if not self.has_thoughts:
+            return lengths
+        return lengths + tensors["forced"].sum(dim=1) - tensors["thought_tokens"]
 
     @property
     def staleness(self) -> torch.Tensor:
@@ -108,7 +134,11 @@ class Rollout:
         return [numbers.setdefault((self.groups[i], tuple(self.prompts[i])), len(numbers)) for i in indices]
 
     def _masks(self, indices: list[int]) -> list[list[bool]] | None:
-        return None if self.episodes is None else [self.episodes[i].mask for i in indices]
+        """Return which tokens of responses were sampled; None if all were."""
+        if self.episodes is None and self.tokens == sum(map(len, self.responses)):
+            return None
+        rows = self.tensors["response_mask"].tolist()
+        return [rows[i][: len(self.responses[i])] for i in indices]
 
     def select(self, indices: list[int], names: tuple[str, ...]) -> Batch:
         """Return rows of the named tensors, cut to the longest of these responses: (b, t), ``values`` (b, t+1)."""
@@ -170,9 +200,8 @@ def make_rollout(
     token_ids = [list(response.token_ids) for _, _, response in flat]
     episodes = [response for _, _, response in flat if isinstance(response, Episode)]
     lengths = list(map(len, token_ids))
-    mask = response_mask(lengths)
-    if episodes:
-        mask = pad_rows([episode.mask for episode in episodes], max(lengths), torch.bool)
+    # The environment's tokens, and those that closed a thought by force, were not sampled.
+    mask = pad_rows([response.mask for _, _, response in flat], max(lengths), torch.bool)
     rollout = Rollout(
         update=update,
         rows=[prompts.rows[index] for _, index, _ in flat],
@@ -187,6 +216,7 @@ def make_rollout(
             "sampler_logprobs": pad_rows([response.logprobs for _, _, response in flat], max(lengths)),
         },
     )
+    rollout.tensors |= _thoughts([response for _, _, response in flat], mask)
     if episodes:
         rollout.episodes = episodes
         # The environment may have begun each episode with its own prompt.
@@ -194,6 +224,22 @@ def make_rollout(
         rollout.tensors["weights_update"] = _weights_updates(episodes, mask.shape[1], weights_update)
         _add_episode_scores(rollout, episodes)
     return rollout
+
+
+def _thoughts(responses: Sequence[Any], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the tensors of ``THOUGHTS``, (B,) and (B, T) as ``mask``; empty if no response has a thought."""
+    if not any(response.thought_tokens for response in responses):
+        return {}
+    answers = [response.answer_text for response in responses]
+    forced = torch.zeros_like(mask)
+    for row, response in enumerate(responses):
+        forced[row, response.forced] = True
+    return {
+        "thought_tokens": torch.tensor([response.thought_tokens for response in responses]),
+        "thought_end": torch.tensor([len(answer.thought) for answer in answers]),
+        "open_thought": torch.tensor([answer.is_open for answer in answers]),
+        "forced": forced,
+    }
 
 
 def _weights_updates(episodes: list[Episode], width: int, default: int) -> torch.Tensor:
@@ -250,13 +296,17 @@ def _join_episodes(parts: Sequence[Rollout]) -> list[Episode] | None:
 
 
 def _tensor_names(parts: Sequence[Rollout]) -> list[str]:
-    """Return the names of the parts' tensors, and fill in NaN for a score's component that some parts lack."""
+    """Return the names of the parts' tensors, and fill in what some lack: thoughts, or a score's component as NaN."""
     names = list(dict.fromkeys(name for part in parts for name in part.tensors))
     for name in names:
         for part in parts:
             # A reward may return a metric for some responses only, and another process may have had none of those.
             if name.startswith(COMPONENT) and name not in part.tensors:
                 part.tensors[name] = torch.full((len(part),), torch.nan)
+            elif name in THOUGHTS and name not in part.tensors:
+                example = next(other.tensors[name] for other in parts if name in other.tensors)
+                shape = part.tensors["response_mask"].shape[: example.dim()]
+                part.tensors[name] = torch.zeros(shape, dtype=example.dtype)
     return names
 
 

@@ -32,6 +32,7 @@ from align.training.row_history import Continuation
 
 SUMMARIZED = (
     *("score", "gold", "kl", "length", "eos_rate", "entropy", "explained_variance", "parity_gap"),
+    *("thought_length", "open_thoughts"),
     *("turns", "calls", "malformed_calls", "tool_errors", "max_turns_rate", "failure_rate"),
 )
 """Metrics whose first and last values are metrics of the stage."""
@@ -114,8 +115,9 @@ def _summarize_history(history: list[dict[str, float]], reward_names: list[str])
     rewards = [f"{COMPONENT}{name}" for name in reward_names]
     for name in (*SUMMARIZED, *rewards):
         if name in history[0]:
-            metrics[f"{name}_first"] = sum(entry[name] for entry in history[:count]) / count
-            metrics[f"{name}_last"] = sum(entry[name] for entry in history[-count:]) / count
+            # An update without thoughts lacks their metrics, which are then 0.
+            metrics[f"{name}_first"] = sum(entry.get(name, 0.0) for entry in history[:count]) / count
+            metrics[f"{name}_last"] = sum(entry.get(name, 0.0) for entry in history[-count:]) / count
     # If a stage continues another, maybe only the earlier or only the later stage validated.
     for name in dict.fromkeys(name for entry in history for name in entry if name.startswith("seconds")):
         metrics[name] = sum(entry.get(name, 0.0) for entry in history)

@@ -17,6 +17,7 @@ from align.environments.journal import Journal
 from align.environments.player import EnvironmentPlayer, EpisodeTask, row_tasks
 from align.errors import UserError
 from align.inference.protocol import RolloutEngine, Sampling
+from align.inference.thoughts import generate
 from align.inference.trainer_engine import PROBE_TOKENS, Parity, ask_each, part_for, probe, returns
 from align.models.compute.processes import all_gather
 from align.rl.advantages import fill_failed
@@ -178,11 +179,10 @@ class RolloutSampler:
                 temperature=self.config.temperature,
                 n=samples,
                 seeds=tuple(seeds),
+                thinking_budget=self.config.thinking_budget,
             )
-            responses: Sequence[Sequence[Any]] = self.engine.generate(
-                [prompts.token_ids[index] for index in indices], sampling, on_progress=report_count
-            )
-            return responses
+            token_ids = [prompts.token_ids[index] for index in indices]
+            return generate(self.engine, prompts.reader, token_ids, sampling, report_count)
         tasks: list[EpisodeTask] = []
         for index, seed in zip(indices, seeds, strict=True):
             episode_seeds = [derive_seed(seed, "episode", sample) for sample in range(samples)]
@@ -195,6 +195,7 @@ class RolloutSampler:
             journal=journal,
             on_progress=report_count,
             weights_update=weights_update,
+            thinking_budget=self.config.thinking_budget,
         )
         # play() keeps the order of the tasks, so a prompt's episodes follow each other.
         return [episodes[start : start + samples] for start in range(0, len(episodes), samples)]
@@ -282,13 +283,15 @@ def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> 
     """
     prefix = COMPONENT if name == "scores" else f"{COMPONENT}{name}_"
     truncated = (~rollout.tensors["finished"]).tolist()
+    # Scorers read answers; the thoughts before them are attributes.
+    answers = rollout.answers
     parts: dict[str, Any]
     if hasattr(scorer, "score_parts"):
-        parts = scorer.score_parts(rollout.rows, rollout.texts, truncated)
+        parts = scorer.score_parts(rollout.rows, answers, truncated)
     elif callable(scorer):
-        parts = {"": scorer(rollout.rows, rollout.texts)}
+        parts = {"": scorer(rollout.rows, answers)}
     else:
-        parts = {"": scorer.score(rollout.rows, rollout.texts, truncated)}
+        parts = {"": scorer.score(rollout.rows, answers, truncated)}
     for part, scores in parts.items():
         tensor = _check_scores(rollout, [float(score) for score in scores], may_lack=bool(part))
         rollout.tensors[f"{prefix}{part}" if part else name] = tensor

@@ -145,6 +145,9 @@ def _means(rollout: Rollout) -> dict[str, float]:
         "length": mask.double().sum(),
         "eos_rate": tensors["finished"].double().sum(),
     }
+    if rollout.has_thoughts:
+        sums["thought_length"] = tensors["thought_tokens"].double().sum()
+        sums["open_thoughts"] = tensors["open_thought"].double().sum()
     means |= {name: float(total) / len(rollout) for name, total in sums.items()}
     for name in (name for name in tensors if name.startswith(COMPONENT)):
         values = tensors[name][torch.isfinite(tensors[name]) & is_scored].double()

@@ -35,6 +35,7 @@ from align.training.rows import Encoded, counts, encode_supervised, read_splits
 from align.training.save import save
 from align.training.served_teacher import EndpointTeacher
 from align.training.teachers import AlignedTeacher, Setting, StageTeacher
+from align.training.thoughts import check_thoughts, thought_facts
 from align.training.trainers import reduce_work
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def run(context: StageContext) -> dict[str, Any]:
     endpoints = _open_endpoints(context)
     tokenizer, model = load_model(context)
     stored = read_splits(context)
+    check_thoughts(context.name, tokenizer, stored["train"])
     splits = encode_splits(context, stored, lambda rows, _: encode_supervised(tokenizer, rows, config.max_length))
     for encoded in splits.values():
         for number, row in enumerate(encoded.rows):
@@ -87,6 +89,7 @@ def run(context: StageContext) -> dict[str, Any]:
             engine.close()
     save(context, trainer, tokenizer)
     facts = {"rows": len(train_rows.rows), **counts(splits, "rows"), **targets.facts()}
+    facts |= thought_facts(tokenizer, train_rows)
     if engine is not None:
         # The steps follow from the seed, so the count includes the steps of earlier attempts.
         on_policy_steps = (

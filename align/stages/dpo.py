@@ -18,6 +18,7 @@ from align.training.preference_trainers import PairCollator, PreparedDPO
 from align.training.reference import Answer
 from align.training.rows import counts, encode_pairs
 from align.training.save import save
+from align.training.thoughts import thought_facts
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def run(context: StageContext) -> dict[str, Any]:
     start = config.reference_free or config.reference is not None
     metrics = fit(trainer, context, lambda split: held_out.preferences(trainer, prepared.splits[split]), before=start)
     save(context, trainer, prepared.tokenizer)
+    facts |= thought_facts(prepared.tokenizer, prepared.train)
     return {**metrics, **facts, "pairs": rows, **counts(prepared.splits, "pairs")}
 
 

@@ -17,6 +17,7 @@ from align.training.preference_trainers import PreparedKTO, UnpairedCollator, he
 from align.training.reference import Answer
 from align.training.rows import counts
 from align.training.save import save
+from align.training.thoughts import thought_facts
 from align.training.unpaired import add_mismatched, encode_unpaired, fixed_groups, unpair
 
 
@@ -61,6 +62,7 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     save(context, trainer, prepared.tokenizer)
     facts = {"answers": len(prepared.train.rows), "desirable": desirable, **counts(prepared.splits, "answers")}
+    facts |= thought_facts(prepared.tokenizer, prepared.train)
     return {**metrics, **reference.facts(), **facts}
 
 

@@ -25,6 +25,7 @@ from align.training.preference_trainers import beta_at
 from align.training.reference import Answer, ReferenceCache, Sums, answer_sums
 from align.training.rows import Encoded, Row, read_splits
 from align.training.sft_trainer import LintedRows
+from align.training.thoughts import check_thoughts, own_template, use_training_template
 from align.training.trainers import reduce_work
 
 ADAPTER_FIELDS = {"rank", "alpha", "dropout", "targets", "last_layers", "rslora", "dora", "init", "save_modules"}
@@ -86,6 +87,9 @@ def prepare_policy(
     linted, splits = {}, {}
     for split, stored in read_splits(context).items():
         rows = rows_of(stored)
+        check_thoughts(context.name, tokenizer, rows)
+        if split == "train":
+            use_training_template(tokenizer, rows)
         encoded = splits[split] = encode(tokenizer, rows, config.max_length)
         check_encoded(context, encoded, len(rows), split)
         linted[split] = Split(rows, encoded)
@@ -177,7 +181,7 @@ def _check_reference(context: StageContext, tokenizer: Any, artifact: Artifact) 
     reference_tokenizer = load_tokenizer(artifact.model, context.config.tuning)
     names = (f"policy '{context.artifact('policy').stage}'", f"reference '{artifact.stage}'")
     check_same_vocabulary(context.name, tokenizer, reference_tokenizer, names)
-    if tokenizer.chat_template != reference_tokenizer.chat_template:
+    if own_template(tokenizer) != reference_tokenizer.chat_template:
         context.warn(
             f"{context.name}: {names[0]} and {names[1]} have different chat templates; the reference is shown the "
             "policy's, which it was not trained on."

@@ -19,6 +19,7 @@ from align.training.fit import fit
 from align.training.preference_trainers import PairCollator
 from align.training.rows import counts, encode_pairs
 from align.training.save import save
+from align.training.thoughts import thought_facts
 
 
 def cpo(context: StageContext) -> dict[str, Any]:
@@ -73,4 +74,5 @@ def _train(
     trainer.row_lengths = prepared.train.lengths
     metrics = fit(trainer, context, lambda split: held_out(trainer, prepared.splits[split]))
     save(context, trainer, prepared.tokenizer)
-    return {**metrics, "pairs": len(prepared.train.rows), **counts(prepared.splits, "pairs")}
+    facts = {**counts(prepared.splits, "pairs"), **thought_facts(prepared.tokenizer, prepared.train)}
+    return {**metrics, "pairs": len(prepared.train.rows), **facts}

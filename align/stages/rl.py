@@ -29,6 +29,7 @@ from align.evaluation.rewards import open_rewards, score_facts
 from align.inference.engine import open_engine
 from align.inference.protocol import RolloutEngine
 from align.inference.servers.server_client import EngineLost
+from align.inference.thoughts import check_stage_room
 from align.lint.trainer import Split, lint_prompts
 from align.models.compute.processes import broadcast, device_of, use_threads
 from align.models.experts import freeze_routers
@@ -76,10 +77,12 @@ def run(context: StageContext) -> dict[str, Any]:
     prompts, validation_prompts = _read_prompts(context)
     if config.environment is not None:
         check_user_rows(config.environment, [*prompts, *(validation_prompts or ())], context.name)
+    tokenizer = load_tokenizer(source)
+    check_stage_room(context, tokenizer)
     # A rollout is used once, so a server's outage may fail episodes: the update continues.
     player = open_player(context, load_tokenizer(source), outage_fails_episodes=True)
     context.phase("loading models")
-    tokenizer, policy = load_tokenizer(source), load_for_tuning(source, config.tuning)
+    policy = load_for_tuning(source, config.tuning)
     check_model(context.name, policy, tokenizer)
     # A router that learns changes the experts of tokens, and with them ratios that should be near 1.
     frozen = 0 if config.train_router else freeze_routers(policy)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from align.config.runtime.rollouts import SAMPLE_CHUNK
 from align.config.scores import describe_score
 from align.config.stages.sample import SampleConfig
+from align.data.final_answers import AnswerText
 from align.data.rows import kept_columns, read_rows
 from align.data.scoring import Part, WeightedSum
 from align.data.steps.pairs import make_pairs
 from align.environments.user_models import check_user_rows
 from align.errors import UserError
 from align.evaluation.rewards import load_late, open_score, score_facts
-from align.inference.protocol import Sampling
+from align.inference.protocol import Response, Sampling
+from align.inference.thoughts import ThoughtReader, check_stage_room, generate
 from align.models.chat.render import render_prompt
 from align.models.chat.template_settings import TemplateSettings
 from align.models.compute.processes import use_threads
@@ -59,6 +61,7 @@ def run(context: StageContext) -> dict[str, Any]:
     scorer = _open_scorer(context)
     tokenizer = load_tokenizer(context.artifact("policy").model)
     TemplateSettings.of(context.config).apply(tokenizer, f"stages.{context.name}.")
+    check_stage_room(context, tokenizer)
     if environment is None:
         assert scorer is not None, "without an environment something scores"
         results, facts = _sample_responses(context, tokenizer, scorer)
@@ -75,7 +78,7 @@ def _sample_responses(
     config = context.config
     splits = [_read_prompts(context, split, tokenizer) for split in SPLITS]
     samples: dict[str, list[dict[str, Any]]] = {prompts.split: [] for prompts in splits}
-    sampler = _ChunkSampler(context, sum(len(prompts.rows) for prompts in splits) * config.n)
+    sampler = _ChunkSampler(context, tokenizer, sum(len(prompts.rows) for prompts in splits) * config.n)
     for prompts in splits:
         for start in prompts.chunks():
             samples[prompts.split] += sampler.chunk(prompts, start)
@@ -113,8 +116,9 @@ def _read_prompts(context: StageContext, split: str, tokenizer: Any) -> SplitPro
 class _ChunkSampler:
     """Samples chunks of responses, or reads an earlier attempt's chunks; the first new chunk starts the engine."""
 
-    def __init__(self, context: StageContext, total: int) -> None:
+    def __init__(self, context: StageContext, tokenizer: Any, total: int) -> None:
         self.context, self.total = context, total
+        self.reader = ThoughtReader(tokenizer)
         self.engine = LateEngine(context)
         self.engine_name = "none"
         self.done = self.tokens = self.new_tokens = 0
@@ -129,7 +133,7 @@ class _ChunkSampler:
                 # All that the responses depend on. A chunk of an earlier attempt is used only under the same key.
                 "policy": self.context.artifact("policy").weights,
                 "precision": self.context.precision,
-                "sampling": asdict(sampling),
+                "sampling": sampling.settings(),
                 "rows": [row["id"] for row in prompts.rows[start : start + SAMPLE_CHUNK]],
                 "prompts": prompts.prompts[start : start + SAMPLE_CHUNK],
             }
@@ -157,6 +161,7 @@ class _ChunkSampler:
             n=config.n,
             # The splits' seeds are far apart, so chunks of different splits never share a seed.
             seed=self.context.seed + start + (1 << 40) * SPLITS.index(prompts.split),
+            thinking_budget=config.thinking_budget,
         )
 
     def _sample(self, prompts: SplitPrompts, start: int, sampling: Sampling) -> list[dict[str, Any]]:
@@ -164,7 +169,7 @@ class _ChunkSampler:
         self.engine_name = engine.name
         chunk = slice(start, start + SAMPLE_CHUNK)
         started = time.perf_counter()
-        responses = engine.generate(prompts.prompts[chunk], sampling, self._report)
+        responses = generate(engine, self.reader, prompts.prompts[chunk], sampling, self._report)
         self.seconds += time.perf_counter() - started
         samples = [
             {
@@ -172,6 +177,7 @@ class _ChunkSampler:
                 "texts": [response.text for response in row_responses],
                 "finished": [response.finished for response in row_responses],
                 "tokens": [len(response.token_ids) for response in row_responses],
+                **_thoughts(row_responses),
             }
             for row, row_responses in zip(prompts.rows[chunk], responses, strict=True)
         ]
@@ -186,16 +192,36 @@ class _ChunkSampler:
         return {"tokens": self.tokens, "tokens_per_second": self.new_tokens / self.seconds if self.seconds else 0.0}
 
 
+def _thoughts(responses: list[Response]) -> dict[str, list[Any]]:
+    """Return the places of the thoughts in the responses to a prompt; empty if there are none."""
+    if not any(response.thought_tokens for response in responses):
+        return {}
+    return {
+        "thought_tokens": [response.thought_tokens for response in responses],
+        "thought_end": [response.thought_end for response in responses],
+        "open_thought": [response.is_open for response in responses],
+    }
+
+
+def _answers(sample: dict[str, Any]) -> list[AnswerText]:
+    """Return the texts of a sample after their thoughts."""
+    texts = sample["texts"]
+    ends, are_open = (sample.get(name, [0] * len(texts)) for name in ("thought_end", "open_thought"))
+    return [AnswerText.cut(*thought) for thought in zip(texts, ends, map(bool, are_open), strict=True)]
+
+
 def _score(
     scorer: WeightedSum, context: StageContext, splits: list[SplitPrompts], samples: dict[str, list[dict[str, Any]]]
 ) -> None:
     """Add ``scores`` to every sample, and ``parts``, the scores of each reward of a list."""
     cut_off_score = context.config.cut_off_score
     for prompts in splits:
-        rows, texts, cut_off = [], [], []
+        rows: list[dict[str, Any]] = []
+        texts: list[str] = []
+        cut_off: list[bool] = []
         for row, sample in zip(prompts.rows, samples[prompts.split], strict=True):
             rows += [row] * len(sample["texts"])
-            texts += sample["texts"]
+            texts += _answers(sample)
             cut_off += [not finished for finished in sample["finished"]]
         if not rows:
             continue
@@ -286,6 +312,12 @@ def _rates(samples: list[dict[str, Any]]) -> dict[str, float]:
         values = [float(value) for sample in samples for value in sample[field] if value is not None]
         if values:
             rates[name] = sum(values) / len(values)
+    count = sum(len(sample["texts"]) for sample in samples)
+    for name, field in (("mean_thought_tokens", "thought_tokens"), ("open_thoughts", "open_thought")):
+        values = [float(value) for sample in samples for value in sample.get(field, ())]
+        # Prompts whose responses all have no thought lack the field.
+        if values:
+            rates[name] = sum(values) / count
     names = dict.fromkeys(name for sample in samples for name in sample.get("parts", ()))
     for name in names:
         values = [value for sample in samples for value in sample["parts"].get(name, ()) if value is not None]

@@ -32,6 +32,7 @@ from align.training.packing import FlatCollator, check_separate, enable_flat, fi
 from align.training.rows import counts, encode_answers, encode_supervised, read_splits
 from align.training.save import save
 from align.training.sft_trainer import check_kernels, lint_rows, noisy
+from align.training.thoughts import check_thoughts, thought_facts
 from align.training.trainers import PreparedSFT
 
 
@@ -47,6 +48,7 @@ def run(context: StageContext) -> dict[str, Any]:
     check_kernels(context.name, config.trainer, context.runtime)
     tokenizer, model = load_model(context)
     stored = read_splits(context)
+    check_thoughts(context.name, tokenizer, stored["train"])
     encode = encode_answers if config.supervise == "all" else encode_supervised
     splits = encode_splits(context, stored, lambda rows, _: encode(tokenizer, rows, config.max_length))
     train = splits["train"]
@@ -58,6 +60,7 @@ def run(context: StageContext) -> dict[str, Any]:
     linted = {name: Split(stored[name], splits[name]) for name in splits}
     lint_stage(context, lint_rows(trainer, train), linted, supervise=config.supervise)
     facts: dict[str, Any] = {"rows": len(train.rows), **counts(splits, "rows")}
+    facts |= thought_facts(tokenizer, train)
     if config.packing or config.padding_free:
         # Check before training, because rows that attend to each other would silently corrupt it.
         facts |= {"pack_difference": check_separate(context.name, trainer, train)}

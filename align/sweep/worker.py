@@ -40,7 +40,8 @@ def curve_name(node: Node, name: str) -> str:
 
     A stage that chooses its checkpoint by validation rows scores those while it trains, not the ``test`` split.
     """
-    if name.startswith(TEST) and getattr(node.config, "chooses", False):
+    by_metric = getattr(node.config, "best_metric", None) is not None
+    if name.startswith(TEST) and getattr(node.config, "chooses", False) and not by_metric:
         return VALIDATION + name.removeprefix(TEST)
     return name
 

@@ -23,6 +23,7 @@ from align.errors import UserError
 from align.inference.protocol import RolloutEngine
 from align.inference.requests import Request
 from align.inference.sessions import open_session
+from align.inference.thoughts import ThinkingSession, ThoughtReader, thought_rates
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 from align.store.json_files import read_entry, write_entry
@@ -56,7 +57,8 @@ def episode_rates(episodes: Sequence[Episode]) -> dict[str, float]:
         "max_turns_rate": sum(episode.stop == "max_turns" for episode in episodes),
         "failure_rate": sum(episode.stop == "failed" for episode in episodes),
     }
-    return {name: value / count for name, value in sums.items()}
+    turns = [turn for episode in episodes for turn in episode.turns]
+    return {name: value / count for name, value in sums.items()} | thought_rates(turns)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ class EpisodeParts:
         self.seconds = 0.0
 
     @property
+    def _thinking_budget(self) -> int | None:
+        """The stage's budget, if its kind has one."""
+        return getattr(self.context.config, "thinking_budget", None)
+
+    @property
     def tools(self) -> list[dict[str, Any]]:
         """JSON schemas of the environment's tools."""
         return self.player.source.tools
@@ -115,7 +122,7 @@ class EpisodeParts:
 
     def _key(self, tasks: Sequence[EpisodeTask]) -> str:
         """Return a digest of all that the episodes depend on."""
-        config = self.context.config
+        config, budget = self.context.config, self._thinking_budget
         return digest(
             {
                 "policy": self.policy.weights,
@@ -123,6 +130,7 @@ class EpisodeParts:
                 "environment": config.environment.identity(),
                 "sampling": [config.temperature, config.top_p, self.policy.max_prompt_tokens, self.policy.system],
                 "tasks": [[task.row, task.seed] for task in tasks],
+                **({} if budget is None else {"thinking_budget": budget}),
             }
         )
 
@@ -131,7 +139,11 @@ class EpisodeParts:
         engine = self.policy.open_engine()
         self.engine_name = engine.name
         started = time.perf_counter()
-        session = open_session(engine, self.context.config.temperature, self.context.config.top_p)
+        session = ThinkingSession(
+            open_session(engine, self.context.config.temperature, self.context.config.top_p),
+            ThoughtReader(self.policy.tokenizer),
+            self._thinking_budget,
+        )
         try:
             episodes = self.player.play_in(session, tasks, journal, self._report)
         finally:
@@ -190,13 +202,14 @@ class EndpointEpisodes:
 
     def _key(self, tasks: Sequence[EpisodeTask]) -> str:
         """Return a digest of all that the episodes depend on."""
-        config = self.context.config
+        config, budget = self.context.config, self._thinking_budget
         return digest(
             {
                 "model": self.identity,
                 "environment": config.environment.identity(),
                 "sampling": [config.temperature, config.top_p, config.system],
                 "tasks": [[task.row, task.seed] for task in tasks],
+                **({} if budget is None else {"thinking_budget": budget}),
             }
         )
 

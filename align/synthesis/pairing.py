@@ -124,7 +124,7 @@ def _judge_all(
     questions = []
     for index, first, second in comparisons:
         responses = prompts[index]
-        texts = responses.answers[first].text, responses.answers[second].text
+        texts = str(responses.answer_text(first)), str(responses.answer_text(second))
         rubric = fill_rubric(judge.rubric, responses.row, f"prompt {responses.row['id']}")
         # Both orders, since judges prefer a position.
         for shown_first, shown_second in (texts, texts[::-1]):

@@ -15,6 +15,7 @@ from typing import Any
 
 from align.config.stages.synthesize import BestOfTask, ResponsesTask
 from align.data.builds.ledger import EXAMPLES, Tally
+from align.data.final_answers import AnswerText, split_thought
 from align.data.rows import REQUIRED, Message, Row, assistant, kept_columns, write_rows
 from align.data.scoring import Scorer, parts_of
 from align.data.steps.pairs import Answers
@@ -88,6 +89,10 @@ class PromptResponses:
         if not self.episodes:
             return [assistant(self.answers[place].text)]
         return answer_of(self.episodes[place], marks_malformed=side != "rejected")
+
+    def answer_text(self, place: int) -> AnswerText:
+        """Return the text after the thought, which is scored."""
+        return self.episodes[place].answer_text if self.episodes else split_thought(self.answers[place].text)
 
     def ended(self, place: int) -> bool:
         """Return whether the last turn of a response has its end."""
@@ -237,7 +242,7 @@ def score_all(prompts: list[PromptResponses], scorer: Scorer | None) -> None:
     parts = parts_of(
         scorer,
         [responses.row for responses, _ in usable],
-        [responses.answers[place].text for responses, place in usable],
+        [responses.answer_text(place) for responses, place in usable],
         [not responses.answers[place].finished for responses, place in usable],
     )
     scores = parts.pop("")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import LoraModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -37,9 +37,11 @@ from align.training.forgetting import KLToStart, PullToStart, make_replay
 from align.training.kept_state import continued_facts, refuse_no_steps, restore_checkpoint
 from align.training.progress import ReportProgress, report_scores
 from align.training.stopping import VALIDATION, BestSoFar, StopOnRequest, best_so_far
-from align.training.task_evaluations import EvaluateTasks
 from align.training.tracking import follow
 from align.training.unfreezing import OpenLayers, schedule_layers
+
+if TYPE_CHECKING:
+    from align.training.task_evaluations import EvaluateTasks
 
 SECONDS_FILE = "training_seconds.txt"
 """In a checkpoint's folder: the seconds of training up to it."""
@@ -156,6 +158,9 @@ def _add_tasks(
     """Add the callback that evaluates the stage's tasks, if it has any; ``best`` may choose by their metric."""
     if context.config.evaluate is None:
         return None
+    # Imported late, because most stages have no tasks.
+    from align.training.task_evaluations import EvaluateTasks
+
     tasks = EvaluateTasks(context, trainer, partial(resulting_weights, extras))
     name = context.config.best_metric
     if best is not None and name is not None:

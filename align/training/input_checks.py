@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from align.errors import UserError
-from align.evaluation.training_tasks import TrainingTasks
 from align.models.chat.render import require_chat_template
 from align.models.checkpoints.folder_checks import require_embeddings, require_same_vocabulary
 from align.models.loading import load_tokenizer
@@ -20,6 +19,9 @@ def load_model(context: StageContext, field: str = "model", reward: bool = False
     source, tuning = context.artifact(field).model, context.config.tuning
     tokenizer = load_tokenizer(source, tuning)
     if context.config.evaluate is not None:
+        # Imported late, because most stages have no tasks.
+        from align.evaluation.training_tasks import TrainingTasks
+
         # Before the model is loaded and rows are scored. ``fit`` reads the items again, and then shows notes.
         TrainingTasks(context, tokenizer, is_quiet=True)
     model = load_for_tuning(source, tuning, reward=reward)

@@ -13,10 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.data.final_answers import thought_end
 from align.data.rows import answer_side, is_finished, read_rows
 from align.data.steps.split import hold_back
 from align.errors import UserError
-from align.models.chat.render import answer_turns, are_parts, assistant_mask, render_answered, split_answer, split_turns
+from align.models.chat.render import (
+    READ_THOUGHTS,
+    answer_turns,
+    are_parts,
+    assistant_mask,
+    count_unlearned,
+    render_answered,
+    split_answer,
+    split_turns,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +34,8 @@ if TYPE_CHECKING:
     from align.pipeline.context import StageContext
 
 Row = dict[str, Any]
+MESSAGES = ("prompt", "completion", "chosen", "rejected")
+"""Fields of a row that have messages."""
 MASKED = -100
 """Label of a token without a loss; torch's and trl's convention."""
 NO_ROOM = "skipped: the prompt alone fills max_length"
@@ -76,16 +88,37 @@ def read_splits(context: StageContext) -> dict[str, list[Row]]:
     ``test`` is missing if it has no rows (``test_size: 0``). Training then has no held-out scores.
     """
     config, data = context.config, context.artifact("data")
-    train = read_split(data.split("train"), None, context.name)
+    train = set_thoughts(config, read_split(data.split("train"), None, context.name))
     splits = {}
     if config.holds_back:
         train, splits["validation"] = hold_back_validation(context, train, config.eval_rows)
-    test = read_rows(data.split("test"))[: config.eval_rows]
+    test = set_thoughts(config, read_rows(data.split("test"))[: config.eval_rows])
     if test:
         splits["test"] = test
     else:
         context.note(f"{context.name}: the test split of '{data.stage}' is empty, so no held-out loss is measured")
     return {"train": train[: config.max_rows], **splits}
+
+
+def set_thoughts(config: Any, rows: list[Row]) -> list[Row]:
+    """Return rows as the stage's setting ``thoughts`` has them: unchanged, marked to be read, or without thoughts."""
+    thoughts = getattr(config, "thoughts", "train")
+    if thoughts == "drop":
+        return [_without_thoughts(row) for row in rows]
+    if thoughts == "read" and config.has_vocabulary:
+        return [{**row, READ_THOUGHTS: True} for row in rows]
+    return rows
+
+
+def _without_thoughts(row: Row) -> Row:
+    return {**row, **{name: list(map(answer_only, row[name])) for name in MESSAGES if row.get(name)}}
+
+
+def answer_only(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message without the thought that an assistant's turn begins with."""
+    content = message["content"] or ""
+    end = thought_end(content) if message["role"] == "assistant" else 0
+    return {**message, "content": content[end:].lstrip()} if end else dict(message)
 
 
 def counts(splits: Mapping[str, Encoded], noun: str) -> dict[str, int]:
@@ -146,13 +179,20 @@ def _encode_turns(tokenizer: Any, rows: Sequence[Row], max_length: int, with_pro
         if are_parts(conversation, parts):
             labels = [MASKED] * len(conversation)
             for before, answer in parts:
-                labels[len(before) : len(before) + len(answer)] = answer
+                labels[len(before) : len(before) + len(answer)] = _turn_labels(tokenizer, row, answer)
             _add_cut(out, conversation, labels, max_length, row)
         else:
             out.count(SPLIT_UP)
             for before, answer in parts:
-                _add_cut(out, before + answer, [MASKED] * len(before) + answer, max_length, row)
+                labels = [MASKED] * len(before) + _turn_labels(tokenizer, row, answer)
+                _add_cut(out, before + answer, labels, max_length, row)
     return out
+
+
+def _turn_labels(tokenizer: Any, row: Row, turn: list[int]) -> list[int]:
+    """Return the labels of a turn: its ids, ``MASKED`` on a thought that is only read."""
+    unlearned = count_unlearned(tokenizer, row, turn)
+    return [MASKED] * unlearned + turn[unlearned:]
 
 
 def _add_cut(out: Encoded, ids: list[int], labels: list[int], max_length: int, row: Row) -> None:

@@ -16,6 +16,7 @@ from align.models.loading import load_reward
 from align.models.tuning.apply import save_tuned
 from align.pipeline.context import StageContext
 from align.training.held_out import scores
+from align.training.thoughts import own_template
 
 TOLERANCE = 1e-3
 """Largest difference of a score, relative to its size (at least 1), that merging in float32 may cause."""
@@ -25,6 +26,7 @@ def save(context: StageContext, trainer: Any, tokenizer: Any) -> None:
     """Write the trained model to ``model/``, from the first process; call it in all processes."""
     with full_model(unwrapped_model(trainer)) as trained:
         restore_router_fields(trainer, trained)
+        tokenizer.chat_template = own_template(tokenizer)
         if rank() == 0:
             save_tuned(trained, tokenizer, context.output / "model")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import deque
 from typing import Any
 
 from align.data.final_answers import answer_text
@@ -22,6 +23,8 @@ from align.verifiers.verdict import NO_ANSWER, UNEQUAL, UNPARSABLE, BadReference
 
 LONGEST = 1000
 """Characters of the longest answer that is parsed."""
+MOST_BOXES = 100
+"""Boxes that are read, the last ones."""
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _MARK = re.compile(r"####([^\n#]*)")
 _ANSWER = re.compile(r"\banswer(?:\s+is\b|[ \t]*:)[ \t]*:?([^\n]*)", re.IGNORECASE)
@@ -71,7 +74,7 @@ def _find_answer(answer: str) -> str:
 def _boxes(answer: str) -> list[str]:
     r"""Return the contents of each ``\boxed{}``, which may have braces; a box that is not closed is empty."""
     boxes = []
-    for match in _BOX.finditer(answer):
+    for match in deque(_BOX.finditer(answer), maxlen=MOST_BOXES):
         depth, end = 1, match.end()
         limit = min(len(answer), end + LONGEST + 1)
         while end < limit and depth:

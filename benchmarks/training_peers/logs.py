@@ -66,7 +66,7 @@ def loop_of_events(events: list[dict[str, Any]]) -> Loop:
     steps = [
         Step(event["time"], int(event["tokens"]), float(event["loss"]))
         for event in events
-        if event["event"] == "progress" and event.get("unit") == "steps"
+        if event["event"] == "progress" and event.get("unit") == "steps" and event["done"] > 0
     ]
     return Loop(_checked(steps), reference_seconds(events))
 

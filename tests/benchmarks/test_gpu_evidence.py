@@ -127,14 +127,16 @@ def test_an_obstacle_is_told_and_measured_once_it_is_gone(
     assert kept(tmp_path)["with vLLM"]["tokens_per_second"] == 1234.5
 
 
-def test_the_quickstart_goes_on_and_is_never_too_long(
-    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("part", ["quickstart", "proof"])
+def test_a_pipeline_continues_and_is_never_too_long(
+    part: str, stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages.seconds = 1000.0
-    monkeypatch.setitem(gpu_evidence.RUN, "quickstart", stages.run)
-    words = ["--part", "quickstart", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(gpu_evidence, "proof_items", lambda machine: [Item("g1")])
+    monkeypatch.setitem(gpu_evidence.RUN, part, stages.run)
+    words = ["--part", part, "--out", str(tmp_path), "--work", str(tmp_path / "work")]
     assert gpu_evidence.main(words) == gpu_evidence.UNFINISHED
-    assert not (tmp_path / "quickstart.json").exists()
+    assert not (tmp_path / f"{part}.json").exists()
 
 
 def test_collection_runs_once_and_may_fail(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ def test_events_of_align_have_steps_and_reference():
         reference_event(16.0, 16),
         {"event": "note", "time": 17.0, "message": "lora r16"},
         {"event": "metrics", "time": 29.9, "step": 1, "loss": 0.7},
+        {"event": "progress", "time": 29.0, "done": 0, "total": 2, "unit": "steps", "tokens": 0},
         step_event(30.0, 1, 100, 0.7),
         step_event(35.0, 2, 220, 0.65),
     ]

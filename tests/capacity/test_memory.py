@@ -17,8 +17,9 @@ from align.config.runtime import Runtime
 from align.config.tuning import FullTuning, LoraTuning, QloraTuning, TuningBase
 from align.evaluation import logprobs as evaluation
 from align.models.compute import costs as activations
-from align.models.compute.architecture import Architecture, Linear, architecture_of
+from align.models.compute.architecture import Architecture, architecture_of
 from align.models.compute.costs import FLOAT, activations_per_token
+from align.models.compute.layers import Layer, Linear
 from align.models.compute.precision import low_residual
 from align.models.fast import ragged_rows
 from align.models.fast import token_logprobs as logprobs
@@ -28,8 +29,8 @@ from align.models.tuning.quantized import quantize
 from align.rl.model import trunk_of
 from tests.support.peak_memory import peak_of
 
-TOY = Architecture("toy", hidden=4, layers=2, vocabulary=10, key_value_width=3, linears=(Linear("q", 4, 5, True),),
-                   vectors=4, embedded=40, last_norm=4, tied=True)  # fmt: skip
+TOY_LAYER = Layer((Linear("q", 4, 5, True),), vectors=4, token_cache=6)
+TOY = Architecture("toy", hidden=4, vocabulary=10, blocks=(TOY_LAYER,) * 2, embedded=40, last_norm=4, tied=True)
 # A layer: 4 x 5 + 5 = 25 in its matrix, 4 in its norm. The trunk: 44 + 2 * 29 = 102; with a head of its own 142.
 LORA = LoraTuning(rank=2)  # 2 layers x 2 x (4 + 5) = 36
 

@@ -12,7 +12,7 @@ from align.capacity.hardware import parse_hardware
 from align.capacity.memory import Memory
 from align.capacity.sharding import BUCKET, Setting, Strategy, candidate_strategies, offloaded, sharded, training_way
 from align.config.stages.sft import SftConfig
-from align.models.compute.architecture import Linear
+from align.models.compute.layers import Layer, Linear
 from tests.support.capacity.models import TOY, sft_job
 
 ZERO2 = Strategy("deepspeed", 2)
@@ -76,7 +76,8 @@ def test_what_is_offloaded_waits_in_the_machine_s_memory() -> None:
 
 def test_no_way_holds_more_than_plain_ddp() -> None:
     config = SftConfig(model="m", data="d", learning_rate=1e-3, max_length=512, batch_size=64)
-    large = replace(TOY, hidden=1024, embedded=10 * 1024, linears=(Linear("q", 1024, 4096),), vectors=1024, layers=24)
+    blocks = (Layer((Linear("q", 1024, 4096),), vectors=1024),) * 24
+    large = replace(TOY, hidden=1024, embedded=10 * 1024, blocks=blocks)
     job = estimate_training.job(config, {"model": [large]}, None)
     plain = sharded(job.memory(Setting(1)), job, Strategy("ddp"), 8).peak(512)
     for strategy in candidate_strategies(8, False):

@@ -10,9 +10,12 @@ import pytest
 
 from align.checks.facts import read_facts
 from align.checks.stage import check_inputs, check_output
+from align.config.base import Config
 from align.config.stages.sample import SampleConfig
 from align.errors import UserError
+from align.models.chat.template_settings import TemplateSettings
 from align.store.artifacts import Artifact, Kind
+from tests.support.chat_templates import THINKING
 from tests.support.checks.contexts import context
 
 
@@ -53,6 +56,24 @@ def test_other_thinking_is_refused_by_name(
         check_inputs(context(tmp_path / "next", inputs, config=sampling(**settings)), Kind.PREFERENCES)
     waived = context(tmp_path / "next", inputs, waive=["thinking-changed"], config=sampling(**settings))
     check_inputs(waived, Kind.PREFERENCES)
+
+
+class Rollouts(Config):
+    rollout_batch: int = 8
+
+
+@pytest.mark.parametrize(("state", "thoughts"), [("on", True), ("off", False), (None, None)])
+def test_rl_stage_has_thoughts_if_template_asks(
+    state: Any, thoughts: bool | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "grpo" / "model"
+    shutil.copytree(tiny_model, folder)
+    template = folder / "chat_template.jinja"
+    if state is not None:
+        template.write_text(TemplateSettings(state).write(THINKING), encoding="utf-8")
+    check_output(context(tmp_path / "grpo", {}, config=Rollouts()), "grpo", Kind.POLICY, {})
+    facts = read_facts(folder)
+    assert facts is not None and facts.thoughts is thoughts
 
 
 def test_later_stages_inherit_trained_thoughts(tiny_model: Path, tmp_path: Path) -> None:

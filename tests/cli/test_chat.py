@@ -52,6 +52,29 @@ def test_interrupted_reply_is_kept_and_the_loop_goes_on(monkeypatch: pytest.Monk
     assert " …" in out
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_thoughts_are_dim_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    pieces = ("<think>", "a\x1b[0m", "</think>Y", "es")
+
+    class Thinker(Echo):
+        def reply(self, turns):  # type: ignore[no-untyped-def]
+            yield from pieces
+
+    monkeypatch.setattr("align.inference.transformers.Replier", Thinker)
+    terminal, file = Terminal(), io.StringIO()
+    for output in (terminal, file):
+        chat(Path("x"), stdin=io.StringIO("hi\n"), stdout=output)
+    # The model's own escape is shown, not obeyed.
+    dim = "\x1b[2m<think>\x1b[0m\x1b[2ma\\x1b[0m\x1b[0m\x1b[2m</think>\x1b[0mYes"
+    assert dim in terminal.getvalue()
+    assert "<think>a\\x1b[0m</think>Yes" in file.getvalue() and "\x1b" not in file.getvalue()
+
+
 def test_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no model"):
         chat(tmp_path, stdin=io.StringIO(""), stdout=io.StringIO())

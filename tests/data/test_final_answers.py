@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from align.data.checkers import gsm8k_answer
-from align.data.final_answers import EMPTY, final_number, hide_thoughts, last_number
+from align.data.final_answers import EMPTY, final_number, hide_thoughts, last_number, split_thought
 from tests.support.evaluation.tasks.respondents import NoModelContext, answered, make_gsm8k_task
 
 
@@ -144,3 +144,21 @@ def test_real_solutions_keep_their_number(shared_data: Path) -> None:
         if last_number(text) == gold and final_number(text) != gold
     ]
     assert len(lost) <= 5
+
+
+@pytest.mark.parametrize(
+    ("text", "is_opened", "thought", "answer", "is_open"),
+    [
+        ("Yes.", False, "", "Yes.", False),
+        (" Yes.", False, "", " Yes.", False),
+        ("<think>a</think>\n\nYes.", False, "<think>a</think>\n\n", "Yes.", False),
+        ("<think>a", False, "<think>a", "", True),
+        ("a</think>Yes.", True, "a</think>", "Yes.", False),
+        ("a", True, "a", "", True),
+        ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>Yes.", False,
+         "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>", "Yes.", False),
+    ],
+)  # fmt: skip
+def test_thought_is_split_from_the_answer(text: str, is_opened: bool, thought: str, answer: str, is_open: bool) -> None:
+    split = split_thought(text, is_opened)
+    assert (str(split), split.thought, split.is_open, split.full_text) == (answer, thought, is_open, text)

@@ -17,6 +17,7 @@ import torch
 from align.config.user_functions import function_identity
 from align.data import checkers, event_loop
 from align.data.families.embedded import generate
+from align.data.final_answers import AnswerText
 from align.data.scoring import (
     Ensemble,
     FunctionScorer,
@@ -101,6 +102,18 @@ def test_function_of_one_response_may_skip_metrics() -> None:
     assert parts == {"": [0.5, 0.0], "characters": [2.0, 3.0]}
     (_, missing) = function_scorer("tests.support.rewards:vowels").score_parts(ROWS[:2], ["ax", "xyz"])["vowels"]
     assert math.isnan(missing)
+
+
+def test_format_reward_reads_thought_and_answer() -> None:
+    def well_formed(row: Any, response: Any) -> float:
+        """As in docs/thinking.md."""
+        return float(bool(response.thought) and not response.is_open and bool(response))
+
+    texts = ["<think>a</think>yes", "<think>a</think>", "<think>a", "yes"]
+    scorer = FunctionScorer("mine:well_formed", well_formed)
+    assert scorer.score([{"id": "r"}] * 4, texts) == [1.0, 0.0, 0.0, 0.0]
+    # A sampled response may begin inside a thought, which its text does not show.
+    assert scorer.score([{"id": "r"}], [AnswerText.cut("a yes", 2)]) == [1.0]
 
 
 def test_async_calls_are_bounded_and_stay_in_order() -> None:

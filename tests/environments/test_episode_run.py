@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from align.data.rows import user
@@ -50,6 +51,24 @@ def test_a_turn_without_calls_ends_the_episode_which_is_scored():
     assert run.action is None
     assert (episode.stop, episode.score, episode.parts) == ("finished", 1.0, {"right": 1.0})
     assert [message["content"] for message in episode.messages] == ["S", "1+1?", "2"]
+
+
+def test_environment_reads_answers_without_thoughts():
+    run = begun(has_step=True)
+    run.take_turn(replace(turn("<think>a</think>2"), thought_tokens=16, thought_end=16, forced=[8, 9]))
+    assert run.action == Act("step", 0, 0, ("2",))
+    run.take_result(Step([user("more")], False))
+    run.take_turn(replace(turn("<think>b", finished=False), thought_tokens=8, thought_end=8, is_open=True))
+    assert isinstance(run.action, Act)
+    read = run.action.arguments[0]
+    assert [message["content"] for message in read] == ["S", "1+1?", "2", "more", ""]
+    assert [message.get("reasoning_content") for message in read[2::2]] == ["<think>a</think>", "<think>b"]
+    # The conversation keeps its texts, and the mask has neither forced tokens nor the environment's.
+    episode = run.episode
+    assert episode.messages[2]["content"] == "<think>a</think>2"
+    between = len(episode.observations[0])
+    assert episode.mask == [True] * 8 + [False] * 2 + [True] * 8 + [False] * between + [True] * 8
+    assert (episode.forced, episode.thought_tokens, episode.answer_text.is_open) == ([8, 9], 24, True)
 
 
 def test_calls_are_made_one_after_another_and_answered_together():

@@ -18,6 +18,7 @@ from align.errors import UserError
 from align.models.chat.chat_template import limit_templates
 from align.models.chat.named_templates import TRAINING_TEMPLATES, read_template
 from align.models.chat.render import render_conversation, render_prompt
+from align.models.chat.template_settings import TemplateSettings
 from tests.support.environments.families import FAMILIES, TOOLS, make, released_template, tokenizer_of
 
 MODEL = "the model 'm'"
@@ -365,3 +366,20 @@ def test_empty_and_broken_texts() -> None:
     assert broken == template.between([{"role": "user", "content": "a\ufffdb\ufffd"}])
     assert template.between([{"role": "user", "content": ""}])[-1:] == template.prompt(ASKED)[-1:]
     assert tokenizer_of("chatml").decode(template.between([])) == "\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("state", ["on", "off"])
+def test_training_template_keeps_thinking_switch(state: Any) -> None:
+    tokenizer = make("qwen3")
+    tokenizer.chat_template = released_template("qwen3")
+    TemplateSettings(state).apply(tokenizer)
+    template = TurnTemplate(tokenizer, None, "m")
+    assert template.training == "qwen3"
+    prompt = template.prompt(ASKED)
+    ids = tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
+    assert prompt == ids
+    assert tokenizer.decode(prompt).endswith("</think>\n\n") == (state == "off")
+    answered = template.conversation([*ASKED, answer("It is so.")])
+    assert answered[: len(prompt)] == prompt
+    continued = [*ASKED, answer("It is so."), *ASKED]
+    assert template.prompt(continued)[: len(answered)] == answered

@@ -7,7 +7,13 @@ import pytest
 from align.data.scoring import Part, WeightedSum
 from align.evaluation.answers import ResponseSet
 from align.evaluation.drift import kl_values, read_responses
-from align.evaluation.scoring import ResultCache, reward_list_values
+from align.evaluation.scoring import (
+    ResultCache,
+    function_values,
+    reward_list_values,
+    shape_values,
+    thought_values,
+)
 from align.inference.protocol import Response
 
 
@@ -28,6 +34,31 @@ def test_kl_and_sampler_gap_by_hand():
     assert actual["kl_k3"][1] == [pytest.approx(0.1065307)]  # exp(-0.5) - 1 + 0.5
     assert actual["token_kl"] == [[1.0, 0.5], [0.5]]
     assert actual["sampler_gap"] == pytest.approx(0.5 / 3)
+
+
+def test_forced_tokens_have_no_kl():
+    response = Response([7, 8, 2], [-1.5, 0.0, -0.5], True, "x", forced=[1])
+    actual = kl_values([[-1.0, -9.0, -0.5]], [[-2.0, -3.0, -1.0]], ResponseSet("e", [[response]]))
+    assert actual["kl"] == [[1.5]]
+    assert actual["token_kl"] == [[1.0, 0.0, 0.5]]
+    assert actual["sampler_gap"] == 0.25  # of the two sampled tokens
+
+
+def test_programs_read_answers_and_lengths_are_of_answers():
+    thinking = Response([4, 5, 7, 2], [0.0] * 4, True, "<think>a</think>yes", thought_tokens=2, thought_end=16)
+    cut_off = Response([4, 5], [0.0] * 2, False, "<think>b", thought_tokens=2, thought_end=8, is_open=True)
+    response_set = ResponseSet("e", [[thinking, cut_off]])
+    seen = []
+
+    class Scorer:
+        def score(self, rows, responses, truncated=None):
+            seen.extend(responses)
+            return [1.0, 0.0]
+
+    assert function_values(Scorer(), [{}], response_set) == [[1.0, 0.0]]
+    assert seen == ["yes", ""] and seen[0].thought == "<think>a</think>" and seen[1].is_open
+    assert shape_values(response_set) == {"length": [[2.0, 0.0]], "finished": [[1.0, 0.0]]}
+    assert thought_values(response_set) == {"thought_length": [[2.0, 2.0]], "open_thoughts": [[0.0, 1.0]]}
 
 
 def test_results_are_kept_under_their_identity(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from align.errors import UserError
 from align.lint.findings import Example, Finding, Findings, Place, format_findings, has_errors
 from align.lint.linter import Options
 from align.lint.trainer import lint_dataset, load_tokenizer_and_limits
+from tests.support.chat_templates import THINKING
 from tests.support.lint.harness import dataset, instructions, look, pairs
 
 DOCS = Path(__file__).parents[2] / "docs" / "lint.md"
@@ -155,3 +157,17 @@ def test_the_documentation_lists_every_rule_as_it_is() -> None:
     listed = {match[1]: [match[2], match[3], match[4]] for match in matches if match}
     wanted: dict[str, Any] = {name: [rule.severity, rule.what, rule.remedy] for name, rule in RULES.items()}
     assert listed == wanted
+
+
+def test_thinking_switch_is_linted(tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "thinker"
+    shutil.copytree(tiny_model, model)
+    (model / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
+    rows = instructions(20)
+    rows[2]["completion"] = [assistant("<think>\nI count.\n</think>\n\nThere are nine kinds.")]
+    folder = dataset(tmp_path, rows[:16], rows[16:])
+    on, off = (named(lint_dataset(folder, str(model), max_length=512, thinking=state)) for state in ("on", "off"))
+    assert "unexpected-thought" not in on
+    assert off["unexpected-thought"].count == 1
+    with pytest.raises(UserError, match="^lint: thinking: the chat template has no switch"):
+        lint_dataset(folder, str(tiny_model), thinking="off")

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from align.inference.weights import checkpoint_weights
 from tests.support.models.families import FAMILIES, write_family
-from tests.support.models.matrix import CELLS, run_cell, steps_of, train
+from tests.support.models.matrix import COLUMNS, run_cell, steps_of, train
 from tools.model_matrix import PAGE, row_of, table_rows
 
 pytestmark = pytest.mark.usefixtures("stages_in_process")
@@ -32,16 +34,20 @@ def test_cell_equals_the_documented_one(model_type: str, column: str, folders: P
 
 
 def test_rl_of_a_mixture_freezes_and_compares_routers(tmp_path: Path) -> None:
-    run = train(write_family("qwen3_moe", tmp_path / "qwen3_moe"), "grpo", tmp_path)
+    model = write_family("qwen3_moe", tmp_path / "qwen3_moe")
+    run = train(model, "grpo", tmp_path)
     metrics = run.artifacts["grpo"].record["metrics"]
     assert metrics["frozen_router_parameters"] == 2 * 4 * 32  # layers x experts x hidden
     assert steps_of(run, "grpo")[0]["router_disagreement"] == 0.0
+    before, after = (dict(checkpoint_weights(folder)) for folder in (model, run.artifacts["grpo"].model))
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved and not any(".gate." in name for name in moved)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_family_equals_the_documented_row(model_type: str, tmp_path: Path) -> None:
-    cells = {column: run_cell(model_type, column, tmp_path) for column in (*CELLS, "memory")}
+    cells = {column: run_cell(model_type, column, tmp_path) for column in COLUMNS}
     assert not [column for column, cell in cells.items() if cell.status == "differs"]
     documented = table_rows(PAGE.read_text(encoding="utf-8"))[model_type]
     assert {name: text.split()[0] for name, text in documented.items()} == row_of(cells)

@@ -55,13 +55,18 @@ def evaluation(**fields: Any) -> dict[str, Any]:
     return {"name": "x", "stages": {"evaluate": {"policies": ["sft"], "reference": "sft", **fields}}}
 
 
-SFT = {"sft": {"model": "m", "data": "d", "learning_rate": 1e-3}}
+def training(**tasks: Any) -> dict[str, Any]:
+    return {"name": "x", "stages": {"sft": {**SFT["sft"], "evaluate": {"every": 5, "tasks": tasks}}}}
+
+
+SFT: dict[str, Any] = {"sft": {"model": "m", "data": "d", "learning_rate": 1e-3}}
 
 
 @pytest.mark.parametrize(
     "document",
     [
         evaluation(tasks={"ifeval": {"files": ["x"]}, "preference": {}, "mine": {"task": "ifeval", "files": ["x"]}}),
+        training(ifeval={"files": ["x"]}, mine={"task": "ifeval", "files": ["x"]}),
         {"name": "x", "stages": SFT, "runtime": {"store": "/folder", "report_to": "tensorboard"}},
         {"name": "x", "stages": SFT, "runtime": {"store": {"remote": "s3://b/p"}, "report_to": ["wandb"]}},
         {"name": "x", "stages": {"mine": {"stage": "my.module:STAGE", "anything": 5}}},
@@ -78,6 +83,7 @@ def test_short_forms_are_accepted(schema: Any, document: dict[str, Any]) -> None
     [
         evaluation(tasks={"mine": {"files": ["x"]}}),
         evaluation(tasks={"ifeval": {"fils": ["x"]}}),
+        training(mine={"files": ["x"]}),
         {"name": "x", "stages": {"mine": {"stage": "sftt", "model": "m"}}},
         {"stages": SFT},
         {"name": "x"},

@@ -25,7 +25,9 @@ RECIPES = sorted(Path("data_recipes").rglob("*.yaml"))
 
 
 def test_all_are_there() -> None:
-    assert {"smoke", "quickstart", "checker", "hh", "gsm8k", "gym", "zephyr_7b"} <= {path.stem for path in PIPELINES}
+    assert {"smoke", "quickstart", "checker", "hh", "gsm8k", "gym", "zephyr_7b", "g1_gsm8k"} <= {
+        path.stem for path in PIPELINES
+    }
     assert {"quick", "standard"} == {path.stem for path in SUITES}
     recipes = {path.stem for path in RECIPES}
     assert {"embedded", "dolly", "hh_helpful", "hh_harmless", "oasst", "oasst_sft", "ultrafeedback"} <= recipes
@@ -144,7 +146,7 @@ def load_changed(path: Path, changed: dict[str, Any], folder: Path) -> None:
     from align.config.recipe.recipe import load_recipe
 
     if path in PIPELINES:
-        Pipeline(changed, str(path))
+        Pipeline.from_dict(changed, path.parent)
         return
     copied = folder / path.name
     copied.write_text(yaml.safe_dump(changed, sort_keys=False))

@@ -37,6 +37,30 @@ def test_a_killed_run_resumes_bit_for_bit(make_trainer, tmp_path, tuning, killed
     assert second.kl_controller.value == uninterrupted.kl_controller.value != 0.05
 
 
+def test_run_with_thinking_budget_resumes_bit_for_bit(make_trainer, tmp_path):
+    # The prompts open a thought, which a random model never closes with a tag.
+    rows = [{"id": str(number), "prompt": f"say {'abc' * number}<think>\n"} for number in range(8)]
+    fields = FIELDS | {"rows": rows, "updates": 3, "max_tokens": 20, "thinking_budget": 4}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **fields)
+    whole.train()
+    expected_weights, expected_logs = outcome(whole)
+    for entry in expected_logs:
+        # "\n</think>\n\n" with a byte a token, unless the end of turn came before the budget's four tokens
+        assert entry["forced_tokens"] == 11 * (1 - entry["open_thoughts"]) > 5
+        assert entry["length"] == entry["thought_length"] + entry["answer_length"] - entry["forced_tokens"]
+        # With stale weights, or if forced tokens counted, the engine's log-probabilities would differ.
+        assert entry["parity_gap_max"] < 1e-4
+    folder = tmp_path / "killed"
+    with pytest.raises(Killed):
+        make_trainer(output_dir=str(folder), callbacks=[KillAt(6)], **fields).train()
+    torch.manual_seed(12345)
+    second = make_trainer(output_dir=str(folder), **fields)
+    second.train(resume_from_checkpoint=str(last_checkpoint(folder)))
+    weights, logs = outcome(second)
+    assert logs == expected_logs
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+
+
 def test_a_finished_run_resumes_to_its_end(make_trainer, tmp_path):
     make_trainer(output_dir=str(tmp_path / "run"), **FIELDS).train()
     again = make_trainer(output_dir=str(tmp_path / "run"), **FIELDS)

@@ -8,6 +8,8 @@ import torch
 from align.environments.episode import Episode, PolicyTurn
 from align.errors import UserError
 from align.inference.protocol import Response
+from align.inference.thoughts import ThoughtReader
+from align.models.built_in import make_tiny_tokenizer
 from align.rl import metrics
 from align.rl import sampler as module
 from align.rl.advantages import gae
@@ -39,7 +41,10 @@ def make_sampler(seed):
     prompts = Prompts.__new__(Prompts)
     prompts.rows = [{"id": str(index)} for index in range(6)]
     prompts.token_ids = [[10 + index] for index in range(6)]
-    config = SimpleNamespace(samples_per_prompt=2, prompts_per_update=4, max_tokens=4, temperature=1.0)
+    prompts.reader = ThoughtReader(make_tiny_tokenizer())
+    config = SimpleNamespace(
+        samples_per_prompt=2, prompts_per_update=4, max_tokens=4, temperature=1.0, thinking_budget=None
+    )
     args = SimpleNamespace(config=config, seed=seed)
     return RolloutSampler(prompts, Recorder(), lambda rows, texts: [0.0] * len(texts), None, args)
 
@@ -215,3 +220,82 @@ def test_cut_off_episode_that_ends_a_turn_is_unfinished():
     rewards, values = torch.tensor([[0.0, 1.0]] * 2), torch.tensor([[0.5, 0.5, 4.0]] * 2)
     advantages, _ = gae(rewards, values, mask, finished, gamma=1.0, lam=1.0, truncation="bootstrap")
     assert advantages.tolist() == [[0.5, 0.5], [4.5, 4.5]]
+
+
+THOUGHT = Response(
+    # Three tokens of a thought, two forced ones, two of an answer.
+    [4, 5, 6, 90, 91, 7, 2],
+    [-1.0, -1.0, -1.0, 0.0, 0.0, -1.0, -1.0],
+    True,
+    "thought answer",
+    thought_tokens=5,
+    thought_end=8,
+    forced=[3, 4],
+)
+OPEN = Response([8, 9], [-1.0, -1.0], False, "open", thought_tokens=2, thought_end=4, is_open=True)
+PLAIN = Response([10, 2], [-1.0, -1.0], True, "plain")
+
+
+def thinking(*responses, update=0):
+    prompts = Prompts.__new__(Prompts)
+    prompts.rows, prompts.token_ids = [{"id": "0"}], [[1]]
+    return make_rollout(prompts, [0], [list(responses)], update)
+
+
+def test_forced_tokens_are_not_learned():
+    rollout = thinking(THOUGHT, OPEN)
+    sampled = [[True, True, True, False, False, True, True], [True, True] + [False] * 5]
+    assert rollout.tensors["response_mask"].tolist() == sampled
+    assert rollout.pack([0, 1], 0, "padded")["response_mask"].tolist() == sampled
+    assert mask_to_learn(rollout, "learn").tolist() == sampled
+    assert rollout.tokens == 7
+    # A rollout with forced tokens in other rows only packs like any other.
+    assert rollout.pack([1], 0, "padded")["response_mask"].tolist() == [[True, True]]
+
+
+def test_advantages_pass_over_forced_tokens_within_a_turn():
+    # One reward of 1 at the end; gamma 1, lambda 1, values 0: all five sampled tokens get 1, also with a turn discount.
+    rollout = thinking(THOUGHT)
+    mask, forced = rollout.tensors["response_mask"], rollout.tensors["forced"]
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
+    arguments = (rewards, torch.zeros(1, 8), mask, rollout.tensors["finished"])
+    settings = {"gamma": 1.0, "lam": 1.0, "truncation": "terminal", "turn_discount": 0.5}
+    advantages, _ = gae(*arguments, **settings, forced=forced)
+    assert advantages.tolist() == [[1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]]
+    # An environment's tokens in the same place end a turn.
+    assert gae(*arguments, **settings)[0].tolist() == [[0.5, 0.5, 0.5, 0.0, 0.0, 1.0, 1.0]]
+
+
+def test_scorers_read_answers_and_know_thoughts():
+    seen = []
+
+    def score(rows, responses):
+        seen.extend((str(text), text.thought, text.full_text, text.is_open) for text in responses)
+        return [0.0] * len(responses)
+
+    module.score_rollout(thinking(THOUGHT, OPEN, PLAIN), score)
+    assert seen == [
+        ("answer", "thought ", "thought answer", False),
+        ("", "open", "open", True),
+        ("plain", "", "plain", False),
+    ]
+
+
+def test_thoughts_and_answers_are_logged_separately():
+    joined = join_rollouts([thinking(PLAIN), thinking(THOUGHT, OPEN)])
+    joined.tensors["scores"] = torch.zeros(3)
+    assert joined.answer_lengths.tolist() == [2, 2, 0]
+    averages = metrics.Averages()
+    metrics._add_scores(averages, joined)
+    means = averages.means(lambda totals: totals)
+    # Thoughts of 0, 5 and 2 tokens; answers of 2, 2 and 0; 2 forced tokens; 2 + 5 + 2 sampled ones.
+    names = ("thought_length", "answer_length", "open_thoughts", "forced_tokens", "length")
+    assert [means[name] * 3 for name in names] == pytest.approx([7, 4, 1, 2, 9])
+    assert "open_thoughts" not in metrics_of(thinking(PLAIN))
+
+
+def metrics_of(rollout):
+    rollout.tensors["scores"] = torch.zeros(len(rollout))
+    averages = metrics.Averages()
+    metrics._add_scores(averages, rollout)
+    return averages.means(lambda totals: totals)

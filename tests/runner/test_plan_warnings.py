@@ -12,6 +12,7 @@ from align import Pipeline
 from align.errors import UserError
 from align.runner.plan import plan
 from align.store.store import Store
+from tests.support.chat_templates import THINKING
 
 PPO = {"policy": "sft", "prompts": "data", "score": "gold", "learning_rate": 1e-5, "updates": 2}
 EVALUATE = {"policies": ["sft", "ppo"], "reference": "sft", "prompts": "data", "max_tokens": 64}
@@ -66,6 +67,21 @@ def test_template_with_other_turns_is_a_warning(
 def test_other_turns_for_the_embedded_model_are_a_warning(store: Store) -> None:
     assert "instead of" in notes(store, "model", {"source": "smollm2-135m-instruct", "chat_template": "alpaca"})
     assert notes(store, "model", {"source": "smollm2-135m-instruct", "chat_template": "chatml"}) == ""
+
+
+@pytest.mark.parametrize("place", ["model", "evaluate"])
+def test_template_without_switch_is_refused(place: str, store: Store, tiny_model: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny_model, tmp_path)
+    stages: dict[str, dict[str, Any]] = {
+        "model": {"source": str(folder)},
+        "data": {"recipe": "data_recipes/embedded.yaml"},
+        "evaluate": {"policies": ["model"], "reference": "model", "prompts": "data"},
+    }
+    stages[place]["thinking"] = "off"
+    with pytest.raises(UserError, match=f"stages.{place}.thinking: the chat template has no switch for thoughts"):
+        plan(Pipeline({"name": "run", "seed": 1, "stages": stages}), store)
+    (folder / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
+    plan(Pipeline({"name": "run", "seed": 1, "stages": stages}), store)
 
 
 def test_template_of_a_base_model_replaces_none(store: Store, tiny_model: Path, tmp_path: Path) -> None:

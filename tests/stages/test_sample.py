@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from align.data import scoring
 from align.data.rows import read_rows, write_rows
 from align.errors import UserError
 from align.inference.transformers import TransformersEngine
+from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext
 from align.stages import sample
 from align.stages.sample import run
@@ -86,6 +88,28 @@ def test_pairs_samples_and_counts(tiny_model: Path, tmp_path: Path) -> None:
     assert metrics["train_prompts"] == 4
     assert metrics["tokens"] == sum(sum(line["tokens"]) for line in lines)
     assert 0 <= metrics["train_eos_rate"] <= 1
+
+
+def test_thoughts_are_closed_and_not_scored(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "policy" / "model"))
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    tokenizer.save_pretrained(model)
+    with pytest.raises(UserError, match="^sample: thinking_budget is 13, and the 11 tokens that close"):
+        run(_context(tmp_path, model, max_tokens=24, thinking_budget=13))
+    context = _context(tmp_path, model, max_tokens=24, thinking_budget=4)
+    metrics = run(context)
+    lines = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
+    closed = 0
+    for line in lines:
+        fields = (line[name] for name in ("texts", "thought_end", "open_thought", "scores"))
+        for text, end, is_open, score in zip(*fields, strict=True):
+            # A random model may end its turn within the budget.
+            assert is_open == (not text[:end].rstrip().endswith("</think>"))
+            assert score == len(text[end:].encode()) / 100
+            closed += not is_open
+    assert closed > 10
+    assert metrics["train_mean_thought_tokens"] > 11 and metrics["train_open_thoughts"] < 0.5
 
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_result(

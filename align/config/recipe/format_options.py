@@ -92,9 +92,9 @@ class FormatOptions(Config):
     """multiple_choice: an answer is the letter and the text of a choice (``B. Paris``), or only the letter or the
     text."""
 
-    thoughts: Literal["last", "all"] | None = None
-    """Write the thoughts that messages have in a separate field (reasoning_content, thinking, reasoning) into the text,
-    as ``<think>``: only the last message's thoughts, or all answers' thoughts. By default such records are refused."""
+    thoughts: Literal["all", "last"] = "all"
+    """Thoughts that answers have in a separate field (reasoning_content, thinking, reasoning) are written into their
+    text, as ``<think>``: of all answers, or only of the last message (docs/thinking.md)."""
 
     keyed_when_set: ClassVar[frozenset[str]] = frozenset({"first_choice", "choice_reply", "thoughts"})
 

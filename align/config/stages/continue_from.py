@@ -17,7 +17,7 @@ LENGTHS = ("max_steps", "epochs", "updates")
 """Fields for the length of training, which a continued stage raises."""
 DATA = ("data", "prompts", "max_rows", "max_prompts")
 """Fields for the rows, which may be other ones."""
-EVALUATED = ("eval_rows", "eval_prompts", "eval_steps", "eval_updates")
+EVALUATED = ("eval_rows", "eval_prompts", "eval_steps", "eval_updates", "evaluate")
 """Fields of evaluations during training."""
 OBSERVED = ("save_steps", "save_updates", "completions", "lint", *EVALUATED)
 """Fields that only observe training."""
@@ -32,7 +32,8 @@ def size_text(size: int) -> str:
 
 def chooses_by_validation(config: Any) -> bool:
     """Return True for a stage whose validation rows are a part of its training rows."""
-    return bool(getattr(config, "chooses", False)) or getattr(config, "keep", "last") != "last"
+    holds_back = getattr(config, "chooses", False) or getattr(config, "holds_back", False)
+    return bool(holds_back) or getattr(config, "keep", "last") != "last"
 
 
 def must_be_equal(config: Any) -> list[str]:

@@ -19,7 +19,7 @@ from align.config.environment import USER_INPUT
 from align.config.scores import MetricFunction, Score, metric_functions, reward_names
 from align.config.stages.evaluation.gates import KL_PREFIX, GateSpec, parse_gates
 from align.config.stages.evaluation.program_tasks import HumanevalConfig, MbppConfig
-from align.config.stages.evaluation.task_fields import TaskConfig
+from align.config.stages.evaluation.task_fields import SamplingFields, TaskConfig
 from align.config.stages.evaluation.tasks import (
     EnvironmentTaskConfig,
     Gsm8kConfig,
@@ -33,6 +33,7 @@ from align.config.stages.evaluation.tasks import (
     RewardPairsConfig,
     XstestConfig,
 )
+from align.config.thinking import ThinkingBudget, check_thinking_budget, turn_limit
 from align.config.user_paths import UserPath
 from align.config.validation import suggest
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
@@ -43,7 +44,9 @@ PROMPT_SET = "prompts"
 """Name of the prompt set among the tasks."""
 TASK_INPUTS = ("texts", "rows", USER_INPUT)
 """Fields of tasks that name a stage."""
-PROMPT_METRICS = ("reward", "finished", "length", "kl", "kl_k3", "heldout_loss")
+THOUGHT_METRICS = ("thought_length", "open_thoughts")
+"""Metrics of the prompt set if responses have thoughts."""
+PROMPT_METRICS = ("reward", "finished", "length", "kl", "kl_k3", "heldout_loss", *THOUGHT_METRICS)
 """Metrics that belong to no task and to no function, as gates name them."""
 
 
@@ -177,6 +180,9 @@ class EvaluateConfig(Config):
     max_tokens: int = Field(64, ge=1)
     """Longest response to a prompt, in tokens; a longer one is cut and counts as not finished. Tasks have their own
     limit."""
+    thinking_budget: ThinkingBudget = None
+    """Close thoughts by force after this many tokens, also in tasks, and continue with the answers
+    (docs/thinking.md). Null: no limit."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Prompts longer than this under any checkpoint's template are skipped and counted."""
     max_context: int = Field(2048, ge=16)
@@ -201,7 +207,7 @@ class EvaluateConfig(Config):
     """Resamples behind every interval and permutation test; the smallest p-value is about 1 / this."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"tasks", "baselines"})
-    keyed_when_set: ClassVar[frozenset[str]] = TEMPLATE_FIELDS | {"metrics", "rows", "users"}
+    keyed_when_set: ClassVar[frozenset[str]] = TEMPLATE_FIELDS | {"metrics", "rows", "thinking_budget", "users"}
 
     def fields_outside_key(self) -> set[str]:
         """Return ``identified``, and also ``score`` if it is a list, whose rates and prices change no result."""
@@ -262,6 +268,23 @@ class EvaluateConfig(Config):
             if names.count(name) > 1:
                 raise ValueError(f"metrics: two metrics are called '{name}'; give one of them another name.")
         return self
+
+    @model_validator(mode="after")
+    def _check_thinking_budget(self) -> EvaluateConfig:
+        for place, limit in self.response_limits.items():
+            check_thinking_budget(self.thinking_budget, limit, place)
+        return self
+
+    @property
+    def response_limits(self) -> dict[str, int]:
+        """Most tokens of a response to the prompts, and in each task whose answers are sampled, by their field."""
+        limits = {} if self.prompts is None else {"max_tokens": self.max_tokens}
+        for name, task in self.tasks.items():
+            if isinstance(task, EnvironmentTaskConfig):
+                limits[f"tasks.{name}.environment.turn_max_tokens"] = turn_limit(task.environment)
+            elif isinstance(task, SamplingFields | JudgedConfig):
+                limits[f"tasks.{name}.max_tokens"] = task.max_tokens
+        return limits
 
     @property
     def metric_functions(self) -> list[MetricFunction]:

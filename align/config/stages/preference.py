@@ -20,6 +20,8 @@ class PreferenceFields(TrainingFields):
 
     policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """Stage whose checkpoint is trained; usually the SFT stage."""
+    thoughts: Literal["train", "read", "drop"] = "train"
+    """Thoughts of answers (``<think>``): learn them, show but do not learn them, or remove them (docs/thinking.md)."""
     lint: LintSettings = LintSettings()
     """Lint of the rows' tokens before the first step: findings to accept (docs/lint.md)."""
 

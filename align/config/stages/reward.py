@@ -32,6 +32,8 @@ class RewardConfig(TrainingFields):
     """Stage whose checkpoint gets a score head instead of its vocabulary head; usually the SFT stage."""
     data: stage_input(Kind.PREFERENCES, Kind.INSTRUCTIONS, Kind.UNPAIRED)  # type: ignore[valid-type]
     """Stage with the pairs; for regression with scored answers, for process with unpaired rows that have steps."""
+    thoughts: Literal["read", "drop"] = "read"
+    """Thoughts of answers (``<think>``): read them with the answer, or remove them, for scores of the answer only."""
     objective: Literal["pairs", "regression", "process"] = "pairs"
     """``pairs``: which of two answers is better (Bradley-Terry). ``regression``: the answer's score itself.
     ``process``: whether each step is right (arXiv 2305.20050)."""

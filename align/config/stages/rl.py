@@ -19,6 +19,7 @@ from align.config.scores import Score, reward_names, score_identities
 from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import sharding_objection
+from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.config.tuning import FullTuning, Tuning
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
@@ -31,7 +32,9 @@ class RolloutFields(TrainerOptions):
     adam_epsilon: ClassVar[float] = 1e-8
     """AdamW's epsilon, unless ``trainer`` sets another."""
 
-    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"continue_from", "environment", "train_router"})
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset(
+        {"continue_from", "environment", "thinking_budget", "train_router"}
+    )
 
     policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """Stage whose checkpoint is trained. It is also the reference. Usually the SFT stage."""
@@ -77,6 +80,9 @@ class RolloutFields(TrainerOptions):
     """Longer prompts are skipped and counted."""
     max_tokens: int = Field(64, ge=1)
     """Maximum tokens per response. A longer one is truncated."""
+    thinking_budget: ThinkingBudget = None
+    """Close a thought by force after this many tokens, and continue with the answer (docs/thinking.md). Forced tokens
+    are not learned. Null: no limit."""
     temperature: float = Field(1.0, gt=0, le=5)
     """Sampling temperature. The loss also uses it, except SFT's loss (``ptx`` rows, ``rejection``), which uses 1."""
     num_epochs: int = Field(1, ge=1)
@@ -243,6 +249,7 @@ class RolloutFields(TrainerOptions):
     @model_validator(mode="after")
     def _use_episode_tokens(self) -> Self:
         take_episode_tokens(self)
+        check_stage_budget(self)
         return self
 
     @model_validator(mode="after")

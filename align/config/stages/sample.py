@@ -11,6 +11,7 @@ from align.config.base import Config, PrecisionSetting, stage_input
 from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.scores import Score, score_identities
+from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 
@@ -43,6 +44,9 @@ class SampleConfig(Config):
     """Sample from the most likely tokens with this total probability; 1 uses all."""
     max_tokens: int = Field(64, ge=1)
     """Most tokens per response; a longer one is cut off and counts as unfinished."""
+    thinking_budget: ThinkingBudget = None
+    """Close a thought by force after this many tokens, and continue with the answer (docs/thinking.md). Null: no
+    limit."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts are dropped and counted."""
     thinking: Thinking = None
@@ -65,7 +69,7 @@ class SampleConfig(Config):
     """Type of the matrix products; ``auto`` measures which one this device multiplies faster in."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"score", "environment"})
-    keyed_when_set: ClassVar[frozenset[str]] = TEMPLATE_FIELDS | {"environment"}
+    keyed_when_set: ClassVar[frozenset[str]] = TEMPLATE_FIELDS | {"environment", "thinking_budget"}
 
     @model_validator(mode="after")
     def _check_score_or_reward(self) -> SampleConfig:
@@ -84,6 +88,7 @@ class SampleConfig(Config):
     @model_validator(mode="after")
     def _use_episode_tokens(self) -> SampleConfig:
         take_episode_tokens(self)
+        check_stage_budget(self)
         return self
 
     def identities(self, base: Path) -> dict[str, str]:

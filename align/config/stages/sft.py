@@ -29,6 +29,8 @@ class SftConfig(TrainingFields):
     supervise: Literal["last", "all"] = "last"
     """Turns to train on. ``last``: the answer of a row, and all turns of an episode. ``all``: also every assistant turn
     of the prompt. Their positions are found by rendering the conversation up to each turn, with any chat template."""
+    thoughts: Literal["train", "read", "drop"] = "train"
+    """Thoughts of answers (``<think>``): learn them, show but do not learn them, or remove them (docs/thinking.md)."""
     packing: bool = False
     """Pack short rows into rows of ``max_length`` tokens, without attention between them (best fit decreasing)."""
     padding_free: bool = False
@@ -103,6 +105,8 @@ class DistillConfig(TrainingFields):
     keeps."""
     data: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES)  # type: ignore[valid-type]
     """Stage with the conversations: the answer is ``completion``, or ``chosen``."""
+    thoughts: Literal["train", "read", "drop"] = "train"
+    """Thoughts of answers (``<think>``): learn them, show but do not learn them, or remove them (docs/thinking.md)."""
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
     """``forward`` is KL(teacher || student), which covers all modes of the teacher; ``reverse`` seeks its main modes;
     ``jsd`` is in between."""

@@ -41,7 +41,7 @@ class TrainingFields(TrainerOptions):
 
     has_vocabulary: ClassVar[bool] = True
     """True if the stage's model has a vocabulary head."""
-    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"continue_from"})
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"continue_from", "thoughts"})
     refers: ClassVar[bool] = False
     """True if the stage needs a reference's log-probabilities of every row, which are computed once."""
     trainer_class: ClassVar[str] = "transformers.training_args:TrainingArguments"

@@ -25,15 +25,18 @@ from align.data.formats.fields import (
     require,
 )
 from align.data.formats.messages import (
+    THOUGHTS,
     is_number,
     lone_reply,
     messages,
     parse_json,
     prompt,
+    read_thought,
     reply,
     text,
     tools,
     with_system,
+    with_thought,
 )
 from align.data.rows import Dropped, Message, Row, assistant, user
 
@@ -99,6 +102,9 @@ def from_prompt_completion(record: dict[str, Any], options: ReadingOptions, kind
     """Convert a prompt and its answer, each text or messages."""
     answer = require(record, COMPLETIONS)
     completion = lone_reply(record[answer], answer, options)
+    # A column called reasoning is often a label's explanation, so only the names of chat servers count here.
+    thought = read_thought(record, "", options, THOUGHTS[:2])
+    completion["content"] = with_thought(completion["content"], thought)
     return [{"prompt": shared_prompt(record, options), "completion": [completion], "tools": tools(record)}]
 
 

@@ -191,8 +191,8 @@ OPAQUE = frozenset({"checks", "tools", "functions", "tool_calls", "function_call
 
 _MEDIA = "align trains on text alone. Leave these records out before the build (a source of type python can)"
 _THOUGHTS = (
-    "align does not train on thoughts in a separate field. Write them into the answers of messages with options: "
-    "{thoughts: last} (or all), into a single answer with a template in columns"
+    "a thought belongs to an answer of the assistant, in messages or next to a completion. In other places, write it "
+    "into the answer with a template in columns"
 )
 _CHOICES = "the prompt would lack its choices. Write format: multiple_choice, or quote them in columns: {prompt: ...}"
 _PROMPT_PART = (
@@ -287,9 +287,7 @@ def unused_fields(record: TrackedRecord, ignored: Iterable[str]) -> list[str]:
         return paths
     unexpected = [path for path in paths if not _is_named(path, ignored)]
     for path in unexpected:
-        reason = REFUSED.get(path) or REFUSED.get(path.rsplit(".", 1)[-1])
-        if reason:
-            raise Malformed(_refusal(f"'{path}'", "it", reason, path))
+        refuse_field(path)
     if not record.read.isdisjoint(PROMPTS):
         # A plain copy, because a look at a field of the tracked record counts as reading it.
         names = [name for name in choice_columns(dict(record)) if name in unexpected]
@@ -297,6 +295,13 @@ def unused_fields(record: TrackedRecord, ignored: Iterable[str]) -> list[str]:
         if len(names) > 1:
             raise Malformed(_refusal(f"'{names[0]}' to '{names[-1]}'", "them", _CHOICES, ", ".join(names)))
     return paths
+
+
+def refuse_field(path: str) -> None:
+    """Raise ``Malformed`` for a field that would change the training data and is not read."""
+    reason = REFUSED.get(path) or REFUSED.get(path.rsplit(".", 1)[-1])
+    if reason:
+        raise Malformed(_refusal(f"'{path}'", "it", reason, path))
 
 
 def _is_named(path: str, names: Iterable[str]) -> bool:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from align.config.recipe.format_options import ReadingOptions
-from align.data.formats.fields import CONVERSATIONS, Malformed, Unusable, first, require
+from align.data.final_answers import thought_end
+from align.data.formats.fields import CONVERSATIONS, Malformed, Unusable, first, refuse_field, require
 from align.data.rows import Dropped, Message, Row, assistant, user
 
 ROLES = {
@@ -175,20 +177,34 @@ def messages(value: Any, name: str, options: ReadingOptions) -> list[Message]:
     if not isinstance(value, list):
         raise Malformed(f"'{name}' holds {type(value).__name__}, expected a list of messages")
     parsed_messages = [message(item, name, options) for item in value]
-    if options.thoughts is not None:
-        for index, (item, turn) in enumerate(zip(value, parsed_messages, strict=True)):
-            # Every thought is read, so thoughts of earlier turns are dropped on purpose, as most templates drop them.
-            thought = _thought(item, name)
-            is_wanted = options.thoughts == "all" or index == len(value) - 1
-            if thought and is_wanted and turn["role"] == "assistant":
-                turn["content"] = f"<think>\n{thought}\n</think>\n\n{turn['content']}"
+    for index, (item, turn) in enumerate(zip(value, parsed_messages, strict=True)):
+        # Every thought is read, so with ``last`` thoughts of earlier turns are dropped on purpose.
+        thought = read_thought(item, f"{name}.", options)
+        if thought and turn["role"] != "assistant":
+            refuse_field(f"{name}.{first(item, THOUGHTS)}")
+        elif options.thoughts == "all" or index == len(value) - 1:
+            turn["content"] = with_thought(turn["content"], thought)
     return parsed_messages
 
 
-def _thought(value: dict[str, Any], name: str) -> str:
-    """Return the thought that a message has in a separate field; "" for none."""
-    field = first(value, THOUGHTS)
-    return "" if field is None else text(value[field], f"{name}.{field}").strip()
+def read_thought(value: dict[str, Any], prefix: str, options: ReadingOptions, fields: Sequence[str] = THOUGHTS) -> str:
+    """Return the thought that a message or record has in one of ``fields``; "" for none, or if it is ignored."""
+    names = [name for name in fields if not {name, prefix + name} & set(options.ignore)]
+    field = first(value, names)
+    return "" if field is None else text(value[field], prefix + field).strip()
+
+
+def with_thought(content: str, thought: str) -> str:
+    """Return an answer's text with its thought, as Qwen3 and DeepSeek R1 write it.
+
+    Raises ``Malformed`` if the text begins with another thought.
+    """
+    if not thought:
+        return content
+    end = thought_end(content)
+    if end and thought not in content[:end]:
+        raise Malformed("an answer has a thought in its text and another one in a separate field")
+    return content if end else f"<think>\n{thought}\n</think>\n\n{content}"
 
 
 def parse_conversations(record: dict[str, Any]) -> dict[str, Any]:

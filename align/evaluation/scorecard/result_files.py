@@ -3,7 +3,8 @@
 - ``scorecard.json``: schema in ``scorecard_builder.py``
 - ``samples.jsonl``: a line per question that systems answered: ``task`` (``prompts`` for the prompt set), ``id``,
   ``source``, ``prompt`` (messages), ``row`` (columns that the recipe keeps, if any) and ``responses``, system →
-  samples, each ``{text, tokens, finished}``, with ``reward`` and ``kl`` if they were measured, ``scores`` (of
+  samples, each ``{text, tokens, finished}``, with ``thought_tokens``, ``thought_end`` (characters) and ``open_thought``
+  if the response has a thought, ``reward`` and ``kl`` if they were measured, ``scores`` (of
   programs, or the task's metrics), ``turns`` (in conversations of several), ``token_kl`` (``[[text, nats], …]``, of
   first samples). An episode also has ``messages``, ``calls`` (with results and errors), ``parts`` of its score,
   ``turn_scores``, ``stop`` and ``failure``, its ``tokens`` are those that the policy sampled, and ``prompt`` is how the
@@ -28,6 +29,7 @@ from align.evaluation.answers import Answers, Episodes, Item, SystemResponses, T
 from align.evaluation.comparisons import Column
 from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult
 from align.evaluation.tasks.environment import SCORE
+from align.inference.thoughts import thought_facts
 from align.models.chat.render import token_texts
 from align.store.json_files import write_text_atomically
 
@@ -71,6 +73,7 @@ def _prompt_samples(
             samples = []
             for number, response in enumerate(response_set.responses[index]):
                 sample = {"text": response.text, "tokens": len(response.token_ids), "finished": response.finished}
+                sample |= thought_facts(response)
                 measured = {field: values[field][index][number] for field in SAMPLE_FIELDS if field in values}
                 # A metric that a reward returns is missing if some response lacks it.
                 scores = {metric: values[metric][index][number] for metric in measurements.programs if metric in values}
@@ -122,6 +125,7 @@ def _sample(result: TaskResult, name: str, index: int, number: int, turns: list[
     """Return one sample of one item with its scores; a task with one value per item gives it to all samples."""
     last = turns[-1].response
     sample: dict[str, Any] = {"text": last.text, "tokens": len(last.token_ids), "finished": last.finished}
+    sample |= thought_facts(last)
     measured = result.measured.get(name)
     if measured is not None:
         sample["scores"] = {
@@ -132,6 +136,7 @@ def _sample(result: TaskResult, name: str, index: int, number: int, turns: list[
     if len(turns) > 1:
         sample["turns"] = [
             {"prompt": turn.prompt[-1]["content"], "text": turn.response.text, "finished": turn.response.finished}
+            | thought_facts(turn.response)
             for turn in turns
         ]
     return sample

@@ -313,8 +313,8 @@ class GradedTask(JudgedTask):
 
 
 def conversation(turn: Turn) -> list[Message]:
-    """Return a turn's prompt with its answer."""
-    return [*turn.prompt, assistant(turn.response.text)]
+    """Return a turn's prompt with its answer, without the thought."""
+    return [*turn.prompt, assistant(str(turn.response.answer_text))]
 
 
 def answer_notes(answers: Sequence[Sequence[Turn]]) -> dict[str, Any]:
@@ -322,7 +322,7 @@ def answer_notes(answers: Sequence[Sequence[Turn]]) -> dict[str, Any]:
     responses = [turn.response for turns in answers for turn in turns]
     return {
         **response_counts(responses),
-        "mean_characters": round(sum(len(response.text) for response in responses) / max(1, len(responses)), 1),
+        "mean_characters": round(sum(len(response.answer_text) for response in responses) / max(1, len(responses)), 1),
     }
 
 

@@ -11,7 +11,7 @@ where Google's checker counts a randomly drawn letter. Here the sign is counted.
 IFBench (arXiv 2507.02833) has 58 other kinds of instructions in the same layout, which the same package checks. Some of
 its checkers need NLTK's data, which is never fetched here.
 
-A reasoning model's thoughts are part of its answer; they are not cut away.
+The checkers read the answer after a model's thought.
 """
 
 from __future__ import annotations

@@ -322,7 +322,7 @@ class ComparedTask(JudgedTask):
         scores = iter(
             context.reward_scores(
                 [turn.prompt for turn in turns],
-                [turn.response.text for turn in turns],
+                [str(turn.response.answer_text) for turn in turns],
                 [turn.response.finished for turn in turns],
                 self.config.judge.reward_field or "reward",
             )
@@ -347,7 +347,7 @@ class ComparedTask(JudgedTask):
 
 
 def _texts(turns: list[Turn]) -> list[str]:
-    return [turn.response.text.strip() for turn in turns]
+    return [turn.response.answer_text.strip() for turn in turns]
 
 
 def _length_gaps(first: list[list[Turn]], second: list[list[Turn]]) -> list[int]:

@@ -119,7 +119,7 @@ class ProgramTask(SampledTask):
         with ThreadPoolExecutor(cores(), "programs") as threads:
             for index, (system, system_answers) in enumerate(answers.items()):
                 grades = []
-                texts = [[turns[-1].response.text for turns in samples] for samples in system_answers]
+                texts = [[str(turns[-1].response.answer_text) for turns in samples] for samples in system_answers]
                 for completed, item_grades in enumerate(threads.map(self._grade_samples, self.items, texts), 1):
                     grades.append(item_grades)
                     context.progress(index * len(self.items) + completed, total, "problems")

@@ -148,7 +148,7 @@ class SampledTask(Task):
             for system, system_answers in answers.items():
                 grades = []
                 for item, samples in zip(self.items, system_answers, strict=True):
-                    grades.append([self.grade(item, turns[-1].response.text) for turns in samples])
+                    grades.append([self.grade(item, turns[-1].response.answer_text) for turns in samples])
                     completed += 1
                     context.progress(completed, total, "answers")
                 values = {
@@ -167,12 +167,15 @@ def answer_counts(answers: Answers) -> dict[str, int]:
 
 
 def response_counts(responses: Sequence[Response]) -> dict[str, int]:
-    """Count the responses, those cut off at ``max_tokens``, and those that are blank."""
-    return {
+    """Count the responses, those cut off at ``max_tokens``, those that are blank, and thoughts that are open."""
+    counts = {
         "answers": len(responses),
         "cut_off": sum(not response.finished for response in responses),
         "empty": sum(not response.text.strip() for response in responses),
     }
+    if any(response.thought_tokens for response in responses):
+        counts["open_thoughts"] = sum(response.is_open for response in responses)
+    return counts
 
 
 # ---- GSM8K ----

@@ -20,6 +20,7 @@ from pathlib import Path
 from align.config.user_paths import user_path
 from align.config.validation import nearest
 from align.errors import UserError
+from align.models.chat.template_settings import store, stored_settings
 from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE, token_ids
 
 FOLDER = Path(__file__).parent / "templates"
@@ -142,11 +143,14 @@ template writes, next to bos and eos.
 
 
 def training_templates(template: str, vocabulary: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield name and text of the training templates of a template's family whose tokens are in the vocabulary."""
+    """Yield name and text of the training templates of a template's family whose tokens are in the vocabulary.
+
+    They have the settings that the template has stored, such as its thinking switch.
+    """
     for name, training in TRAINING_TEMPLATES.items():
         is_of_family = all(mark in template for mark in training["marks"])
         if is_of_family and all(token in vocabulary for token in training["tokens"]):
-            yield name, read_training_template(name)
+            yield name, store(read_training_template(name), stored_settings(template))
 
 
 def read_training_template(name: str) -> str:

@@ -7,9 +7,13 @@ Excluded: truncation, batches and lengths, which are the caller's.
 from __future__ import annotations
 
 import json
+import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+from align.data.final_answers import EMPTY, thought_end
 from align.data.rows import Row, answer_side, is_finished
 from align.errors import UserError
 
@@ -130,10 +134,60 @@ def _with_calls(tokenizer: Any, message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message as templates expect it: calls as objects, no empty fields, no training mark."""
     hidden = ("tool_calls", "train")
     fields = {name: value for name, value in message.items() if value is not None and name not in hidden}
+    thought_field = _thought_field(str(tokenizer.chat_template)) if message["role"] == "assistant" else None
+    if thought_field is not None:
+        fields |= thought_fields(message["content"] or "", thought_field)
     if not message.get("tool_calls"):
         return fields
     _require(tokenizer, "tool_calls", "a message calls a tool")
     return fields | {"tool_calls": json.loads(message["tool_calls"])}
+
+
+THOUGHT_FIELD = re.compile(r"""(?:\.|["'])(reasoning_content|thinking|reasoning)\b""")
+"""Field of a message in which a template reads its thought."""
+
+
+@lru_cache(maxsize=64)
+def _thought_field(template: str) -> str | None:
+    """Return the field in which a template reads thoughts; None for a template that finds them in the text, or never.
+
+    Most templates cut the text at ``</think>``. gpt-oss's template only reads the field.
+    """
+    field = THOUGHT_FIELD.search(template)
+    return field[1] if field is not None and "</think>" not in template else None
+
+
+def thought_fields(content: str, field: str) -> dict[str, str]:
+    """Return an answer's text without its thought as ``content``, and the thought as ``field``, if there is one."""
+    end = thought_end(content)
+    if not end:
+        return {}
+    return {"content": content[end:].lstrip(), field: TAG.sub("", content[:end]).strip()}
+
+
+TAG = re.compile(r"</?(?:think|thinking|thought|reasoning)>|\[/?THINK\]")
+READ_THOUGHTS = "_read_thoughts"
+"""Key of a row whose thoughts are shown but not learned."""
+
+
+def count_unlearned(tokenizer: Any, row: Mapping[str, Any], turn: Sequence[int]) -> int:
+    """Return the number of tokens at the start of a turn that are not learned: its thought, if thoughts are only read.
+
+    ``turn`` has the ids of the turn after its generation prompt.
+    """
+    if not row.get(READ_THOUGHTS):
+        return 0
+
+    def length(count: int) -> int:
+        ids = list(turn[:count])
+        return len(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    text = tokenizer.decode(list(turn), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    end = thought_end(text)
+    if EMPTY.fullmatch("".join(text[:end].split())):
+        return 0  # the template writes it before an answer without a thought, and sampling leaves it to the model
+    # The text grows with every token, so a search finds the token that completes the thought.
+    return bisect_left(range(len(turn) + 1), end, key=length)
 
 
 MAX_TRAILING = 4
@@ -249,11 +303,12 @@ def assistant_mask(
 ) -> list[int] | None:
     """Return 1 for each token of an answer that the assistant writes, 0 for tokens between its turns.
 
-    ``prompt_ids`` and ``answer_ids`` come from ``split_answer``. Turns with ``train: False`` have 0. None if the
-    template rewrites earlier turns, so no rendering contains each turn as it is sampled.
+    ``prompt_ids`` and ``answer_ids`` come from ``split_answer``. Turns with ``train: False`` have 0, and so have
+    thoughts that are only read. None if the template rewrites earlier turns, so no rendering contains each turn as it
+    is sampled.
     """
     if len(row[side]) == 1:
-        return [int(row[side][0].get("train") is not False)] * len(answer_ids)
+        return _turn_mask(tokenizer, row, answer_ids, row[side][0].get("train") is not False)
     start = len(prompt_ids)
     places = answer_turns([*row["prompt"], *row[side]], len(row["prompt"]))
     parts = split_turns(tokenizer, row, side, places)
@@ -261,5 +316,11 @@ def assistant_mask(
         return None
     mask = [0] * len(answer_ids)
     for before, turn in parts:
-        mask[len(before) - start : len(before) + len(turn) - start] = [1] * len(turn)
+        mask[len(before) - start : len(before) + len(turn) - start] = _turn_mask(tokenizer, row, turn)
     return mask
+
+
+def _turn_mask(tokenizer: Any, row: Mapping[str, Any], turn: Sequence[int], is_learned: bool = True) -> list[int]:
+    """Return 1 for each token of a turn that is learned."""
+    unlearned = count_unlearned(tokenizer, row, turn) if is_learned else len(turn)
+    return [0] * unlearned + [1] * (len(turn) - unlearned)

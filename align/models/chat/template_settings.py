@@ -27,6 +27,9 @@ OF_TRANSFORMERS = SET_BY_ALIGN | {"raise_exception", "strftime_now", "pad_token"
 QUESTION = [{"role": "user", "content": "a"}]
 TOKENS = {"bos_token": "", "eos_token": ""}
 
+THOUGHT_ROWS = "thought_rows"
+"""Metric of a stage that trains on answers: the number of rows whose answer has a thought."""
+
 State = Literal["on", "off"]
 
 
@@ -159,7 +162,7 @@ def thinking_switch(template: str) -> str | None:
 
 def thinking_state(tokenizer: Any) -> State | None:
     """Return whether the tokenizer's template asks for thoughts; None if it has no switch."""
-    return _state(_default(tokenizer.chat_template))
+    return template_state(_default(tokenizer.chat_template))
 
 
 def _default(template: str | Mapping[str, str]) -> str:
@@ -168,7 +171,8 @@ def _default(template: str | Mapping[str, str]) -> str:
 
 
 @lru_cache(maxsize=64)
-def _state(template: str) -> State | None:
+def template_state(template: str) -> State | None:
+    """Return whether a template asks for thoughts; None if it has no switch."""
     switch = thinking_switch(template)
     if switch is None:
         return None

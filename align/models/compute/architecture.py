@@ -1,13 +1,13 @@
 """Parameter counts of a decoder and of its adapters, from its ``config.json`` only. Torch-free.
 
-``RULES`` has one function per ``model_type``; a type without one is refused rather than guessed. The tests compare each
-with the model that transformers builds. Excluded: mixtures of experts, encoders, models of several parts (vision).
+``decoders.RULES`` has one function per ``model_type``; a type without one is refused rather than guessed. The tests
+compare each with the model that transformers builds. A multimodal model counts with its text part.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,9 @@ from align.config.tuning import (
     TuningBase,
     VirtualTokens,
 )
+from align.models.compute.layers import Layer, Linear, count
 
-EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "embeddings")
 """Names of the token embedding."""
 
 
@@ -34,40 +35,25 @@ class UnknownArchitecture(ValueError):
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A matrix of one layer; ``path`` is its module's name below the layer, such as ``self_attn.q_proj``."""
-
-    path: str
-    inputs: int
-    outputs: int
-    bias: bool = False
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the matrix and its bias."""
-        return self.inputs * self.outputs + self.bias * self.outputs
-
-
-@dataclass(frozen=True)
 class Architecture:
     """Sizes of a decoder: counts are numbers of parameters, widths numbers of features."""
 
     model_type: str
     hidden: int
-    layers: int
     vocabulary: int
-    key_value_width: int
-    """Features of one token's keys in one layer; the values have as many."""
-    linears: tuple[Linear, ...]
-    """The matrices of one layer."""
-    vectors: int
-    """Parameters of one layer outside the matrices: norms."""
+    blocks: tuple[Layer, ...]
+    """The layers, from the first one on."""
     embedded: int
     """Parameters of the token and position embeddings."""
     last_norm: int
-    """Parameters of the norm after the layers."""
+    """Parameters of the norms outside the layers."""
     tied: bool
     """True if the output head is the token embedding."""
+    outer: tuple[Linear, ...] = ()
+    """Linear layers outside the layers, without the head."""
+    head_bias: bool = False
+    skipped: tuple[str, ...] = ()
+    """Last names of the linear layers that ``all-linear`` does not adapt (``align.models.experts.default_targets``)."""
     norms: int | None = None
     """Norms over a layer's width in one layer; None if there is no rule for a layer's activations."""
     normed_heads: int = 0
@@ -84,20 +70,55 @@ class Architecture:
     """Heads of queries, and of keys and values; zeros if they are not known."""
 
     @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.blocks)
+
+    @property
+    def largest(self) -> Layer:
+        """The layer with the most parameters."""
+        return max(self.blocks, key=lambda block: block.parameters)
+
+    @property
+    def linears(self) -> list[Linear]:
+        """All linear layers below the head."""
+        return [*self.outer, *(linear for block in self.blocks for linear in block.linears)]
+
+    @property
+    def experts(self) -> int:
+        """Parameters of all experts."""
+        return sum(count(block.experts) for block in self.blocks)
+
+    @property
     def matrices(self) -> int:
-        """Parameters of all layers' matrices."""
-        return self.layers * sum(linear.parameters for linear in self.linears)
+        """Parameters of the linear layers."""
+        return count(self.linears)
+
+    @property
+    def biases(self) -> int:
+        """Parameters of the linear layers' biases."""
+        return sum(linear.bias * linear.outputs for linear in self.linears)
+
+    @property
+    def token_cache(self) -> int:
+        """Values that sampling keeps for a token: the keys and values of all layers."""
+        return sum(block.token_cache for block in self.blocks)
+
+    @property
+    def state(self) -> int:
+        """Values that sampling keeps for a sequence of any length: the states of all layers."""
+        return sum(block.state for block in self.blocks)
 
     @property
     def trunk(self) -> int:
         """Parameters below the head."""
-        return self.embedded + self.last_norm + self.layers * self.vectors + self.matrices
+        return self.embedded + self.last_norm + count(self.outer) + sum(block.parameters for block in self.blocks)
 
     @property
     def rounded(self) -> int:
         """Parameters of the trunk that ``align.models.compute.precision.cast_frozen_to_bf16`` keeps in bfloat16."""
-        linears = 0 if self.conv1d else sum(linear.inputs * linear.outputs for linear in self.linears)
-        return (0 if self.scaled_embeddings else self.embedded) + self.layers * linears
+        linears = 0 if self.conv1d else self.matrices - self.biases
+        return (0 if self.scaled_embeddings else self.embedded) + linears
 
     @property
     def head(self) -> int:
@@ -107,7 +128,7 @@ class Architecture:
     @property
     def parameters(self) -> int:
         """Parameters of the causal language model; a tied head is counted once."""
-        return self.trunk + (0 if self.tied else self.head)
+        return self.trunk + (0 if self.tied else self.head) + self.head_bias * self.vocabulary
 
     def adapters(self, tuning: TuningBase, part: Literal["model", "trunk"]) -> int:
         """Count the parameters that ``tuning`` adds to the causal model, or to its trunk; 0 for full tuning.
@@ -139,11 +160,11 @@ class Architecture:
         targets = tuning.targets if isinstance(tuning.targets, list) else None  # None is all-linear
         # With last_layers only the uppermost layers have adapters, and the head has none.
         lowest = 0 if tuning.last_layers is None else self.layers - min(tuning.last_layers, self.layers)
-        shapes = [
-            (linear.inputs, linear.outputs)
-            for name, linear in self._matrices(lowest)
-            if targets is None or _is_target(name, targets)
-        ]
+        shapes = []
+        for name, linear in self._matrices(lowest):
+            is_default = linear.experts == 1 and name.rpartition(".")[2] not in self.skipped
+            if is_default if targets is None else _is_target(name, targets):
+                shapes += [(linear.inputs, linear.outputs)] * linear.experts
         head = targets is not None and tuning.last_layers is None and _is_target(self.head_path, targets)
         if part == "model" and head:
             shapes.append((self.hidden, self.vocabulary))
@@ -156,9 +177,12 @@ class Architecture:
         return self.layers if last is None else min(last, self.layers)
 
     def _matrices(self, lowest: int = 0) -> Iterator[tuple[str, Linear]]:
-        for layer in range(lowest, self.layers):
-            for linear in self.linears:
-                yield f"{self.layers_path}.{layer}.{linear.path}", linear
+        """Yield name and shape of each matrix from a layer on; those outside the layers belong to the first layer."""
+        for linear in self.outer if lowest == 0 else ():
+            yield linear.path, linear
+        for number, block in enumerate(self.blocks[lowest:], start=lowest):
+            for linear in (*block.linears, *block.experts):
+                yield f"{self.layers_path}.{number}.{linear.path}", linear
 
     def _module(self, name: str, part: Literal["model", "trunk"]) -> int:
         """Count the parameters of the modules called ``name``; a tied head counts with the embeddings only."""
@@ -190,155 +214,18 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
     Raises ``UnknownArchitecture`` for a type without a rule and for a missing size.
     """
+    from align.models.compute.decoders import RULES  # the rules need this module
+
+    config = config.get("text_config") or config
     kind = str(config.get("model_type"))
     if kind not in RULES:
         raise UnknownArchitecture(f"there is no rule for model_type '{kind}', only for {', '.join(sorted(RULES))}")
     try:
         return RULES[kind](config)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
         raise UnknownArchitecture(
             f"the config.json of this {kind} lacks a size or has an invalid one ({error})"
         ) from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _LlamaLike:
-    """Rule for decoders with RMS norms, grouped keys and a gated MLP: config → architecture."""
-
-    needs: tuple[str, ...] = ()
-    """Sizes without a default that follows from others, so the config must have them."""
-    qkv_bias: bool | None = None
-    """None follows ``attention_bias``, which then applies to the output projection as well."""
-    mlp_bias: bool = False
-    """The config's field of that name counts."""
-    head_norms: Literal["none", "head", "all"] = "none"
-    """Norms of queries and keys over one head's features, or over all heads'."""
-    norms: int = 2
-    """Norms over a layer's width."""
-    lean: bool = True
-    """Norms are written as Llama's."""
-    scaled_embeddings: bool = False
-    """The token embedding is a class that scales its rows, as Gemma's."""
-    tied: bool = False
-    """Default if the config has no such field."""
-    fused: bool = False
-    """One matrix for queries, keys and values, and another for gate and up."""
-
-    def __call__(self, config: Mapping[str, Any]) -> Architecture:
-        """Return the architecture. Raises ``KeyError`` for a size that the config lacks."""
-        missing = [name for name in self.needs if not config.get(name)]
-        if missing:
-            raise KeyError(missing[0])
-        hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-        size = config.get("head_dim") or hidden // heads
-        groups = config.get("num_key_value_heads") or heads
-        queries, keys = heads * size, groups * size
-        # Norms of queries and keys: one pair over a head's features, or over all heads' features.
-        of_heads = {"none": 0, "head": 2 * size, "all": queries + keys}[self.head_norms]
-        return Architecture(
-            model_type=config["model_type"],
-            hidden=hidden,
-            layers=config["num_hidden_layers"],
-            vocabulary=config["vocab_size"],
-            key_value_width=keys,
-            linears=self._linears(config, inner, queries, keys),
-            vectors=self.norms * hidden + of_heads,
-            embedded=config["vocab_size"] * hidden,
-            last_norm=hidden,
-            tied=bool(config.get("tie_word_embeddings", self.tied)),
-            norms=self.norms,
-            normed_heads=0 if self.head_norms == "none" else queries + keys,
-            lean_norms=self.lean,
-            scaled_embeddings=self.scaled_embeddings,
-            heads=(heads, groups),
-        )
-
-    def _linears(self, config: Mapping[str, Any], inner: int, queries: int, keys: int) -> tuple[Linear, ...]:
-        """Return a layer's matrices: MLP of width ``inner``, queries and keys of these widths over all heads."""
-        hidden = config["hidden_size"]
-        in_bias = out_bias = bool(config.get("attention_bias", False))
-        if self.qkv_bias is not None:
-            in_bias, out_bias = self.qkv_bias, False
-        inner_bias = self.mlp_bias and bool(config.get("mlp_bias", False))
-        if self.fused:
-            inputs = [Linear("self_attn.qkv_proj", hidden, queries + 2 * keys, in_bias)]
-            gated = [Linear("mlp.gate_up_proj", hidden, 2 * inner, inner_bias)]
-        else:
-            widths = (("q_proj", queries), ("k_proj", keys), ("v_proj", keys))
-            inputs = [Linear(f"self_attn.{name}", hidden, width, in_bias) for name, width in widths]
-            gated = [Linear(f"mlp.{name}", hidden, inner, inner_bias) for name in ("gate_proj", "up_proj")]
-        outputs = [Linear("self_attn.o_proj", queries, hidden, out_bias)]
-        down = [Linear("mlp.down_proj", inner, hidden, inner_bias)]
-        return (*inputs, *outputs, *gated, *down)
-
-
-def _gpt_neox(config: Mapping[str, Any]) -> Architecture:
-    hidden, inner, bias = config["hidden_size"], config["intermediate_size"], bool(config.get("attention_bias", True))
-    return Architecture(
-        model_type="gpt_neox",
-        hidden=hidden,
-        layers=config["num_hidden_layers"],
-        vocabulary=config["vocab_size"],
-        key_value_width=hidden,
-        linears=(
-            Linear("attention.query_key_value", hidden, 3 * hidden, bias),
-            Linear("attention.dense", hidden, hidden, bias),
-            Linear("mlp.dense_h_to_4h", hidden, inner, True),
-            Linear("mlp.dense_4h_to_h", inner, hidden, True),
-        ),
-        vectors=2 * 2 * hidden,  # two layer norms, each with weight and bias
-        embedded=config["vocab_size"] * hidden,
-        last_norm=2 * hidden,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        heads=(config.get("num_attention_heads") or 0,) * 2,
-        layers_path="gpt_neox.layers",
-        head_path="embed_out",
-    )
-
-
-def _gpt2(config: Mapping[str, Any]) -> Architecture:
-    hidden = config["n_embd"]
-    inner = config.get("n_inner") or 4 * hidden
-    return Architecture(
-        model_type="gpt2",
-        hidden=hidden,
-        layers=config["n_layer"],
-        vocabulary=config["vocab_size"],
-        key_value_width=hidden,
-        linears=(
-            Linear("attn.c_attn", hidden, 3 * hidden, True),
-            Linear("attn.c_proj", hidden, hidden, True),
-            Linear("mlp.c_fc", hidden, inner, True),
-            Linear("mlp.c_proj", inner, hidden, True),
-        ),
-        vectors=2 * 2 * hidden,
-        embedded=(config["vocab_size"] + config["n_positions"]) * hidden,
-        last_norm=2 * hidden,
-        tied=bool(config.get("tie_word_embeddings", True)),
-        conv1d=True,
-        heads=(config.get("n_head") or 0,) * 2,
-        layers_path="transformer.h",
-    )
-
-
-GROUPS, HEADS = ("num_key_value_heads",), ("num_key_value_heads", "head_dim")
-
-RULES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
-    "llama": _LlamaLike(mlp_bias=True),
-    "granite": _LlamaLike(mlp_bias=True),
-    "smollm3": _LlamaLike(needs=GROUPS, mlp_bias=True, tied=True),
-    "mistral": _LlamaLike(needs=GROUPS, qkv_bias=False),
-    "phi3": _LlamaLike(qkv_bias=False, fused=True),
-    "qwen2": _LlamaLike(needs=GROUPS, qkv_bias=True),
-    "qwen3": _LlamaLike(needs=HEADS, head_norms="head"),
-    "olmo2": _LlamaLike(head_norms="all", lean=False),
-    "gemma": _LlamaLike(needs=HEADS, lean=False, scaled_embeddings=True, tied=True),
-    "gemma2": _LlamaLike(needs=HEADS, norms=4, lean=False, scaled_embeddings=True, tied=True),
-    "gemma3_text": _LlamaLike(needs=HEADS, norms=4, head_norms="head", lean=False, scaled_embeddings=True, tied=True),
-    "gpt_neox": _gpt_neox,
-    "gpt2": _gpt2,
-}
-"""``model_type`` -> rule that reads the architecture from a config of that type."""
 
 
 def inserted_parameters(model: Architecture, tuning: TuningBase) -> int | None:
@@ -348,7 +235,7 @@ def inserted_parameters(model: Architecture, tuning: TuningBase) -> int | None:
         return tuning.tokens * model.hidden + encoder
     if isinstance(tuning, PrefixTuning):
         # Every layer has keys and values for each virtual token.
-        return tuning.tokens * model.layers * 2 * model.key_value_width
+        return tuning.tokens * model.token_cache
     if isinstance(tuning, VirtualTokens):
         return tuning.tokens * model.hidden
     if not isinstance(tuning, AdaptersTuning):

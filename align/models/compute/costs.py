@@ -185,18 +185,19 @@ def activations_of_layer(
     if model.norms is None or not has_rule:
         return None
     size = SIZES[precision]
-    out = next(linear for linear in model.linears if "o_proj" in linear.path)
-    down = next(linear for linear in model.linears if "down_proj" in linear.path)
+    linears = model.largest.linears
+    out = next(linear for linear in linears if "o_proj" in linear.path)
+    down = next(linear for linear in linears if "down_proj" in linear.path)
     norms = _norm(model, tuning, precision, low_residual) * (model.norms * model.hidden + model.normed_heads)
     # Matrices that read the hidden states: queries, keys, values, gate and up.
-    readers = sum(linear.inputs == model.hidden and linear not in (out, down) for linear in model.linears)
+    readers = sum(linear.inputs == model.hidden and linear not in (out, down) for linear in linears)
     # Then autocast casts the float32 input once for each of these matrices.
     rounded_apart = precision == "bfloat16" and not low_residual
     inputs = size * (readers if rounded_apart else 2) * model.hidden  # of attention and of the MLP
-    keys = out.inputs if flash else model.key_value_width
+    keys = out.inputs if flash else model.largest.token_cache // 2
     attention = size * 2 * (out.inputs + keys)  # queries and what comes out, keys and values
     gated = size * 4 * down.inputs  # gate, its activation, up, their product
-    low_rank = size * tuning.rank * len(model.linears) if isinstance(tuning, LowRank) else 0
+    low_rank = size * tuning.rank * len(linears) if isinstance(tuning, LowRank) else 0
     return norms + inputs + attention + gated + low_rank
 
 
@@ -207,8 +208,9 @@ def passing_per_token(model: Architecture, size: int, flowing: int) -> int:
     it comes in, and normed. In addition there are the gate, its factor and their product, or attention's inputs.
     """
     queries = next((linear.inputs for linear in model.linears if "o_proj" in linear.path), model.hidden)
-    inner = max((linear.inputs for linear in model.linears), default=model.hidden)
-    attention = 4 * queries + 2 * model.key_value_width  # queries, result, keys and values as read and repeated
+    inner = max(matrix.inputs for block in model.blocks for matrix in (*block.linears, *block.experts))
+    # Queries, the result, and keys and values as they are read and repeated.
+    attention = 4 * queries + max(block.token_cache for block in model.blocks)
     return flowing * 2 * model.hidden + size * max(3 * inner, attention)
 
 

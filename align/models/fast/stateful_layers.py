@@ -26,6 +26,9 @@ MIXERS = {
     "falcon_h1": "mamba",
     "granitemoehybrid": "mamba",
     "lfm2": "conv",
+    "lfm2_moe": "conv",
+    "olmo_hybrid": "linear_attn",
+    "qwen3_5_moe_text": "linear_attn",
     "qwen3_5_text": "linear_attn",
     "qwen3_next": "linear_attn",
 }
@@ -43,7 +46,7 @@ def carries_state(config: Any) -> bool:
     return any(name.startswith(("mamba_", "ssm_", "state_size")) for name in vars(text))
 
 
-def stateful_layers(model: Any) -> list[tuple[nn.Module, nn.Module]]:
+def stateful_layers(model: Any) -> list[tuple[Any, Any]]:
     """Return the decoder layers with a stateful part, and this part; empty for a family that is not in ``MIXERS``."""
     name = MIXERS.get(model.config.get_text_config().model_type, "")
     pairs = [(layer, getattr(layer, name, None)) for layer in getattr(model.base_model, "layers", ())]
@@ -54,7 +57,7 @@ def enable_rows(model: Any) -> None:
     """Let the stateful layers of ``model`` compute lines with a layout; a second call has no effect."""
     for layer, mixer in stateful_layers(model):
         if not hasattr(mixer, "row_hooks"):
-            mixer.row_hooks = _RowHooks(layer, mixer)  # type: ignore[assignment]
+            mixer.row_hooks = _RowHooks(layer, mixer)
 
 
 class _RowHooks:

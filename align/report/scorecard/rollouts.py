@@ -13,6 +13,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from align.data.final_answers import AnswerText, split_thought
 from align.report.page.number_format import number
 
 MAX_ROLLOUTS = 48
@@ -257,7 +258,7 @@ def _entry(message: _ViewedMessage, budget: _Budget) -> dict[str, Any]:
         "role": budget.cut(message.role, MAX_NAME),
         "note": " · ".join(notes),
         "policy": message.turn > 0,
-        "text": budget.cut(message.text, MAX_TEXT),
+        **_texts(message, budget),
         "calls": [],
     }
     for call in message.calls:
@@ -266,6 +267,13 @@ def _entry(message: _ViewedMessage, budget: _Budget) -> dict[str, Any]:
         entry["calls"].append(_call(call, budget))
     entry["left_out"] = _left_out(len(message.calls) - len(entry["calls"]), "call")
     return entry
+
+
+def _texts(message: _ViewedMessage, budget: _Budget) -> dict[str, str]:
+    """Return the ``text`` of a message after its ``thought``, if the policy wrote one."""
+    answer = split_thought(message.text) if message.turn else AnswerText.cut(message.text, 0)
+    thought = {"thought": budget.cut(answer.thought, MAX_TEXT)} if answer.thought else {}
+    return {"text": budget.cut(answer, MAX_TEXT), **thought}
 
 
 def _call(call: Mapping[str, Any], budget: _Budget) -> dict[str, Any]:

@@ -24,7 +24,7 @@ MAX_HEAT_BYTES = 2_500_000
 """Numbers by token on the page, on top of the text."""
 MAX_TOKENS = 2_000
 """Tokens of a response that are shown with numbers."""
-RESPONSE_FIELDS = ("tokens", "finished", "gold", "reward", "kl")
+RESPONSE_FIELDS = ("tokens", "thought_tokens", "finished", "gold", "reward", "kl")
 TOKEN_NUMBERS = ("k", "v", "a")
 """KL, value and advantage, in the order in which a line of rollouts has them behind each token's text."""
 HUNDREDTHS = 100
@@ -152,7 +152,7 @@ def page_json(page: Mapping[str, Any]) -> Markup:
 
 
 def response_lengths(samples: Iterable[Sample], policies: list[str]) -> dict[str, dict[str, list[int]]]:
-    """Return task → policy → response lengths in tokens, over prompts and samples.
+    """Return task → policy → lengths of answers in tokens, over prompts and samples.
 
     Conversations of several turns and samples of systems that are not compared (``columns``) are skipped.
     """
@@ -163,7 +163,11 @@ def response_lengths(samples: Iterable[Sample], policies: list[str]) -> dict[str
         by_policy = lengths.setdefault(_task_of(sample), {policy: [] for policy in policies})
         for policy in policies:
             responses = sample["responses"].get(policy, [])
-            by_policy[policy] += [response["tokens"] for response in responses if "turns" not in response]
+            by_policy[policy] += [
+                response["tokens"] - response.get("thought_tokens", 0)
+                for response in responses
+                if "turns" not in response
+            ]
     return lengths
 
 
@@ -290,15 +294,23 @@ def _turns(prompt: Any) -> list[dict[str, str]]:
 
 def _answer(response: Mapping[str, Any]) -> dict[str, Any]:
     answer = {key: _round(response[key]) for key in RESPONSE_FIELDS if response.get(key) is not None}
-    answer["text"] = _shorten(str(response.get("text", "")))
+    answer |= _split(response)
     if response.get("scores"):
         answer["scores"] = {str(name): _round(value) for name, value in response["scores"].items()}
     if response.get("turns"):  # the last turn is the answer itself
         answer["turns"] = [
-            {"prompt": _shorten(str(turn.get("prompt", ""))), "text": _shorten(str(turn.get("text", "")))}
-            for turn in response["turns"]
+            {"prompt": _shorten(str(turn.get("prompt", ""))), **_split(turn)} for turn in response["turns"]
         ]
     return answer
+
+
+def _split(response: Mapping[str, Any]) -> dict[str, str]:
+    """Return the ``text`` of a response after its ``thought``, if it has one."""
+    text, end = str(response.get("text", "")), response.get("thought_end")
+    if not isinstance(end, int):
+        end = 0
+    thought = {"thought": _shorten(text[:end])} if end > 0 else {}
+    return {"text": _shorten(text[max(0, end) :]), **thought}
 
 
 def _first_response(sample: Sample, policy: str) -> Mapping[str, Any]:

@@ -45,7 +45,7 @@
   function episodeTexts(answer) {
     if (!answer.episode) return [];
     const calls = (entry) => entry.calls.flatMap((call) => [call.name, call.arguments, call.result, call.note]);
-    return [...answer.episode.entries.flatMap((entry) => [entry.text, ...calls(entry)]), answer.episode.end];
+    return [...answer.episode.entries.flatMap((entry) => [entry.thought || "", entry.text, ...calls(entry)]), answer.episode.end];
   }
 
   const words = new Map();  // filled by the first search
@@ -54,7 +54,8 @@
       words.set(item, [
         ...item.prompt.map((turn) => turn.text),
         ...columns(item).flatMap((policy) => item.answers[policy].flatMap((answer) =>
-          [answer.text, ...(answer.turns || []).flatMap((turn) => [turn.prompt, turn.text]), ...episodeTexts(answer)])),
+          [answer.thought || "", answer.text, ...episodeTexts(answer),
+            ...(answer.turns || []).flatMap((turn) => [turn.prompt, turn.thought || "", turn.text])])),
       ].join("\n").toLowerCase());
     }
     return words.get(item);
@@ -164,11 +165,19 @@
     return box;
   }
 
+  function addThought(parent, said) {
+    if (!said.thought) return;
+    const fold = add(parent, "details", "thought");
+    add(fold, "summary", "small", "thought");
+    textBox(fold, "text", said.thought);
+  }
+
   function addConversation(box, episode) {
     for (const entry of episode.entries) {
       const said = add(box, "div", "said" + (entry.policy ? " policy" : ""));
       add(said, "span", "role", entry.role);
       if (entry.note) add(said, "span", "small", " " + entry.note);
+      addThought(said, entry);
       if (entry.text) textBox(said, "text", entry.text);
       for (const call of entry.calls) {
         const called = add(said, "div", "call" + (call.ok ? "" : " wrong"));
@@ -194,7 +203,8 @@
   }
 
   function addAnswer(parent, item, response, isOneOfSeveral) {
-    const facts = [response.tokens + " tokens", ...(response.episode ? response.episode.facts : [])];
+    const thinking = response.thought_tokens ? ", " + response.thought_tokens + " of a thought" : "";
+    const facts = [response.tokens + " tokens" + thinking, ...(response.episode ? response.episode.facts : [])];
     const numbers = { gold: response.gold, reward: response.reward, kl: response.kl, ...response.scores };
     for (const [name, value] of Object.entries(numbers)) {
       const isInTitle = name === data.tasks[item.task].key && !isOneOfSeveral;  // shown next to the system's name
@@ -207,9 +217,11 @@
     }
     (response.turns || []).slice(0, -1).forEach((turn, index) => {
       if (index) textBox(parent, "follow-up", turn.prompt);
+      addThought(parent, turn);
       textBox(parent, "text", turn.text);
     });
     if (response.turns && response.turns.length > 1) textBox(parent, "follow-up", response.turns[response.turns.length - 1].prompt);
+    addThought(parent, response);
     const box = textBox(parent, "text", response.text);
     if (response.heat) heatButtons(parent, box, response, () => { box.textContent = response.text; });
     if (response.finished === false) add(parent, "div", "cut", "✂ cut at the token limit");

@@ -59,6 +59,7 @@ class PPOObjective(Objective):
             lam=config.lam,
             truncation=config.truncation,
             turn_discount=config.turn_discount,
+            forced=tensors.get("forced"),
         )
         tensors |= {"rewards": rewards, "raw_advantages": advantages, "returns": returns}
         # Whiten over the tokens that are learned from; metrics log the raw advantages.

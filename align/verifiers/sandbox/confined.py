@@ -49,8 +49,17 @@ DENIED = {
     "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180), "open_by_handle_at": (304, 265),
     "fsopen": (430, 430), "open_tree": (428, 428), "move_mount": (429, 429), "setpriority": (141, 140),
     "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "ioprio_set": (251, 30),
+    "sched_setattr": (314, 274), "migrate_pages": (256, 238), "move_pages": (279, 239), "kcmp": (312, 272),
+    "process_madvise": (440, 440), "process_mrelease": (448, 448),
+    # Landlock leaves modes, owners, times and attributes of files to their owner.
+    "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1),
+    "fchown": (93, 55), "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1),
+    "futimesat": (261, -1), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "setxattrat": (463, 463),
+    "removexattrat": (466, 466), "file_setattr": (469, 469), "truncate": (76, 45),
 }  # fmt: skip
-CLONE, CLONE3, PRCTL, PRLIMIT = (56, 220), (435, 435), (157, 167), (302, 261)
+CLONE, CLONE3, PRCTL, PRLIMIT, FCNTL = (56, 220), (435, 435), (157, 167), (302, 261), (72, 25)
+F_SETOWN, F_SETOWN_EX = 8, 15
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE_THREAD = 0x10000
 ALLOW, KILL_PROCESS = 0x7FFF0000, 0x80000000
@@ -153,8 +162,11 @@ def filter_system_calls(libc: ctypes.CDLL, is_required: bool) -> None:
     # Death with the parent cannot be switched off, and limits of other processes not changed.
     code += [(JEQ, 0, 4, PRCTL[column]), (LOAD, 0, 0, 16), (JEQ, 0, 1, PR_SET_PDEATHSIG), (RETURN, 0, 0, EPERM)]
     code += [(RETURN, 0, 0, ALLOW)]
-    code += [(JEQ, 0, 3, PRLIMIT[column]), (LOAD, 0, 0, 16), (JEQ, 1, 0, 0), (RETURN, 0, 0, EPERM)]
+    code += [(JEQ, 0, 4, PRLIMIT[column]), (LOAD, 0, 0, 16), (JEQ, 1, 0, 0), (RETURN, 0, 0, EPERM)]
     code += [(RETURN, 0, 0, ALLOW)]
+    # Nor may it own a descriptor that sends signals to another process.
+    code += [(JEQ, 0, 5, FCNTL[column]), (LOAD, 0, 0, 24), (JEQ, 1, 0, F_SETOWN), (JEQ, 0, 1, F_SETOWN_EX)]
+    code += [(RETURN, 0, 0, EPERM), (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, ALLOW)]
     program = b"".join(struct.pack("HBBI", *instruction) for instruction in code)
     buffer = ctypes.create_string_buffer(program)
     filter_program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer))
@@ -165,18 +177,14 @@ def filter_system_calls(libc: ctypes.CDLL, is_required: bool) -> None:
 # ---- plain values as JSON ----
 
 
-class Handles(dict):  # type: ignore[type-arg]
-    """Objects of the program that are no plain values, by number: the tests get the number only."""
-
-
-def encode(value: Any, handles: Handles, depth: int = 0) -> Any:
-    """Return a value as JSON data. Objects of the program's own classes become handles."""
+def encode(value: Any, handles: dict[int, Any], depth: int = 0) -> Any:
+    """Return a value as JSON data. Objects of the program's own classes are stored in ``handles``, by number."""
     if depth > 100:
         raise ValueError("a value nests too deep")
     if value is None or type(value) in (bool, int, str, float):
         return value
     if isinstance(value, (int, str, float)):  # a subclass counts as its value
-        base = int if isinstance(value, int) else (str if isinstance(value, str) else float)
+        base: Any = next(kind for kind in (int, str, float) if isinstance(value, kind))
         return base(value)
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
@@ -213,9 +221,8 @@ def decode(data: Any, resolve: Any) -> Any:
         return iter([decode(item, resolve) for item in content])
     if kind == "handle":
         return resolve(content)
-    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](
-        [decode(item, resolve) for item in content]
-    )
+    collection: Any = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind]
+    return collection(decode(item, resolve) for item in content)
 
 
 class Channel:
@@ -226,10 +233,10 @@ class Channel:
         self.writer = os.fdopen(os.dup(1), "wb")
 
     def read(self) -> dict[str, Any]:
-        line = self.reader.readline()
-        if not line:
+        message: dict[str, Any] = json.loads(self.reader.readline() or "{}")
+        if not message:
             os._exit(0)
-        return json.loads(line)
+        return message
 
     def write(self, message: dict[str, Any]) -> None:
         self.writer.write(json.dumps(message).encode() + b"\n")
@@ -252,7 +259,7 @@ def run(task: dict[str, Any]) -> None:
 def serve(task: dict[str, Any], channel: Channel) -> None:
     """Execute a program, then call its functions on request."""
     namespace = main_module()
-    handles = Handles()
+    handles: dict[int, Any] = {}
     try:
         exec(compile(task["program"], "program.py", "exec"), namespace)  # noqa: S102
         names = [name for name, value in namespace.items() if callable(value) and not name.startswith("_")]
@@ -293,12 +300,12 @@ class Remote:
     def __eq__(self, other: object) -> bool:
         raise TypeError("objects of the program cannot be compared")
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
 
 def ask(channel: Channel, request: dict[str, Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """Return the result of a call in the program's process; raise its exception, by name."""
-    handles = Handles()
+    handles: dict[int, Any] = {}
     message = {**request, "arguments": encode(list(arguments), handles), "keywords": encode(dict(keywords), handles)}
     if handles:
         raise TypeError("the tests pass an object that is no plain value")
@@ -362,8 +369,7 @@ def proxy(channel: Channel, name: str) -> Any:
 
 def main_module() -> dict[str, Any]:
     """Return the namespace of a new ``__main__``, which has none of this file's names."""
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
+    sys.modules["__main__"] = module = types.ModuleType("__main__")
     return module.__dict__
 
 
@@ -387,10 +393,8 @@ def main() -> None:
     os.dup2(null, 2)
     if kind == "run":
         run(task)
-    elif kind == "serve":
-        serve(task, channel)
     else:
-        grade(task, channel)
+        (serve if kind == "serve" else grade)(task, channel)
 
 
 main()

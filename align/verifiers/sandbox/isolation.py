@@ -141,6 +141,8 @@ def bubblewrap() -> list[str]:
         arguments += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         arguments += ["--unshare-user"]
+    # Before the other folders: Python itself may be below /tmp.
+    arguments += ["--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]  # noqa: S108
     for root in roots:
         for parent in list(Path(root).parents)[-2::-1]:  # the other user must reach a Python below /root
             arguments += ["--perms", "0755", "--dir", str(parent)]
@@ -154,8 +156,7 @@ def bubblewrap() -> list[str]:
             arguments += ["--ro-bind", name, name]
     for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
         arguments += ["--dev-bind", device, device]
-    temporary = ["--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]  # noqa: S108
-    return [*arguments, *temporary, "--remount-ro", "/"]
+    return [*arguments, "--remount-ro", "/"]
 
 
 @functools.cache

@@ -43,16 +43,30 @@ def test_thoughts_of_messages_are_written_as_tags() -> None:
     turns = [user("a"), assistant("b") | {"reasoning_content": "first\n"}, user("c")]
     turns.append({**assistant("d"), "reasoning_content": "second"})
     record = {"messages": turns}
-    last, every = (row(record, "messages", thoughts=option) for option in ("last", "all"))
+    last, every = row(record, "messages", thoughts="last"), row(record, "messages")
     assert last["prompt"] == chat("a", "b", "c")
     assert last["completion"] == every["completion"] == [assistant("<think>\nsecond\n</think>\n\nd")]
     assert every["prompt"][1] == assistant("<think>\nfirst\n</think>\n\nb")
-    each = rows(record, "messages", turns="all", thoughts="all")
+    each = rows(record, "messages", turns="all")
     assert each[0]["completion"] == [assistant("<think>\nfirst\n</think>\n\nb")]
-    with pytest.raises(BadRecord, match=r"options: \{thoughts: last\}"):
-        convert(record, SourceFormat("messages"), "f:1", "instructions")
+    ignored = row(record, "messages", ignore=["reasoning_content"])
+    assert ignored["completion"] == [assistant("d")]
     with pytest.raises(ValidationError, match="write thoughts: all"):
         FormatOptions(turns="all", thoughts="last")
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
+def test_thought_fields_mean_the_same(field: str) -> None:
+    expected = [assistant("<think>\nhm\n</think>\n\nb")]
+    assert row({"messages": [user("a"), assistant("b") | {field: "hm"}]}, "messages")["completion"] == expected
+    written = assistant("<think>hm</think>b")
+    assert row({"messages": [user("a"), written | {field: "hm"}]}, "messages")["completion"] == [written]
+    pair = {"prompt": "a", "chosen": [assistant("b") | {field: "hm"}], "rejected": [assistant("c")]}
+    assert row(pair, "preferences", "preferences")["chosen"] == expected
+    if field != "reasoning":
+        assert row({"prompt": "a", "completion": "b", field: "hm"}, "prompt_completion")["completion"] == expected
+    with pytest.raises(BadRecord, match="has a thought in its text and another one"):
+        convert({"messages": [user("a"), written | {field: "no"}]}, SourceFormat("messages"), "f:1", "instructions")
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,13 @@ from align.config.tuning import (
 )
 from align.errors import UserError
 from align.models.built_in import NAME, fetch
-from align.models.compute.architecture import RULES, UnknownArchitecture, architecture_of, read_architecture
+from align.models.compute.architecture import UnknownArchitecture, architecture_of, read_architecture
+from align.models.compute.decoders import RULES
 from align.models.compute.precision import cast_frozen_to_bf16, low_residual
 from align.models.fast.lean_modules import LeanRMSNorm
 from align.models.model_plan import EMBEDDED_SIZES, TINY_SIZES, known_architecture
 from align.models.tuning.apply import apply_tuning
+from tests.support.models.families import FAMILIES
 from tests.support.models.tuning.confident_model import confident_copy, tuned
 
 SIZES = {
@@ -45,9 +47,43 @@ SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings")
 VARIATIONS = ({}, *({switch: on} for switch in SWITCHES for on in (True, False)))
 
 
+DENSE = (*ALSO, "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "smollm3")
+"""Types whose methods of tuning and parts in bfloat16 are all tested."""
+RARE: list[tuple[str, dict[str, Any]]] = [
+    ("stablelm", {"qk_layernorm": True}),
+    ("stablelm", {"use_qkv_bias": True, "use_parallel_residual": True}),
+    ("phi", {"qk_layernorm": True}),
+    ("deepseek_v3", {"q_lora_rank": None}),
+    ("deepseek_v3", {"n_shared_experts": 2}),
+    ("lfm2", {"block_auto_adjust_ff_dim": True}),
+    ("lfm2", {"conv_bias": True}),
+    ("falcon_h1", {"mamba_rms_norm": True, "projectors_bias": True, "mamba_proj_bias": True, "mamba_conv_bias": False}),
+    ("falcon_h1", {"mamba_d_ssm": None}),
+    ("granitemoehybrid", {"num_local_experts": 4}),
+    ("granitemoehybrid", {"mamba_n_groups": 2}),
+    ("gemma4_text", {"global_head_dim": 32}),
+    ("gemma4_text", {"num_kv_shared_layers": 1, "use_double_wide_mlp": True}),
+    ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 2}),
+    ("gemma4_text", {"hidden_size_per_layer_input": 0}),
+    ("qwen3_moe", {"mlp_only_layers": [0]}),
+    ("qwen3_next", {"decoder_sparse_step": 2}),
+    ("mamba2", {"use_bias": True, "use_conv_bias": False}),
+    ("opt", {"do_layer_norm_before": False}),
+    ("starcoder2", {"use_bias": False}),
+]
+"""Fields that change the parts of some types."""
+
+
 def settings(kind: str) -> dict[str, Any]:
     """Of a small model of that type."""
-    return ALSO.get(kind, SIZES | {"num_key_value_heads": 2})
+    if kind in DENSE:
+        return ALSO.get(kind, SIZES | {"num_key_value_heads": 2})
+    return FAMILIES[kind] | {"vocab_size": 300, "pad_token_id": 0, "max_position_embeddings": 128}
+
+
+def sizes_of(kind: str) -> dict[str, Any]:
+    """As in a config.json; sparse ones are tested for the older types only."""
+    return {"model_type": kind, **settings(kind)} if kind in DENSE else built(kind).config.to_dict()
 
 
 def built(kind: str, **extra: Any) -> Any:
@@ -70,10 +106,57 @@ def test_parameters_are_those_of_the_built_model(kind: str, extra: dict[str, Any
     assert architecture.parameters == numel(model)
     assert architecture.trunk == numel(getattr(model, model.base_model_prefix))
     assert architecture.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
-    assert (architecture.hidden, architecture.vocabulary, architecture.layers) == (64, 300, 3)
+    sizes = (model.config.hidden_size, 300, model.config.num_hidden_layers)
+    assert (architecture.hidden, architecture.vocabulary, architecture.layers) == sizes
 
 
-@pytest.mark.parametrize("kind", sorted(RULES))
+@pytest.mark.parametrize(("kind", "extra"), RARE, ids=str)
+def test_rare_parts_count_as_the_model_has_them(kind: str, extra: dict[str, Any], tmp_path: Path) -> None:
+    test_parameters_are_those_of_the_built_model(kind, extra, tmp_path)
+
+
+def test_every_family_of_the_matrix_has_a_rule() -> None:
+    assert FAMILIES.keys() <= RULES.keys()
+
+
+def test_model_without_a_rule_for_its_parts_is_refused() -> None:
+    for kind, extra in (("opt", {"word_embed_proj_dim": 16}), ("gemma4_text", {"enable_moe_block": True})):
+        with pytest.raises(UnknownArchitecture, match="no rule for"):
+            architecture_of({"model_type": kind, **settings(kind), **extra})
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "falcon_h1", "lfm2", "mamba2"])
+def test_state_is_that_of_the_cache(kind: str) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings(kind))).eval()
+    output = model(input_ids=torch.tensor([[1, 2, 3, 4, 5]]), use_cache=True)
+    cache = output.cache_params if kind == "mamba2" else output.past_key_values
+    states = [
+        state
+        for layer in cache.layers
+        for name in ("conv_states", "recurrent_states")
+        for state in getattr(layer, name, {}).values()
+    ]
+    numbers = sum(state.numel() for state in states if state is not None)
+    assert architecture_of(model.config.to_dict()).state == numbers > 0
+
+
+def test_latent_attention_caches_its_latents() -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **settings("deepseek_v3"))).eval()
+    cache = model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+    values = sum(layer.keys[:, :, 0].numel() + layer.values[:, :, 0].numel() for layer in cache.layers)
+    assert architecture_of(model.config.to_dict()).token_cache == values
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_adapters_of_experts_are_those_that_peft_makes(kind: str) -> None:
+    tuning = LoraTuning(rank=4, targets=["q_proj", "experts.gate_up_proj", "experts.down_proj"])
+    with torch.device("meta"):
+        adapted = apply_tuning(built(kind), tuning, 0)
+    architecture = architecture_of(sizes_of(kind))
+    assert architecture.adapters(tuning, "model") == numel(adapted, trained_only=True) > 0
+
+
+@pytest.mark.parametrize("kind", sorted(DENSE))
 def test_what_a_config_does_not_say_is_the_type_s_default(kind: str) -> None:
     """Configs on the Hub leave out what is default, such as tied embeddings; saved ones say everything."""
     assert architecture_of({"model_type": kind, **settings(kind)}).parameters == numel(built(kind))
@@ -100,7 +183,7 @@ def test_adapters_are_those_that_peft_makes(targets: Any) -> None:
 def test_all_linear_means_the_same_in_every_type(kind: str) -> None:
     with torch.device("meta"):
         adapted = apply_tuning(built(kind), LoraTuning(rank=4), 0)
-    architecture = architecture_of({"model_type": kind, **settings(kind)})
+    architecture = architecture_of(sizes_of(kind))
     assert architecture.adapters(LoraTuning(rank=4), "model") == numel(adapted, trained_only=True)
 
 
@@ -123,11 +206,11 @@ def test_so_do_variants_and_saved_modules(tuning: TuningBase) -> None:
     assert architecture.adapters(tuning, "model") == numel(adapted, trained_only=True) > 0
 
 
-@pytest.mark.parametrize("kind", sorted(set(RULES) - {"gpt2"}))
+@pytest.mark.parametrize("kind", sorted(set(DENSE) - {"gpt2"}))
 def test_ia3_scales_the_same_in_every_type(kind: str) -> None:
     with torch.device("meta"):
         adapted = apply_tuning(built(kind), Ia3Tuning(), 0)
-    architecture = architecture_of({"model_type": kind, **settings(kind)})
+    architecture = architecture_of(sizes_of(kind))
     assert architecture.adapters(Ia3Tuning(), "model") == numel(adapted, trained_only=True) > 0
 
 
@@ -145,22 +228,22 @@ def test_rounded_parts_and_lean_norms_agree_with_the_trainer(kind: str) -> None:
     trunk = getattr(model, model.base_model_prefix)
     low_residual(model)
     cast_frozen_to_bf16(trunk)
-    architecture = architecture_of({"model_type": kind, **settings(kind)})
+    architecture = architecture_of(sizes_of(kind))
     assert architecture.rounded == sum(p.numel() for p in trunk.parameters() if p.dtype is torch.bfloat16)
     assert architecture.lean_norms == any(isinstance(module, LeanRMSNorm) for module in model.modules())
 
 
-def test_key_value_width_is_that_of_the_cache() -> None:
+def test_token_cache_is_that_of_the_model() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **settings("qwen3")))
     cache = model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
-    keys = cache.layers[0].keys  # (1, heads, 3, head size)
-    assert architecture_of(model.config.to_dict()).key_value_width == keys.shape[1] * keys.shape[3]
+    values = sum(layer.keys[:, :, 0].numel() + layer.values[:, :, 0].numel() for layer in cache.layers)
+    assert architecture_of(model.config.to_dict()).token_cache == values
 
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "mamba", "hidden_size": 64}, "no rule for model_type 'mamba', only for gemma,"),
+        ({"model_type": "mamba", "hidden_size": 64}, "no rule for model_type 'mamba', only for arcee,"),
         ({}, "no rule for model_type 'None'"),
         (
             {"model_type": "llama", "hidden_size": 64},

@@ -159,3 +159,13 @@ def test_episode_sample_has_scores_and_token_marks():
     (response,) = page_samples([], None, {"ppo": [plain]})["items"][0]["answers"]["ppo"]
     assert set(response) == {"tokens", "finished", "text", "heat"}
     assert set(response["heat"]) == {"t", "k", "v", "a"}
+
+
+def test_thoughts_of_turns_are_apart_from_their_text():
+    messages = [
+        {"role": "user", "content": "<think>q</think>?"},
+        {"role": "assistant", "content": "<think>a</think>yes"},
+    ]
+    view = episode_view({"messages": messages, "calls": [], "turns": 1, "stop": "finished"})
+    assert view["prompt"][0]["text"] == "<think>q</think>?"
+    assert (view["entries"][0]["thought"], view["entries"][0]["text"]) == ("<think>a</think>", "yes")

@@ -152,3 +152,14 @@ def test_lengths_by_task_leave_conversations_out():
     lengths = response_lengths(task_samples(POLICIES), POLICIES)
     assert lengths["ifeval"]["ppo"] == [4] * 40
     assert lengths["mt"]["ppo"] == []
+
+
+def test_thoughts_are_apart_from_answers():
+    thinking = {"text": "<think>a</think>\n\nyes", "tokens": 9, "thought_tokens": 7, "thought_end": 18}
+    sample = {"task": "prompts", "prompt": "p", "id": "1", "source": "s", "responses": {"sft": [thinking]}}
+    (item,) = page_samples([sample], None)["items"]
+    answer = item["answers"]["sft"][0]
+    assert (answer["text"], answer["thought"], answer["thought_tokens"]) == ("yes", "<think>a</think>\n\n", 7)
+    assert response_lengths([sample], ["sft"]) == {"prompts": {"sft": [2]}}
+    plain = {**sample, "responses": {"sft": [{"text": "yes", "tokens": 2}]}}
+    assert "thought" not in page_samples([plain], None)["items"][0]["answers"]["sft"][0]

@@ -7,16 +7,14 @@ from typing import Any
 from align.capacity import estimate_training
 from align.capacity.sharding import Job
 from align.config.stages.sft import SftConfig
-from align.models.compute.architecture import Architecture, Linear
+from align.models.compute.architecture import Architecture
+from align.models.compute.layers import Layer, Linear
 
 TOY = Architecture(
     "toy",
     hidden=4,
-    layers=2,
     vocabulary=10,
-    key_value_width=3,
-    linears=(Linear("q", 4, 5, True),),
-    vectors=4,
+    blocks=(Layer((Linear("q", 4, 5, True),), vectors=4, token_cache=6),) * 2,
     embedded=40,
     last_norm=4,
     tied=False,

@@ -95,6 +95,8 @@ def models_that_it_cannot_run_are_named(model_dir: Path) -> None:
         write_family("qwen3_next", copy.parent / "gated")
         reason = why_model_unusable(copy.parent / "gated", device, torch.float32)
         assert "gated delta nets in bfloat16 only" in str(reason)
+        write_family("bamba", copy.parent / "bamba")
+        assert "vLLM has no BambaForCausalLM" in str(why_model_unusable(copy.parent / "bamba", device))
         changed.write_text(json.dumps({**config, "architectures": ["OddForCausalLM"]}))
         assert "does not support the model" in str(why_model_unusable(copy, device))
         assert "OddForCausalLM" in str(why_model_unusable(copy, device))

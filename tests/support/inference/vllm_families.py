@@ -25,9 +25,9 @@ PROMPTS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) for i in range(4)]
 
 
 def main(model_type: str, folder: Path) -> None:
-    FAMILIES[model_type] = {**FAMILIES[model_type], **SIZES}
-    if "mamba_n_heads" in FAMILIES[model_type]:
-        FAMILIES[model_type] |= {"mamba_n_heads": 8, "mamba_d_ssm": 128}
+    fields = {**FAMILIES[model_type], **SIZES}
+    states = {"mamba_n_heads": 8, "mamba_d_ssm": 128}
+    FAMILIES[model_type] = fields | {name: value for name, value in states.items() if name in fields}
     write_family(model_type, folder)
     config = EngineConfig(name="vllm", cpu_kv_cache_gb=0.1)
     engine = VllmEngine(folder, device=torch.device("cpu"), dtype=torch.float32, config=config, max_length=128, seed=7)

@@ -12,6 +12,7 @@ import torch
 
 from align.inference.protocol import Sampling, TurnRequest
 from align.inference.sessions import VllmSession, open_session
+from align.inference.thoughts import ThoughtReader, generate
 from align.inference.vllm import VllmEngine
 from align.inference.vllm_internals import Steps, VllmChanged
 from align.inference.weights import checkpoint_weights
@@ -174,10 +175,32 @@ def changed_insides_fail_loudly(engine: VllmEngine) -> None:
     session.steps.abort = real  # type: ignore[method-assign]
 
 
+def thoughts_are_closed_by_force(engine: VllmEngine) -> None:
+    """A random model never closes the thought that its prompt opens."""
+    tokenizer = engine.tokenizer
+    prompts = [tokenizer(f"{name}<think>\n", add_special_tokens=False)["input_ids"] for name in ("a", "bcd", "e")]
+    closing = tokenizer("\n</think>\n\n", add_special_tokens=False)["input_ids"]
+    sampling = Sampling(24, temperature=0.9, n=2, seed=3, thinking_budget=6)
+    reader = ThoughtReader(tokenizer)
+    rows = generate(engine, reader, prompts, sampling)
+    free = engine.generate(prompts, sampling)
+    for row, free_row in zip(rows, free, strict=True):
+        for limited, unlimited in zip(row, free_row, strict=True):
+            assert limited.token_ids[:6] == unlimited.token_ids[:6]
+            assert limited.token_ids[6:17] == closing and limited.forced == list(range(6, 17))
+            assert limited.mask == [True] * 6 + [False] * 11 + [True] * (len(limited.token_ids) - 17)
+            assert limited.thought_tokens >= 17 and not limited.is_open
+            assert limited.logprobs[6:17] == [0.0] * 11 and len(limited.token_ids) <= 24
+    assert [[response.token_ids for response in row] for row in rows] == [
+        [response.token_ids for response in row] for row in generate(engine, reader, prompts, sampling)
+    ]
+
+
 def check_sessions(engine: VllmEngine, prompts: list[list[int]]) -> None:
     """Run every check of this file."""
     turns_join_while_others_decode(engine, prompts)
     turns_have_their_own_limits(engine, prompts)
+    thoughts_are_closed_by_force(engine)
     next_turns_find_their_beginning_cached(engine)
     closing_aborts_what_is_in_flight(engine, prompts)
     a_poll_ends_in_time(engine, prompts)

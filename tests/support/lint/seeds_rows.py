@@ -250,6 +250,20 @@ def a_thought_and_nothing_else(case: Case) -> dict[str, Finding]:
     return look(case.tokenizer, rows)
 
 
+@seeds("thought-in-other-turn")
+def a_question_that_begins_with_a_thought(case: Case) -> dict[str, Finding]:
+    rows = instructions()
+    rows[SPOILT]["prompt"][-1] = user("<think>I want to know.</think>How many kinds are there?")
+    return look(case.tokenizer, rows)
+
+
+@seeds("unexpected-thought")
+def a_thought_for_a_model_that_does_not_think(case: Case) -> dict[str, Finding]:
+    rows = instructions()
+    rows[SPOILT]["completion"] = [assistant("<think>I count them.</think>There are nine kinds.")]
+    return look(case.tokenizer, rows)
+
+
 @seeds("answer-in-prompt")
 def a_question_with_its_answer(case: Case) -> dict[str, Finding]:
     rows = instructions()

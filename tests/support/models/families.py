@@ -133,6 +133,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Type of model -> the fields of its config that make it tiny."""
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "qwen3_5_moe_text": {**DECODER, **EXPERTS, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 32},
+    "lfm2_moe": {**DECODER, **EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "olmo_hybrid": {**DECODER, **LINEAR_ATTENTION},
+}
+"""Relatives of these families that are not in the matrix."""
+
 
 def family_config(model_type: str) -> Any:
     """Return the config of a tiny model."""
@@ -142,7 +149,7 @@ def family_config(model_type: str) -> Any:
         "eos_token_id": SPECIAL_TOKENS.index(TURN_END),
         "pad_token_id": SPECIAL_TOKENS.index(PAD),
     }
-    fields = {"max_position_embeddings": MAX_POSITIONS, **FAMILIES[model_type], **tokens}
+    fields = {"max_position_embeddings": MAX_POSITIONS, **(FAMILIES | VARIANTS)[model_type], **tokens}
     return AutoConfig.for_model(model_type, **fields)
 
 

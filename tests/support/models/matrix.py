@@ -81,7 +81,9 @@ CELLS: dict[str, dict[str, Any]] = {
     },
     "merge": {"stage": "merge", "policies": ["sft", "dpo"], "weights": [0.5, 0.5]},
 }
-"""Column -> the stage that it trains. ``memory`` is one more column, which needs no stage."""
+"""Column -> the stage that it trains."""
+COLUMNS = (*CELLS, "memory")
+"""All columns. ``memory`` needs no stage."""
 
 
 @dataclass
@@ -114,11 +116,7 @@ def run_cell(model_type: str, column: str, folder: Path) -> Cell:
     if not model.exists():
         write_family(model_type, model)
     if column == "memory":
-        try:
-            read_architecture(model / "config.json")
-        except UnknownArchitecture as error:
-            return Cell("refused", message=str(error))
-        return Cell("equal")
+        return memory_cell(model)
     recorded = Recorded()
     try:
         with recording(recorded):
@@ -131,6 +129,16 @@ def run_cell(model_type: str, column: str, folder: Path) -> Cell:
         difference = compare(recorded, column, steps_of(run, column))
     status = "padded" if recorded.is_padded and recorded.gradients else "equal"
     return Cell(status if difference <= TOLERANCE else "differs", difference)
+
+
+def memory_cell(model: Path) -> Cell:
+    """Compare the parameters that a plan counts from the config with the model's."""
+    try:
+        counted = read_architecture(model / "config.json").parameters
+    except UnknownArchitecture as error:
+        return Cell("refused", message=str(error))
+    difference = counted - sum(parameter.numel() for parameter in parameters(model))
+    return Cell("differs" if difference else "equal", difference)
 
 
 def train(model: Path, column: str, folder: Path) -> Run:

@@ -115,6 +115,18 @@ def test_state_does_not_survive_a_program(sandbox: Sandbox) -> None:
     assert verify(program, ProgramTests(cases=(("", "False"), ("", "False"))), sandbox, LIMITS).score == 1.0
 
 
+def test_program_cannot_change_files_of_its_user(sandbox: Sandbox, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("text")
+    file.chmod(0o600)
+    tmp_path.chmod(0o755)
+    before = file.stat()
+    for call in ("chmod(f, 0o777)", "utime(f, (0, 0))", "truncate(f, 0)", "remove(f)", "setxattr(f, 'user.a', b'')"):
+        program = f"import os\nf = {str(file)!r}\nos.{call}"
+        assert verify(program, output(""), sandbox, LIMITS).reason == "crashed"
+    assert (file.stat().st_mode, file.stat().st_mtime, file.read_text()) == (before.st_mode, before.st_mtime, "text")
+
+
 def test_best_level_is_taken_and_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def problem(working: set[str]) -> Callable[..., str]:
         return lambda level, command: "" if level in working else f"no {level}."

@@ -1,0 +1,275 @@
+"""Thoughts in sampled responses: their place among the tokens, and a limit after which they are closed by force.
+
+A thought that is still open after ``thinking_budget`` tokens is closed with the tokens that the chat template writes
+between a thought and an answer; then the model continues with its answer. That needs a second request, in which only
+the new tokens are computed if the engine caches prefixes. vLLM's own ``thinking_token_budget`` needs a parser when a
+server starts, and does not tell which tokens it forced. Torch-free at import.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from align.config.thinking import response_limit
+from align.data.final_answers import TAGS, split_thought
+from align.errors import UserError
+from align.inference.protocol import Progress, Response, RolloutEngine, Sampling, Session, TurnRequest
+from align.pipeline.context import StageContext
+
+_NAMES = "|".join(TAGS)
+_OPENED = re.compile(rf"(?:<(?:{_NAMES})>|\[THINK\])\s*\Z")
+"""The end of a prompt that opens a thought."""
+_OPENING = re.compile(rf"<(?P<tag>{_NAMES})>|\[THINK\]|<\|channel\|>analysis")
+PROMPT_END = 24
+"""Tokens at the end of a prompt in which an opening mark is looked for."""
+THOUGHT, ANSWER = "A thought of mine.", "An answer of mine."
+"""Texts by which the place between a thought and an answer is looked for."""
+
+
+class ThoughtReader:
+    """Finds thoughts in responses, by the marks of a model's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        names = sorted(getattr(tokenizer, "all_special_tokens", ()), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names)) or r"\Z(?!)")
+
+    def read(self, prompt: Sequence[int], response: Response) -> Response:
+        """Return a response with the place of its thought; ``prompt`` are the token ids before it."""
+        ids = response.token_ids
+        text = self._decode(ids)
+        answer = split_thought(text, self.is_opened_by(prompt))
+        if not answer.thought:
+            return response
+        end = len(answer.thought)
+        tokens = len(ids)
+        if not answer.is_open:
+            # The first token after which the text is as long as the thought: a mark may have several tokens.
+            tokens = bisect.bisect_left(range(len(ids)), end, key=lambda count: len(self._decode(ids[:count])))
+        # The text of a response has no special tokens, and some marks are special.
+        characters = len(self._special.sub("", answer.thought))
+        return replace(response, thought_tokens=tokens, thought_end=characters, is_open=answer.is_open)
+
+    def is_opened_by(self, prompt: Sequence[int]) -> bool:
+        """Return True if a prompt ends inside a thought."""
+        return _OPENED.search(self._decode(prompt[-PROMPT_END:])) is not None
+
+    def opening_text(self, prompt: Sequence[int]) -> str:
+        """Return the mark with which a prompt opens a thought; empty if it opens none, or if its marks are special."""
+        opened = _OPENED.search(self._decode(prompt[-PROMPT_END:]))
+        return "" if opened is None or self._special.search(opened.group()) else opened.group()
+
+    def closing_ids(self, prompt: Sequence[int], response: Response) -> list[int]:
+        """Return the tokens that close the thought in which a response ends; none if it ends elsewhere."""
+        text = self._decode(response.token_ids)
+        if not split_thought(text, self.is_opened_by(prompt)).is_open:
+            return []
+        opening = _OPENING.search(text) or _OPENING.search(self._decode(prompt[-PROMPT_END:]))
+        assert opening is not None, "a thought begins with a mark"
+        return self._encode(self._closing_text(opening, text))
+
+    def _closing_text(self, opening: re.Match[str], text: str) -> str:
+        """Return the text that the template writes between a thought and an answer, or else the mark on a line."""
+        between = self._template_text
+        if opening[0].startswith("<|channel|>") and between:
+            return between
+        mark = f"</{opening['tag']}>" if opening["tag"] else "[/THINK]"
+        if mark not in between:
+            between = f"\n{mark}\n\n"
+        # A mark of several tokens may have begun.
+        begun = next((length for length in range(len(mark) - 1, 0, -1) if text.endswith(mark[:length])), 0)
+        return between[between.index(mark) + begun :] if begun else between
+
+    @cached_property
+    def _template_text(self) -> str:
+        """Return the text between a thought and an answer in the chat template; empty if it shows no thoughts."""
+        fields = dict.fromkeys(("reasoning_content", "thinking", "reasoning"), THOUGHT)
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER, **fields}]
+        if not getattr(self.tokenizer, "chat_template", None):
+            return ""
+        from jinja2 import TemplateError
+
+        try:
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        except TemplateError:
+            return ""
+        _, _, rest = text.rpartition(THOUGHT)
+        between, found, _ = rest.partition(ANSWER)
+        return between if found and THOUGHT in text else ""
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def _encode(self, text: str) -> list[int]:
+        return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+class ThinkingSession(Session):
+    """A session whose responses know their thoughts, which are closed after ``budget`` tokens; None for no limit.
+
+    Texts are decoded with the reader's tokenizer, because an engine may have been opened with another checkpoint's.
+    """
+
+    def __init__(self, session: Session, reader: ThoughtReader, budget: int | None) -> None:
+        self._session = session
+        self._reader = reader
+        self._budget = budget
+        self._requests: dict[int, TurnRequest] = {}
+        """Turns that have not come back, as they were submitted."""
+        self._beginnings: dict[int, Response] = {}
+        """Thoughts, with the tokens that close them, whose answers are being sampled."""
+        self.is_lockstep = session.is_lockstep
+
+    @property
+    def pending(self) -> int:
+        """Turns in flight."""
+        return self._session.pending
+
+    def submit(self, request: TurnRequest) -> None:
+        """Ask for a turn, at first for at most ``budget`` tokens."""
+        limit = request.max_tokens if self._budget is None else min(self._budget, request.max_tokens)
+        self._session.submit(replace(request, max_tokens=limit))
+        self._requests[request.key] = request
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
+        """Return turns that came back with their answers."""
+        complete: list[tuple[int, Response]] = []
+        while self._session.pending:
+            for key, response in self._session.poll(timeout):
+                whole = self._complete(key, response)
+                if whole is not None:
+                    complete.append((key, whole))
+            # A session in lockstep returns all turns at once, so the next batch does not depend on their thoughts.
+            if timeout is not None and not self.is_lockstep:
+                break
+            if complete and not self.is_lockstep:
+                break
+        return complete
+
+    def _complete(self, key: int, response: Response) -> Response | None:
+        """Return the complete turn, or ask for its continuation and return None."""
+        request = self._requests[key]
+        beginning = self._beginnings.pop(key, None)
+        if beginning is not None:
+            response = replace(
+                response,
+                token_ids=beginning.token_ids + response.token_ids,
+                logprobs=beginning.logprobs + response.logprobs,
+                # The weights may change in between: the older ones count.
+                weights_update=beginning.weights_update,
+                forced=beginning.forced,
+            )
+        elif self._budget is not None and not response.finished and len(response.token_ids) < request.max_tokens:
+            closing = self._reader.closing_ids(request.prompt, response)
+            length = len(response.token_ids) + len(closing)
+            # Without room for a token of the answer, the thought stays open.
+            if length < request.max_tokens:
+                ids = response.token_ids + closing
+                logprobs = response.logprobs + [0.0] * len(closing)
+                forced = list(range(len(response.token_ids), length))
+                self._beginnings[key] = replace(response, token_ids=ids, logprobs=logprobs, forced=forced)
+                continuation = TurnRequest(
+                    key, [*request.prompt, *ids], request.max_tokens - length, _continued_seed(request.seed)
+                )
+                self._session.submit(continuation)
+                return None
+        del self._requests[key]
+        text = str(self._reader.tokenizer.decode(response.token_ids, skip_special_tokens=True))
+        return self._reader.read(request.prompt, replace(response, text=text))
+
+    def cache_statistics(self) -> dict[str, float] | None:
+        """See the protocol."""
+        return self._session.cache_statistics()
+
+    def close(self) -> None:
+        """See the protocol."""
+        self._session.close()
+
+
+def _continued_seed(seed: int) -> int:
+    """Return the seed of the part after a thought, a non-negative int64."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/answer".encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generate(
+    engine: RolloutEngine,
+    reader: ThoughtReader,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    on_progress: Progress | None = None,
+) -> list[list[Response]]:
+    """Return ``sampling.n`` responses to each prompt, with their thoughts, closed after ``sampling.thinking_budget``.
+
+    With the same seeds, a response that ends or closes its thought within the budget begins as without a budget.
+    """
+    if sampling.thinking_budget is None:
+        sampled = engine.generate(prompts, sampling, on_progress)
+        return [[reader.read(ids, response) for response in row] for ids, row in zip(prompts, sampled, strict=True)]
+    from align.inference.sessions import open_session  # imports torch
+
+    total = len(prompts) * sampling.n
+    responses: dict[int, Response] = {}
+    session = ThinkingSession(
+        open_session(engine, sampling.temperature, sampling.top_p), reader, sampling.thinking_budget
+    )
+    try:
+        for key in range(total):
+            prompt, sample = divmod(key, sampling.n)
+            seed = sampling.request_seed(prompt, sample)
+            session.submit(TurnRequest(key, prompts[prompt], sampling.max_tokens, seed))
+        while session.pending:
+            responses.update(session.poll())
+            if on_progress is not None:
+                on_progress(len(responses), total)
+    finally:
+        session.close()
+    return [[responses[start + sample] for sample in range(sampling.n)] for start in range(0, total, sampling.n)]
+
+
+def thought_rates(responses: Sequence[Response]) -> dict[str, float]:
+    """Return mean tokens of thoughts and answers, and the share of open thoughts; empty if there are no thoughts."""
+    if not any(response.thought_tokens for response in responses):
+        return {}
+    count = len(responses)
+    return {
+        "mean_thought_tokens": sum(response.thought_tokens for response in responses) / count,
+        "mean_answer_tokens": sum(response.answer_tokens for response in responses) / count,
+        "open_thoughts": sum(response.is_open for response in responses) / count,
+    }
+
+
+def thought_facts(response: Response) -> dict[str, Any]:
+    """Return the place of a response's thought for files of samples; empty without a thought."""
+    if not response.thought_tokens:
+        return {}
+    return {
+        "thought_tokens": response.thought_tokens,
+        "thought_end": response.thought_end,
+        "open_thought": response.is_open,
+    }
+
+
+def check_stage_room(context: StageContext, tokenizer: Any) -> None:
+    """Raise ``UserError`` if the tokens that close a thought leave no room for an answer in a stage's responses."""
+    _, limit = response_limit(context.config)
+    require_answer_room(context.config.thinking_budget, tokenizer, limit, context.name)
+
+
+def require_answer_room(budget: int | None, tokenizer: Any, max_tokens: int, place: str) -> None:
+    """Raise ``UserError`` if the tokens that close a thought leave no room for an answer."""
+    if budget is None:
+        return
+    reader = ThoughtReader(tokenizer)
+    opened = Response(reader.tokenizer(f"<{TAGS[0]}>", add_special_tokens=False)["input_ids"], [], False, "")
+    closing = len(reader.closing_ids([], opened))
+    if budget + closing >= max_tokens:
+        raise UserError(
+            f"{place}: thinking_budget is {budget}, and the {closing} tokens that close a thought leave no room for an "
+            f"answer in max_tokens {max_tokens}. Lower thinking_budget, or raise max_tokens."
+        )
