@@ -266,7 +266,7 @@ def test_an_answer_that_trickles_in_is_bounded_too(fake: FakeChat, tmp_path: Pat
 
 
 def test_an_endless_answer_is_refused(fake: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_client, "MAX_REPLY_BYTES", 1 << 20)
+    monkeypatch.setattr(endpoint_client.Endpoint, "max_bytes", 1 << 20)
     fake.reply = lambda body: b" " * (3 << 20)
     with pytest.raises(EndpointLost, match="sent more than 1 MiB"):
         _ask(_endpoint(fake, retries=0), tmp_path)
@@ -276,7 +276,7 @@ def test_an_endless_answer_is_refused(fake: FakeChat, tmp_path: Path, monkeypatc
 def test_an_answer_that_unpacks_without_end_is_refused(
     fake: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint_client, "MAX_REPLY_BYTES", 1 << 20)
+    monkeypatch.setattr(endpoint_client.Endpoint, "max_bytes", 1 << 20)
     bomb = gzip.compress(b" " * (64 << 20))
     fake.reply = lambda body: (200, bomb, {"Content-Encoding": "gzip"})
     with pytest.raises(EndpointLost, match="sent more than 1 MiB"):
