@@ -112,6 +112,17 @@ def test_thoughts_are_closed_and_not_scored(tiny_model: Path, tmp_path: Path) ->
     assert metrics["train_mean_thought_tokens"] > 11 and metrics["train_open_thoughts"] < 0.5
 
 
+def test_samples_have_the_reasons_of_a_verifier(tiny_model: Path, tmp_path: Path) -> None:
+    # The column `gold` is a mapping, whose entry `of` no response has; the second reward makes pairs.
+    score = [{"exact": "gold.of"}, {"function": f"{__name__}:length_score"}]
+    context = _context(tmp_path, tiny_model, score=score, max_prompts={"train": 2, "test": 1})
+    metrics = run(context)
+    lines = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
+    assert all(line["parts"]["exact"] == [0.0] * 3 for line in lines)
+    reasons = [line["parts"][f"exact_{reason}"] for line in lines for reason in ("no_answer", "unequal")]
+    assert sum(map(sum, reasons)) == 9 and metrics["train_mean_score_exact"] == 0.0
+
+
 def test_killed_in_the_middle_it_goes_on_to_the_same_result(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
