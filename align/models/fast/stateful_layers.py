@@ -27,12 +27,15 @@ MIXERS = {
     "granitemoehybrid": "mamba",
     "lfm2": "conv",
     "lfm2_moe": "conv",
+    "nemotron_h": "mixer",
     "olmo_hybrid": "linear_attn",
     "qwen3_5_moe_text": "linear_attn",
     "qwen3_5_text": "linear_attn",
     "qwen3_next": "linear_attn",
 }
 """Type of model -> the name of the stateful part in its decoder layers. The tests compare each with single rows."""
+LINEAR_ATTENTION = "linear_attention"
+"""transformers' name of layers of linear attention and state spaces."""
 LEAST_FILLED = 0.5
 """Length of the shortest row of a group as a share of the longest, so padding at most doubles the work."""
 
@@ -49,7 +52,13 @@ def carries_state(config: Any) -> bool:
 def stateful_layers(model: Any) -> list[tuple[Any, Any]]:
     """Return the decoder layers with a stateful part, and this part; empty for a family that is not in ``MIXERS``."""
     name = MIXERS.get(model.config.get_text_config().model_type, "")
-    pairs = [(layer, getattr(layer, name, None)) for layer in getattr(model.base_model, "layers", ())]
+    # Nemotron-H calls the main part of every layer its mixer, and the layers tell their type.
+    layers = [
+        layer
+        for layer in getattr(model.base_model, "layers", ())
+        if getattr(layer, "block_type", LINEAR_ATTENTION) == LINEAR_ATTENTION
+    ]
+    pairs = [(layer, getattr(layer, name, None)) for layer in layers]
     return [(layer, mixer) for layer, mixer in pairs if isinstance(mixer, nn.Module)]
 
 
@@ -79,9 +88,10 @@ class _RowHooks:
         """Replace the line by the rows of the first group."""
         if self._layout is None:
             return None
-        self._line = kwargs["hidden_states"][0]
-        own_kwargs = {name: value for name, value in kwargs.items() if name != "layout"}
-        return args, own_kwargs | {"hidden_states": Spread.apply(self._line, _rows_of(self._layout).places[0])}
+        named = dict(zip(("hidden_states",), args, strict=False)) | kwargs
+        named.pop("layout", None)
+        self._line = named["hidden_states"][0]
+        return (), named | {"hidden_states": Spread.apply(self._line, _rows_of(self._layout).places[0])}
 
     def _spread(self, mixer: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> Any:
         """Compute the other groups, and return the results (1, N, H) of the line's tokens."""

@@ -137,6 +137,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {**DECODER, **EXPERTS, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 32},
     "lfm2_moe": {**DECODER, **EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "olmo_hybrid": {**DECODER, **LINEAR_ATTENTION},
+    "nemotron_h": {
+        **DECODER,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "moe", "full_attention", "mlp"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 32,
+    },
 }
 """Relatives of these families that are not in the matrix."""
 
