@@ -34,10 +34,12 @@ from align.evaluation.scoring import (
     select_best,
     shape_values,
     thought_values,
+    verdict_values,
 )
 from align.evaluation.systems import OpenEngine, Policy, ResponseCache, Sampler, System
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
+from align.verifiers.scorer import VerifierScorer
 
 Row = dict[str, Any]
 PROMPT_SET = "prompts"
@@ -243,7 +245,13 @@ class Evaluation:
                 values[name] |= scores
                 described |= describe_rewards(plan.reward_weights, scores)
             for program in plan.programs:
-                values[name][program.metric] = function_values(program.scorer, plan.rows, response_set)
+                if isinstance(program.scorer, VerifierScorer):
+                    verdicts = verdict_values(program.scorer, program.metric, plan.rows, response_set)
+                    values[name] |= verdicts
+                    meaning = f"share of responses that fail {program.metric} for this reason"
+                    described |= dict.fromkeys(verdicts, (None, meaning))
+                else:
+                    values[name][program.metric] = function_values(program.scorer, plan.rows, response_set)
         if plan.scorer is not None:
             close_rewards(plan.scorer.parts)  # the checkpoints need the memory
         return described | {program.metric: (program.better, program.meaning) for program in plan.programs}

@@ -21,6 +21,7 @@ from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 from align.store.fingerprint import digest
 from align.store.json_files import read_entry, read_or_compute, write_entry
+from align.verifiers.scorer import VerifierScorer
 
 Row = dict[str, Any]
 SUM = "score"
@@ -87,6 +88,15 @@ def function_values(scorer: Scorer, rows: Sequence[Row], response_set: ResponseS
     texts: list[str] = [response.answer_text for response in responses]
     scores = scorer.score(repeated, texts, [not response.finished for response in responses])
     return response_set.unflatten(scores)
+
+
+def verdict_values(
+    scorer: VerifierScorer, metric: str, rows: Sequence[Row], response_set: ResponseSet
+) -> dict[str, Values]:
+    """Return the scores of a verifier as ``metric``, and as ``metric_<reason>`` 1 for a response with that reason."""
+    responses, repeated = response_set.flatten(rows)
+    parts = scorer.score_parts(repeated, [response.answer_text for response in responses])
+    return {f"{metric}_{name}" if name else metric: response_set.unflatten(part) for name, part in parts.items()}
 
 
 def reward_list_values(scorer: WeightedSum, rows: Sequence[Row], response_set: ResponseSet) -> dict[str, Values]:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from align.config.scores import MetricFunction
 from align.data.scoring import Part, WeightedSum
 from align.evaluation.answers import ResponseSet
 from align.evaluation.drift import kl_values, read_responses
@@ -13,8 +14,10 @@ from align.evaluation.scoring import (
     reward_list_values,
     shape_values,
     thought_values,
+    verdict_values,
 )
 from align.inference.protocol import Response
+from align.verifiers.scorer import open_verifier
 
 
 def test_kl_and_sampler_gap_by_hand():
@@ -42,6 +45,14 @@ def test_forced_tokens_have_no_kl():
     assert actual["kl"] == [[1.5]]
     assert actual["token_kl"] == [[1.0, 0.0, 0.5]]
     assert actual["sampler_gap"] == 0.25  # of the two sampled tokens
+
+
+def test_verifier_as_metric_has_reasons():
+    responses = [Response([4], [0.0], True, text) for text in ("It is 5.", "4 or 5", "6")]
+    scorer = open_verifier(MetricFunction(number="answer"), "metrics[0]")
+    values = verdict_values(scorer, "right", [{"answer": "5"}], ResponseSet("e", [responses]))
+    assert values["right"] == [[1.0, 0.0, 0.0]] and values["right_no_answer"] == [[0.0, 1.0, 0.0]]
+    assert values["right_unequal"] == [[0.0, 0.0, 1.0]]
 
 
 def test_programs_read_answers_and_lengths_are_of_answers():
