@@ -58,11 +58,13 @@ def use_training_template(tokenizer: Any, rows: Sequence[Row]) -> None:
     """
     if not any(_is_rewritten(tokenizer, row, side) for row in rows for side in ANSWERS):
         return
-    own, prompt = tokenizer.chat_template, render_prompt(tokenizer, PROBE[:1])
+    own = tokenizer.chat_template
+    prompt = render_prompt(tokenizer, PROBE[:1])
     for name, text in training_templates(str(own), tokenizer.get_vocab().keys()):
         tokenizer.chat_template = text
         if render_prompt(tokenizer, PROBE[:1]) == prompt:
-            tokenizer.own_template, tokenizer.training_template = own, name
+            tokenizer.own_template = own
+            tokenizer.training_template = name
             return
     tokenizer.chat_template = own
 

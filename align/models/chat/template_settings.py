@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, Self
@@ -101,7 +101,8 @@ class TemplateSettings:
 def stored_settings(template: str | Mapping[str, str]) -> dict[str, TemplateValue]:
     """Return the settings that a template has stored; of several templates by name, the default's."""
     line = STORED.search(_default(template))
-    return {} if line is None else json.loads(line["settings"])
+    settings: dict[str, TemplateValue] = {} if line is None else json.loads(line["settings"])
+    return settings
 
 
 def without_settings(template: str) -> str:
@@ -141,11 +142,9 @@ def template_variables(template: str) -> list[str]:
         return []
     # A variable that the template assigns is its own, unless the template asks if a user has set it.
     assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
-    asked = {
-        test.node.name
-        for test in tree.find_all((nodes.Test, nodes.Filter))
-        if test.name in ("defined", "undefined", "default") and isinstance(test.node, nodes.Name)
-    }
+    tests: Iterator[Any] = tree.find_all((nodes.Test, nodes.Filter))
+    questions = [test.node for test in tests if test.name in ("defined", "undefined", "default")]
+    asked = {node.name for node in questions if isinstance(node, nodes.Name)}
     names = meta.find_undeclared_variables(tree) - (assigned - asked)
     return sorted(names - OF_TRANSFORMERS - environment.globals.keys())
 
