@@ -102,7 +102,7 @@ def make_plan(context: StageContext) -> Plan:
     config: EvaluateConfig = context.config
     artifacts = context.inputs["policies"]
     # 1. The compared systems.
-    policies = [_policy(artifact, TemplateSettings.of(config), context.name) for artifact in artifacts]
+    policies = [make_policy(artifact, TemplateSettings.of(config), context.name) for artifact in artifacts]
     base = next((artifact.stage for artifact in artifacts if artifact.kind == Kind.MODEL), None)
     # Baselines without a file of examples fall back on solved questions of the prompt set's train split.
     shots = max((baseline.shots for baseline in config.baselines.values() if baseline.examples is None), default=0)
@@ -152,7 +152,7 @@ def make_plan(context: StageContext) -> Plan:
     return plan
 
 
-def _policy(artifact: Artifact, settings: TemplateSettings, stage: str) -> Policy:
+def make_policy(artifact: Artifact, settings: TemplateSettings, stage: str) -> Policy:
     """Return a compared checkpoint with the stage's settings of its chat template, which enter its key."""
     from align.models.loading import load_tokenizer
 

@@ -35,6 +35,7 @@ PAIRS = {"task": {"type": "pairs"}, "prompts": "data", "endpoint": SERVER}
         ({"task": {"type": "instructions"}, "endpoint": SERVER}, "instructions need either seeds or prompts"),
         (PAIRS, "pairs needs one of reward, score, judge; none set"),
         (PAIRS | {"score": "gold", "reward": "r"}, "needs one of reward, score, judge; reward, score set"),
+        (PAIRS | {"judge": {"endpoint": SERVER, "thinking": False}}, "thinking is about a checkpoint's chat template"),
         (PAIRS | {"judge": {}}, "either judge.endpoint or judge_model judges; neither is set"),
         (PAIRS | {"judge": {"endpoint": SERVER}, "judge_model": "sft"}, "both are set"),
         (PAIRS | {"score": "gold", "judge_model": "sft"}, "judge_model needs `judge"),
