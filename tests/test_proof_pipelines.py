@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from align.evaluation.scorecard import Scorecard
 from align.store.record import read_record
 
 FOLDER = Path("pipelines/proof")
-TINY = {"runtime.device": "cpu", "runtime.engine": {"name": "transformers"}}
+TINY: dict[str, Any] = {"runtime.device": "cpu", "runtime.engine": {"name": "transformers"}}
 TINY_MODEL = {"source": "tiny", "revision": None, "dtype": "float32"}
 POLICY = {"updates": 1, "rollout_batch": 4, "samples_per_prompt": 2, "max_tokens": 8, "max_prompt_tokens": 1024}
 EVALUATE = {"max_tokens": 8, "max_prompts": 4, "samples_per_prompt": 1, "bootstrap": 100}
@@ -34,21 +35,19 @@ PAIRS = [
 ]  # fmt: skip
 
 
-def set_stage(name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    return {f"stages.{name}.{field}": value for field, value in fields.items()}
-
-
-def run_small(name: str, data: dict[str, list[dict[str, Any]]], folder: Path, **stages: dict[str, Any]) -> Any:
+def run_small(name: str, files: dict[str, list[dict[str, Any]]], folder: Path, **stages: dict[str, Any]) -> Any:
     """Run a pipeline with local files in place of the Hub's, a tiny model and the fields of ``stages``."""
-    overrides = TINY | {
-        key: value for stage, fields in stages.items() for key, value in set_stage(stage, fields).items()
-    }
-    for stage, records in data.items():
+    overrides = dict(TINY)
+    for stage, fields in stages.items():
+        overrides |= {f"stages.{stage}.{field}": value for field, value in fields.items()}
+    for stage, records in files.items():
         file = folder / f"{stage}.jsonl"
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        overrides |= {f"stages.{stage}.files": [str(file)]} if stage != "solutions" else {
-            "stages.solutions.dataset": str(file), "stages.solutions.split": None, "stages.solutions.test_split": None,
-        }  # fmt: skip
+        if stage == "solutions":  # a dataset in one line, without a recipe
+            overrides |= {f"stages.{stage}.{field}": None for field in ("split", "test_split")}
+            overrides[f"stages.{stage}.dataset"] = str(file)
+        else:
+            overrides[f"stages.{stage}.files"] = [str(file)]
     return Pipeline.load(FOLDER / f"{name}.yaml", overrides).run(store=folder / "store")
 
 
@@ -70,6 +69,19 @@ def test_head_names_figure_source_cost_and_state(path: Path) -> None:
     assert all(word in head for word in ("# Expected:", "# Source:", "# Cost:", "Not run on a GPU yet."))
 
 
+def test_settings_in_the_head_of_reverse_text_are_accepted(tmp_path: Path) -> None:
+    path = FOLDER / "g8_reverse_text.yaml"
+    lines = [line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("# ")]
+    head = " ".join(lines)
+    words = shlex.split(head.partition("pinned to no commit: ")[2].partition(" With verifiers")[0])
+    file = tmp_path / "paragraphs.jsonl"
+    file.write_text(json.dumps({"prompt": "ab", "completion": "ba"}) + "\n")
+    settings = [word.replace("willcb/R1-reverse-wikipedia-paragraphs-v1-1000", str(file)) for word in words[1::2]]
+    nodes = Pipeline.load(path, settings).nodes
+    assert nodes["grpo"].config.policy == "sft" and nodes["sft"].config.max_steps == 100
+    assert nodes["evaluate"].config.policies == ["base", "model", "grpo", "sft"]
+
+
 @pytest.mark.usefixtures("stages_in_process")
 class TestReducedRuns:
     @pytest.mark.parametrize("name", ["g1_gsm8k", pytest.param("g2_gsm8k", marks=pytest.mark.slow)])
@@ -80,17 +92,15 @@ class TestReducedRuns:
         assert Scorecard.read(run.artifacts["evaluate"].path).primary == "gsm8k_strict"
         assert systems(run) == ["model", "grpo"]
 
-    @pytest.mark.slow
     def test_countdown_learns_from_solutions_then_scores(self, tmp_path: Path) -> None:
-        data = {"solutions": SOLUTIONS, "tasks": TASKS}
-        run = run_small("g4_countdown", data, tmp_path, model=TINY_MODEL, sft=STEPS, rloo=POLICY, evaluate=EVALUATE)
+        files = {"solutions": SOLUTIONS, "tasks": TASKS}
+        run = run_small("g4_countdown", files, tmp_path, model=TINY_MODEL, sft=STEPS, rloo=POLICY, evaluate=EVALUATE)
         system, user = first_prompt(run, "tasks")
         assert system["content"] == "You are a helpful assistant."
         assert "create an equation that equals" in user["content"] and " \\" not in user["content"]
         assert metrics(run, "rloo")["updates"] == 1
         assert Scorecard.read(run.artifacts["evaluate"].path).primary == "countdown"
 
-    @pytest.mark.slow
     def test_tulu3_trains_on_the_template_of_the_source(self, tmp_path: Path) -> None:
         run = run_small("g5_tulu3", {"data": CHATS}, tmp_path, model=TINY_MODEL, data={"max_rows": 30}, sft=STEPS)
         assert metrics(run, "sft")["test_loss_after"] > 0
@@ -99,7 +109,6 @@ class TestReducedRuns:
         run = run_small("g6_ultrafeedback", {"data": PAIRS}, tmp_path, model=TINY_MODEL, reward=STEPS)
         assert 0 <= metrics(run, "reward")["test_accuracy_after"] <= 1
 
-    @pytest.mark.slow
     def test_reverse_text_compares_three_checkpoints(self, tmp_path: Path) -> None:
         stages = {"base": TINY_MODEL, "model": TINY_MODEL, "grpo": POLICY, "evaluate": EVALUATE}
         run = run_small("g8_reverse_text", {"texts": TEXTS}, tmp_path, **stages)
