@@ -18,6 +18,7 @@ from align.data.final_answers import AnswerText, split_thought
 from align.data.formats.messages import tool_calls
 from align.data.rows import Message, user
 from align.inference.protocol import Response
+from align.inference.thoughts import thought_facts
 
 ROW_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")
 """Fields of a message that rows store."""
@@ -224,6 +225,7 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
         "text": episode.text,
         "tokens": sampled_tokens(episode),
         "finished": episode.finished,
+        **(thought_facts(episode.turns[-1]) if episode.turns else {}),
         "turns": list(_described_turns(episode)),
         "messages": episode.messages,
         "calls": [asdict(call) for call in episode.calls],
@@ -238,7 +240,8 @@ def _described_turns(episode: Episode) -> Iterator[dict[str, Any]]:
     start = 0
     for turn, place in zip(episode.turns, turn_places(episode), strict=False):
         before = [str(message["content"]) for message in episode.messages[start:place]]
-        yield {"prompt": "\n".join(before), "text": turn.text, "finished": turn.finished}
+        described = {"prompt": "\n".join(before), "text": turn.text, "finished": turn.finished}
+        yield described | thought_facts(turn)
         start = place + 1
 
 

@@ -2,8 +2,9 @@
 
 import json
 
+from align.report.page.templates import load_template
 from align.report.scorecard.rollouts import read_rollouts, read_validations
-from align.report.scorecard.samples import HUNDREDTHS, page_samples, read_samples, response_lengths
+from align.report.scorecard.samples import HUNDREDTHS, page_json, page_samples, read_samples, response_lengths
 from tests.support.report.example_card import POLICIES, full_card
 from tests.support.report.example_run import prompt_samples, task_samples
 
@@ -163,3 +164,17 @@ def test_thoughts_are_apart_from_answers():
     assert response_lengths([sample], ["sft"]) == {"prompts": {"sft": [2]}}
     plain = {**sample, "responses": {"sft": [{"text": "yes", "tokens": 2}]}}
     assert "thought" not in page_samples([plain], None)["items"][0]["answers"]["sft"][0]
+
+
+def test_page_folds_thoughts_as_text():
+    text = "<think><img src=x onerror=alert(1)></think>yes"
+    response = {"text": text, "tokens": 9, "thought_tokens": 7, "thought_end": len(text) - 3}
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+    episode = response | {"messages": messages, "calls": [], "turns": 1, "stop": "finished"}
+    sample = {"task": "prompts", "prompt": "p", "id": "1", "source": "s", "responses": {"sft": [response]}}
+    page = page_samples([sample], None, {"ppo": [episode | {"prompt": "p", "response": text, "score": 1.0}]})
+    html = load_template("section_samples.html.jinja").render(samples=page, samples_json=page_json(page))
+    visible = html.split("<script")[0]
+    fold = '<details class="thought"><summary class="small">thought</summary><div class="text" dir="auto">&lt;think&gt;'
+    assert visible.count(fold) == 2
+    assert "<img" not in html and "<think>" not in html
