@@ -19,9 +19,11 @@ from align.errors import UserError
 from align.models.loading import load_tokenizer
 from align.models.reward import RewardModel
 from align.pipeline.context import StageContext
+from align.runner.runner import run_pipeline
 from align.stages import dpo, reward, sft
 from align.store.artifacts import Kind
 from align.training.task_evaluations import TaskEvaluations
+from tests.support.training.distributed_runs import pipeline
 from tests.support.training.harness import WORDS, context, data_artifact, events, losses, rows, warnings
 from tests.support.training.killed_stage import Killed, dying
 
@@ -200,3 +202,16 @@ def test_unknown_best_metric_is_refused(tiny_model: Path, tmp_path: Path) -> Non
 
 def scored_events(stage: StageContext, name: str) -> list[dict[str, Any]]:
     return [event for event in events(stage, "metrics") if name in event]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_evaluate_as_one_does(tmp_path: Path) -> None:
+    evaluation = {"every": 2, "at_most": 1.0, "tasks": write_tasks(tmp_path / "tasks"), "best_metric": "words.acc"}
+    evaluation["tasks"]["sums"]["temperature"] = 0.0
+    records = []
+    for processes in (1, 2):
+        run = pipeline("sft", {"processes": processes}, keep="best", evaluate=evaluation)
+        records.append(run_pipeline(run, store=tmp_path / f"store{processes}").metrics("sft"))
+    names = ("evaluations", "best_step", "best_words.acc", "words.acc_first", "words.acc_last", "sums.final_last")
+    assert [records[0][name] for name in names] == [records[1][name] for name in names]
