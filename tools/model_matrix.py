@@ -92,23 +92,25 @@ def main(arguments: list[str]) -> None:
     import torch
 
     from tests.support import in_process
-    from tests.support.models.families import FAMILIES
-    from tests.support.models.matrix import COLUMNS, run_cell
+    from tests.support.models.matrix import COLUMNS, ROWS_OF_TABLE, run_cell
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument("families", nargs="*", default=list(ROWS_OF_TABLE), metavar="FAMILY")
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows = documented_cells(PAGE.read_text(encoding="utf-8"))
+    new_rows = {}
     with in_process.stages():
         for family in options.families:
             with tempfile.TemporaryDirectory() as folder:
-                new = {column: run_cell(family, column, Path(folder)) for column in options.columns}
-            sys.stdout.write(f"{family}: {' '.join(cell.status for cell in new.values())}\n")
+                cells = {column: run_cell(family, column, Path(folder)) for column in options.columns}
+            sys.stdout.write(f"{family}: {' '.join(cell.status for cell in cells.values())}\n")
             sys.stdout.flush()
-            rows[family] = rows.get(family, {}) | new
-    write_table({family: rows[family] for family in FAMILIES if family in rows}, COLUMNS)
+            new_rows[family] = cells
+    # The page is read only now, because another run may have written other columns.
+    rows = documented_cells(PAGE.read_text(encoding="utf-8"))
+    rows |= {family: rows.get(family, {}) | cells for family, cells in new_rows.items()}
+    write_table({family: rows[family] for family in ROWS_OF_TABLE if family in rows}, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,16 +149,20 @@ def _write(
     source: Source, scratch: Path, options: argparse.Namespace, card_facts: dict[str, Any], log: Callable[[str], None]
 ) -> Facts:
     """Write the folder ``scratch/new``, check it and add its card."""
-    from align.export.export import export, silence_transformers
+    from align.export.export import export, file_sizes, silence_transformers
     from align.export.model_card import write_model_card
-    from align.export.model_card_facts import Facts
+    from align.export.model_card_facts import Facts, weight_history
     from align.export.verify import verify
+    from align.models.checkpoints.multimodal import join, rest_of
 
     silence_transformers()
     written = export(source, scratch / "new", options.dtype)
     agreement = None
     if not options.no_check:
         agreement = verify(source, scratch / "new", written.dtype, scratch / "check", log=log)
+    rest = rest_of(weight_history(card_facts["lineage"]))
+    if rest is not None and not written.is_reward:
+        written = replace(written, architecture=join(rest, scratch / "new"), files=file_sizes(scratch / "new"))
     facts = Facts(written=written, agreement=agreement, **card_facts)
     write_model_card(scratch / "new", facts)
     return facts

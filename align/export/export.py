@@ -187,9 +187,14 @@ def export(source: Source, out: Path, dtype: str | None = None, shard: str = SHA
         dtype=written_dtype,
         parameters=sum(weight.numel() for weight in model.parameters()),
         architecture=type(model).__name__,
-        files={file.name: file.stat().st_size for file in sorted(out.iterdir()) if file.is_file()},
+        files=file_sizes(out),
         serving_advice=[] if source.is_reward() else serving_advice(tokenizer, model.config.model_type),
     )
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of the files in a folder, by name."""
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
 
 
 def _set_special_tokens(config: Any, tokenizer: Any) -> None:

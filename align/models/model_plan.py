@@ -150,6 +150,7 @@ def known_positions(source: str, revision: str | None, base: Path) -> int | None
     if config is None or not config.is_file():
         return None
     settings = read_optional(config)
+    settings |= settings.get("text_config") or {}
     limit = settings.get("max_position_embeddings") or settings.get("n_positions")
     return limit if isinstance(limit, int) and limit > 0 else None
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,8 +166,28 @@ def run(context: StageContext) -> dict[str, Any]:
         merge_adapter(base, folder, out_dir, changes, context.warn, trust_remote_code=config.trust_remote_code)
     else:
         _refuse_base(config)  # again: the plan may not have known the files of a Hub name
-        copy_model(folder, out_dir, changes, context.warn, trust_remote_code=config.trust_remote_code)
+        with _text_part(folder, context) as text:
+            copy_model(text, out_dir, changes, context.warn, trust_remote_code=config.trust_remote_code)
     return _describe(out_dir, context)
+
+
+@contextlib.contextmanager
+def _text_part(folder: Path, context: StageContext) -> Iterator[Path]:
+    """Yield the folder of a plain model, or of the text part of a multimodal model, whose other parts are kept."""
+    from align.models.checkpoints import multimodal
+
+    check_folder(folder)
+    # The code that comes with a model may read other files.
+    if context.config.trust_remote_code or not multimodal.is_multimodal(folder):
+        yield folder
+        return
+    text, rest = context.output / "text", context.output / multimodal.FOLDER
+    for part in (text, rest):
+        shutil.rmtree(part, ignore_errors=True)  # of an attempt that was killed
+    multimodal.split(folder, text, rest)
+    context.note("trains the text part of a multimodal model; `align export` puts the other parts back")
+    yield text
+    shutil.rmtree(text)
 
 
 def _fetch(source: Source, context: StageContext) -> Path:

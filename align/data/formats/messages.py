@@ -127,8 +127,9 @@ def _content(value: Any, name: str) -> str:
     if not isinstance(value, list):
         return text(value, name)
     for part in value:
-        if not isinstance(part, dict) or part.get("type", "text") != "text":
-            raise Unusable("a message that is not all text")
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            raise Unusable(f"a message with a part of type {kind!s:.40}, and only text is trained")
     return "".join(text(part.get("text"), f"{name}.text") for part in value)
 
 

@@ -216,7 +216,10 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """
     from align.models.compute.decoders import RULES  # the rules need this module
 
-    config = config.get("text_config") or config
+    if isinstance(config.get("text_config"), Mapping):
+        # The whole config says if the head is tied, if it says anything.
+        tied = {name: config[name] for name in ("tie_word_embeddings",) if name in config}
+        config = {**config["text_config"], **tied}
     kind = str(config.get("model_type"))
     if kind not in RULES:
         raise UnknownArchitecture(f"there is no rule for model_type '{kind}', only for {', '.join(sorted(RULES))}")

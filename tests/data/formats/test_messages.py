@@ -99,7 +99,7 @@ def test_text_in_parts_is_joined_and_pictures_drop_the_record() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert row({"messages": [{"role": "user", "content": parts}, assistant("c")]}, "messages")["prompt"] == chat("ab")
     picture = [{"role": "user", "content": [{"type": "image", "url": "x"}]}, assistant("c")]
-    assert dropped({"messages": picture}, "messages") == "a message that is not all text"
+    assert dropped({"messages": picture}, "messages") == "a message with a part of type image, and only text is trained"
 
 
 CALL = {"name": "weather", "arguments": {"city": "Rom"}}

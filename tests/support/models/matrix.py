@@ -21,13 +21,20 @@ from transformers import AutoModelForCausalLM
 
 from align import Pipeline, Run
 from align.errors import UserError
+from align.export.export import Source, export
 from align.models.checkpoints.conversion import plain_of
+from align.models.checkpoints.files import SINGLE
+from align.models.checkpoints.folder_checks import tensor_entries
+from align.models.checkpoints.multimodal import is_multimodal, join, rest_of, split
 from align.models.compute.architecture import UnknownArchitecture, read_architecture
 from align.models.fast.real_tokens import computes_real_tokens
 from align.models.tuning.peft_layers import merged_weights
+from align.store.fingerprint import file_digest
 from align.store.json_files import read_events
-from tests.support.models.families import write_family
+from tests.support.models.families import FAMILIES, write_family
+from tests.support.models.multimodal import write_multimodal
 
+ROWS_OF_TABLE = (*FAMILIES, "gemma3 (multimodal)", "qwen3_5 (multimodal)")
 TOLERANCE = 1e-5
 """Largest difference of a loss, and of a gradient as a share of the largest gradient."""
 ROWS = 8
@@ -80,6 +87,8 @@ CELLS: dict[str, dict[str, Any]] = {
         "max_steps": 2,
     },
     "merge": {"stage": "merge", "policies": ["sft", "dpo"], "weights": [0.5, 0.5]},
+    # The first step of a warm-up changes no weight.
+    "export": {"stage": "sft", "model": "model", "data": "data", **NO_ROUTER_LOSS, **TRAINING, "warmup_ratio": 0.0},
 }
 """Column -> the stage that it trains."""
 COLUMNS = (*CELLS, "memory")
@@ -112,11 +121,14 @@ class Cell:
 
 def run_cell(model_type: str, column: str, folder: Path) -> Cell:
     """Run a cell of the matrix in ``folder``, which the cells of a family share. Stages run in this process."""
-    model = folder / model_type
+    name, _, parts = model_type.partition(" ")
+    model = folder / name
     if not model.exists():
-        write_family(model_type, model)
+        (write_multimodal if parts else write_family)(name, model)
     if column == "memory":
-        return memory_cell(model)
+        return memory_cell(model, folder)
+    if column == "export":
+        return export_cell(model, folder)
     recorded = Recorded()
     try:
         with recording(recorded):
@@ -131,13 +143,44 @@ def run_cell(model_type: str, column: str, folder: Path) -> Cell:
     return Cell(status if difference <= TOLERANCE else "differs", difference)
 
 
-def memory_cell(model: Path) -> Cell:
-    """Compare the parameters that a plan counts from the config with the model's."""
+def memory_cell(model: Path, folder: Path) -> Cell:
+    """Compare the parameters that a plan counts from the config with the model's, or with its text part's."""
     try:
         counted = read_architecture(model / "config.json").parameters
     except UnknownArchitecture as error:
         return Cell("refused", message=str(error))
+    if is_multimodal(model):
+        split(model, folder / "text", folder / "rest")
+        model = folder / "text"
     difference = counted - sum(parameter.numel() for parameter in parameters(model))
+    return Cell("differs" if difference else "equal", difference)
+
+
+def export_cell(model: Path, folder: Path) -> Cell:
+    """Export a trained model, and compare its parameters and the names in its files with the checkpoint's.
+
+    Of a multimodal checkpoint the text part is compared, and the other parts' tensors with the original's.
+    """
+    run = train(model, "export", folder)
+    checkpoint, exported = run.artifacts["export"].model, folder / "exported"
+    before = zip(parameters(run.artifacts["model"].model), parameters(checkpoint), strict=True)
+    assert any(not torch.equal(first, second) for first, second in before), "the training changed no weight"
+    try:
+        export(Source(checkpoint), exported)
+    except UserError as error:
+        return Cell("refused", message=str(error))
+    rest = rest_of([run.artifacts["model"]])
+    if rest is not None:
+        join(rest, exported)
+    if tensor_entries(exported).keys() != tensor_entries(model).keys():
+        return Cell("differs", math.inf)
+    if rest is not None:
+        split(exported, folder / "exported_text", folder / "exported_rest")
+        if file_digest(folder / "exported_rest" / SINGLE) != file_digest(rest / SINGLE):
+            return Cell("differs", math.inf)
+        exported = folder / "exported_text"
+    pairs = zip(parameters(exported), parameters(checkpoint), strict=True)
+    difference = max(float((value - expected).abs().max()) for value, expected in pairs)
     return Cell("differs" if difference else "equal", difference)
 
 
