@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 
 from align.config.environment import EnvironmentConfig
 from align.data.call_values import MalformedCall, ToolCall, call_from_json
+from align.data.final_answers import split_thought
 from align.data.rows import Message
 from align.data.tool_calls import ParsedTurn
 from align.environments.episode import Episode, PolicyTurn, dialogue
@@ -67,7 +68,10 @@ def read_turn(answer: Answer) -> ChatTurn:
         written = [f"{call['name']}({call['arguments']})" for call in answer.tool_calls]
         text = "\n".join([text, *written]).strip()
         calls = []
+    spoken = split_thought(text)
     return ChatTurn(
+        thought_end=len(spoken.thought),
+        is_open=spoken.is_open,
         token_ids=[],
         logprobs=[],
         finished=answer.finished,

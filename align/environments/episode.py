@@ -201,7 +201,7 @@ def scored_messages(episode: Episode) -> list[Message]:
     """Return the conversation as an environment scores it: the policy's thoughts are fields of their messages."""
     messages = list(episode.messages)
     for place, turn in zip(turn_places(episode), episode.turns, strict=False):
-        if not turn.thought_tokens:
+        if not turn.thought_end:
             continue
         content = split_thought(messages[place]["content"], is_opened=True)
         answer = "" if turn.is_open else str(content)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from align.data.rows import user
+from align.environments.chat_episodes import read_turn
 from align.environments.episode import PolicyTurn
 from align.environments.episode_run import (
     Act,
@@ -19,6 +20,7 @@ from align.environments.episode_run import (
 )
 from align.environments.journal import CallResult
 from align.environments.results import Scores, Step
+from align.inference.requests import Answer
 from tests.support.environments.letters import EOS
 from tests.support.environments.letters import letter_rules as rules
 
@@ -69,6 +71,16 @@ def test_environment_reads_answers_without_thoughts():
     between = len(episode.observations[0])
     assert episode.mask == [True] * 8 + [False] * 2 + [True] * 8 + [False] * between + [True] * 8
     assert (episode.forced, episode.thought_tokens, episode.answer_text.is_open) == ([8, 9], 24, True)
+
+
+def test_thought_of_a_served_turn_is_not_its_answer():
+    served = read_turn(Answer("<think>a</think>2"))
+    assert (served.answer_text, served.answer_text.thought, served.text) == (
+        "2",
+        "<think>a</think>",
+        "<think>a</think>2",
+    )
+    assert read_turn(Answer("<think>a", finished=False)).answer_text.is_open
 
 
 def test_calls_are_made_one_after_another_and_answered_together():
