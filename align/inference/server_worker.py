@@ -13,7 +13,7 @@ from typing import Any
 
 from align.inference.transformers import pick_tokens
 from align.inference.weights import combine, digest_all
-from align.patches.vllm import count_calls, draw_once_per_row, repack_experts, use_cpu_norms
+from align.patches.vllm import count_calls, draw_once_per_row, flatten_rotary, repack_experts, use_cpu_norms
 
 WORKER = f"{__name__}.WeightsKeeper"
 LOAD, REPORT, NAME = "align_load_weights", "align_report_weights", "align_name_weights"
@@ -86,6 +86,7 @@ class WeightsKeeper:
         """On a CPU, use the norms and the sampler of the in-process engine: a seed draws the same tokens in both."""
         if self.device.type == "cpu":
             use_cpu_norms()
+            flatten_rotary(self.model_runner.get_model())
             draw_once_per_row(self.model_runner, pick_tokens)
 
     def _align_count(self) -> None:

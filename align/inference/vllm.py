@@ -36,7 +36,7 @@ from align.inference.weights import refuse_missing, weight_names, with_stored_na
 from align.models.fast.stateful_layers import carries_state
 from align.models.loading import load_tokenizer
 from align.models.pretrained import open_config
-from align.patches.vllm import draw_once_per_row, keep_thread_count, repack_experts, use_cpu_norms
+from align.patches.vllm import draw_once_per_row, flatten_rotary, keep_thread_count, repack_experts, use_cpu_norms
 from align.pipeline.process_limits import resume_collections
 
 WEIGHTS, CACHE = "weights", "kv_cache"
@@ -170,6 +170,7 @@ class VllmEngine:
         if device.type == "cpu":
             draw_once_per_row(self.runner, pick_tokens)
             use_cpu_norms()
+            flatten_rotary(self.runner.model)
 
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None

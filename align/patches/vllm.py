@@ -136,6 +136,30 @@ def repack_experts(model: Any) -> Iterator[None]:
                 method.moe_kernel = kernel
 
 
+def flatten_rotary(model: Any) -> None:
+    """Have the rotary embeddings of ``model`` on a CPU get queries and keys of shape (N, heads * D).
+
+    Replaces ``_forward_method`` of the ``RotaryEmbedding`` modules. The CPU kernel rotates queries of shape
+    (N, heads, D), which LFM2 passes, by angles of other tokens.
+    """
+    path = "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding"
+    embedding = _private_name(path)
+    _private_name(f"{path}.forward_cpu", ["self", "positions", "query", "key"])
+
+    def flattened(rotate: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
+            """Return the rotated query and key in their shapes."""
+            flat_key = None if key is None else key.flatten(1)
+            rotated_query, rotated_key = rotate(positions, query.flatten(1), flat_key)
+            return rotated_query.view(query.shape), None if key is None else rotated_key.view(key.shape)
+
+        return forward
+
+    for module in model.modules():
+        if isinstance(module, embedding) and type(module).forward_cpu is embedding.forward_cpu:
+            module._forward_method = flattened(module.forward_cpu)
+
+
 def use_cpu_norms() -> bool:
     """Have the RMS norms of all models in this process computed by vLLM's C++ kernels; call it after a worker started.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,8 @@ def replaced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The parts of vLLM that are replaced on a CPU. They are not, here: that would import vLLM."""
     parts: list[str] = []
     monkeypatch.setattr("align.inference.server_worker.use_cpu_norms", lambda: parts.append("norms"))
+    monkeypatch.setattr("align.inference.server_worker.flatten_rotary", lambda model: None)
+    monkeypatch.setattr("align.inference.server_worker.repack_experts", lambda model: nullcontext())
     monkeypatch.setattr("align.inference.server_worker.draw_once_per_row", lambda runner, pick: parts.append("sampler"))
     return parts
 

@@ -21,7 +21,7 @@ def test_engine(tiny_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "olmoe", "granitemoehybrid", "falcon_h1"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "olmoe", "granitemoehybrid", "falcon_h1", "lfm2"])
 def test_weights_of_mixtures_and_hybrids_follow_the_trainer(model_type: str, tmp_path: Path) -> None:
     """vLLM fuses and packs experts anew at every load; a stale one would sample another policy."""
     log = tmp_path / "log.txt"

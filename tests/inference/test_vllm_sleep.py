@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ class FakeLLM:
     def __init__(self, **options: Any) -> None:
         self.options, self.heard = options, []
         self.asleep: set[str] = set()
-        worker = SimpleNamespace(model_runner=SimpleNamespace(reload_weights=self.reload_weights))
+        worker = SimpleNamespace(model_runner=SimpleNamespace(reload_weights=self.reload_weights, model=None))
         executor = SimpleNamespace(driver_worker=SimpleNamespace(worker=worker))
         inner = SimpleNamespace(scheduler=SimpleNamespace(has_requests=bool), batch_queue=None)
         core = SimpleNamespace(engine_core=inner)
@@ -77,6 +78,8 @@ def open_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("align.inference.vllm.cpu_block_size", lambda model_dir, dtype, max_length: 32)
     monkeypatch.setattr("align.inference.vllm._prepare_environment", lambda: None)
     monkeypatch.setattr("align.inference.vllm.use_cpu_norms", lambda: False)
+    monkeypatch.setattr("align.inference.vllm.flatten_rotary", lambda model: None)
+    monkeypatch.setattr("align.inference.vllm.repack_experts", lambda model: nullcontext())
 
     def make(device: str, **settings: Any) -> VllmEngine:
         config = EngineConfig(name="vllm", **settings)

@@ -21,6 +21,8 @@ from tests.support.models.families import FAMILIES, write_family
 
 SIZES = {"hidden_size": 64, "head_dim": 32}
 """vLLM's attention on a CPU has no heads of 16 numbers, and its kernels need states of at least 64."""
+LFM2 = {"conv_dim": 64, "block_dim": 64, "block_multiple_of": 64, "block_ffn_dim_multiplier": 1.0}
+"""Fields that vLLM reads, and that published checkpoints have."""
 PROMPTS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) for i in range(4)]
 
 
@@ -28,6 +30,8 @@ def main(model_type: str, folder: Path) -> None:
     fields = {**FAMILIES[model_type], **SIZES}
     states = {"mamba_n_heads": 8, "mamba_d_ssm": 128}
     FAMILIES[model_type] = fields | {name: value for name, value in states.items() if name in fields}
+    if model_type == "lfm2":
+        FAMILIES[model_type] |= LFM2
     write_family(model_type, folder)
     config = EngineConfig(name="vllm", cpu_kv_cache_gb=0.1)
     engine = VllmEngine(folder, device=torch.device("cpu"), dtype=torch.float32, config=config, max_length=128, seed=7)
