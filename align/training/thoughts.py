@@ -32,7 +32,11 @@ def has_thought(row: Mapping[str, Any]) -> bool:
 
 
 def check_thoughts(stage: str, tokenizer: Any, rows: Sequence[Row]) -> None:
-    """Raise ``UserError`` for rows with thoughts if the chat template drops them, or its thinking is switched off."""
+    """Raise ``UserError`` for rows with thoughts if the chat template drops them, or its thinking is switched off.
+
+    DeepSeek R1's template drops the thoughts of all answers. Then the tokenizer gets a training template until it is
+    saved, if there is one for its family.
+    """
     count = sum(map(has_thought, rows))
     if not count:
         return
@@ -42,8 +46,7 @@ def check_thoughts(stage: str, tokenizer: Any, rows: Sequence[Row]) -> None:
             f"{have} the chat template's thinking is off. Write `thinking: on` in the model stage, or "
             f"`thoughts: drop` in {stage}."
         )
-    text = tokenizer.decode(render_conversation(tokenizer, PROBE))
-    if THOUGHT not in text:
+    if not _writes_thoughts(tokenizer) and not _replace_template(tokenizer):
         raise UserError(
             f"{have} the chat template drops the thoughts of answers. Name a template that writes them in the model "
             f"stage's chat_template, or write `thoughts: drop` in {stage}."
@@ -58,15 +61,25 @@ def use_training_template(tokenizer: Any, rows: Sequence[Row]) -> None:
     """
     if not any(_is_rewritten(tokenizer, row, side) for row in rows for side in ANSWERS):
         return
+    _replace_template(tokenizer)
+
+
+def _replace_template(tokenizer: Any) -> bool:
+    """Return True if a training template writes the same prompt and all thoughts, which then replaces the template."""
     own = tokenizer.chat_template
     prompt = render_prompt(tokenizer, PROBE[:1])
     for name, text in training_templates(str(own), tokenizer.get_vocab().keys()):
         tokenizer.chat_template = text
-        if render_prompt(tokenizer, PROBE[:1]) == prompt:
+        if render_prompt(tokenizer, PROBE[:1]) == prompt and _writes_thoughts(tokenizer):
             tokenizer.own_template = own
             tokenizer.training_template = name
-            return
+            return True
     tokenizer.chat_template = own
+    return False
+
+
+def _writes_thoughts(tokenizer: Any) -> bool:
+    return THOUGHT in tokenizer.decode(render_conversation(tokenizer, PROBE))
 
 
 def own_template(tokenizer: Any) -> Any:

@@ -13,13 +13,13 @@ from align.config.stages.preference import DpoConfig
 from align.config.stages.sft import SftConfig
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
-from align.models.chat.render import render_conversation
+from align.models.chat.render import render_conversation, render_prompt
 from align.models.chat.template_settings import TemplateSettings
 from align.models.loading import load_tokenizer
 from align.stages.sft import run
 from align.store.artifacts import Artifact, Kind
 from align.training.rows import MASKED, REWRITTEN, encode_answers, encode_pairs, encode_supervised, set_thoughts
-from align.training.thoughts import check_thoughts, own_template, thought_facts, use_training_template
+from align.training.thoughts import PROBE, check_thoughts, own_template, thought_facts, use_training_template
 from align.training.unpaired import encode_unpaired, unpair
 from tests.support.chat_templates import THINKING
 from tests.support.environments.families import make, released_template
@@ -112,6 +112,21 @@ def test_pairs_of_episodes_use_training_template() -> None:
     assert text.count("It is") == 2
     assert thought_facts(tokenizer, encoded) == {"thought_rows": 1, "training_template": "qwen3"}
     assert own_template(tokenizer) == own != tokenizer.chat_template
+
+
+def test_r1_learns_thoughts_with_training_template() -> None:
+    tokenizer = make("deepseek-r1")
+    own = tokenizer.chat_template = released_template("deepseek_r1_distill")
+    prompt = tokenizer.decode(render_prompt(tokenizer, PROBE[:1]))
+    check_thoughts("sft", tokenizer, [*rows(1), *thinking_rows(1)])
+    assert own_template(tokenizer) == own != tokenizer.chat_template
+    assert tokenizer.decode(render_prompt(tokenizer, PROBE[:1])) == prompt
+    encoded = encode_supervised(tokenizer, [*rows(1), *thinking_rows(1)], 200)
+    # The prompt ends with the beginning of the thought.
+    end = "<｜end▁of▁sentence｜>"
+    expected = [f"\n</think>\n\nred{end}", f"It is é.\n</think>\n\nred{end}"]
+    assert [learned(tokenizer, row) for row in encoded.rows] == expected
+    assert thought_facts(tokenizer, encoded) == {"thought_rows": 1, "training_template": "deepseek-r1"}
 
 
 def test_template_without_tags_gets_thought_as_field(tokenizer: Any) -> None:

@@ -49,7 +49,9 @@ LLAMA3 = (
     "<|python_tag|>",
 )
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+R1 = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
 FAMILIES = {
+    "deepseek-r1": Family(R1, R1[1], R1[0], plain=("<think>", "</think>"), tools=False),
     "chatml": Family(CHATML, "<|im_end|>", tools=False),
     "chatml-tools": Family(CHATML, "<|im_end|>"),
     "smollm2": Family(CHATML, "<|im_end|>", tools=False),
