@@ -209,7 +209,7 @@ def generate(
     With the same seeds, a response that ends or closes its thought within the budget begins as without a budget.
     """
     if sampling.thinking_budget is None:
-        sampled = engine.generate(prompts, sampling, on_progress)
+        sampled = engine.generate(prompts, sampling, on_progress=on_progress)
         return [[reader.read(ids, response) for response in row] for ids, row in zip(prompts, sampled, strict=True)]
     from align.inference.sessions import open_session  # imports torch
 
