@@ -14,7 +14,14 @@ from align.patches.deepspeed import link_optimizer_states
 from align.patches.nltk import without_downloads
 from align.patches.optuna import trial_id
 from align.patches.peft import has_hooks, replace_lora_linear
-from align.patches.transformers import attention_name, keep_curve_names, save_only, tracker_module, wrap_templates
+from align.patches.transformers import (
+    attention_name,
+    keep_curve_names,
+    revert_conversion,
+    save_only,
+    tracker_module,
+    wrap_templates,
+)
 from align.patches.trl import replace_fused_head
 from align.patches.verifiers import set_state
 
@@ -24,6 +31,12 @@ def test_changed_template_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(name, lambda chat_template, environment: None)
     with pytest.raises(UserError, match=r"^transformers \S+: .* has the parameters \(chat_template, environment\)"):
         wrap_templates(lambda compile_template: compile_template)
+
+
+def test_changed_conversion_of_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.core_model_loading.revert_weight_conversion", lambda weights: weights)
+    with pytest.raises(UserError, match="revert_weight_conversion has the parameters"):
+        revert_conversion(torch.nn.Linear(1, 1), {})
 
 
 def test_missing_name_of_ignored_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,37 @@ def test_runner_without_sampler_is_refused() -> None:
         patches.draw_once_per_row(SimpleNamespace(), pick)
 
 
+FUSED = "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method.UnquantizedFusedMoEMethod"
+ROTARY = "vllm.model_executor.layers.rotary_embedding.base.RotaryEmbedding"
+
+
+def test_changed_packing_of_experts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{FUSED}._setup_kernel", lambda self, layer: None)
+    with pytest.raises(UserError, match="_setup_kernel has the parameters"), patches.repack_experts(torch.nn.ReLU()):
+        pass
+
+
+def test_layer_that_is_not_reloaded_keeps_its_kernel() -> None:
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as module
+
+    model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU())
+    for layer, kernel in zip(model, ("first", "second"), strict=True):
+        method = object.__new__(module.UnquantizedFusedMoEMethod)
+        torch.nn.Module.__init__(method)
+        method.moe_kernel = kernel
+        layer.quant_method = method
+    with patches.repack_experts(model):
+        assert [layer.quant_method.moe_kernel for layer in model] == [None, None]
+        model[0].quant_method.moe_kernel = "new"
+    assert [layer.quant_method.moe_kernel for layer in model] == ["new", "second"]
+
+
+def test_changed_rotary_embedding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{ROTARY}.forward_cpu", lambda self, query, key: None)
+    with pytest.raises(UserError, match="forward_cpu has the parameters"):
+        patches.flatten_rotary(torch.nn.ReLU())
+
+
 def test_thread_count_is_restored() -> None:
     original = torch.set_num_threads
     threads = torch.get_num_threads()
