@@ -58,7 +58,7 @@ def test_lora_shares_what_is_frozen() -> None:
 
 def test_bfloat16_copies_one_model_s_matrices_at_a_time() -> None:
     assert cost(LORA, "head", precision="bfloat16").copies == 2 * (2 * 25 + 40)
-    larger = replace(TOY, layers=10)
+    larger = replace(TOY, blocks=(TOY_LAYER,) * 10)
     options: Any = {"precision": "bfloat16", "critic": "reward"}
     assert ppo_memory(TOY, [larger], tuning=LORA, **options).copies == 2 * (2 * 25 + 40)  # it is in bfloat16
     assert ppo_memory(TOY, [larger], tuning=FullTuning(), **options).copies == 2 * 10 * 25
@@ -241,7 +241,7 @@ def test_a_kind_of_layer_without_a_rule_has_no_activations() -> None:
 
 def test_activations_count_the_larger_of_policy_and_critic() -> None:
     sizes = architecture_of({"model_type": "llama", **SHAPE})
-    twice = replace(sizes, layers=2 * sizes.layers)
+    twice = replace(sizes, blocks=2 * sizes.blocks)
 
     def activations(critic: Any, reward: Architecture) -> int | None:
         return ppo_memory(sizes, [reward], tuning=LORA, critic=critic, precision="bfloat16").activations
