@@ -127,7 +127,8 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
         top_tokens = self.top_tokens if top_tokens is None else top_tokens
         teacher: TopTokens | Live
         if rows[0] < 0:
-            top_tokens, rows = self.sampled_tokens, [-1 - row for row in rows]
+            top_tokens = self.sampled_tokens
+            rows = [-1 - row for row in rows]
         # A teacher in memory reads sampled answers, and without ``top_k`` all rows.
         if top_tokens:
             ids = torch.cat([top_tokens[row].ids for row in rows]).to(hidden.device, torch.long)

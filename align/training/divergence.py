@@ -105,8 +105,8 @@ def summed_divergence(
             student = measure.log_softmax(head(states), transform).gather(1, ids)
             # An absent token has no mass in either model. Without any token, both have all mass in the tail.
             absent = logprobs == ABSENT
-            student, logprobs = student.masked_fill(absent, NO_MASS), logprobs.masked_fill(absent, NO_MASS)
-            return measure.of(with_rest(student), with_rest(logprobs)).sum()
+            compared = with_rest(student.masked_fill(absent, NO_MASS))
+            return measure.of(compared, with_rest(logprobs.masked_fill(absent, NO_MASS))).sum()
 
         return _sum_over_chunks(_top_tokens_loss, hidden, teacher.ids, teacher.logprobs)
 

@@ -218,7 +218,8 @@ class AlignedTeacher(StageTeacher):
         if self.block.system is not None:
             conversation["prompt"] = privileged_prompt(self, source)
         if sampled:
-            own, side = self.setting.tokenizer, answer_side(source)
+            own = self.setting.tokenizer
+            side = answer_side(source)
             answer = row["input_ids"][len(prompt_of(row["input_ids"], row["labels"])) :]
             conversation[side] = [assistant(own.decode(answer, skip_special_tokens=True))]
             conversation[f"{side}_finished"] = answer[-1:] == [own.eos_token_id]
@@ -245,7 +246,8 @@ class AlignedTeacher(StageTeacher):
         return results
 
     def _translate(self, student: Row, read: Row, top_tokens: TopTokens) -> TopTokens:
-        turns, read_turns = answer_segments(student), answer_segments(read)
+        turns = answer_segments(student)
+        read_turns = answer_segments(read)
         translated: list[Candidates | None] = []
         first = 0
         for index, turn in enumerate(turns):
@@ -267,8 +269,8 @@ class AlignedTeacher(StageTeacher):
 
     def _align(self, turn: list[int], read_turn: list[int]) -> tuple[list[int | None], int]:
         """Return for each token of the student's turn the place of the teacher's token, and the teacher's lead."""
-        own_end, their_end = self.setting.tokenizer.eos_token_id, self.tokenizer.eos_token_id
-        both_end = turn[-1:] == [own_end] and read_turn[-1:] == [their_end]
+        own_end = self.setting.tokenizer.eos_token_id
+        both_end = turn[-1:] == [own_end] and read_turn[-1:] == [self.tokenizer.eos_token_id]
         text, spans = self.setting.texts.spans(turn[: len(turn) - both_end])
         read_text, read_spans = self.texts.spans(read_turn[: len(read_turn) - both_end])
         lead = max(0, count_spaces(read_text) - count_spaces(text))
