@@ -132,21 +132,12 @@ class VllmEngine:
         self.compiles = config.compile
         memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": config.sleep}
         memory["enable_prefix_caching"] = True
-        if device.type == "cpu":
-            memory = {
-                "kv_cache_memory_bytes": int(config.cpu_kv_cache_gb * 2**30),
-                # A prompt read in parts makes vLLM wind its request's generator back, which a CPU generator cannot do.
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(CPU_STEP_TOKENS, max_length),
-            }
         with self.watchdog.watch("start"), _preserve_global_state():
             from vllm import LLM
 
             resume_collections()
             if device.type == "cpu":
-                memory["block_size"] = cpu_block_size(model_dir, dtype, max_length)
-                # vLLM caches states of prefixes only with prompts read in parts.
-                memory["enable_prefix_caching"] = not carries_state(open_config(model_dir))
+                memory = _cpu_options(model_dir, config, dtype, max_length)
             self.llm = LLM(
                 model=str(model_dir),
                 trust_remote_code=False,
@@ -307,6 +298,19 @@ class VllmEngine:
         if llm is not None:
             with self.watchdog.watch("close"), _preserve_global_state():
                 llm.llm_engine.engine_core.shutdown()
+
+
+def _cpu_options(model_dir: Path, config: EngineConfig, dtype: torch.dtype, max_length: int) -> dict[str, Any]:
+    """Return vLLM's options of memory, batches and caches on a CPU."""
+    return {
+        "kv_cache_memory_bytes": int(config.cpu_kv_cache_gb * 2**30),
+        # A prompt read in parts makes vLLM wind its request's generator back, which a CPU generator cannot do.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(CPU_STEP_TOKENS, max_length),
+        "block_size": cpu_block_size(model_dir, dtype, max_length),
+        # vLLM caches states of prefixes only with prompts read in parts.
+        "enable_prefix_caching": not carries_state(open_config(model_dir)),
+    }
 
 
 class SleepMode:
