@@ -32,7 +32,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "choice": {"choice": "letter"},
     "exact": {"exact": "answer"},
     "contains": {"contains": "answer"},
-    "regex": {"regex": r"(\w+\s?)+\Z"},
+    "regex": {"regex": r"(\w\s?)+ or (\w+)\Z"},
     "json_schema": {"json_schema": {"type": "object", "properties": {"a": {"pattern": "^(a+)+$"}}}},
     "ifeval": {"ifeval": "instructions"},
     "code": {"code": "tests", "memory_mb": 128},

@@ -107,7 +107,7 @@ class Sandbox:
             }
             yield session
         finally:
-            session.kill()
+            session.close()
 
 
 @functools.cache
@@ -190,7 +190,7 @@ def open_sandbox(config: SandboxConfig | None, place: str) -> Sandbox:
     listed = "; ".join(f"{level}: {problem}" for level, problem in problems.items())
     raise UserError(
         f"{place}: no sandbox works here ({listed}). Install bubblewrap (apt install bubblewrap), name a command: "
-        "`sandbox: {command: [docker, run, --rm, -i, --network=none, python:3.11-slim]}`, or write "
+        "`sandbox: {command: [docker, run, --rm, -i, --network=none, python:3.11-slim, timeout, '60']}`, or write "
         "`sandbox: {unsafe: true}` for programs that you trust."
     )
 

@@ -109,6 +109,12 @@ class Session:
                 with contextlib.suppress(OSError):
                     stream.close()
 
+    def close(self) -> None:
+        """Kill the process and close all its descriptors."""
+        self.kill()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
     def _read(self) -> bool:
         """Read some output; return False at its end or at the limit of time."""
         if not self._wait(self._output, select.POLLIN):
