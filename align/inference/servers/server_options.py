@@ -32,6 +32,7 @@ from align.inference.server_worker import WORKER
 from align.inference.servers.server_client import UNIX, BadReply, Client, EngineLost
 from align.inference.servers.server_process import BINDING, MODULE, free_port
 from align.inference.weights import refuse_missing, weight_names
+from align.models.fast.stateful_layers import carries_state
 from align.models.loading import load_tokenizer
 from align.models.pretrained import open_config
 
@@ -108,6 +109,8 @@ class ServerSpec:
         # A prompt read in parts makes vLLM wind its request's generator back, which a CPU generator cannot do.
         step_tokens = max(CPU_STEP_TOKENS, self.max_length)
         options += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(step_tokens)]
+        if carries_state(open_config(self.model_dir)):
+            options.append("--no-enable-prefix-caching")  # states of prefixes are cached only with chunked prefill
         return [*options, "--block-size", "32", "--kv-cache-memory-bytes", str(int(config.cpu_kv_cache_gb * 2**30))]
 
 

@@ -28,6 +28,7 @@ from align.inference.servers.server_process import BINDING
 from align.inference.weights import checkpoint_weights
 from tests.support.inference.fake_server import EOS, FakeServer, completion
 from tests.support.inference.server_harness import PROMPTS, served_at, soon, wait_for
+from tests.support.models.families import write_family
 
 # ---- how servers are started ----
 
@@ -50,6 +51,12 @@ def test_unbound_cpu_server_of_one_rank_has_no_worker_process(
     spec = served_at(tiny_model, [], tensor_parallel=tensor_parallel)
     options = replace(spec, device=torch.device(device)).options()
     assert (" ".join(ONE_PROCESS) in " ".join(options)) == in_one_process
+
+
+def test_cpu_server_of_a_hybrid_caches_no_prefixes(tiny_model: Path, tmp_path: Path) -> None:
+    hybrid = write_family("lfm2", tmp_path / "lfm2")
+    cached = [served_at(model, []).options()[-5:] for model in (tiny_model, hybrid)]
+    assert ["--no-enable-prefix-caching" in options for options in cached] == [False, True]
 
 
 # ---- what is asked, and what is made of the answers ----
