@@ -55,7 +55,9 @@ class TwoTurns:
     def __init__(self, by_turn):
         self.by_turn = by_turn
 
-    def play(self, engine, tasks, *, temperature, journal=None, on_progress=None, weights_update=None):
+    def play(
+        self, engine, tasks, *, temperature, journal=None, on_progress=None, weights_update=None, thinking_budget=None
+    ):
         episodes = [Episode([3 + number % 2, 20, 21 + number // 2]) for number in range(len(tasks))]
         playing = list(range(len(tasks)))
         for turn in range(2):
