@@ -29,6 +29,8 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _MARK = re.compile(r"####([^\n#]*)")
 _ANSWER = re.compile(r"\banswer(?:\s+is\b|[ \t]*:)[ \t]*:?([^\n]*)", re.IGNORECASE)
 _MATH = re.compile(r"\$\$?(.+?)\$\$?[\s.]*|\\\((.+?)\\\)[\s.]*|\\\[(.+?)\\\][\s.]*", re.DOTALL)
+_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
+_DOUBT = re.compile(r"\d|\b(?:or|not|maybe|perhaps|possibly)\b")
 _ADJACENT = re.compile(r"\d\s+\d")
 """Two numbers side by side, which math-verify adds as a mixed number: ``3 4`` would equal 7."""
 
@@ -43,7 +45,7 @@ def verify(reference: Any, text: str) -> Verdict:
     piece = _find_answer(answer or "")
     if not piece:
         return Verdict(0.0, NO_ANSWER)
-    if len(piece) > LONGEST:
+    if len(piece) > LONGEST or (_hides_answer(piece) and not _hides_answer(gold_text)):
         return Verdict(0.0, UNPARSABLE)
     parsed = _parse(piece)
     if not parsed:
@@ -71,10 +73,19 @@ def _find_answer(answer: str) -> str:
     return "" if "\n" in answer.strip() else _inner(answer)
 
 
+def _hides_answer(text: str) -> bool:
+    r"""Return True for a second answer or a doubt in a ``\text{}``, which math-verify drops as it drops units."""
+    words = [match[1].strip().lower() for match in _TEXT.finditer(text)]
+    return any(_DOUBT.search(word) is not None for word in words if word not in ("or", "and"))
+
+
 def _boxes(answer: str) -> list[str]:
     r"""Return the contents of each ``\boxed{}``, which may have braces; a box that is not closed is empty."""
     boxes = []
+    end = 0
     for match in deque(_BOX.finditer(answer), maxlen=MOST_BOXES):
+        if match.start() < end:  # a box inside a box
+            continue
         depth, end = 1, match.end()
         limit = min(len(answer), end + LONGEST + 1)
         while end < limit and depth:

@@ -67,6 +67,8 @@ MATH = [
     ("5", "5", RIGHT),
     ("7/2", "\\boxed{3\\frac{1}{2}}", RIGHT),
     ("300000000", "\\boxed{3 \\cdot 10^8}", RIGHT),
+    ("5", "\\boxed{\\boxed{5}}", RIGHT),
+    ("5", "\\boxed{5 \\text{ cm}}", RIGHT),
     ("5", "\\boxed{6}", UNEQUAL),
     ("5", "\\boxed{4 \\text{ or } 5}", UNEQUAL),
     ("5", "\\boxed{2 + 3}", UNEQUAL),  # copied from the question
@@ -76,6 +78,7 @@ MATH = [
     ("5", "<think>\\boxed{5}", NO_ANSWER),
     ("5", "\\boxed{5", NO_ANSWER),
     ("5", "\\boxed{5 |}", UNPARSABLE),
+    ("5", "\\boxed{5 \\text{ (or 6)}}", UNPARSABLE),  # math-verify drops the text as a unit
     ("5", "\\boxed{" + "(" * 900 + "}", UNPARSABLE),
 ]
 
