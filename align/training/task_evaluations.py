@@ -48,8 +48,8 @@ class TaskEvaluations:
         """Seconds of all evaluations."""
         self._last = 0.0
         """Seconds of the last evaluation, which the next one is expected to need."""
-        self._before = 0.0
-        """Seconds of earlier attempts, up to their last checkpoint."""
+        self._before = time.time() - context.started
+        """Seconds of this attempt until now, or of earlier attempts up to their last checkpoint."""
         self._started = time.perf_counter()
 
     def is_due(self, step: int) -> bool:
@@ -84,7 +84,7 @@ class TaskEvaluations:
 
     @property
     def share(self) -> float:
-        """Share of the stage's training time, evaluations included."""
+        """Share of the stage's time, evaluations included."""
         return self.seconds / max(self._total, 1e-9)
 
     @property
