@@ -11,12 +11,13 @@ import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from align.verifiers.verdict import UNPARSABLE, BadReference, Verdict
 
-MEMORY = 3 * 2**30
-"""Address space of a worker in bytes."""
+MEMORY = 2**31
+"""Address space in bytes that comparisons may use in addition to the imported packages."""
 ORPHAN_SECONDS = 10.0
 """Pause between two looks for the parent, and time after which an overdue request ends the worker without it."""
 Verify = Callable[[Any, str], Verdict]
@@ -44,12 +45,22 @@ def find_verifier(kind: str) -> Verify:
     return function
 
 
+def load_verifier(kind: str) -> Verify:
+    """Return the function of a verifier, and limit the memory that its comparisons may use."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # a CUDA build of torch maps many GiB when it is imported
+    function = find_verifier(kind)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    limit = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    return function
+
+
 def main() -> None:
     """Answer requests on the descriptor that is the first argument, until it closes or the parent is gone."""
     connection = Connection(int(sys.argv[1]))
     parent = os.getppid()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    load = functools.cache(find_verifier)
+    load = functools.cache(load_verifier)
     while True:
         # Another process may have inherited the other end, so its closing does not prove that the parent ended.
         while not select.select([connection], [], [], ORPHAN_SECONDS)[0]:

@@ -75,10 +75,7 @@ class Worker:
     def _verify(self, comparison: Comparison) -> Verdict:
         kind = comparison.kind
         if kind not in self._kinds:
-            error = "" if (reply := self._ask({"kind": kind}, START_SECONDS)) is None else reply.get("error", "")
-            if reply is None or error:
-                raise StageFailed(f"the verifier {kind} did not start: {error or f'{START_SECONDS:.0f} s passed'}.")
-            self._kinds.add(kind)
+            self._load(kind)
         request = {"kind": kind, "reference": comparison.reference, "text": comparison.text}
         reply = self._ask(request | {"seconds": comparison.seconds}, comparison.seconds)
         if reply is None:
@@ -87,6 +84,17 @@ class Worker:
         if "error" in reply:
             raise BadReference(reply["error"])
         return Verdict(float(reply["score"]), str(reply["reason"]))
+
+    def _load(self, kind: str) -> None:
+        """Import the packages of a verifier. Raises ``StageFailed``: no answer is at fault."""
+        try:
+            reply = self._ask({"kind": kind}, START_SECONDS)
+        except WorkerDied:
+            reply = {"error": "its process died"}
+        if reply is None or "error" in reply:
+            problem = reply["error"] if reply is not None else f"no import in {START_SECONDS:.0f} s"
+            raise StageFailed(f"the verifier {kind} did not start: {problem}.")
+        self._kinds.add(kind)
 
     def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
         """Return the reply; None if it took too long. Raises ``WorkerDied``. Both end the process."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from align.config.validation import validate
 from align.config.verifiers import EnvironmentVerifier
 from align.data.checkers import gsm8k_answer
 from align.environments.sources import open_environment
-from align.errors import UserError
+from align.errors import StageFailed, UserError
 from align.verifiers.scorer import open_verifier
+from align.verifiers.workers import Comparison, Worker
 from tests.support.environments.opened import TOOLS
 
 RIGHT, NO_ANSWER, UNPARSABLE, UNEQUAL, TIMED_OUT = "", "no_answer", "unparsable", "unequal", "timed_out"
@@ -93,6 +95,15 @@ def test_worker_that_hangs_is_killed_and_replaced() -> None:
     pairs = [("", "a" * 60 + "b"), ("", "aaa"), ("", "")]
     assert reasons({"regex": "\\A(a+)+\\Z", "seconds": 0.5}, pairs) == [TIMED_OUT, RIGHT, NO_ANSWER]
     assert time.monotonic() - start < 60
+
+
+def test_package_that_cannot_be_imported_ends_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "jsonschema.py").write_text("import os\nos._exit(1)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    worker = Worker()
+    with pytest.raises(StageFailed, match="the verifier json_schema did not start: its process died"):
+        worker.verify(Comparison("json_schema", {}, "{}", 5.0))
+    worker.close()
 
 
 def test_json_schema_reads_text_and_fenced_blocks() -> None:
