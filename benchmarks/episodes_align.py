@@ -111,8 +111,10 @@ class ScriptedPlayer(EnvironmentPlayer):
         journal: Journal | None = None,
         on_progress: Progress | None = None,
         weights_update: int | None = None,
+        thinking_budget: int | None = None,
     ) -> list[Episode]:
         """Return an episode for each task, in order. Raises ``RuntimeError`` for one that leaves the script."""
+        assert thinking_budget is None, "scripted turns have no thoughts"
         script = next(self._scripts)
         with forced_lengths(engine):
             session = ScriptedSession(open_session(engine, temperature), script, self.tokenizer, self._markup)

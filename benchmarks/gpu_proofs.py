@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from align.config.hub_commits import RepoType, small_file
 from align.config.recipe.source_settings import HubSource
@@ -41,9 +42,10 @@ def find_obstacle(path: Path, machine: Machine) -> str | None:
 def _repositories(pipeline: Pipeline) -> Iterator[tuple[str, str, RepoType]]:
     """Yield the name, the commit and the type of each Hub repository that a pipeline reads."""
     for node in pipeline:
+        config: Any = node.config
         if node.stage.kind == "model":
-            yield node.config.source, node.config.revision, "model"
+            yield config.source, config.revision, "model"
         elif node.stage.kind == "data":
-            for source in resolved_recipe(node.config, pipeline.base).sources:
+            for source in resolved_recipe(config, pipeline.base).sources:
                 if isinstance(source, HubSource):
                     yield source.dataset, source.revision, "dataset"

@@ -84,7 +84,7 @@ class ScoringEndpoint(Endpoint):
         texts = [str(text) for text in logprobs["tokens"]]
         # Servers may put a BOS token before the prompt, and the sampled token follows it.
         first = "".join(texts).find(prompt)
-        offsets = logprobs.get("text_offset")
+        offsets: Any = logprobs.get("text_offset")
         if first < 0 and not offsets:
             raise ValueError("its tokens do not add up to the prompt; was `echo` ignored?")
         positions = []

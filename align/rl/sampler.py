@@ -284,7 +284,7 @@ def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> 
     prefix = COMPONENT if name == "scores" else f"{COMPONENT}{name}_"
     truncated = (~rollout.tensors["finished"]).tolist()
     # Scorers read answers; the thoughts before them are attributes.
-    answers = rollout.answers
+    answers: list[str] = [*rollout.answers]
     parts: dict[str, Any]
     if hasattr(scorer, "score_parts"):
         parts = scorer.score_parts(rollout.rows, answers, truncated)

@@ -6,13 +6,11 @@ A setting that works badly is a warning of the plan. A setting with which the st
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from align.config.chat_template import TEMPLATE_FIELDS
 from align.config.environment import EnvironmentConfig
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.evaluation.during_training import TrainingEvaluation
-from align.config.stages.evaluation.task_fields import RecordFields, TaskConfig
 from align.config.stages.inputs import ModelConfig
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
@@ -21,6 +19,7 @@ from align.pipeline.registry import load_object
 POLICY_FIELDS = ("policy", "model", "policies")
 """Inputs of a stage whose weights come from a model stage."""
 POSITIONS = "align.models.model_plan:known_positions"
+RECORD_SOURCES = "align.evaluation.tasks.records:reported_sources"
 MISSING_TOOLS = "align.models.planned_template:explain_missing_tools"
 TEMPLATE_SETTINGS = "align.models.planned_template:check_settings"
 """Functions about a model's files. Their package has modules that import torch, so they are loaded by name."""
@@ -68,34 +67,20 @@ def _check_reported_rows(pipeline: Pipeline, node: Node) -> None:
     evaluation = getattr(node.config, "evaluate", None)
     if not isinstance(evaluation, TrainingEvaluation):
         return
+    record_sources = load_object(RECORD_SOURCES)
     for other in pipeline:
         if not isinstance(other.config, EvaluateConfig):
             continue
         reported: dict[str, str] = {}
         for task in other.config.tasks.values():
-            reported |= _record_sources(task, pipeline.base)
+            reported |= record_sources(task, pipeline.base)
         for name, task in evaluation.tasks.items():
-            for identity, source in _record_sources(task, pipeline.base).items():
+            for identity, source in record_sources(task, pipeline.base).items():
                 if identity in reported:
                     raise UserError(
                         f"stages.{node.name}.evaluate.tasks.{name}: stage '{other.name}' reports numbers on the same "
                         f"records ({source}), so training must not look at them. Divide the records into two files."
                     )
-
-
-def _record_sources(task: TaskConfig, base: Path) -> dict[str, str]:
-    """Return the files of a task's items by their digests, or the dataset by its name and split."""
-    from align.evaluation.tasks.records import file_identities, record_source
-
-    if not isinstance(task, RecordFields):
-        return {}
-    if task.files is not None:
-        files = file_identities(task, base)
-        return {digest: name for name, digest in files.items() if not name.startswith("examples: ")}
-    if task.revision is None:
-        return {}
-    source = record_source(task)
-    return {f"{source.label} {getattr(source, 'split', '')}": source.label}
 
 
 def _check_tools(pipeline: Pipeline, node: Node, environment: EnvironmentConfig, place: str) -> None:

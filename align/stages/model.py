@@ -166,8 +166,8 @@ def run(context: StageContext) -> dict[str, Any]:
         merge_adapter(base, folder, out_dir, changes, context.warn, trust_remote_code=config.trust_remote_code)
     else:
         _refuse_base(config)  # again: the plan may not have known the files of a Hub name
-        with _text_part(folder, context) as text:
-            copy_model(text, out_dir, changes, context.warn, trust_remote_code=config.trust_remote_code)
+        with _text_part(folder, context) as text_folder:
+            copy_model(text_folder, out_dir, changes, context.warn, trust_remote_code=config.trust_remote_code)
     return _describe(out_dir, context)
 
 

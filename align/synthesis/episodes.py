@@ -202,14 +202,13 @@ class EndpointEpisodes:
 
     def _key(self, tasks: Sequence[EpisodeTask]) -> str:
         """Return a digest of all that the episodes depend on."""
-        config, budget = self.context.config, self._thinking_budget
+        config = self.context.config
         return digest(
             {
                 "model": self.identity,
                 "environment": config.environment.identity(),
                 "sampling": [config.temperature, config.top_p, config.system],
                 "tasks": [[task.row, task.seed] for task in tasks],
-                **({} if budget is None else {"thinking_budget": budget}),
             }
         )
 

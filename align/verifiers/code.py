@@ -65,7 +65,8 @@ def read_tests(reference: Any) -> ProgramTests:
         if all(isinstance(item, dict) and {"input", "output"} <= set(item) for item in reference):
             return ProgramTests(cases=tuple((_text(item["input"]), _text(item["output"])) for item in reference))
     if isinstance(reference, dict):
-        inputs, outputs = reference.get("inputs"), reference.get("outputs")
+        inputs: Any = reference.get("inputs")
+        outputs: Any = reference.get("outputs")
         is_paired = isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs)
         if is_paired and inputs and not reference.get("fn_name"):
             return ProgramTests(cases=tuple(zip(map(_text, inputs), map(_text, outputs), strict=True)))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from align.config.recipe.record_mapping import ColumnValue
 from align.config.recipe.source_settings import FilesSource, HubSource
-from align.config.stages.evaluation.task_fields import RecordFields
+from align.config.stages.evaluation.task_fields import RecordFields, TaskConfig
 from align.config.validation import hint_nearest, validate_plain
 from align.data.formats.messages import is_number
 from align.data.rows import Message
@@ -105,6 +105,19 @@ def file_identities(config: RecordFields, base: Path) -> dict[str, str]:
         examples = identity(FilesSource(type="files", paths=examples_files), base)
         digests |= {f"examples: {name}": digest for name, digest in examples.items()}
     return digests
+
+
+def reported_sources(task: TaskConfig, base: Path) -> dict[str, str]:
+    """Return the files of a task's items by their digests, or the dataset by its name and split."""
+    if not isinstance(task, RecordFields):
+        return {}
+    if task.files is not None:
+        files = file_identities(task, base)
+        return {digest: name for name, digest in files.items() if not name.startswith("examples: ")}
+    if task.revision is None:
+        return {}
+    source = record_source(task)
+    return {f"{source.label} {getattr(source, 'split', '')}": source.label}
 
 
 def examples_source(config: Any) -> FilesSource | HubSource | None:

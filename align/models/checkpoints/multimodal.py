@@ -38,7 +38,7 @@ def is_multimodal(folder: Path) -> bool:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     text = read_optional(folder / CONFIG).get("text_config")
-    kind = text.get("model_type") if isinstance(text, dict) else None
+    kind = str(text.get("model_type")) if isinstance(text, dict) else ""
     return kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
@@ -83,7 +83,8 @@ def split(folder: Path, text: Path, rest: Path) -> None:
     (text / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": text_files}), encoding="utf-8")
     config = read_object(folder / CONFIG)
     part = {name: config[name] for name in INHERITED if name in config} | config["text_config"]
-    part["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[part["model_type"]]].__name__]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[part["model_type"]]]
+    part["architectures"] = [model_class.__name__]
     # Types differ in which config's field they read, so the tensors decide.
     part["tie_word_embeddings"] = HEAD not in names
     (text / CONFIG).write_text(json.dumps(part, indent=2), encoding="utf-8")

@@ -305,7 +305,7 @@ def _mamba2(config: Config) -> Architecture:
 
 GROUPS, HEADS = ("num_key_value_heads",), ("num_key_value_heads", "head_dim")
 TIED = {"tie_word_embeddings": True}
-DELTA = {
+DELTA: dict[str, Any] = {
     "needs": HEADS,
     "head_norms": "head",
     "lean": False,

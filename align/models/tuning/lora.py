@@ -24,7 +24,8 @@ from align.config.tuning import IA3_INPUTS, IA3_OUTPUTS, Ia3Tuning, LowRank, Pef
 from align.config.validation import hint_nearest, nearest
 from align.errors import UserError
 from align.models.checkpoints.folder_checks import TOKENIZER, token_ids
-from align.models.experts import FEED_FORWARD, default_targets, expert_matrices, has_experts
+from align.models.compute.layers import FEED_FORWARD
+from align.models.experts import default_targets, expert_matrices, has_experts
 from align.models.parameter_groups import layer_stack
 from align.models.tuning.inserted import swapped_values
 from align.models.tuning.peft_layers import fuse_lora, merge_layer, tuner_layers

@@ -313,8 +313,9 @@ def ask(channel: Channel, request: dict[str, Any], arguments: tuple[Any, ...], k
     reply = channel.read()
     if "error" in reply:
         kind = getattr(builtins, str(reply["error"]), None)
-        is_exception = isinstance(kind, type) and issubclass(kind, Exception)
-        raise (kind if is_exception else Exception)(reply["error"])
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            raise kind(reply["error"])
+        raise Exception(reply["error"])
     return decode(reply["value"], lambda number: Remote(channel, number))
 
 
