@@ -2,7 +2,7 @@
 
     .venv/bin/python -m tools.model_matrix              # all families, about 30 s each on one core
     .venv/bin/python -m tools.model_matrix qwen3 lfm2   # only their rows
-    .venv/bin/python -m tools.model_matrix --columns memory   # only this column
+    .venv/bin/python -m tools.model_matrix qwen3 --columns memory   # only these columns
 
 ``tests/models/test_matrix.py`` compares the table with new runs.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
+NOT_RUN = "-"
 START, END = "<!-- matrix -->", "<!-- end of matrix -->"
 VERSIONS = ("transformers", "trl", "peft", "torch")
 
@@ -43,7 +44,7 @@ def write_table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -
         for column in columns:
             cell = cells.get(column)
             if cell is None:
-                texts.append("-")
+                texts.append(NOT_RUN)
                 continue
             number = notes.setdefault(plain_message(cell.message), len(notes) + 1) if cell.message else None
             texts.append(cell.status if number is None else f"{cell.status} [{number}]")
@@ -99,18 +100,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    new_rows = {}
     with in_process.stages():
         for family in options.families:
             with tempfile.TemporaryDirectory() as folder:
                 cells = {column: run_cell(family, column, Path(folder)) for column in options.columns}
             sys.stdout.write(f"{family}: {' '.join(cell.status for cell in cells.values())}\n")
             sys.stdout.flush()
-            new_rows[family] = cells
-    # The page is read only now, because another run may have written other columns.
-    rows = documented_cells(PAGE.read_text(encoding="utf-8"))
-    rows |= {family: rows.get(family, {}) | cells for family, cells in new_rows.items()}
-    write_table({family: rows[family] for family in ROWS_OF_TABLE if family in rows}, COLUMNS)
+            # Write each row at once: the slow columns may not end in time.
+            rows = documented_cells(PAGE.read_text(encoding="utf-8"))
+            rows[family] = rows.get(family, {}) | cells
+            write_table({name: rows[name] for name in ROWS_OF_TABLE if name in rows}, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,10 @@ from align.models.checkpoints.multimodal import is_multimodal, join, rest_of, sp
 from align.models.compute.architecture import UnknownArchitecture, read_architecture
 from align.models.fast.real_tokens import computes_real_tokens
 from align.models.tuning.peft_layers import merged_weights
+from align.runner import run_stage, stage_process
 from align.store.fingerprint import file_digest
 from align.store.json_files import read_events
+from tests.support.fork_server import shared_server
 from tests.support.models.families import FAMILIES, write_family
 from tests.support.models.multimodal import write_multimodal
 
@@ -89,6 +91,16 @@ CELLS: dict[str, dict[str, Any]] = {
     "merge": {"stage": "merge", "policies": ["sft", "dpo"], "weights": [0.5, 0.5]},
     # The first step of a warm-up changes no weight.
     "export": {"stage": "sft", "model": "model", "data": "data", **NO_ROUTER_LOSS, **TRAINING, "warmup_ratio": 0.0},
+    # AdamW's first step would be as large for gradients of rounding errors as for others.
+    "processes": {
+        "stage": "sft",
+        "model": "model",
+        "data": "data",
+        **TRAINING,
+        "learning_rate": 0.5,
+        "warmup_ratio": 0.0,
+        "trainer": {"router_aux_loss_coef": 0.0, "optim": "sgd"},
+    },
 }
 """Column -> the stage that it trains."""
 COLUMNS = (*CELLS, "memory")
@@ -129,6 +141,8 @@ def run_cell(model_type: str, column: str, folder: Path) -> Cell:
         return memory_cell(model, folder)
     if column == "export":
         return export_cell(model, folder)
+    if column == "processes":
+        return processes_cell(model, folder)
     recorded = Recorded()
     try:
         with recording(recorded):
@@ -184,8 +198,38 @@ def export_cell(model: Path, folder: Path) -> Cell:
     return Cell("differs" if difference else "equal", difference)
 
 
-def train(model: Path, column: str, folder: Path) -> Run:
-    """Run the column's stage with the stages that it reads."""
+def processes_cell(model: Path, folder: Path) -> Cell:
+    """Compare a step in two processes with the same step in one process, by the largest change of a parameter."""
+    try:
+        one = train(model, "processes", folder)
+        with outside_of_this_process("processes"):
+            two = train(model, "processes", folder, processes=2)
+    except UserError as error:
+        return Cell("refused", message=str(error))
+    start, first, second = (
+        torch.cat([parameter.flatten() for parameter in parameters(path)])
+        for path in (one.artifacts["model"].model, one.artifacts["processes"].model, two.artifacts["processes"].model)
+    )
+    difference = float((second - first).abs().max() / (first - start).abs().max())
+    return Cell("equal" if difference <= TOLERANCE else "differs", difference)
+
+
+@contextlib.contextmanager
+def outside_of_this_process(stage: str) -> Iterator[None]:
+    """Run one stage in processes of its own, forked from the server of the tests; the others still run here."""
+    here = run_stage.run_attempt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            run_stage,
+            "run_attempt",
+            lambda name, *args, **more: (stage_process.run_attempt if name == stage else here)(name, *args, **more),
+        )
+        patch.setattr(stage_process.this_thread, "server", shared_server())
+        yield
+
+
+def train(model: Path, column: str, folder: Path, processes: int = 1) -> Run:
+    """Run the column's stage, in this number of processes, with the stages that it reads."""
     files = {"data": "rows.jsonl", "pairs": "pairs.jsonl"}
     for number, text in enumerate(files.values()):
         answer = ("completion",) if number == 0 else ("chosen", "rejected")
@@ -195,8 +239,11 @@ def train(model: Path, column: str, folder: Path) -> Run:
     stages |= {name: {"stage": "data", "dataset": str(folder / file)} for name, file in files.items()}
     before = ("sft", "dpo") if column == "merge" else ("sft",) if column == "continue" else ()
     stages |= {name: CELLS[name] for name in (*before, column)}
-    runtime = {"threads": 1, "engine": {"name": "transformers"}}
-    return Pipeline({"name": "matrix", "seed": 1, "runtime": runtime, "stages": stages}).run(store=folder / "store")
+    runtime: dict[str, Any] = {"threads": 1, "engine": {"name": "transformers"}}
+    if processes > 1:
+        runtime["stages"] = {column: {"launch": {"processes": processes}}}
+    pipeline = Pipeline({"name": "matrix", "seed": 1, "runtime": runtime, "stages": stages})
+    return pipeline.run(store=folder / ("store" if processes == 1 else f"store of {processes}"))
 
 
 def steps_of(run: Run, column: str) -> list[dict[str, Any]]:
