@@ -17,7 +17,8 @@ from typing import Any
 
 from align.capacity.sharding import Job, Setting
 from align.config.runtime import Runtime
-from align.models.compute.architecture import Architecture, read_architecture
+from align.models.compute.architecture import Architecture
+from align.models.compute.model_types import read_architecture
 from benchmarks.flops import forward_flops, learning_flops
 from benchmarks.gpu_machine import PeakMemory, matrix_rate
 from benchmarks.gpu_models import make_model

@@ -23,7 +23,8 @@ from align.capacity.hardware import parse_hardware
 from align.capacity.sampling import sampling_way
 from align.capacity.sharding import Setting
 from align.config.runtime import Runtime
-from align.models.compute.architecture import Architecture, architecture_of
+from align.models.compute.architecture import Architecture
+from align.models.compute.model_types import architecture_of
 from align.models.model_plan import EMBEDDED_SIZES, TINY_SIZES
 from align.pipeline.process_limits import SPINNING
 from align.runner.worker import ENVIRONMENT

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.models.compute.architecture import Architecture, architecture_of
+from align.models.compute.architecture import Architecture
+from align.models.compute.model_types import architecture_of
 from align.pipeline.pipeline import Node, Pipeline
 from align.runner.open_store import open_store
 from align.store.store import Store

@@ -30,8 +30,9 @@ from align.config.runtime import Runtime
 from align.config.runtime.launch import LaunchConfig
 from align.config.validation import suggest, validate_plain
 from align.errors import UserError
-from align.models.compute.architecture import Architecture, UnknownArchitecture, read_architecture
+from align.models.compute.architecture import Architecture, UnknownArchitecture
 from align.models.compute.costs import with_expected_precision
+from align.models.compute.model_types import read_architecture
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.registry import Stage
 from align.store.artifacts import GENERATORS, Kind

@@ -27,7 +27,8 @@ from align.models.chat.named_templates import (
 from align.models.checkpoints.files import CONFIG, read_optional
 from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE, TOKENIZER
 from align.models.checkpoints.source import Origin, Source, resolve
-from align.models.compute.architecture import Architecture, UnknownArchitecture, architecture_of, read_architecture
+from align.models.compute.architecture import Architecture, UnknownArchitecture
+from align.models.compute.model_types import architecture_of, read_architecture
 
 
 @dataclass(frozen=True)

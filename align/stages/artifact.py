@@ -56,7 +56,7 @@ def identities(config: ArtifactConfig, base: Path) -> dict[str, str]:
 
 def architecture(config: ArtifactConfig, base: Path) -> Architecture:
     """Return the model's sizes, for estimates of the stages that use it."""
-    from align.models.compute.architecture import read_architecture
+    from align.models.compute.model_types import read_architecture
 
     folder = artifact_folder(config, base)
     model_folder = folder / "model" if read_record(folder) is not None else folder

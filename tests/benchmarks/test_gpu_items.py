@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from align.capacity.plan import estimator_of
-from align.models.compute.architecture import architecture_of, read_architecture
+from align.models.compute.model_types import architecture_of, read_architecture
 from align.models.loading import load_policy, load_tokenizer
 from align.pipeline.registry import STAGES
 from benchmarks.gpu_items import Item, Machine, determinism_items, plan_items, training_items

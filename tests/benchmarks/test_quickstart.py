@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from align.config.tuning import FullTuning
-from align.models.compute.architecture import architecture_of
+from align.models.compute.model_types import architecture_of
 from align.models.model_plan import TINY_SIZES
 from align.pipeline.pipeline import Pipeline
 from align.runner.open_store import open_store

@@ -12,8 +12,9 @@ from align.config.runtime import Runtime
 from align.config.stages.reward import RewardConfig
 from align.config.stages.sft import SftConfig
 from align.config.tuning import FullTuning
-from align.models.compute.architecture import UnknownArchitecture, architecture_of
+from align.models.compute.architecture import UnknownArchitecture
 from align.models.compute.costs import activations_of_layer, activations_per_token
+from align.models.compute.model_types import architecture_of
 from tests.support.capacity.models import TOY
 
 # A layer: 25 in its matrix with its bias, 4 in its norm. The trunk: 44 + 2 * 29 = 102; the head 40.

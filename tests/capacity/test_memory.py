@@ -17,9 +17,10 @@ from align.config.runtime import Runtime
 from align.config.tuning import FullTuning, LoraTuning, QloraTuning, TuningBase
 from align.evaluation import logprobs as evaluation
 from align.models.compute import costs as activations
-from align.models.compute.architecture import Architecture, architecture_of
+from align.models.compute.architecture import Architecture
 from align.models.compute.costs import FLOAT, activations_per_token
 from align.models.compute.layers import Layer, Linear
+from align.models.compute.model_types import architecture_of
 from align.models.compute.precision import low_residual
 from align.models.fast import ragged_rows
 from align.models.fast import token_logprobs as logprobs

@@ -105,7 +105,7 @@ def test_largest_micro_batch_is_the_limit(plan: Any) -> None:
     from align.capacity.hardware import parse_hardware
     from align.capacity.sharding import Strategy, device_parts
     from align.config.stages.sft import SftConfig
-    from align.models.compute.architecture import architecture_of
+    from align.models.compute.model_types import architecture_of
 
     config = SftConfig(model="m", data="d", learning_rate=1e-3, tuning={"method": "lora"}, batch_size=4096)
     job = estimate_training.job(config, {"model": [architecture_of(MISTRAL)]}, None)

@@ -20,7 +20,7 @@ from align.capacity.sampling import (
     scoring_memory,
 )
 from align.config.runtime import Runtime
-from align.models.compute.architecture import architecture_of
+from align.models.compute.model_types import architecture_of
 from tests.support.capacity.models import MISTRAL, TOY
 
 # TOY: hidden 4, 2 layers of 29 (a matrix 4 x 5 with bias, a norm of 4), keys 3, 10 words, trunk 102, head 40.

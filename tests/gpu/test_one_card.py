@@ -14,7 +14,7 @@ import torch
 from align.capacity import estimate_training
 from align.capacity.sharding import Setting
 from align.config.runtime import Runtime
-from align.models.compute.architecture import read_architecture
+from align.models.compute.model_types import read_architecture
 from benchmarks.stage_work import FIELD, config_of, run_stage
 
 pytestmark = pytest.mark.gpu

@@ -21,7 +21,7 @@ from align.config.stages.policy_gradient import PpoConfig
 from align.config.tuning import FullTuning, LoraTuning
 from align.inference.transformers import TransformersEngine
 from align.models.built_in import fetch, make_tiny
-from align.models.compute.architecture import read_architecture
+from align.models.compute.model_types import read_architecture
 from align.models.compute.precision import cast_frozen_to_bf16
 from align.models.loading import load_reward
 

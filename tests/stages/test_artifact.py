@@ -104,7 +104,7 @@ def test_a_reward_models_folder_needs_no_record(tiny_reward: Path, tmp_path: Pat
 
 
 def test_its_sizes_are_known_to_the_plan(tiny_reward: Path) -> None:
-    from align.models.compute.architecture import read_architecture
+    from align.models.compute.model_types import read_architecture
     from align.stages.artifact import architecture
 
     config = pipeline_with(tiny_reward).nodes["mine"].config

@@ -91,7 +91,7 @@ def test_importing_the_configs_imports_no_torch():
 
 
 def test_stage_without_critic_needs_no_memory_for_its_head():
-    from align.models.compute.architecture import architecture_of
+    from align.models.compute.model_types import architecture_of
     from align.models.model_plan import EMBEDDED_SIZES
 
     sizes = architecture_of(EMBEDDED_SIZES)

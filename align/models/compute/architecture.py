@@ -1,16 +1,14 @@
 """Parameter counts of a decoder and of its adapters, from its ``config.json`` only. Torch-free.
 
-``decoders.RULES`` has one function per ``model_type``; a type without one is refused rather than guessed. The tests
+``model_types.RULES`` has one function per ``model_type``; a type without one is refused rather than guessed. The tests
 compare each with the model that transformers builds. A multimodal model counts with its text part.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from align.config.tuning import (
     IA3_INPUTS,
@@ -198,37 +196,6 @@ class Architecture:
 
 def _is_target(name: str, targets: list[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def read_architecture(config_file: Path) -> Architecture:
-    """Read the architecture from a model folder's ``config.json``. Raises ``UnknownArchitecture`` without one."""
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UnknownArchitecture(f"{config_file} cannot be read ({type(error).__name__})") from None
-    return architecture_of(config if isinstance(config, dict) else {})
-
-
-def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """Return the architecture of a parsed ``config.json``.
-
-    Raises ``UnknownArchitecture`` for a type without a rule and for a missing size.
-    """
-    from align.models.compute.decoders import RULES  # the rules need this module
-
-    if isinstance(config.get("text_config"), Mapping):
-        # The whole config says if the head is tied, if it says anything.
-        tied = {name: config[name] for name in ("tie_word_embeddings",) if name in config}
-        config = {**config["text_config"], **tied}
-    kind = str(config.get("model_type"))
-    if kind not in RULES:
-        raise UnknownArchitecture(f"there is no rule for model_type '{kind}', only for {', '.join(sorted(RULES))}")
-    try:
-        return RULES[kind](config)
-    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
-        raise UnknownArchitecture(
-            f"the config.json of this {kind} lacks a size or has an invalid one ({error})"
-        ) from None
 
 
 def inserted_parameters(model: Architecture, tuning: TuningBase) -> int | None:

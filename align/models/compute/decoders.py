@@ -1,4 +1,4 @@
-"""Rules that read a decoder's sizes from its config, by ``model_type``. Torch-free."""
+"""Rules that read a decoder's sizes from its config; ``model_types`` has one for each type. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,14 +19,10 @@ from align.models.compute.layers import (
     attention,
     expert_count,
     feed_forward,
-    gated_delta,
     head_size,
-    latent_attention,
     mixture,
-    short_convolution,
     state_space,
 )
-from align.models.compute.older_decoders import OLDER
 
 WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba")
 """Values of ``layer_types`` for layers with a state from token to token."""
@@ -35,7 +31,7 @@ DENSE = ("up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Decoder:
+class Decoder:
     """Rule for decoders with attention and a feed-forward block in each layer: config → architecture.
 
     The defaults describe Llama. A flag is a value, or the name of the config's field that has it.
@@ -159,7 +155,7 @@ def _has_experts(config: Config, index: int) -> bool:
     return bool(is_late and (index + 1) % config.get("decoder_sparse_step", 1) == 0)
 
 
-def _granite_block(config: Config) -> Layer:
+def granite_block(config: Config) -> Layer:
     """Return Granite 4's feed-forward block: one shared by all tokens, and experts if there are any."""
     layer = feed_forward(
         config, config["shared_intermediate_size"], ("input_linear", "output_linear"), path="shared_mlp"
@@ -169,7 +165,7 @@ def _granite_block(config: Config) -> Layer:
     return layer + mixture(config, config["intermediate_size"], path="block_sparse_moe")
 
 
-def _lfm2_block(config: Config) -> Layer:
+def lfm2_block(config: Config) -> Layer:
     width = config["intermediate_size"]
     if config.get("block_auto_adjust_ff_dim", True):
         multiple = config.get("block_multiple_of", 256)
@@ -179,12 +175,12 @@ def _lfm2_block(config: Config) -> Layer:
     return feed_forward(config, width, ("w1", "w3", "w2"), path="feed_forward")
 
 
-def _deepseek_mixture(config: Config) -> Layer:
+def deepseek_mixture(config: Config) -> Layer:
     width = config["moe_intermediate_size"]
     return mixture(config, width, shared=width * config["n_shared_experts"])
 
 
-def _qwen_mixture(config: Config) -> Layer:
+def qwen_mixture(config: Config) -> Layer:
     return mixture(
         config,
         config["moe_intermediate_size"],
@@ -193,14 +189,14 @@ def _qwen_mixture(config: Config) -> Layer:
     )
 
 
-def _gpt_oss_mixture(config: Config) -> Layer:
+def gpt_oss_mixture(config: Config) -> Layer:
     sinks = Layer(vectors=config["num_attention_heads"])
     return sinks + mixture(config, config["intermediate_size"], bias=True)
 
 
-def _stablelm(config: Config) -> Architecture:
+def stablelm(config: Config) -> Architecture:
     """Return StableLM's architecture. Layers with a parallel residual have one norm."""
-    rule = _Decoder(
+    rule = Decoder(
         qkv_bias="use_qkv_bias",
         out_bias=False,
         head_norms="each" if config.get("qk_layernorm") else "none",
@@ -215,10 +211,10 @@ def _stablelm(config: Config) -> Architecture:
     return replace(architecture, blocks=tuple(block + removed for block in architecture.blocks))
 
 
-def _phi(config: Config) -> Architecture:
+def phi(config: Config) -> Architecture:
     """Return Phi's architecture. The norms of queries and keys have biases."""
     norms = Layer(vectors=4 * head_size(config) if config.get("qk_layernorm") else 0)
-    rule = _Decoder(
+    rule = Decoder(
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
@@ -234,13 +230,13 @@ def _phi(config: Config) -> Architecture:
     return rule(config)
 
 
-def _gemma4(config: Config) -> Architecture:
+def gemma4(config: Config) -> Architecture:
     """Return Gemma 4's architecture: layers differ, and each layer reads an embedding of its own."""
     if config.get("enable_moe_block"):
         raise UnknownArchitecture("there is no rule for the mixtures of experts of model_type 'gemma4_text'")
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     width = config.get("hidden_size_per_layer_input") or 0
-    base = _Decoder(norms=4, head_norms="head", lean=False, counts_activations=False, scaled_embeddings=True)
+    base = Decoder(norms=4, head_norms="head", lean=False, counts_activations=False, scaled_embeddings=True)
     architecture = base({"tie_word_embeddings": True, **config})
     blocks = tuple(_gemma4_layer(config, index, width) for index in range(layers))
     embeddings = config["vocab_size_per_layer_input"] * layers * width if width else 0
@@ -278,7 +274,7 @@ def _gemma4_layer(config: Config, index: int, width: int) -> Layer:
     return layer + Layer(gates, vectors=hidden)
 
 
-def _mamba2(config: Config) -> Architecture:
+def mamba2(config: Config) -> Architecture:
     """Return Mamba 2's architecture, whose config has other names than the state spaces of hybrids."""
     names = {
         "mamba_n_heads": "num_heads",
@@ -301,109 +297,3 @@ def _mamba2(config: Config) -> Architecture:
         skipped=KERNEL_MATRICES,
         layers_path="backbone.layers",
     )
-
-
-GROUPS, HEADS = ("num_key_value_heads",), ("num_key_value_heads", "head_dim")
-TIED = {"tie_word_embeddings": True}
-DELTA: dict[str, Any] = {
-    "needs": HEADS,
-    "head_norms": "head",
-    "lean": False,
-    "counts_activations": False,
-    "gated_attention": True,
-}
-
-RULES: dict[str, Callable[[Config], Architecture]] = {
-    "llama": _Decoder(mlp_bias="mlp_bias"),
-    "granite": _Decoder(mlp_bias="mlp_bias"),
-    "smollm3": _Decoder(needs=GROUPS, mlp_bias="mlp_bias", defaults=TIED),
-    "mistral": _Decoder(needs=GROUPS, qkv_bias=False, out_bias=False),
-    "ministral": _Decoder(needs=GROUPS, qkv_bias=False, out_bias=False),
-    "phi3": _Decoder(qkv_bias=False, out_bias=False, fused=True, mlp=("gate_up_proj", "down_proj")),
-    "qwen2": _Decoder(needs=GROUPS, qkv_bias=True, out_bias=False),
-    "qwen3": _Decoder(needs=HEADS, head_norms="head"),
-    "olmo2": _Decoder(head_norms="all", lean=False),
-    "olmo3": _Decoder(head_norms="all", lean=False),
-    "glm4": _Decoder(
-        needs=HEADS,
-        defaults={"attention_bias": False},
-        out_bias=False,
-        norms=4,
-        mlp=("gate_up_proj", "down_proj"),
-    ),
-    "exaone4": _Decoder(needs=GROUPS, qkv_bias=False, out_bias=False, head_norms="head"),
-    "ernie4_5": _Decoder(needs=HEADS, qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", defaults=TIED),
-    "gemma": _Decoder(needs=HEADS, lean=False, scaled_embeddings=True, defaults=TIED),
-    "gemma2": _Decoder(needs=HEADS, norms=4, lean=False, scaled_embeddings=True, defaults=TIED),
-    "gemma3_text": _Decoder(needs=HEADS, norms=4, head_norms="head", lean=False, scaled_embeddings=True, defaults=TIED),
-    "gemma4_text": _gemma4,
-    # ---- other norms and feed-forward blocks ----
-    "cohere2": _Decoder(needs=GROUPS, norms=1, counts_activations=False, lean=False, defaults=TIED),
-    "nemotron": _Decoder(
-        needs=GROUPS, mlp_bias="mlp_bias", norm_bias=True, counts_activations=False, lean=False, mlp=DENSE
-    ),
-    "arcee": _Decoder(needs=GROUPS, mlp_bias="mlp_bias", counts_activations=False, mlp=DENSE),
-    "starcoder2": _Decoder(
-        needs=GROUPS,
-        defaults=TIED | {"use_bias": True},
-        qkv_bias="use_bias",
-        out_bias="use_bias",
-        mlp_bias="use_bias",
-        norm_bias=True,
-        counts_activations=False,
-        lean=False,
-        mlp=("c_fc", "c_proj"),
-    ),
-    "stablelm": _stablelm,
-    "phi": _phi,
-    # ---- mixtures of experts ----
-    "qwen3_moe": _Decoder(
-        needs=HEADS,
-        head_norms="head",
-        counts_activations=False,
-        mixture=lambda config: mixture(config, config["moe_intermediate_size"]),
-    ),
-    "mixtral": _Decoder(
-        needs=GROUPS,
-        qkv_bias=False,
-        out_bias=False,
-        counts_activations=False,
-        mixture=lambda config: mixture(config, config["intermediate_size"]),
-    ),
-    "olmoe": _Decoder(
-        head_norms="all",
-        counts_activations=False,
-        mixture=lambda config: mixture(config, config["intermediate_size"]),
-    ),
-    "gpt_oss": _Decoder(
-        needs=HEADS, defaults={"attention_bias": True}, counts_activations=False, lean=False, mixture=_gpt_oss_mixture
-    ),
-    "deepseek_v3": _Decoder(attention=latent_attention, counts_activations=False, mixture=_deepseek_mixture),
-    # ---- hybrids ----
-    "qwen3_5_text": _Decoder(**DELTA, mixer=lambda config: gated_delta(config, fused=False)),
-    "qwen3_next": _Decoder(**DELTA, mixer=lambda config: gated_delta(config, fused=True), mixture=_qwen_mixture),
-    "granitemoehybrid": _Decoder(counts_activations=False, mixer=state_space, mlp=(), other=_granite_block),
-    "bamba": _Decoder(mlp_bias="mlp_bias", mlp_path="feed_forward", counts_activations=False, mixer=state_space),
-    "falcon_h1": _Decoder(
-        mlp_bias="mlp_bias",
-        mlp_path="feed_forward",
-        counts_activations=False,
-        mixer=lambda config: state_space(config, out_bias="projectors_bias", norm=bool(config.get("mamba_rms_norm"))),
-        parallel=True,
-    ),
-    "lfm2": _Decoder(
-        needs=GROUPS,
-        qkv_bias=False,
-        out_bias=False,
-        head_norms="head",
-        counts_activations=False,
-        out="out_proj",
-        mixer=short_convolution,
-        mlp=(),
-        other=_lfm2_block,
-        defaults=TIED,
-    ),
-    "mamba2": _mamba2,
-    **OLDER,
-}
-"""``model_type`` -> rule that reads the architecture from a config of that type."""

@@ -24,8 +24,9 @@ from align.config.tuning import (
     VirtualTokens,
 )
 from align.models.checkpoints.conversion import plain_of
-from align.models.compute.architecture import UnknownArchitecture, architecture_of
+from align.models.compute.architecture import UnknownArchitecture
 from align.models.compute.costs import activations_per_token
+from align.models.compute.model_types import architecture_of
 from align.models.compute.processes import trim_malloc
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.parameter_groups import freeze

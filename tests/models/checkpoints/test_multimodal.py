@@ -16,7 +16,7 @@ from align.cli.main import main
 from align.errors import UserError
 from align.models.checkpoints.files import weight_files
 from align.models.checkpoints.multimodal import FOLDER, is_multimodal, join, split, text_name
-from align.models.compute.architecture import read_architecture
+from align.models.compute.model_types import read_architecture
 from tests.support.models.families import write_family
 from tests.support.models.multimodal import TEXT, write_multimodal
 

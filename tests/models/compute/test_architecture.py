@@ -24,8 +24,8 @@ from align.config.tuning import (
 )
 from align.errors import UserError
 from align.models.built_in import NAME, fetch
-from align.models.compute.architecture import UnknownArchitecture, architecture_of, read_architecture
-from align.models.compute.decoders import RULES
+from align.models.compute.architecture import UnknownArchitecture
+from align.models.compute.model_types import RULES, architecture_of, read_architecture
 from align.models.compute.precision import cast_frozen_to_bf16, low_residual
 from align.models.fast.lean_modules import LeanRMSNorm
 from align.models.model_plan import EMBEDDED_SIZES, TINY_SIZES, known_architecture

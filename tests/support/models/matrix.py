@@ -26,7 +26,8 @@ from align.models.checkpoints.conversion import plain_of
 from align.models.checkpoints.files import SINGLE
 from align.models.checkpoints.folder_checks import tensor_entries
 from align.models.checkpoints.multimodal import is_multimodal, join, rest_of, split
-from align.models.compute.architecture import UnknownArchitecture, read_architecture
+from align.models.compute.architecture import UnknownArchitecture
+from align.models.compute.model_types import read_architecture
 from align.models.fast.real_tokens import computes_real_tokens
 from align.models.tuning.peft_layers import merged_weights
 from align.runner import run_stage, stage_process

@@ -18,7 +18,7 @@ import torch
 
 from align.capacity.memory import ppo_memory
 from align.config.tuning import FullTuning, LoraTuning
-from align.models.compute.architecture import read_architecture
+from align.models.compute.model_types import read_architecture
 from align.models.compute.precision import cast_frozen_to_bf16
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.rl import PpoConfig, PPOTrainer
