@@ -36,7 +36,7 @@ def chat(
     source = stdin or sys.stdin
     output = stdout or sys.stdout
     folder = checkpoint if (checkpoint / "config.json").is_file() else checkpoint / "model"
-    from align.inference.transformers import Replier
+    from align.inference.replier import Replier
 
     replier = Replier(folder, temperature, max_tokens)
     print(f"{folder}\n{HELP}", file=output)

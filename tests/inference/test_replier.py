@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from align.inference.transformers import Replier
+from align.inference.replier import Replier
 
 
 def test_a_real_model_streams_what_it_would_say_at_once(tiny_model: Path) -> None:

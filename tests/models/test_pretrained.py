@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import align
 from align.cli.arguments import find_tokenizer
 from align.errors import UserError
-from align.inference.transformers import Replier
+from align.inference.replier import Replier
 from align.lint.trainer import load_tokenizer_and_limits as load_for_lint
 from align.models.built_in import make_tiny_tokenizer
 from align.models.fast.real_tokens import compute_real_tokens
