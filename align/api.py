@@ -9,7 +9,8 @@ from align.clusters.slurm_submit import follow_jobs, submit_run
 from align.errors import UserError
 from align.evaluation.scorecard import Scorecard
 from align.pipeline import pipeline
-from align.runner.listener import Listener, progress_listener
+from align.runner.listener import Listener
+from align.runner.notebook_listener import progress_listener
 from align.runner.runner import Run, RunOptions, prepare_run, run_pipeline
 
 

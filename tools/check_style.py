@@ -39,8 +39,8 @@ IDIOMS = {
 comments, and of documents."""
 QUESTION = re.compile(r"^(What|Whether|How|Where|Which|Who|Why|When)\b")
 CAPS = {
-    "files": 470,
-    "files over 400 lines": 5,
+    "files": 560,
+    "files over 400 lines": 4,
     "functions over 60 lines": 3,
     "test names over 60 characters": 0,
     "docstrings that begin with a question word": 1,

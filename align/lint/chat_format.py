@@ -1,4 +1,4 @@
-"""What a chat template does with turns, found by probing it, and the checks of the template itself."""
+"""The treatment of turns by a chat template, measured by rendering probes, and the checks of the template itself."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Lesson:
 
 @dataclass
 class Setting:
-    """What all teachers of a stage share."""
+    """The settings that all teachers of a stage share."""
 
     context: StageContext
     tokenizer: Any

@@ -28,7 +28,7 @@ class Echo:
 
 
 def _talk(monkeypatch: pytest.MonkeyPatch, lines: str, **options: str) -> tuple[int, str]:
-    monkeypatch.setattr("align.inference.transformers.Replier", Echo)
+    monkeypatch.setattr("align.inference.replier.Replier", Echo)
     out = io.StringIO()
     return chat(Path("x"), stdin=io.StringIO(lines), stdout=out, **options), out.getvalue()
 
@@ -65,7 +65,7 @@ def test_thoughts_are_dim_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
         def reply(self, turns):  # type: ignore[no-untyped-def]
             yield from pieces
 
-    monkeypatch.setattr("align.inference.transformers.Replier", Thinker)
+    monkeypatch.setattr("align.inference.replier.Replier", Thinker)
     terminal, file = Terminal(), io.StringIO()
     for output in (terminal, file):
         chat(Path("x"), stdin=io.StringIO("hi\n"), stdout=output)

@@ -6,8 +6,6 @@ cannot be read becomes a ``BadRecord`` in its place; if a file is cut off, the r
 
 from __future__ import annotations
 
-import bz2
-import codecs
 import csv
 import gzip
 import io
@@ -22,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from align.config.validation import suggest
+from align.data.formats.compressed import COMPRESSIONS, open_text
 from align.data.rows import BadRecord, Record, decode, json_columns
 from align.errors import UserError
 
 Item = Record | BadRecord
 
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md")
-_COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
-SUFFIXES = (*(suffix + packed for suffix in _TEXT_SUFFIXES for packed in _COMPRESSIONS), ".parquet")
+SUFFIXES = (*(suffix + packed for suffix in _TEXT_SUFFIXES for packed in ("", *COMPRESSIONS)), ".parquet")
 """Endings of the files that can be read."""
 
 LONGEST_LINE = 1 << 28
@@ -68,7 +66,7 @@ def read_file(
     does not have.
     """
     name = path.name.lower()
-    packed = next((end for end in _COMPRESSIONS[1:] if name.endswith(end)), "")
+    packed = next((end for end in COMPRESSIONS if name.endswith(end)), "")
     kind = name.removesuffix(packed).rsplit(".", 1)[-1]
     if header is not None and kind not in _DELIMITERS:
         raise UserError(f"{path}: header names the columns of .csv and .tsv files; take it out.")
@@ -83,9 +81,8 @@ def read_file(
         return
     last = str(path)
     try:
-        with _open(path, packed) as file:
-            text: Any = file if encoding is None else io.BufferedReader(_Transcoded(path, file, encoding), 1 << 16)
-            for item in _open_reader(path, text, kind, header, key, delimiter):
+        with open_text(path, packed, encoding) as file:
+            for item in _open_reader(path, file, kind, header, key, delimiter):
                 last = item.where if isinstance(item, BadRecord) else item[0]
                 yield item
     # A truncated archive: records up to the break have been yielded, and the break is reported in its place.
@@ -95,36 +92,6 @@ def read_file(
         if error.errno is not None or not packed:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
         yield BadRecord(last, _broken(packed, error))
-
-
-class _Transcoded(io.RawIOBase):
-    """A text file in another encoding, read as UTF-8."""
-
-    def __init__(self, path: Path, file: io.BufferedReader, encoding: str) -> None:
-        super().__init__()
-        self._path, self._file, self._encoding = path, file, encoding
-        self._decoder = codecs.getincrementaldecoder(encoding)()
-        self._rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            chunk = self._file.read(1 << 16)
-            try:
-                self._rest = self._decoder.decode(chunk, final=not chunk).encode("utf-8", "surrogatepass")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{self._path}: not text of encoding {self._encoding} ({error.reason}). Correct `encoding`, or "
-                    "save the file as UTF-8."
-                ) from None
-            if not chunk:
-                break
-        size = min(len(buffer), len(self._rest))
-        buffer[:size] = self._rest[:size]
-        self._rest = self._rest[size:]
-        return size
 
 
 def _open_reader(
@@ -145,18 +112,6 @@ def _open_reader(
 def _broken(packed: str, error: Exception) -> str:
     kind = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}[packed]
     return f"from here on not a complete {kind} file ({error}){LOST}. Fetch it again."
-
-
-def _open(path: Path, packed: str) -> io.BufferedReader:
-    raw: Any
-    if packed == ".zst":
-        import pyarrow as pa  # late, as below: plans look for files and read none
-
-        raw = pa.CompressedInputStream(pa.PythonFile(path.open("rb")), "zstd")
-    else:
-        opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, "": open}[packed]
-        raw = opener(path, "rb")
-    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, 1 << 16)
 
 
 def _lines(path: Path, file: io.BufferedReader) -> Iterator[tuple[int, bytes]]:

@@ -55,7 +55,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use."""
+    """The limits of a program."""
 
     seconds: float = 5.0
     """Processor time. The wall-clock time is twice as long."""

@@ -57,7 +57,12 @@ class MbppConfig(ProgramFields):
     task: Literal["mbpp"] = "mbpp"
 
     column_names: ClassVar[Sequence[str]] = (
-        "task_id", "text", "prompt", "test_list", "test_setup_code", "test_imports",
-    )  # fmt: skip
+        "task_id",
+        "text",
+        "prompt",
+        "test_list",
+        "test_setup_code",
+        "test_imports",
+    )
     shown_tests: int = Field(3, ge=0)
     """Asserts that the prompt shows, the first ones; three is usual. They say what the function is called."""

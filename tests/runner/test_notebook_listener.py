@@ -9,7 +9,8 @@ import pytest
 
 from align import Pipeline
 from align.errors import StageFailed, UserError
-from align.runner.listener import ConsoleListener, Listener, NotebookListener, is_in_notebook, progress_listener
+from align.runner.listener import ConsoleListener, Listener
+from align.runner.notebook_listener import NotebookListener, is_in_notebook, progress_listener
 from tests.support import ipython, toy
 
 
