@@ -192,10 +192,10 @@ def scoring_memory(load: ScoringLoad, precision: Precision, *, gpu: bool = False
     if load.is_rounded and precision == "bfloat16":
         # On a CPU the rounded weights and the file that they are read from are in memory together.
         # Embeddings that scale their rows stay float32. A head that is tied to them is cast in every pass.
-        unrounded = model.embedded if model.scaled_embeddings else 0
-        rounded_bytes = size * parameters + (FLOAT - size) * unrounded
+        rounded_bytes = size * parameters + (FLOAT - size) * model.unrounded
         weights = {purpose: rounded_bytes, "file": 0 if gpu else FLOAT * parameters}
-        widest = unrounded if model.tied and not load.is_reward_model else 0
+        is_cast = model.tied and model.scaled_embeddings and not load.is_reward_model
+        widest = model.embedded if is_cast else 0
     # Only positions that predict a wanted token have logits.
     logit_rows = round(load.pass_tokens * load.logit_tokens / load.length)
     # One chunk of logits in float32, scaled, and the work space of their sum.

@@ -161,7 +161,7 @@ def _empty_model(folder: Path) -> Any:
     import transformers
 
     with torch.device("meta"), _quiet(), _preserved_rng():
-        return transformers.AutoModelForCausalLM.from_config(open_config(folder))
+        return transformers.AutoModelForCausalLM.from_config(open_config(folder), trust_remote_code=False)
 
 
 def needs_eager_attention(folder: Path, config: Any, has_own_code: bool = False) -> bool:

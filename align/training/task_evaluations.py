@@ -23,7 +23,7 @@ from align.data.rows import Message
 from align.evaluation.training_tasks import LiveModel, TrainingTasks
 from align.inference.protocol import Watchdog
 from align.inference.transformers import LiveEngine
-from align.models.chat.render import render_conversation
+from align.models.chat.render import render_answered
 from align.models.checkpoints.conversion import plain_of
 from align.models.compute.processes import broadcast
 from align.pipeline.context import StageContext
@@ -186,10 +186,11 @@ def live_model(tasks: TrainingTasks, trainer: Any) -> LiveModel:
     if not context.config.has_vocabulary:
 
         def score(prompts: Sequence[list[Message]], answers: Sequence[str], endings: Sequence[bool]) -> list[float]:
-            rows = [
-                render_conversation(tokenizer, [*prompt, {"role": "assistant", "content": answer}], is_finished)
-                for prompt, answer, is_finished in zip(prompts, answers, endings, strict=True)
-            ]
+            rows = []
+            for prompt, answer, is_finished in zip(prompts, answers, endings, strict=True):
+                message = {"role": "assistant", "content": answer}
+                row = {"prompt": prompt, "completion": [message], "completion_finished": is_finished}
+                rows.append(render_answered(tokenizer, row, "completion"))
             return held_out.scores(trainer.model, rows, int(tokenizer.pad_token_id))
 
         return LiveModel(score=score)

@@ -12,7 +12,7 @@ from align.data.final_answers import thought_end
 from align.data.rows import answer_side
 from align.errors import UserError
 from align.models.chat.named_templates import training_templates
-from align.models.chat.render import assistant_mask, render_conversation, render_prompt, split_answer
+from align.models.chat.render import assistant_mask, render_answered, render_prompt, split_answer
 from align.models.chat.template_settings import THOUGHT_ROWS, thinking_state
 from align.training.rows import SPLIT_UP, Encoded, Row
 
@@ -79,7 +79,8 @@ def _replace_template(tokenizer: Any) -> bool:
 
 
 def _writes_thoughts(tokenizer: Any) -> bool:
-    return THOUGHT in tokenizer.decode(render_conversation(tokenizer, PROBE))
+    row = {"prompt": PROBE[:-1], "completion": PROBE[-1:]}
+    return THOUGHT in tokenizer.decode(render_answered(tokenizer, row, "completion"))
 
 
 def own_template(tokenizer: Any) -> Any:

@@ -185,7 +185,7 @@ def yaml_blocks(path: str) -> list[str]:
 
 
 def test_what_the_readme_and_the_guides_show_is_accepted(tmp_path: Path) -> None:
-    """Whole pipelines, recipes, blocks of ``runtime``, and single stages by the name of their kind."""
+    """Whole pipelines, recipes, blocks of ``runtime``, single stages by the name of their kind, and rewards."""
     from align.config.recipe.recipe import Recipe
     from align.config.runtime import Runtime
     from align.config.yaml import load_yaml, parse_yaml
@@ -193,6 +193,9 @@ def test_what_the_readme_and_the_guides_show_is_accepted(tmp_path: Path) -> None
     from align.pipeline.registry import STAGES
 
     pages = ["README.md", "docs/getting_started.md", "docs/pipelines.md", "docs/ppo.md", "docs/rewards.md"]
+    rewarded = {"policy": "sft", "prompts": "data", "learning_rate": 1e-5}
+    evaluated = {"policies": ["sft"], "prompts": "data", "reference": "sft"}
+    fields = {"score": ("grpo", rewarded), "environment": ("grpo", rewarded), "metrics": ("evaluate", evaluated)}
     pipelines: list[Pipeline] = []
     runtimes: list[Runtime] = []
     recipes: list[Recipe] = []
@@ -200,7 +203,7 @@ def test_what_the_readme_and_the_guides_show_is_accepted(tmp_path: Path) -> None
     for page in pages:
         for block in yaml_blocks(page):
             file = tmp_path / "shown.yaml"
-            file.write_text(block, encoding="utf-8")
+            file.write_text(f"score:\n{block}" if block.startswith("- ") else block, encoding="utf-8")
             shown = load_yaml(file)
             base = None
             if "extends" in shown:
@@ -215,6 +218,10 @@ def test_what_the_readme_and_the_guides_show_is_accepted(tmp_path: Path) -> None
                 runtimes.append(Runtime.model_validate(shown["runtime"]))
             else:
                 for name, config in shown.items():
+                    if name in fields:
+                        kind, others = fields[name]
+                        STAGES[kind].config_class().model_validate({**others, name: config})
+                        continue
                     STAGES[name].config_class().model_validate(config)
                     stages.add(name)
     assert sum("ppo" in pipeline.nodes for pipeline in pipelines) >= 2
@@ -225,7 +232,7 @@ def test_what_the_readme_and_the_guides_show_is_accepted(tmp_path: Path) -> None
 
 def test_what_the_guide_to_methods_shows_is_accepted() -> None:
     """Whole pipelines, sweeps, stages, tunings a line each, and fields of any stage that trains."""
-    from align.config.stages.sft import SftConfig
+    from align.config.stages.sft import DistillConfig, SftConfig
     from align.config.yaml import parse_yaml
     from align.pipeline.registry import STAGES
     from align.sweep.config import SweepConfig
@@ -238,6 +245,10 @@ def test_what_the_guide_to_methods_shows_is_accepted() -> None:
             for line in lines:
                 SftConfig(**plain, **parse_yaml(line, "docs/methods.md"))
                 observations.add(line.split(":")[0])
+            continue
+        if all(line.startswith("teacher:") for line in lines):
+            for line in lines:
+                DistillConfig(**plain, top_k=20, **parse_yaml(line, "docs/methods.md"))
             continue
         shown = parse_yaml(block, "docs/methods.md")
         if "stages" in shown:

@@ -211,7 +211,7 @@ def test_an_engine_that_hangs_ends_the_stage(context, monkeypatch):
     def end(message):
         raise SystemExit(message)
 
-    monkeypatch.setattr(TransformersEngine, "generate", lambda engine, *values: engine.watchdog.on_hang("it hangs"))
+    monkeypatch.setattr(TransformersEngine, "generate", lambda engine, *_, **__: engine.watchdog.on_hang("it hangs"))
     with pytest.raises(SystemExit, match="it hangs"):
         evaluate.run(replace(context, fail_at_once=end))
 

@@ -203,7 +203,7 @@ def test_exactly_one_scorer() -> None:
 
 
 def test_an_engine_that_hangs_ends_the_stage(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hangs(engine: TransformersEngine, *arguments: Any) -> None:
+    def hangs(engine: TransformersEngine, *arguments: Any, **options: Any) -> None:
         engine.watchdog.on_hang("it hangs")  # type: ignore[misc]
 
     def end(message: str) -> None:

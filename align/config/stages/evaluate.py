@@ -261,9 +261,10 @@ class EvaluateConfig(Config):
         names = [function.metric for function in self.metric_functions]
         for name, function in zip(names, self.metric_functions, strict=True):
             if name in (*PROMPT_METRICS, *self.reward_metrics):
+                source = f"function: {function.function}" if function.function else f"{function.verifier}: ..."
                 raise ValueError(
                     f"'{name}' is a metric of its own, so a function needs another name: "
-                    f"metrics: [{{{function.verifier or 'function'}: ..., name: my_{name}}}]"
+                    f"metrics: [{{{source}, name: my_{name}}}]"
                 )
             if names.count(name) > 1:
                 raise ValueError(f"metrics: two metrics are called '{name}'; give one of them another name.")

@@ -60,6 +60,8 @@ class Architecture:
     """True where norms are written as Llama's, and so keep little (``align.models.fast.lean_modules``)."""
     scaled_embeddings: bool = False
     """True if the token embedding is a class that scales its rows, and so is not rounded."""
+    unrounded_positions: int = 0
+    """Parameters of a position embedding with its own class, which is not rounded."""
     conv1d: bool = False
     """True if the matrices are GPT-2's ``Conv1D`` instead of linear layers."""
     layers_path: str = "model.layers"
@@ -113,10 +115,15 @@ class Architecture:
         return self.embedded + self.last_norm + count(self.outer) + sum(block.parameters for block in self.blocks)
 
     @property
+    def unrounded(self) -> int:
+        """Parameters of embeddings that stay in float32."""
+        return self.embedded if self.scaled_embeddings else self.unrounded_positions
+
+    @property
     def rounded(self) -> int:
         """Parameters of the trunk that ``align.models.compute.precision.cast_frozen_to_bf16`` keeps in bfloat16."""
         linears = 0 if self.conv1d else self.matrices - self.biases
-        return (0 if self.scaled_embeddings else self.embedded) + linears
+        return self.embedded - self.unrounded + linears
 
     @property
     def head(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from align.models.compute.architecture import Architecture, UnknownArchitecture
 from align.models.compute.layers import Config, Layer, Linear
@@ -73,7 +73,9 @@ def _opt(config: Config) -> Architecture:
         tied=True,
         layers_path="model.decoder.layers",
     )
-    return rule(config)
+    architecture = rule(config)
+    positions = rule.positions(config) * architecture.hidden
+    return replace(architecture, unrounded_positions=positions)  # its class adds the offset of two rows
 
 
 OLDER: dict[str, Callable[[Config], Architecture]] = {

@@ -37,7 +37,7 @@ def _undisturbed(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 
 def job(folder: Path | None, *tasks: str, **more: Any) -> dict[str, Any]:
     config = LmEvalConfig(tasks=list(tasks)).model_dump(mode="json", exclude={"task"})
-    return {**config, "include": None if folder is None else str(folder), "system": "", **more}
+    return {**config, "include": None if folder is None else str(folder), "system": "", "template": {}, **more}
 
 
 Captured = tuple[dict[str, Any], Any]

@@ -247,7 +247,7 @@ def test_token_cache_is_that_of_the_model() -> None:
         ({}, "no rule for model_type 'None'"),
         (
             {"model_type": "llama", "hidden_size": 64},
-            "this llama lacks a size or has an invalid one ('intermediate_size')",
+            "this llama lacks a size or has an invalid one ('num_hidden_layers')",
         ),
         ({"model_type": "qwen2", **SIZES}, "this qwen2 lacks a size or has an invalid one ('num_key_value_heads')"),
         ({"model_type": "llama", **SIZES, "num_attention_heads": 0}, "lacks a size or has an invalid one"),

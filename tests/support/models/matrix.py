@@ -44,10 +44,11 @@ ROWS = 8
 BETA = 0.1
 CENTER = 0.01
 """Default of ``center_rewards``."""
-TRAINING = {"learning_rate": 1e-3, "max_steps": 1, "batch_size": 4, "max_length": 128, "max_grad_norm": 1e9}
+EXACT = {"precision": "float32", "learning_rate": 1e-3}
+TRAINING = {**EXACT, "max_steps": 1, "batch_size": 4, "max_length": 128, "max_grad_norm": 1e9}
 NO_ROUTER_LOSS = {"trainer": {"router_aux_loss_coef": 0.0}}
 """For SFT: the load-balancing loss depends on all tokens of a batch (tests/training/test_router_loss.py)."""
-ROLLOUTS = {"learning_rate": 1e-3, "updates": 1, "rollout_batch": 8, "max_tokens": 8, "max_prompt_tokens": 64}
+ROLLOUTS = {**EXACT, "updates": 1, "rollout_batch": 8, "max_tokens": 8, "max_prompt_tokens": 64}
 LORA = {"method": "lora", "rank": 4}
 CELLS: dict[str, dict[str, Any]] = {
     "sft": {"stage": "sft", "model": "model", "data": "data", **NO_ROUTER_LOSS, **TRAINING},
