@@ -10,7 +10,8 @@ from trl.trainer.sft_config import SFTConfig as Arguments
 
 from align.errors import UserError
 from align.inference.engine import open_engine
-from align.inference.protocol import RolloutEngine, Sampling
+from align.inference.protocol import Response, RolloutEngine, Sampling
+from align.inference.thoughts import ThoughtReader, generate, require_answer_room
 from align.inference.token_scores import ScoringEndpoint
 from align.lint.trainer import Split, lint_stage
 from align.models.checkpoints.sharding import full_model
@@ -51,6 +52,7 @@ def run(context: StageContext) -> dict[str, Any]:
     config: DistillConfig = context.config
     endpoints = _open_endpoints(context)
     tokenizer, model = load_model(context)
+    require_answer_room(config.thinking_budget, tokenizer, config.max_tokens, context.name)
     stored = read_splits(context)
     check_thoughts(context.name, tokenizer, stored["train"])
     splits = encode_splits(context, stored, lambda rows, _: encode_supervised(tokenizer, rows, config.max_length))
@@ -82,7 +84,7 @@ def run(context: StageContext) -> dict[str, Any]:
     engine = _engine(context) if config.on_policy else None
     try:
         if engine is not None:
-            trainer.sampler = _sampler(context, engine)
+            trainer.sampler = _sampler(context, engine, tokenizer)
         metrics = fit(trainer, context, lambda split: held_out(trainer, splits[split], targets.top_tokens[split]))
     finally:
         if engine is not None:
@@ -271,15 +273,21 @@ def _engine(context: StageContext) -> RolloutEngine:
     )
 
 
-def _sampler(context: StageContext, engine: RolloutEngine) -> Any:
+def _sampler(context: StageContext, engine: RolloutEngine, tokenizer: Any) -> Any:
     config: DistillConfig = context.config
+    reader = ThoughtReader(tokenizer)
 
-    def sample(model: Any, prompts: list[list[int]], step: int) -> list[list[int]]:
+    def sample(model: Any, prompts: list[list[int]], step: int) -> list[Response]:
         # On-policy: the engine gets the student's current weights before each of its steps.
         with torch.no_grad(), full_model(model) as student:
             engine.load_weights(merged_weights(student))
         # Each step has its own seed, so a resumed run samples the same answers as an uninterrupted run.
-        sampling = Sampling(config.max_tokens, config.sample_temperature, seed=context.seed + (step << 20))
-        return [answers[0].token_ids for answers in engine.generate(prompts, sampling)]
+        sampling = Sampling(
+            config.max_tokens,
+            config.sample_temperature,
+            seed=context.seed + (step << 20),
+            thinking_budget=config.thinking_budget,
+        )
+        return [answers[0] for answers in generate(engine, reader, prompts, sampling)]
 
     return sample

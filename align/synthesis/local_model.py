@@ -16,6 +16,7 @@ from align.inference.cached_client import AnswerSink
 from align.inference.engine import SwitchingEngine, max_positions, open_engine
 from align.inference.protocol import Response, RolloutEngine, Sampling
 from align.inference.requests import Answer, Request
+from align.inference.thoughts import ThoughtReader, generate
 from align.models.chat.render import render_prompt, require_chat_template
 from align.models.chat.template_settings import TemplateSettings, stored_settings
 from align.models.loading import load_tokenizer
@@ -63,12 +64,19 @@ class LocalModel:
         self.tokenizer = load_tokenizer(artifact.model)
         require_chat_template(self.tokenizer, f"the checkpoint of stage '{artifact.stage}'")
         self.max_positions = max_positions(artifact.model)
+        self.thinking_budget: int | None = None
 
     def set_template(self, settings: TemplateSettings, prefix: str) -> None:
         """Set variables of the chat template, which answers depend on. ``prefix`` is the place of the fields."""
         settings.apply(self.tokenizer, prefix)
         if settings:
             self.identity |= {"template": json.dumps(stored_settings(self.tokenizer.chat_template), sort_keys=True)}
+
+    def set_thinking_budget(self, budget: int | None) -> None:
+        """Close thoughts after ``budget`` tokens, on which answers depend; None for no limit."""
+        self.thinking_budget = budget
+        if budget is not None:
+            self.identity |= {"thinking_budget": str(budget)}
 
     def answer(self, requests: list[Request], sink: AnswerSink) -> None:
         """Answer the requests in chunks; prompts that are too long get an ``error``."""
@@ -109,9 +117,10 @@ class LocalModel:
             temperature=first.temperature,
             top_p=first.top_p,
             seeds=tuple(request.own_seed for request, _ in chunk),
+            thinking_budget=self.thinking_budget,
         )
         engine = self.engines.with_weights(self.model_dir)
-        answers = engine.generate([ids for _, ids in chunk], sampling)
+        answers = generate(engine, ThoughtReader(self.tokenizer), [ids for _, ids in chunk], sampling)
         # The engine may have been opened with another checkpoint's tokenizer, so the texts are decoded here.
         pairs = []
         for (request, ids), (response,) in zip(chunk, answers, strict=True):

@@ -20,6 +20,7 @@ from align.evaluation.rewards import load_late, open_score, score_facts
 from align.inference.cached_client import Backend, CachedClient, Prices
 from align.inference.endpoint_client import Endpoint
 from align.inference.requests import Answer, Request, RequestCache
+from align.inference.thoughts import check_stage_room
 from align.models.chat.template_settings import TemplateSettings
 from align.pipeline.context import StageContext
 from align.store.fingerprint import canonical
@@ -102,6 +103,9 @@ class _Synthesis:
             self.engines = Engines(self.context, config.max_prompt_tokens + answers)
         model = LocalModel(self.engines, self.context.artifact(field), config.max_prompt_tokens, self.context.precision)
         is_judge = field == "judge_model"
+        if not is_judge:
+            check_stage_room(self.context, model.tokenizer)
+            model.set_thinking_budget(config.thinking_budget)
         prefix = f"stages.{self.context.name}.{'judge.' if is_judge else ''}"
         model.set_template(TemplateSettings.of(config.judge if is_judge else config), prefix)
         return model

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
+from align.inference.protocol import Response
 from align.models.fast.token_logprobs import logit_transform
 from align.store.fingerprint import canonical
 from align.training.divergence import (
@@ -40,8 +41,8 @@ from align.training.rows import MASKED, Encoded, collate_labeled
 from align.training.sealed_tensors import read_tensors, write_tensors
 from align.training.trainers import SCORING_TOKENS, Prepared
 
-Sampler = Callable[[Any, list[list[int]], int], list[list[int]]]
-"""Samples a model's answers to prompts, as token ids, for a step."""
+Sampler = Callable[[Any, list[list[int]], int], list[Response]]
+"""Samples a model's answers to prompts, token ids, for a step."""
 
 
 class AnswerCollator:
@@ -83,7 +84,7 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
         student = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         # One call samples the answers of all micro-batches, which then go back to their batches in order.
         rows: list[dict[str, Any]] = [
-            {"input_ids": prompt + answer, "labels": [MASKED] * len(prompt) + answer, "row": -1 - number}
+            sampled_row(prompt, answer) | {"row": -1 - number}
             for number, (prompt, answer) in enumerate(zip(prompts, self.sampler(student, prompts, step), strict=True))
         ]
         if self.label_sampled is not None:
@@ -158,6 +159,14 @@ def _rows_of(batch: Any) -> Iterator[tuple[list[int], list[int]]]:
     for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
         size = int(mask.sum())
         yield ids[:size].tolist(), labels[:size].tolist()
+
+
+def sampled_row(prompt: list[int], answer: Response) -> dict[str, Any]:
+    """Return the row of a sampled answer. Tokens that a thinking budget forced have no labels."""
+    labels = list(answer.token_ids)
+    for position in answer.forced:
+        labels[position] = MASKED
+    return {"input_ids": prompt + answer.token_ids, "labels": [MASKED] * len(prompt) + labels}
 
 
 def prompt_of(ids: list[int], labels: list[int]) -> list[int]:

@@ -11,13 +11,31 @@ from align.config.base import settings_for_key
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.policy_gradient import GrpoConfig
 from align.config.stages.sample import SampleConfig
+from align.config.stages.sft import DistillConfig
+from align.config.stages.synthesize import SynthesizeConfig
 
 SAMPLE: dict[str, Any] = {"policy": "sft", "prompts": "data", "max_tokens": 64}
 GRPO: dict[str, Any] = SAMPLE | {"score": "gold", "learning_rate": 1e-5}
 EVALUATE: dict[str, Any] = {"policies": ["sft"], "reference": "sft", "prompts": "data", "max_tokens": 64}
+SYNTHESIZE: dict[str, Any] = {"task": {"type": "responses"}, "model": "sft", "prompts": "data", "max_tokens": 64}
+DISTILL: dict[str, Any] = {
+    "model": "sft",
+    "teacher": "big",
+    "data": "data",
+    "learning_rate": 1e-5,
+    "on_policy": 1.0,
+    "max_tokens": 64,
+}
+STAGES = [
+    (SampleConfig, SAMPLE),
+    (GrpoConfig, GRPO),
+    (EvaluateConfig, EVALUATE),
+    (SynthesizeConfig, SYNTHESIZE),
+    (DistillConfig, DISTILL),
+]
 
 
-@pytest.mark.parametrize(("config", "fields"), [(SampleConfig, SAMPLE), (GrpoConfig, GRPO), (EvaluateConfig, EVALUATE)])
+@pytest.mark.parametrize(("config", "fields"), STAGES)
 def test_budget_leaves_room_for_an_answer(config: Any, fields: dict[str, Any]) -> None:
     assert config(**fields, thinking_budget=63).thinking_budget == 63
     with pytest.raises(
@@ -26,7 +44,7 @@ def test_budget_leaves_room_for_an_answer(config: Any, fields: dict[str, Any]) -
         config(**fields, thinking_budget=64)
 
 
-@pytest.mark.parametrize(("config", "fields"), [(SampleConfig, SAMPLE), (GrpoConfig, GRPO), (EvaluateConfig, EVALUATE)])
+@pytest.mark.parametrize(("config", "fields"), STAGES)
 def test_keys_omit_a_missing_budget(config: Any, fields: dict[str, Any]) -> None:
     for budget in (None, 10):
         settings = config(**fields, thinking_budget=budget)
@@ -42,3 +60,10 @@ def test_budget_holds_for_tasks_and_turns() -> None:
     fields = {"policy": "sft", "prompts": "data", "learning_rate": 1e-5, "environment": environment}
     with pytest.raises(ValidationError, match="thinking_budget 16 leaves no room .* in turn_max_tokens 16"):
         GrpoConfig(**fields, thinking_budget=16)
+
+
+def test_budget_of_distill_needs_sampled_answers_of_its_tokens() -> None:
+    with pytest.raises(ValidationError, match="thinking_budget is about sampled answers, and on_policy is 0"):
+        DistillConfig(**{**DISTILL, "on_policy": 0.0, "thinking_budget": 8})
+    with pytest.raises(ValidationError, match="thinking_budget leaves out forced tokens .* `tokens: aligned`"):
+        DistillConfig(**{**DISTILL, "teacher": {"stage": "big", "tokens": "aligned"}, "thinking_budget": 8})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -261,10 +262,10 @@ def test_own_answers_follow_the_datas_prompts(
 ) -> None:
     sampled_prompts: list[list[int]] = []
 
-    def sampler(context: StageContext, engine: Any) -> Any:
-        def sample(model: Any, prompts: list[list[int]], step: int) -> list[list[int]]:
+    def sampler(context: StageContext, engine: Any, tokenizer: Any) -> Any:
+        def sample(model: Any, prompts: list[list[int]], step: int) -> list[Response]:
             sampled_prompts.extend(prompts)
-            return [[40, 41, 2] for _ in prompts]
+            return [Response([40, 41, 2], [0.0] * 3, True, "") for _ in prompts]
 
         return sample
 
@@ -281,6 +282,42 @@ def test_own_answers_follow_the_datas_prompts(
     answered = [{"input_ids": [*p, 40, 41, 2], "labels": [MASKED] * len(p) + [40, 41, 2]} for p in sampled_prompts[:8]]
     apart, _, tokens = by_hand(tiny_model, teacher, answered)
     assert tokens == 8 * 3
+    assert losses(stage)[1] == pytest.approx(apart / tokens, rel=1e-4)
+
+
+def test_forced_ends_of_thoughts_are_not_learned(
+    tiny_model: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = "('<think>\\n' if message['role'] == 'assistant' else '') + message['content']"
+    student = Path(shutil.copytree(tiny_model, tmp_path / "student"))
+    thinker = Path(shutil.copytree(teacher, tmp_path / "thinker"))
+    for model in (student, thinker):
+        tokenizer = load_tokenizer(model)
+        template = tokenizer.chat_template.replace("message['content']", opened)
+        tokenizer.chat_template = template.replace("assistant\\n'", "assistant\\n<think>\\n'")
+        tokenizer.save_pretrained(model)
+    fields: dict[str, Any] = {"max_steps": 1, "on_policy": 1.0, "max_tokens": 24, "max_length": 128}
+    with pytest.raises(UserError, match="^stage: thinking_budget is 13, and the 11 tokens that close"):
+        run(distill_stage(tmp_path / "refused", student, thinker, thinking_budget=13, **fields))
+    sampled: list[tuple[list[int], Response]] = []
+    generate = work.generate
+
+    def watch(engine: Any, reader: Any, prompts: list[list[int]], sampling: Sampling) -> list[list[Response]]:
+        responses = generate(engine, reader, prompts, sampling)
+        sampled.extend((prompt, row[0]) for prompt, row in zip(prompts, responses, strict=True))
+        return responses
+
+    monkeypatch.setattr(work, "generate", watch)
+    stage = distill_stage(tmp_path / "run", student, thinker, thinking_budget=4, **fields)
+    run(stage)
+    # A random model rarely closes a thought within four tokens; eleven tokens close it.
+    assert {len(response.forced) for _, response in sampled} >= {11}
+    answered = []
+    for prompt, response in sampled:
+        learned = [token not in response.forced for token in range(len(response.token_ids))]
+        labels = [0 if is_learned else MASKED for is_learned in learned]
+        answered.append({"input_ids": prompt + response.token_ids, "labels": [MASKED] * len(prompt) + labels})
+    apart, _, tokens = by_hand(student, thinker, answered)
     assert losses(stage)[1] == pytest.approx(apart / tokens, rel=1e-4)
 
 
@@ -325,7 +362,7 @@ class Asked:
     def load_weights(self, weights: Any) -> None:
         self.calls.append({name: tensor.clone() for name, tensor in weights})
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Response]]:
+    def generate(self, prompts: list[list[int]], sampling: Sampling, on_progress: Any = None) -> list[list[Response]]:
         self.calls.append(sampling)
         return [[Response([40, 2], [0.0, 0.0], True, "")] for _ in prompts]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from align.data.rows import read_rows, user, write_rows
 from align.errors import UserError
 from align.inference import endpoint_client
+from align.models.loading import load_tokenizer
 from align.synthesis.run import synthesize
 from tests.support.inference.fake_chat import FakeChat
 from tests.support.stages.synthesis_harness import (
@@ -131,6 +133,26 @@ def test_a_checkpoint_as_judge_takes_the_engine_over(tiny_model: Path, tmp_path:
     with pytest.raises(UserError, match=r"no train row came out \(9 prompts.*verdict not readable"):
         synthesize(context)
     assert read_ledger(context)["usage"]["judge"]["requests"] > 0
+
+
+def test_thoughts_are_closed_within_their_budget(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "thinker"))
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    tokenizer.save_pretrained(model)
+    # Random answers end at max_tokens.
+    task = {"type": "responses", "n": 2, "cut_off": "keep"}
+    fields: dict[str, Any] = {"task": task, "model": "sft", "prompts": "data", "max_tokens": 24}
+    with pytest.raises(UserError, match="^synthesize: thinking_budget is 13, and the 11 tokens that close"):
+        synthesize(make_context(tmp_path / "refused", model, thinking_budget=13, **fields))
+    closed: dict[int | None, int] = {}
+    for budget in (None, 4):
+        # Both stages have one folder and so one cache of answers, whose keys have the budget.
+        context = make_context(tmp_path / "run", model, thinking_budget=budget, **fields)
+        synthesize(context)
+        closed[budget] = (context.output / "samples.jsonl").read_text().count("</think>")
+    # A random model may end its turn within the budget.
+    assert closed[None] == 0 and closed[4] > 10
 
 
 def test_long_prompts_are_dropped_and_counted(tiny_model: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ PAIRS = {"task": {"type": "pairs"}, "prompts": "data", "endpoint": SERVER}
         (RESPONSES | {"endpoint": None, "model": "sft", "max_cost": 1}, "max_cost is for endpoints"),
         (RESPONSES | {"task": {"type": "responses", "n": 2}, "temperature": 0}, "temperature 0 gives the same answer"),
         ({"task": {"type": "instructions"}, "endpoint": SERVER}, "instructions need either seeds or prompts"),
+        (RESPONSES | {"thinking_budget": 64}, "closes thoughts of a model in this pipeline, and endpoint is a server"),
         (PAIRS, "pairs needs one of reward, score, judge; none set"),
         (PAIRS | {"score": "gold", "reward": "r"}, "needs one of reward, score, judge; reward, score set"),
         (PAIRS | {"judge": {"endpoint": SERVER, "thinking": False}}, "thinking is about a checkpoint's chat template"),

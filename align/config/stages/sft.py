@@ -12,6 +12,7 @@ from align.config.options import OWNED
 from align.config.stages.lint import LintSettings
 from align.config.stages.teacher import TeacherConfig, check_teachers
 from align.config.stages.training import TrainingFields
+from align.config.thinking import ThinkingBudget, check_thinking_budget
 from align.store.artifacts import GENERATORS, Kind
 from align.store.fingerprint import canonical
 
@@ -126,11 +127,14 @@ class DistillConfig(TrainingFields):
     """Most tokens of a sampled answer."""
     sample_temperature: float = Field(1.0, gt=0, le=5)
     """Temperature of the student's answers."""
+    thinking_budget: ThinkingBudget = None
+    """Tokens after which a thought of a sampled answer is closed by force; null for no limit. Forced tokens are not
+    learned (docs/thinking.md)."""
     lint: LintSettings = LintSettings()
     """Lint of the rows' tokens before the first step: findings to accept (docs/lint.md)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
-    keyed_when_set: ClassVar[frozenset[str]] = TrainingFields.keyed_when_set | {"teacher_column"}
+    keyed_when_set: ClassVar[frozenset[str]] = TrainingFields.keyed_when_set | {"teacher_column", "thinking_budget"}
     trainer_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
     owned_options: ClassVar[dict[str, str]] = OWNED | {
         **dict.fromkeys(("packing", "padding_free"), "distillation pads its rows"),
@@ -180,9 +184,15 @@ class DistillConfig(TrainingFields):
     def _check_unused_settings(self) -> Self:
         if self.divergence != "jsd" and self.changed("jsd_beta"):
             raise ValueError(f"jsd_beta has no effect with divergence {self.divergence}; take jsd.")
-        unused = [] if self.on_policy else self.changed("max_tokens", "sample_temperature")
+        unused = [] if self.on_policy else self.changed("max_tokens", "sample_temperature", "thinking_budget")
         if unused:
             raise ValueError(
                 f"{unused[0]} is about sampled answers, and on_policy is 0; raise it, or remove {unused[0]}."
+            )
+        check_thinking_budget(self.thinking_budget, self.max_tokens, "max_tokens")
+        if self.thinking_budget is not None and any(teacher.tokens == "aligned" for teacher in self.teachers):
+            raise ValueError(
+                "thinking_budget leaves out forced tokens in the middle of an answer, and `tokens: aligned` compares "
+                "whole answers; remove one of them."
             )
         return self

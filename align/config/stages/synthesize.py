@@ -14,6 +14,7 @@ from align.config.endpoint import EndpointConfig, JudgeConfig, refuse_settings_o
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.scores import Score, score_identities
 from align.config.stages.sample import SplitCounts
+from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.config.user_paths import UserPath
 from align.errors import UserError
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
@@ -185,6 +186,9 @@ class SynthesizeConfig(Config):
     """Sample from the most likely tokens with this total probability; 1 uses all."""
     max_tokens: int = Field(512, ge=1)
     """Most tokens per answer."""
+    thinking_budget: ThinkingBudget = None
+    """Tokens after which a thought of ``model`` is closed by force and its answer begins; null for no limit. In an
+    environment it holds for each turn (docs/thinking.md)."""
     max_prompt_tokens: int = Field(2048, ge=1)
     """Longer prompts are dropped and counted; only for ``model`` and ``judge_model``, a server has its own limit."""
     max_prompts: SplitCounts = SplitCounts()
@@ -204,7 +208,7 @@ class SynthesizeConfig(Config):
     identified: ClassVar[frozenset[str]] = frozenset(
         {"endpoint", "environment", "seeds", "score", "judge", "cache", "max_cost"}
     )
-    keyed_when_set: ClassVar[frozenset[str]] = TEMPLATE_FIELDS | {"environment"}
+    keyed_when_set: ClassVar[frozenset[str]] = TEMPLATE_FIELDS | {"environment", "thinking_budget"}
 
     @model_validator(mode="after")
     def _check_single_generator(self) -> SynthesizeConfig:
@@ -260,6 +264,16 @@ class SynthesizeConfig(Config):
     @model_validator(mode="after")
     def _use_episode_tokens(self) -> SynthesizeConfig:
         take_episode_tokens(self)
+        return self
+
+    @model_validator(mode="after")
+    def _check_thinking_budget(self) -> SynthesizeConfig:
+        if self.thinking_budget is not None and self.endpoint is not None:
+            raise ValueError(
+                "thinking_budget closes thoughts of a model in this pipeline, and endpoint is a server; remove it, or "
+                "set the server's own limit in endpoint.extra"
+            )
+        check_stage_budget(self)
         return self
 
     @model_validator(mode="after")
