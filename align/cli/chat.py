@@ -75,7 +75,7 @@ def _stream_reply(pieces: Iterator[str], output: TextIO) -> str:
 
     A terminal shows thoughts dim.
     """
-    dim, plain = DIM if output.isatty() and "NO_COLOR" not in os.environ else ("", "")
+    dim, reset = DIM if output.isatty() and "NO_COLOR" not in os.environ else ("", "")
     reply = ""
     try:
         for piece in pieces:
@@ -83,7 +83,7 @@ def _stream_reply(pieces: Iterator[str], output: TextIO) -> str:
             # The end of the piece that is after the thought.
             answer = split_thought(reply)[-len(piece) :] if piece else ""
             thought = piece[: len(piece) - len(answer)]
-            output.write(f"{dim}{printable(thought)}{plain}" if thought else "")
+            output.write(f"{dim}{printable(thought)}{reset}" if thought else "")
             output.write(printable(answer))
             output.flush()
     except KeyboardInterrupt:

@@ -209,18 +209,18 @@ def best_of_pairs(left: np.ndarray, right: np.ndarray, amount: np.ndarray) -> tu
     return left[best], right[best], amount[best]
 
 
-def _find_matches(known: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return all pairs (P,) of places in sorted ``known`` and in ``hashes`` with the same hash."""
-    return _expand_matches(*_find_places(known, hashes))
+def _find_matches(sorted_hashes: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return all pairs (P,) of places in ``sorted_hashes`` and in ``hashes`` with the same hash."""
+    return _expand_matches(*_find_places(sorted_hashes, hashes))
 
 
-def _find_places(known: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first place of each hash in sorted ``known``, and its number of occurrences there. (H,) each."""
-    left = np.searchsorted(known, hashes, side="left")
+def _find_places(sorted_hashes: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first place of each hash in ``sorted_hashes``, and its number of occurrences there. (H,) each."""
+    left = np.searchsorted(sorted_hashes, hashes, side="left")
     count = np.zeros(len(hashes), dtype=np.int64)
-    matching = np.flatnonzero(left < len(known))
-    matching = matching[known[left[matching]] == hashes[matching]]
-    count[matching] = np.searchsorted(known, hashes[matching], side="right") - left[matching]
+    matching = np.flatnonzero(left < len(sorted_hashes))
+    matching = matching[sorted_hashes[left[matching]] == hashes[matching]]
+    count[matching] = np.searchsorted(sorted_hashes, hashes[matching], side="right") - left[matching]
     return left, count
 
 

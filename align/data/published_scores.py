@@ -45,8 +45,8 @@ def gsm8k_strict(rows: list[Row], responses: list[str]) -> list[float]:
         if "answer" not in checks:
             raise ValueError(f"row {row['id']} has no answer in its checks; gsm8k_strict needs rows of format gsm8k")
         marked = _MARKED.search(response)
-        found = marked is not None and marked[1].replace(",", "") == str(checks["answer"]).replace(",", "")
-        scores.append(float(found))
+        is_right = marked is not None and marked[1].replace(",", "") == str(checks["answer"]).replace(",", "")
+        scores.append(float(is_right))
     return scores
 
 

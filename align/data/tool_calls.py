@@ -234,14 +234,14 @@ class MistralFormat:
             body = start + len(self.MARK)
             # Cut the text only at its end, so places in it are places in the turn.
             visible = reader.visible[:end]
-            named = self.NAMED.match(visible, body)
+            match = self.NAMED.match(visible, body)
             try:
-                value = decode_whole(visible, named.end() if named else body)
+                value = decode_whole(visible, match.end() if match else body)
             except MalformedCall as error:
                 reader.fail(error)
                 continue
-            if named:
-                value = {"name": named.group(1), "arguments": value, "id": named.group(2) or ""}
+            if match:
+                value = {"name": match.group(1), "arguments": value, "id": match.group(2) or ""}
             reader.add(value, reader.text[body:end].strip())
         return reader.result()
 

@@ -129,9 +129,9 @@ class TrainingTasks:
             # Pairs that are held back are in the file of the train split, and are not trained on.
             if split == "train" and getattr(self.settings.tasks[task.name], "reads_stage_pairs", False):
                 continue
-            asked = [normalized(item.prompt[-1]["content"].removesuffix(" …")) for item in task.items if item.prompt]
-            count = sum(map(questions.are_in, asked))
-            place = f"{self.context.name}: evaluate.tasks.{task.name}: {count} of {len(asked)} items are rows"
+            texts = [normalized(item.prompt[-1]["content"].removesuffix(" …")) for item in task.items if item.prompt]
+            count = sum(map(questions.are_in, texts))
+            place = f"{self.context.name}: evaluate.tasks.{task.name}: {count} of {len(texts)} items are rows"
             if count and split == "test":
                 raise UserError(
                     f"{place} of the test split of '{data.stage}', which training must not look at. Remove them from "

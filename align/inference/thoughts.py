@@ -100,8 +100,8 @@ class ThoughtReader:
         except TemplateError:
             return ""
         _, _, rest = text.rpartition(THOUGHT)
-        between, found, _ = rest.partition(ANSWER)
-        return between if found and THOUGHT in text else ""
+        between, answer, _ = rest.partition(ANSWER)
+        return between if answer and THOUGHT in text else ""
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
@@ -142,9 +142,9 @@ class ThinkingSession(Session):
         complete: list[tuple[int, Response]] = []
         while self._session.pending:
             for key, response in self._session.poll(timeout):
-                whole = self._complete(key, response)
-                if whole is not None:
-                    complete.append((key, whole))
+                turn = self._complete(key, response)
+                if turn is not None:
+                    complete.append((key, turn))
             # A session in lockstep returns all turns at once, so the next batch does not depend on their thoughts.
             if timeout is not None and not self.is_lockstep:
                 break

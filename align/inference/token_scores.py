@@ -75,9 +75,9 @@ class ScoringEndpoint(Endpoint):
 
     def _position_of_ids(self, token: int, entry: dict[str, Any]) -> Position:
         """Return the likeliest tokens of one entry of ``prompt_logprobs``: id as text → logprob, decoded_token."""
-        given = entry[str(token)]  # vLLM adds the given token to the likeliest
+        token_entry = entry[str(token)]  # vLLM adds the given token to the likeliest
         best = _best({int(token): values["logprob"] for token, values in entry.items()}, self.top_k)
-        return [given.get("decoded_token"), None, *best]
+        return [token_entry.get("decoded_token"), None, *best]
 
     def _positions_of_texts(self, prompt: str, start: int, logprobs: dict[str, Any]) -> list[Position]:
         """Return the positions at or after the character ``start``, located by the texts of the tokens."""

@@ -182,8 +182,8 @@ class TransformersEngine:
         tensors = dict(weights)
         if tensors.keys() <= self.model.state_dict().keys():
             return tensors.items()
-        own: dict[str, torch.Tensor] = with_tensors(self.model, tensors).state_dict()
-        return own.items()
+        tensors_by_name: dict[str, torch.Tensor] = with_tensors(self.model, tensors).state_dict()
+        return tensors_by_name.items()
 
     @torch.inference_mode()
     def score_tokens(

@@ -88,11 +88,11 @@ def encoding_of(kind: str) -> RowEncoding:
     """
     if kind in DATA_ENCODINGS:
         return DATA_ENCODINGS[kind]
-    known = [*DATA_ENCODINGS, *(name for name, stage in STAGES.items() if stage.lint is not None)]
+    kinds = [*DATA_ENCODINGS, *(name for name, stage in STAGES.items() if stage.lint is not None)]
     try:
         path = find_stage(kind).lint
     except KeyError:
-        message = f"lint: unknown kind '{shorten(kind)}'.{hint_nearest(kind, known)} Known are {', '.join(known)}."
+        message = f"lint: unknown kind '{shorten(kind)}'.{hint_nearest(kind, kinds)} Known are {', '.join(kinds)}."
         raise UserError(message) from None
     if path is None:
         raise UserError(f"lint: stage '{kind}' names no row encoding (`lint` of its record), so it cannot be linted.")

@@ -61,11 +61,11 @@ def explain_replacement(config: ModelConfig, base: Path) -> str | None:
     # The built-in models write ChatML. Most shipped pipelines name its template, and their plans then need no jinja2.
     if config.chat_template is None or (config.source in BUILT_IN and config.chat_template == "chatml"):
         return None
-    own = _own_template(config, base)
-    if own is None:
+    current = _own_template(config, base)
+    if current is None:
         return None
-    before = _turns(own)
-    after = _turns(PlannedTemplate(read_template(config.chat_template, base), own.settings))
+    before = _turns(current)
+    after = _turns(PlannedTemplate(read_template(config.chat_template, base), current.settings))
     if before is None or after is None or before == after:
         return None
     return (
@@ -170,8 +170,10 @@ def _own_template(config: ModelConfig, base: Path) -> PlannedTemplate | None:
     stored = settings.get("chat_template")
     if isinstance(stored, str):
         return PlannedTemplate(stored, settings)
-    named = {str(entry.get("name")): str(entry.get("template")) for entry in stored or [] if isinstance(entry, Mapping)}
-    return PlannedTemplate(named["default"], settings, named.get(TOOL_USE)) if "default" in named else None
+    templates = {
+        str(entry.get("name")): str(entry.get("template")) for entry in stored or [] if isinstance(entry, Mapping)
+    }
+    return PlannedTemplate(templates["default"], settings, templates.get(TOOL_USE)) if "default" in templates else None
 
 
 def _turns(template: PlannedTemplate) -> str | None:

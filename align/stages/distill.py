@@ -148,9 +148,11 @@ class _TeacherTargets:
         value = source.get(config.teacher_column)
         matches = [block.match for block in config.teachers]
         if str(value) not in matches:
-            found = f"has {config.teacher_column} '{value}'" if value is not None else f"lacks {config.teacher_column}"
+            value_text = (
+                f"has {config.teacher_column} '{value}'" if value is not None else f"lacks {config.teacher_column}"
+            )
             raise UserError(
-                f"{self.context.name}.teacher: row {source['id']} {found}, and the teachers match "
+                f"{self.context.name}.teacher: row {source['id']} {value_text}, and the teachers match "
                 f"{', '.join(map(str, matches))}. Add a teacher for it, or filter such rows; a recipe keeps a column "
                 f"with keep: [{config.teacher_column}]."
             )

@@ -94,8 +94,8 @@ class _InstructionGenerator:
             )
         # Seeds count as known texts, so no new instruction repeats one.
         self.pool = Pool()
-        for known in seeds:
-            self.pool.add(known.text)
+        for example in seeds:
+            self.pool.add(example.text)
         self.rows: list[Row] = []
         self.records: list[dict[str, object]] = []
         words = "|".join(re.escape(word) for word in task.blacklist)

@@ -26,9 +26,9 @@ from align.store.json_files import write_text_atomically
 
 def dump_trainers() -> FieldDump:
     """Return the fields of every class that accepts options of a stage's ``trainer:``."""
-    named = {stage.trainer_class for stage in STAGES.values() if stage.trainer_class is not None}
+    classes = {stage.trainer_class for stage in STAGES.values() if stage.trainer_class is not None}
     # A stage of the user's that names no class has the base class's.
-    return dump_classes(*sorted({TrainingFields.trainer_class, *named}))
+    return dump_classes(*sorted({TrainingFields.trainer_class, *classes}))
 
 
 def dump_peft() -> FieldDump:

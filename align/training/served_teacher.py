@@ -82,7 +82,7 @@ class EndpointTeacher:
 
     def _read_ids(self, row: Row, positions: list[Position], start: int, _: list[Span | None]) -> list[Any]:
         """Return the candidates of each labeled token, from positions of all tokens after ``start``."""
-        found = []
+        candidates = []
         for index, (decoded, _end, ids, logprobs) in enumerate(positions, start):
             if row["labels"][index] == MASKED:
                 continue
@@ -93,13 +93,13 @@ class EndpointTeacher:
                 raise self._vocabulary_error(f"token {token} is {expected!r} for the student and {decoded!r} for it")
             if max(ids) >= self.setting.vocabulary:
                 raise self._vocabulary_error(f"it has token {max(ids)}, the student {self.setting.vocabulary} in all")
-            found.append(list(zip(ids, logprobs, strict=True)))
-        return found
+            candidates.append(list(zip(ids, logprobs, strict=True)))
+        return candidates
 
     def _read_texts(self, row: Row, positions: list[Position], _: int, spans: list[Span | None]) -> list[Any]:
         """Return the candidates of each labeled token whose text is one token of the teacher."""
         by_span = {(begin, end): (texts, logprobs) for begin, end, texts, logprobs in positions}
-        found: list[Candidates | None] = []
+        results: list[Candidates | None] = []
         for index, label in enumerate(row["labels"]):
             if not index or label == MASKED:
                 continue
@@ -109,11 +109,11 @@ class EndpointTeacher:
                 if span is not None and self.block.tokens == "same":
                     text = self.setting.texts.text(label)
                     raise self._vocabulary_error(f"{text!r} is one token for the student, and not for the teacher")
-                found.append(None)
+                results.append(None)
                 continue
             texts, logprobs = candidates
-            found.append(known_tokens([self.setting.texts.find(text) for text in texts], logprobs))
-        return found
+            results.append(known_tokens([self.setting.texts.find(text) for text in texts], logprobs))
+        return results
 
     def _vocabulary_error(self, difference: str) -> UserError:
         remedy = (

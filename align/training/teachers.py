@@ -164,17 +164,17 @@ def read_privileged(tokenizer: Any, row: Row, teacher: Any, source: Row) -> Row:
     if teacher.block.system is None:
         return row
     tools = source.get("tools")
-    plain = render_prompt(tokenizer, source["prompt"], tools)
+    prompt_ids = render_prompt(tokenizer, source["prompt"], tools)
     ids, labels = row["input_ids"], row["labels"]
-    if ids[: len(plain)] != plain:
+    if ids[: len(prompt_ids)] != prompt_ids:
         raise UserError(
             f"{teacher.place}.system: the chat template rewrites the prompt of row {source['id']} once an answer "
             "follows, so no other prompt can replace it. Use another chat_template."
         )
     richer = render_prompt(tokenizer, privileged_prompt(teacher, source), tools)
     return {
-        "input_ids": richer + ids[len(plain) :],
-        "labels": [MASKED] * len(richer) + labels[len(plain) :],
+        "input_ids": richer + ids[len(prompt_ids) :],
+        "labels": [MASKED] * len(richer) + labels[len(prompt_ids) :],
     }
 
 
@@ -218,11 +218,11 @@ class AlignedTeacher(StageTeacher):
         if self.block.system is not None:
             conversation["prompt"] = privileged_prompt(self, source)
         if sampled:
-            own = self.setting.tokenizer
+            tokenizer = self.setting.tokenizer
             side = answer_side(source)
             answer = row["input_ids"][len(prompt_of(row["input_ids"], row["labels"])) :]
-            conversation[side] = [assistant(own.decode(answer, skip_special_tokens=True))]
-            conversation[f"{side}_finished"] = answer[-1:] == [own.eos_token_id]
+            conversation[side] = [assistant(tokenizer.decode(answer, skip_special_tokens=True))]
+            conversation[f"{side}_finished"] = answer[-1:] == [tokenizer.eos_token_id]
         return list(encode_supervised(self.tokenizer, [conversation], 1 << 30).rows)
 
     def find(self, lessons: Sequence[Lesson], sampled: bool) -> list[TopTokens]:
@@ -235,14 +235,14 @@ class AlignedTeacher(StageTeacher):
     def compute(self, lessons: Sequence[Lesson]) -> list[TopTokens]:
         """Compute the teacher's distributions, and translate them."""
         reads = [lesson.read for lesson in lessons if lesson.read is not None]
-        found = iter(self._top_tokens(reads, len(self.tokenizer)))
+        answers = iter(self._top_tokens(reads, len(self.tokenizer)))
         results = []
         for lesson in lessons:
             if lesson.read is None:
                 size = sum(label != MASKED for label in lesson.student["labels"][1:])
                 results.append(pack([None] * size, self.setting.top_k))
                 continue
-            results.append(self._translate(lesson.student, lesson.read, next(found)))
+            results.append(self._translate(lesson.student, lesson.read, next(answers)))
         return results
 
     def _translate(self, student: Row, read: Row, top_tokens: TopTokens) -> TopTokens:
@@ -262,8 +262,8 @@ class AlignedTeacher(StageTeacher):
                 ids = top_tokens.ids[first + place].tolist()
                 logprobs = top_tokens.logprobs[first + place].tolist()
                 # A tokenizer that starts texts with a space has it in the text of the first token.
-                found = [self._find(token, lead if place == 0 else 0) for token in ids]
-                translated.append(known_tokens(found, logprobs))
+                student_ids = [self._find(token, lead if place == 0 else 0) for token in ids]
+                translated.append(known_tokens(student_ids, logprobs))
             first += len(read_turns[index])
         return pack(translated, self.setting.top_k)
 
@@ -316,11 +316,11 @@ def answer_segments(row: Row) -> list[list[int]]:
 
 def known_tokens(tokens: Sequence[int | None], logprobs: Sequence[float]) -> Candidates:
     """Return the tokens that the student has, each once; the mass of all others is in the tail."""
-    found: dict[int, float] = {}
+    logprob_of: dict[int, float] = {}
     for token, logprob in zip(tokens, logprobs, strict=True):
         if token is not None and logprob > ABSENT:
-            found.setdefault(token, logprob)
-    return list(found.items())
+            logprob_of.setdefault(token, logprob)
+    return list(logprob_of.items())
 
 
 def pack(positions: Sequence[Candidates | None], top_k: int) -> TopTokens:

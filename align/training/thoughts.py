@@ -66,15 +66,15 @@ def use_training_template(tokenizer: Any, rows: Sequence[Row]) -> None:
 
 def _replace_template(tokenizer: Any) -> bool:
     """Return True if a training template writes the same prompt and all thoughts, which then replaces the template."""
-    own = tokenizer.chat_template
+    template = tokenizer.chat_template
     prompt = render_prompt(tokenizer, PROBE[:1])
-    for name, text in training_templates(str(own), tokenizer.get_vocab().keys()):
+    for name, text in training_templates(str(template), tokenizer.get_vocab().keys()):
         tokenizer.chat_template = text
         if render_prompt(tokenizer, PROBE[:1]) == prompt and _writes_thoughts(tokenizer):
-            tokenizer.own_template = own
+            tokenizer.own_template = template
             tokenizer.training_template = name
             return True
-    tokenizer.chat_template = own
+    tokenizer.chat_template = template
     return False
 
 

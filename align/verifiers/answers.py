@@ -54,8 +54,8 @@ def choice(reference: Any, text: str) -> Verdict:
 
 def _letter(text: str) -> str | None:
     """Return the capital letter that a text consists of, with the text of the choice or without it."""
-    plain = _LATEX.sub(r"\1", text).replace("*", "").replace("$", "").strip()
-    match = _LETTER.fullmatch(plain)
+    stripped = _LATEX.sub(r"\1", text).replace("*", "").replace("$", "").strip()
+    match = _LETTER.fullmatch(stripped)
     if match is None or _OTHER_CHOICE.search(match["rest"] or ""):
         return None
     return match[1].upper()
@@ -69,13 +69,13 @@ def exact(reference: Any, text: str) -> Verdict:
 
 def contains(reference: Any, text: str) -> Verdict:
     """Look for a text, or for all texts of a list, as whole words in any case."""
-    wanted = [str(item).strip() for item in (reference if isinstance(reference, list) else [reference])]
-    if not all(wanted):
+    items = [str(item).strip() for item in (reference if isinstance(reference, list) else [reference])]
+    if not all(items):
         raise BadReference("has an empty text")
     answer = answer_text(text)
     if not answer:
         return Verdict(0.0, NO_ANSWER)
-    return equal_or(all(_occurs(item.casefold(), answer.casefold()) for item in wanted))
+    return equal_or(all(_occurs(item.casefold(), answer.casefold()) for item in items))
 
 
 def _occurs(item: str, answer: str) -> bool:

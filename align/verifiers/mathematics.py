@@ -97,11 +97,11 @@ def _boxes(answer: str) -> list[str]:
 
 def _inner(text: str) -> str:
     """Return a text without asterisks, the signs of a formula around it, and a full stop at its end."""
-    plain = text.replace("**", "").strip()
-    match = _MATH.fullmatch(plain)
+    stripped = text.replace("**", "").strip()
+    match = _MATH.fullmatch(stripped)
     if match is not None and "$" not in (inner := match[1] or match[2] or match[3]):
         return inner.strip()
-    return plain.removesuffix(".").strip()
+    return stripped.removesuffix(".").strip()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -133,8 +133,8 @@ def _is_value(expression: Any) -> bool:
     import sympy
 
     if isinstance(expression, sympy.Add):
-        whole, part = expression.as_two_terms()
-        return len(expression.args) == 2 and _is_value(whole) and _is_value(part) and _is_mixed(whole, part)
+        integer, part = expression.as_two_terms()
+        return len(expression.args) == 2 and _is_value(integer) and _is_value(part) and _is_mixed(integer, part)
     if isinstance(expression, sympy.Mul):
         factors = [factor for factor in expression.args if factor != -1]
         return len([factor for factor in factors if isinstance(factor, sympy.Number)]) <= 1 and all(
@@ -155,5 +155,5 @@ def _is_factor(expression: Any) -> bool:
 
 def _is_mixed(first: Any, second: Any) -> bool:
     """Return True for a whole number and a fraction below 1 of the same sign, in any order."""
-    whole, part = (first, second) if abs(float(first)) >= abs(float(second)) else (second, first)
-    return float(whole).is_integer() and 0 < abs(float(part)) < 1 and (whole > 0) == (part > 0)
+    integer, part = (first, second) if abs(float(first)) >= abs(float(second)) else (second, first)
+    return float(integer).is_integer() and 0 < abs(float(part)) < 1 and (integer > 0) == (part > 0)

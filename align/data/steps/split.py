@@ -328,8 +328,8 @@ class Mix:
             shares = sizes ** (1 / (config.temperature or 1.0))
         shares = np.where(sizes > 0, shares, 0.0)
         # Rows that each source should give, over the rows it has: that many epochs.
-        wanted = (config.rows or int(sizes.sum())) * shares / max(shares.sum(), 1e-300)
-        epochs = wanted / np.maximum(sizes, 1)
+        target_rows = (config.rows or int(sizes.sum())) * shares / max(shares.sum(), 1e-300)
+        epochs = target_rows / np.maximum(sizes, 1)
         limited = [name for name, count in zip(sources, epochs, strict=True) if count > config.max_epochs]
         epochs = np.minimum(epochs, config.max_epochs)
         rounded = {name: round(float(count), 4) for name, count in zip(sources, epochs, strict=True)}
@@ -375,5 +375,5 @@ def check_source_names(names: Iterable[str], sources: list[str], place: str) -> 
     """Raise ``UserError``, which begins with ``place`` in the recipe, for a source that does not exist."""
     for name in names:
         if name not in sources:
-            known = ", ".join(map(repr, sources))
-            raise UserError(f"{place}: there is no source '{name}'; there are {known}.{suggest(name, sources)}")
+            names = ", ".join(map(repr, sources))
+            raise UserError(f"{place}: there is no source '{name}'; there are {names}.{suggest(name, sources)}")

@@ -308,12 +308,12 @@ def _longest_runs(items: list[str]) -> dict[str, int]:
 def _check_blocks(text: str, scale: float) -> Repeat | None:
     for name, blocks in (("paragraph", re.split(r"\n{2,}", text)), ("line", text.split("\n"))):
         parts = [part for part in map(str.strip, blocks) if part]
-        known: set[str] = set()
+        earlier: set[str] = set()
         repeated: list[str] = []
         for part in parts:
-            if part in known:
+            if part in earlier:
                 repeated.append(part)
-            known.add(part)
+            earlier.add(part)
         if not repeated:
             continue
         share = len(repeated) / len(parts)
@@ -348,16 +348,16 @@ def _check_duplicate_ngrams(words: list[str], scale: float) -> Repeat | None:
         ngrams = _ngrams(words, size)
         if len(set(ngrams)) == len(ngrams):
             return None  # then no longer n-gram repeats either
-        known: set[tuple[str, ...]] = set()
+        earlier: set[tuple[str, ...]] = set()
         repeated, start, first = 0, 0, ""
         # A repeated n-gram is counted once and skipped as a whole, so overlapping ones count no character twice.
         while start < len(ngrams):
-            if ngrams[start] in known:
+            if ngrams[start] in earlier:
                 first = first or " ".join(ngrams[start])
                 repeated += len(" ".join(ngrams[start]))
                 start += size
             else:
-                known.add(ngrams[start])
+                earlier.add(ngrams[start])
                 start += 1
         if repeated > limit * scale * chars:
             return Repeat(f"{size}-grams", repeated / chars, limit * scale, first)

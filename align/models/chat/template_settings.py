@@ -79,20 +79,20 @@ class TemplateSettings:
     def resolve(self, template: str, prefix: str = "") -> dict[str, TemplateValue]:
         """Return the template's variables with their values. Raises ``UserError`` as :meth:`apply` does."""
         names = template_variables(template)
-        known = f"Its variables are {', '.join(names)}." if names else "It has no variables."
+        variables = f"Its variables are {', '.join(names)}." if names else "It has no variables."
         for name in self.variables:
             if name not in names:
                 raise UserError(
                     f"{prefix}chat_template_kwargs: the chat template does not read '{name}'."
-                    f"{hint_nearest(name, names)} {known}"
+                    f"{hint_nearest(name, names)} {variables}"
                 )
         values = dict(self.variables)
         if self.thinking is not None:
             switch = thinking_switch(template)
             if switch is None:
                 raise UserError(
-                    f"{prefix}thinking: the chat template has no switch for thoughts ({', '.join(SWITCHES)}). {known} "
-                    "Set one of them in chat_template_kwargs, or remove thinking."
+                    f"{prefix}thinking: the chat template has no switch for thoughts ({', '.join(SWITCHES)}). "
+                    f"{variables} Set one of them in chat_template_kwargs, or remove thinking."
                 )
             values[switch] = self.thinking == "on"
         return values
@@ -144,8 +144,8 @@ def template_variables(template: str) -> list[str]:
     assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
     tests: Iterator[Any] = tree.find_all((nodes.Test, nodes.Filter))
     questions = [test.node for test in tests if test.name in ("defined", "undefined", "default")]
-    asked = {node.name for node in questions if isinstance(node, nodes.Name)}
-    names = meta.find_undeclared_variables(tree) - (assigned - asked)
+    tested = {node.name for node in questions if isinstance(node, nodes.Name)}
+    names = meta.find_undeclared_variables(tree) - (assigned - tested)
     return sorted(names - OF_TRANSFORMERS - environment.globals.keys())
 
 

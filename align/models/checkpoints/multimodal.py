@@ -66,12 +66,12 @@ def split(folder: Path, text: Path, rest: Path) -> None:
         tensors: dict[str, torch.Tensor] = {}
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  # it is not a mapping
-                plain = text_name(name)
-                if plain is None:
+                short_name = text_name(name)
+                if short_name is None:
                     others[name] = opened.get_tensor(name)
                 else:
-                    tensors[plain] = opened.get_tensor(name)
-                    names[plain] = name
+                    tensors[short_name] = opened.get_tensor(name)
+                    names[short_name] = name
         if tensors:
             shard = f"model-{number + 1:05}.safetensors"
             save_file(tensors, text / shard, {"format": "pt"})
@@ -94,9 +94,9 @@ def split(folder: Path, text: Path, rest: Path) -> None:
 
 def text_name(name: str) -> str | None:
     """Return the name that a checkpoint's tensor has in the text part; None for a tensor of another part."""
-    for prefix, plain in PREFIXES.items():
+    for prefix, short_prefix in PREFIXES.items():
         if name.startswith(prefix):
-            return plain + name.removeprefix(prefix)
+            return short_prefix + name.removeprefix(prefix)
     return None
 
 
@@ -124,10 +124,10 @@ def join(rest: Path, folder: Path) -> str:
         weight_map |= dict.fromkeys(tensors, shard)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
     config = read_object(rest / CONFIG)
-    own = {name: text[name] for name in INHERITED if name in text}
-    config |= {name: value for name, value in own.items() if name in config}
-    kept = ("architectures", "dtype", "tie_word_embeddings")
-    config["text_config"] |= {name: value for name, value in text.items() if name not in kept}
+    inherited = {name: text[name] for name in INHERITED if name in text}
+    config |= {name: value for name, value in inherited.items() if name in config}
+    unchanged = ("architectures", "dtype", "tie_word_embeddings")
+    config["text_config"] |= {name: value for name, value in text.items() if name not in unchanged}
     if HEAD not in names and new_head[HEAD] in weight_map:
         config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -120,8 +120,8 @@ def attention(
 def latent_attention(config: Config) -> Layer:
     """Return attention with keys and values from a narrow latent vector (DeepSeek-V2), which is what is cached."""
     hidden, heads, bias = config["hidden_size"], config["num_attention_heads"], bool(config.get("attention_bias"))
-    latent, rotated, plain = config["kv_lora_rank"], config["qk_rope_head_dim"], config["qk_nope_head_dim"]
-    queries, values, rank = heads * (plain + rotated), heads * config["v_head_dim"], config.get("q_lora_rank")
+    latent, rotated, unrotated = config["kv_lora_rank"], config["qk_rope_head_dim"], config["qk_nope_head_dim"]
+    queries, values, rank = heads * (unrotated + rotated), heads * config["v_head_dim"], config.get("q_lora_rank")
     linears = [Linear("self_attn.q_proj", hidden, queries)]
     if rank:
         linears = [
@@ -130,7 +130,7 @@ def latent_attention(config: Config) -> Layer:
         ]
     linears += [
         Linear("self_attn.kv_a_proj_with_mqa", hidden, latent + rotated, bias),
-        Linear("self_attn.kv_b_proj", latent, heads * plain + values),
+        Linear("self_attn.kv_b_proj", latent, heads * unrotated + values),
         Linear("self_attn.o_proj", values, hidden, bias),
     ]
     return Layer(tuple(linears), vectors=(rank or 0) + latent, token_cache=latent + rotated)

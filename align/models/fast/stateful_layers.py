@@ -88,10 +88,10 @@ class _RowHooks:
         """Replace the line by the rows of the first group."""
         if self._layout is None:
             return None
-        named = dict(zip(("hidden_states",), args, strict=False)) | kwargs
-        named.pop("layout", None)
-        self._line = named["hidden_states"][0]
-        return (), named | {"hidden_states": Spread.apply(self._line, _rows_of(self._layout).places[0])}
+        inputs = dict(zip(("hidden_states",), args, strict=False)) | kwargs
+        inputs.pop("layout", None)
+        self._line = inputs["hidden_states"][0]
+        return (), inputs | {"hidden_states": Spread.apply(self._line, _rows_of(self._layout).places[0])}
 
     def _spread(self, mixer: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> Any:
         """Compute the other groups, and return the results (1, N, H) of the line's tokens."""
