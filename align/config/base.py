@@ -37,6 +37,8 @@ class Config(BaseModel):
     """Fields whose meaning ``identities`` covers, mostly paths; the stage's key leaves their text out."""
     keyed_when_set: ClassVar[frozenset[str]] = frozenset()
     """Fields that keys omit while they have their default, to keep the keys from before these fields."""
+    unkeyed: ClassVar[frozenset[str]] = frozenset()
+    """Fields of a nested block that no key counts by their text: an identity of the stage covers what matters."""
     retired: ClassVar[Mapping[str, Any]] = {}
     """Removed fields with their default. Keys still count them, so earlier keys stay the same."""
 
@@ -72,11 +74,14 @@ class Config(BaseModel):
 def settings_for_key(value: Any, dumped: Any) -> Any:
     """Return ``dumped``, the ``model_dump`` of a config or of a list or mapping of them, as keys count it.
 
-    See ``keyed_when_set`` and ``retired``; both count at every level. Fields that ``dumped`` lacks stay out.
+    See ``keyed_when_set``, ``unkeyed`` and ``retired``; all count at every level. Fields that ``dumped`` lacks are
+    omitted.
     """
     if isinstance(value, Config) and isinstance(dumped, Mapping):
         settings = {}
         for name, dumped_value in dumped.items():
+            if name in value.unkeyed:
+                continue
             field_value = getattr(value, name)
             if name in value.keyed_when_set and field_value == type(value).model_fields[name].get_default():
                 continue

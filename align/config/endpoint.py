@@ -161,6 +161,27 @@ class EndpointJudge(Config):
         return settings | (self.endpoint.identity() if self.endpoint is not None else {})
 
 
+class RewardJudge(EndpointJudge):
+    """An endpoint that grades responses from 1 to 10, or says which ``criteria`` they satisfy.
+
+    The score of a grade is ``(grade - 1) / 9``, from 0 to 1. An unreadable grade scores 0, so a response does not gain
+    by confusing the judge.
+    """
+
+    reference: str | None = Field(None, min_length=1)
+    """Column of the prompts' rows with the right answer, which the judge is shown: ``answer``."""
+
+    @model_validator(mode="after")
+    def _check_endpoint(self) -> Self:
+        if self.endpoint is None:
+            raise ValueError("names no endpoint; write `endpoint: {url: ..., model: ...}`.")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that verdicts depend on."""
+        return super().identity() | {"reference": self.reference}
+
+
 class TaskJudge(EndpointJudge):
     """The judge of a task: ``{reward: true}``, the stage's reward model, or ``{endpoint: {...}}``."""
 

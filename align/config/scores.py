@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from align.config.base import stage_input
-from align.config.endpoint import EndpointJudge
+from align.config.endpoint import RewardJudge
 from align.config.user_functions import SHORT, check_arguments, function_identity
 from align.config.verifiers import VERIFIERS, VerifierFields
 from align.store.artifacts import Kind
@@ -23,29 +23,13 @@ RESERVED = frozenset({"length_correlation", "std"})
 """Names of other metrics that are logged next to the scores, whose names are ``score_<name>``."""
 
 
-class RewardJudge(EndpointJudge):
-    """An endpoint that grades responses from 1 to 10. The score is ``(grade - 1) / 9``, from 0 to 1.
-
-    An unreadable grade scores 0, so a response does not gain by confusing the judge.
-    """
-
-    reference: str | None = Field(None, min_length=1)
-    """Column of the prompts' rows with the right answer, which the judge is shown: ``answer``."""
-
-    @model_validator(mode="after")
-    def _check_endpoint(self) -> Self:
-        if self.endpoint is None:
-            raise ValueError("names no endpoint; write `endpoint: {url: ..., model: ...}`.")
-        return self
-
-
 class RewardEntry(VerifierFields):
     """One reward of a list: a verifier, a function, an endpoint that judges, or a reward stage."""
 
     function: str | None = None
     """Function that scores responses: ``gold``, ``gsm8k_answer``, or an import path ``module:name``; sync or async."""
     judge: RewardJudge | None = None
-    """OpenAI-compatible server that grades responses."""
+    """OpenAI-compatible server that grades responses, or decides on ``criteria``."""
     reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
     """Reward stage whose checkpoint scores responses."""
     weight: float = 1.0
@@ -58,20 +42,27 @@ class RewardEntry(VerifierFields):
     concurrency: int = Field(16, ge=1, le=4096)
     """Concurrent calls of an async function that accepts one response."""
     retries: int = Field(0, ge=0, le=20)
-    """Further calls of a function of one response after an exception, after 1 s, 2 s, 4 s and so on."""
+    """Further calls of a function of one response after an exception, after 1 s, 2 s, 4 s and so on; further requests
+    to a judge of ``criteria`` whose reply cannot be read, at once."""
     on_error: Literal["stop"] | float = "stop"
-    """Score of a response whose calls of the function all raised an exception; ``stop`` ends the stage instead."""
+    """Score of a response whose calls of the function all raised an exception, or whose judge gave no readable reply on
+    ``criteria``. ``stop`` ends the stage instead; on ``criteria``, if more than ``judge.max_unreadable`` of the replies
+    cannot be read, and it scores each of them as if only penalties were satisfied."""
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
         sources = [name for name in SOURCES if getattr(self, name) is not None]
+        if self.criteria is not None and self.judge is not None:
+            sources.remove("judge")
         if len(sources) != 1:
             listed = f"has {' and '.join(sources)}" if sources else f"has none of {', '.join(SOURCES)}"
             raise ValueError(f"{listed}; a reward comes from exactly one of them.")
         if self.function is None and self.arguments:
             raise ValueError(f"arguments are for a function, and this is a {sources[0]}; remove them.")
-        if self.function is None and (self.retries or self.on_error != "stop"):
-            raise ValueError(f"retries and on_error are for a function, and this is a {sources[0]}; remove them.")
+        if sources[0] not in ("function", "criteria") and (self.retries or self.on_error != "stop"):
+            raise ValueError(
+                f"retries and on_error are for a function or criteria, and this is a {sources[0]}; remove them."
+            )
         if is_reserved(self.label):
             raise ValueError(f"the name '{self.label}' is taken by another metric; set another `name`.")
         return self
@@ -99,13 +90,15 @@ class RewardEntry(VerifierFields):
         source: dict[str, Any] = {}  # a reward stage is an input of the stage, whose key is part of the key
         if self.function is not None:
             source = {"function": scoring_identity(self.function, self.arguments, place)}
-        elif self.judge is not None:
-            source = {"judge": self.judge.identity() | {"reference": self.judge.reference}}
         elif self.verifier is not None:
             source = {"verifier": self.verifier_identity()}
+        elif self.judge is not None:
+            source = {"judge": self.judge.identity()}
         fields: dict[str, Any] = {"name": self.label, "weight": self.weight}
         if self.fallback is not None:
             fields["on_error"] = self.fallback
+        if self.criteria is not None and self.retries:
+            fields["retries"] = self.retries
         return canonical(fields | source | ({"arguments": self.arguments} if self.arguments else {}))
 
 
@@ -180,6 +173,7 @@ class MetricFunction(VerifierFields):
     """Keyword arguments for the function in addition to rows and responses."""
 
     keyed_when_set: ClassVar[frozenset[str]] = VerifierFields.verifier_fields | {"arguments"}
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"criteria", "judge"})
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -187,6 +181,8 @@ class MetricFunction(VerifierFields):
         if len(sources) != 1:
             listed = f"has {' and '.join(sources)}" if sources else f"has none of function, {', '.join(VERIFIERS)}"
             raise ValueError(f"{listed}; a metric comes from exactly one of them.")
+        if self.judge is not None and self.criteria is None:
+            raise ValueError("judge is for criteria, and there are none; remove it, or write `criteria`.")
         if self.function is None and self.arguments:
             raise ValueError(f"arguments are for a function, and this is {sources[0]}; remove them.")
         return self

@@ -270,6 +270,15 @@ def function_scorer(
     return scorer
 
 
+def explanations_of(scorer: Any, rows: Sequence[Row], responses: Sequence[str]) -> list[Any]:
+    """Return a judge's reasons for the scores of responses that were scored before; empty without any.
+
+    A scorer may have a method ``explain``, which asks nobody.
+    """
+    explanations: list[Any] = scorer.explain(rows, responses) if hasattr(scorer, "explain") else [{}] * len(responses)
+    return explanations
+
+
 def parts_of(scorer: Any, rows: Sequence[Row], responses: Sequence[str], truncated: Sequence[bool] | None) -> Parts:
     """Return a scorer's scores under ``""``, with its components if it has a method ``score_parts``."""
     if hasattr(scorer, "score_parts"):
@@ -372,6 +381,17 @@ class WeightedSum:
                 raise UserError(f"score: two rewards give '{repeated[0]}'; set another `name` for one of them.")
             parts |= new_parts
         return parts
+
+    def explain(self, rows: list[Row], responses: list[str]) -> list[dict[str, Any]]:
+        """Return the reasons of the parts' judges for each response, by part."""
+        explanations: list[dict[str, Any]] = [{} for _ in responses]
+        for part in self.parts:
+            if not hasattr(part.scorer, "explain"):
+                continue
+            for explanation, reasons in zip(explanations, part.scorer.explain(rows, responses), strict=True):
+                if reasons:
+                    explanation[part.name] = reasons
+        return explanations
 
     def _score_each(self, rows: list[Row], responses: list[str], truncated: list[bool] | None) -> list[Parts]:
         """Return the components of each part. Async functions and judges wait at the same time, in threads."""

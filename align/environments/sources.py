@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from align.environments.results import (
     read_text,
 )
 from align.errors import UserError
+from align.judges.criteria_scorer import CriteriaScorer, environment_criteria
 from align.verifiers.scorer import VerifierScorer, open_verifier
 
 MESSAGES, RESPONSE = "messages", "response"
@@ -234,11 +236,14 @@ class FunctionSource:
         return {tool_name(path): load_function(path, f"{self.place}.tools") for path in self.paths}
 
     @cached_property
-    def scorer(self) -> FunctionScorer | VerifierScorer:
-        """The function or the verifier that scores."""
+    def scorer(self) -> FunctionScorer | VerifierScorer | CriteriaScorer:
+        """The function, the verifier or the judge that scores."""
         place = f"{self.place}.score"
         if isinstance(self.score, dict):
-            return open_verifier(validate_plain(EnvironmentVerifier, self.score), place)
+            verifier = validate_plain(EnvironmentVerifier, self.score)
+            if verifier.criteria is not None:
+                return environment_criteria(verifier, place)
+            return open_verifier(verifier, place)
         return function_scorer(self.score, self.arguments, place=place)
 
 
@@ -259,6 +264,8 @@ def open_functions(config: EnvironmentConfig, place: str) -> FunctionSource:
     source = FunctionSource(paths, score, config.arguments, tools, config.max_result_tokens, place)
     # A mistake is reported before a model is loaded.
     source.preload()
+    if isinstance(source.scorer, CriteriaScorer):
+        source.scorer.check()
     return source
 
 
@@ -296,7 +303,9 @@ class FunctionEnvironment(Environment):
             values = self.run(scorer.path, scorer.score_parts, [row], [_last_response(messages)])
         except UserError as error:
             raise EnvironmentFailed(str(error)) from None
-        return read_scores({name or SCORE: value[0] for name, value in values.items()}, scorer.path)
+        # A judge may not have decided on a criterion, which is then no number.
+        finite = {name or SCORE: value[0] for name, value in values.items() if math.isfinite(value[0])}
+        return read_scores(finite, scorer.path)
 
     def restore(self, row: Row, actions: Sequence[Action], state: Any = None) -> int:
         """Keep the row. No function is called again."""

@@ -17,7 +17,7 @@ from align.evaluation.answers import Answers, Measured, ResponseSet, RewardField
 from align.evaluation.drift import DriftMeasurement
 from align.evaluation.logprobs import LoadedModels
 from align.evaluation.participants import Performer, Reader, Respondent
-from align.evaluation.plan import Plan
+from align.evaluation.plan import Plan, Program
 from align.evaluation.reward_accuracy import Scores, pair_reports, read_sides, score_sides
 from align.evaluation.rewards import close_rewards
 from align.evaluation.scorecard import ProgramDescription
@@ -37,6 +37,7 @@ from align.evaluation.scoring import (
     verdict_values,
 )
 from align.evaluation.systems import OpenEngine, Policy, ResponseCache, Sampler, System
+from align.judges.criteria_scorer import CriteriaScorer
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 from align.verifiers.scorer import VerifierScorer
@@ -245,11 +246,10 @@ class Evaluation:
                 values[name] |= scores
                 described |= describe_rewards(plan.reward_weights, scores)
             for program in plan.programs:
-                if isinstance(program.scorer, VerifierScorer):
+                if isinstance(program.scorer, VerifierScorer | CriteriaScorer):
                     verdicts = verdict_values(program.scorer, program.metric, plan.rows, response_set)
                     values[name] |= verdicts
-                    meaning = f"share of responses that fail {program.metric} for this reason"
-                    described |= dict.fromkeys(verdicts, (None, meaning))
+                    described |= dict.fromkeys(verdicts, (None, _describe_verdicts(program)))
                 else:
                     values[name][program.metric] = function_values(program.scorer, plan.rows, response_set)
         if plan.scorer is not None:
@@ -367,6 +367,13 @@ def find_copies(plan: Plan, responses: SystemResponses) -> dict[str, list[str]]:
         if tasks:
             copies[system.name] = tasks
     return copies
+
+
+def _describe_verdicts(program: Program) -> str:
+    """Return the meaning of the metrics that a verifier gives in addition to its score."""
+    if isinstance(program.scorer, CriteriaScorer):
+        return f"share of responses, or of their criteria, in the judgments of {program.metric}"
+    return f"share of responses that fail {program.metric} for this reason"
 
 
 def _token_ids(responses: SystemResponses, system: str) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def make_plan(context: StageContext) -> Plan:
         sampling=sampling,
         scorer=open_score(context) if isinstance(config.score, list) else None,
         reward_identities=list(score_identities(config.score).values()) if isinstance(config.score, list) else [],
-        programs=_programs(config),
+        programs=_programs(context),
         pairs=pairs if context.inputs.get("reward") is not None else [],
         heldout=heldout,
         heldout_length=config.max_heldout_length,
@@ -179,19 +179,23 @@ def render_for_all(
     return [rows[index] for index in fitting], prompts, len(rows) - len(fitting)
 
 
-def _programs(config: EvaluateConfig) -> list[Program]:
-    """Load the functions that score responses. Raises ``UserError`` for a missing function."""
+def _programs(context: StageContext) -> list[Program]:
+    """Load the functions that score responses, and check judges. Raises ``UserError`` for a missing function."""
     from align.config.user_functions import function_identity, load_function
     from align.data.scoring import function_scorer
-    from align.verifiers.scorer import open_verifier
+    from align.evaluation.rewards import open_metric
 
+    config: EvaluateConfig = context.config
     programs = []
     places = ["score"] if isinstance(config.score, str) else []
     places += [f"metrics[{number}]" for number in range(len(config.metrics))]
     for place, settings in zip(places, config.metric_functions, strict=True):
         if settings.function is None:
             meaning = f"verdict of {settings.verifier}, from 0 to 1"
-            identity, verifier = settings.identity(place), open_verifier(settings, place)
+            if settings.criteria is not None:
+                meaning = "weighted share of the criteria that the judge finds satisfied, at most 1"
+            identity = settings.identity(place)
+            verifier = open_metric(context, settings, place)
             programs.append(Program(settings.metric, settings.better, meaning, verifier, identity))
             continue
         identity = function_identity(settings.function, place)

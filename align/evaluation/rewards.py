@@ -5,20 +5,17 @@ The same for every stage that scores: sample, synthesize, evaluate and those tha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.config.scores import RewardEntry, RewardJudge
-from align.data.rows import Row, assistant, user
-from align.data.scoring import Part, Parts, RewardScorer, Scorer, WeightedSum, function_scorer
-from align.errors import UserError, shorten
-from align.evaluation import judge as prompts
-from align.evaluation.judge import NAME, JudgmentCaches, judge_request, open_client, unreadable_remedy
-from align.inference.cached_client import CachedClient
-from align.inference.endpoint_client import Endpoint
-from align.inference.requests import Answer, Request
+from align.config.scores import MetricFunction, RewardEntry
+from align.data.rows import Row
+from align.data.scoring import Part, RewardScorer, Scorer, WeightedSum, function_scorer
+from align.judges.client import JudgmentCaches
+from align.judges.criteria_scorer import CriteriaScorer, criteria_scorer
+from align.judges.grades import grade_scorer
+from align.judges.scorer import JudgeScorer
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 from align.verifiers.scorer import VerifierScorer, open_verifier
@@ -28,10 +25,6 @@ REWARD_INPUTS = "score.reward"
 FUNCTION = "function"
 """Name of the function if ``score`` is a text, in logs of stages that also have a reward model."""
 LoadReward = Callable[[Artifact], Scorer]
-READY = [user("Reply with the one word: ready")]
-"""A test request, sent before anything expensive starts."""
-MIN_JUDGMENTS = 32
-"""Judgments before the share of unreadable ones counts: a batch of a few responses has no share to speak of."""
 
 
 @dataclass
@@ -87,7 +80,10 @@ def open_rewards(context: StageContext, load_reward: LoadReward, processes: int 
         elif entry.judge is not None:
             # A stage cache for each judge, so each counts what it costs.
             caches = JudgmentCaches(context.checkpoints / f"score-{entry.label}", context.cache, context.warn)
-            scorer = judge_scorer(entry.judge, caches, place, processes)
+            if entry.criteria is None:
+                scorer = grade_scorer(entry.judge, caches, place, processes)
+            else:
+                scorer = criteria_scorer(entry, caches, place, processes)
         elif entry.verifier is not None:
             scorer = open_verifier(entry, place)
         else:
@@ -98,6 +94,16 @@ def open_rewards(context: StageContext, load_reward: LoadReward, processes: int 
         if isinstance(part.scorer, JudgeScorer):
             part.scorer.check()
     return tuple(parts)
+
+
+def open_metric(context: StageContext, settings: MetricFunction, place: str) -> CriteriaScorer | VerifierScorer:
+    """Return the scorer of a metric of ``evaluate`` that is a verifier; raises as ``open_rewards`` does."""
+    if settings.criteria is None:
+        return open_verifier(settings, place)
+    caches = JudgmentCaches(context.checkpoints / f"metric-{settings.metric}", context.cache, context.warn)
+    scorer = criteria_scorer(settings, caches, place)
+    scorer.check()
+    return scorer
 
 
 def score_facts(parts: tuple[Part, ...]) -> dict[str, Any]:
@@ -129,94 +135,3 @@ def load_late(context: StageContext) -> LoadReward:
         return LateScorer(load_model)
 
     return load
-
-
-@dataclass
-class JudgeScorer:
-    """Scores responses by a judge's grade, from 0 to 1. ``unreadable`` is 1 for a grade that could not be read."""
-
-    config: RewardJudge
-    client: CachedClient
-    endpoint: Endpoint
-    place: str
-    """Place of the entry in the YAML, for messages."""
-    waits: bool = field(default=True, init=False)
-    judgments: int = field(default=0, init=False)
-    """Judgments of this process, and the unreadable ones among them."""
-    unreadable: int = field(default=0, init=False)
-
-    def check(self) -> None:
-        """Ask the judge for a word. Raises ``UserError`` or ``EndpointLost`` for a judge that cannot be used."""
-        answer = self.client.ask(
-            self.endpoint, [judge_request(self.endpoint.identity, self.config, READY)], NAME, fresh=True
-        )[0]
-        if answer.error:
-            raise UserError(f"{self.place}.judge.endpoint: the server {answer.error}.")
-
-    def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
-        """Return one score per response; raises as ``score_parts`` does."""
-        return self.score_parts(rows, responses, truncated)[""]
-
-    def score_parts(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> Parts:
-        """Return the scores under ``""``, and ``unreadable`` per response, 0 or 1. Equal responses are asked once.
-
-        Raises ``UserError`` for a row without a column that is quoted, for a spent budget, and if more than
-        ``max_unreadable`` of all judgments are unreadable; ``EndpointLost`` for a server that is gone. Judgments until
-        then are cached.
-        """
-        requests = [
-            judge_request(
-                self.endpoint.identity,
-                self.config,
-                prompts.grade_prompt([*row["prompt"], assistant(response)], self._rubric(row), self._reference(row)),
-            )
-            for row, response in zip(rows, responses, strict=True)
-        ]
-        answers = self.client.ask(self.endpoint, requests, NAME)
-        grades = [prompts.read_grade(answer.text) for answer in answers]
-        self._check_readable([answer for answer, grade in zip(answers, grades, strict=True) if grade is None], requests)
-        # An unreadable grade counts as the lowest one, and ``unreadable`` marks it.
-        scale = prompts.MAX_GRADE - prompts.MIN_GRADE
-        return {
-            "": [0.0 if grade is None else (grade - prompts.MIN_GRADE) / scale for grade in grades],
-            "unreadable": [float(grade is None) for grade in grades],
-        }
-
-    def usage(self) -> dict[str, Any]:
-        """Return requests, tokens and cost of all attempts and processes of the stage so far."""
-        return self.client.usage_of_stage(self.endpoint, NAME).to_json()
-
-    def _rubric(self, row: Row) -> str:
-        """Return the rubric for a response to this row, with the columns that it quotes."""
-        return prompts.fill_rubric(
-            self.config.rubric or prompts.GRADE_RUBRIC, row, f"{self.place}.judge.rubric: row {row['id']}"
-        )
-
-    def _reference(self, row: Row) -> str:
-        column = self.config.reference
-        if column is None:
-            return ""
-        value = row.get(column)
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            columns = ", ".join(sorted(shorten(str(name)) for name in row))
-            raise UserError(f"{self.place}.judge.reference: row {row['id']} has no '{column}'. Its columns: {columns}.")
-        return str(value)
-
-    def _check_readable(self, unreadable: list[Answer], requests: list[Request]) -> None:
-        self.judgments += len(requests)
-        self.unreadable += len(unreadable)
-        if self.unreadable <= self.config.max_unreadable * max(self.judgments, MIN_JUDGMENTS):
-            return
-        raise UserError(
-            f"{self.place}: the judge {self.endpoint.config.model} gave no readable grade in {self.unreadable} of "
-            f"{self.judgments} judgments; max_unreadable is {self.config.max_unreadable:g}. "
-            f"{unreadable_remedy(self.config, unreadable)}"
-        )
-
-
-def judge_scorer(config: RewardJudge, caches: JudgmentCaches, place: str, processes: int = 1) -> JudgeScorer:
-    """Return the scorer of an entry ``judge``. Raises ``UserError`` when the endpoint's key is not set."""
-    assert config.endpoint is not None
-    # A request that the server rejects (a content filter, a length) costs one grade, not the run.
-    endpoint = Endpoint(config.endpoint, drop=True, place=f"{place}.judge.endpoint")
-    return JudgeScorer(config, open_client(config, caches, processes=processes), endpoint, place)

@@ -17,6 +17,7 @@ from align.errors import UserError
 from align.evaluation.answers import Answers, ResponseSet, RewardField, Values
 from align.evaluation.scorecard import ProgramDescription
 from align.inference.protocol import Response
+from align.judges.criteria_scorer import CriteriaScorer
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 from align.store.fingerprint import digest
@@ -91,12 +92,19 @@ def function_values(scorer: Scorer, rows: Sequence[Row], response_set: ResponseS
 
 
 def verdict_values(
-    scorer: VerifierScorer, metric: str, rows: Sequence[Row], response_set: ResponseSet
+    scorer: VerifierScorer | CriteriaScorer, metric: str, rows: Sequence[Row], response_set: ResponseSet
 ) -> dict[str, Values]:
-    """Return the scores of a verifier as ``metric``, and as ``metric_<reason>`` 1 for a response with that reason."""
+    """Return the scores of a verifier as ``metric``, and as ``metric_<reason>`` 1 for a response with that reason.
+
+    A metric of ``criteria`` that some response lacks is omitted.
+    """
     responses, repeated = response_set.flatten(rows)
     parts = scorer.score_parts(repeated, [response.answer_text for response in responses])
-    return {f"{metric}_{name}" if name else metric: response_set.unflatten(part) for name, part in parts.items()}
+    return {
+        f"{metric}_{name}" if name else metric: response_set.unflatten(part)
+        for name, part in parts.items()
+        if all(map(math.isfinite, part))
+    }
 
 
 def reward_list_values(scorer: WeightedSum, rows: Sequence[Row], response_set: ResponseSet) -> dict[str, Values]:

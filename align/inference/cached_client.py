@@ -65,6 +65,22 @@ def bounds(request: Request) -> tuple[int, int]:
     return content + CALL_FORM * (calls + schemas) + TEMPLATE_TOKENS, request.max_tokens
 
 
+class Sink(Protocol):
+    """Receiver of a backend's answers."""
+
+    def reserve(self, request: Request) -> contextlib.AbstractAsyncContextManager[None]:
+        """Reserve the request's highest cost inside the context."""
+        ...
+
+    def record(self, answered: list[tuple[Request, Answer]]) -> None:
+        """Receive answers."""
+        ...
+
+    def record_lost(self, request: Request) -> None:
+        """Count an attempt that was given up."""
+        ...
+
+
 class Backend(Protocol):
     """A model that answers."""
 

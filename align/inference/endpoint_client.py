@@ -20,7 +20,7 @@ from align.config.endpoint import EndpointConfig
 from align.config.validation import suggest
 from align.data.rows import Message
 from align.errors import UserError, printable, redact, shorten
-from align.inference.cached_client import AnswerSink
+from align.inference.cached_client import Sink
 from align.inference.requests import Answer, Request
 from align.inference.servers.server_client import Reply, ReplyTooLong, Transport
 
@@ -98,7 +98,7 @@ class Endpoint:
             raise UserError(f"{self.place}.key_variable: what {variable} holds is no key: odd characters in it.")
         return key
 
-    def answer(self, requests: list[Request], sink: AnswerSink) -> None:
+    def answer(self, requests: list[Request], sink: Sink) -> None:
         """Send all requests; ``sink.record`` receives each answer as it comes, in any order.
 
         The first request is sent before all others, so a wrong address, key or model shows before many are sent. After
@@ -107,7 +107,7 @@ class Endpoint:
         """
         asyncio.run(self._answer_all(requests, sink))
 
-    async def _answer_all(self, requests: list[Request], sink: AnswerSink) -> None:
+    async def _answer_all(self, requests: list[Request], sink: Sink) -> None:
         transport = Transport(
             self.config.url,
             key=self._key,
@@ -128,7 +128,7 @@ class Endpoint:
         finally:
             await transport.close()
 
-    async def _answer_in_parallel(self, transport: Transport, pending: Iterator[Request], sink: AnswerSink) -> None:
+    async def _answer_in_parallel(self, transport: Transport, pending: Iterator[Request], sink: Sink) -> None:
         failures: list[Exception] = []
 
         async def work() -> None:
@@ -145,7 +145,7 @@ class Endpoint:
         if failures:
             raise _first(failures)
 
-    async def _answer_one(self, transport: Transport, request: Request, sink: AnswerSink) -> None:
+    async def _answer_one(self, transport: Transport, request: Request, sink: Sink) -> None:
         # The cost is reserved before the request is sent: many in flight could exceed the budget together.
         async with sink.reserve(request):
             try:
@@ -159,7 +159,7 @@ class Endpoint:
 
     # ---- attempts ----
 
-    async def _retry(self, transport: Transport, request: Request, sink: AnswerSink) -> Answer:
+    async def _retry(self, transport: Transport, request: Request, sink: Sink) -> Answer:
         """Try until there is an answer or no retry is left."""
         for attempt in range(self.config.retries + 1):
             await asyncio.sleep(max(0.0, self._paused_until - time.monotonic()))
@@ -209,6 +209,8 @@ class Endpoint:
         }
         if request.tools:
             body["tools"] = json.loads(request.tools)
+        if request.response_format:
+            body["response_format"] = json.loads(request.response_format)
         if self.config.send_seed:
             body["seed"] = request.own_seed
         return body
@@ -217,7 +219,7 @@ class Endpoint:
         """Return the answer in a reply's JSON. Raises ``ValueError`` for anything else."""
         return read_completion(reply)
 
-    async def _attempt(self, transport: Transport, request: Request, sink: AnswerSink) -> Answer:
+    async def _attempt(self, transport: Transport, request: Request, sink: Sink) -> Answer:
         content = json.dumps({**self.body(request), **self.config.extra}).encode()
         reply = await transport.exchange(
             "POST", self.path, content, timeout=self.config.timeout, max_bytes=self.max_bytes

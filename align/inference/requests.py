@@ -41,14 +41,17 @@ class Request:
     """Number among several answers to the same messages."""
     tools: str = ""
     """Functions that the model may call, as a JSON list; empty for none."""
+    response_format: str = ""
+    """Format of the answer, as JSON in OpenAI's ``response_format``; empty for text. Only servers read it."""
 
     @cached_property
     def key(self) -> str:
         """Return the sha256 of the request, 64 hex digits."""
         content = asdict(self)
-        if not self.tools:
-            # As it was before there were tools, so their answers stay in the caches.
-            del content["tools"]
+        # As it was before these fields, so earlier answers stay in the caches.
+        for name in ("tools", "response_format"):
+            if not content[name]:
+                del content[name]
         return digest(content)
 
     @property
@@ -166,11 +169,13 @@ class RequestCache:
         if position is None:
             return None
         line = (position.file, position.offset)
-        if line != self._last_line[0]:  # answers of one line are mostly read one after another
+        last = self._last_line  # read once, since another thread may replace it
+        if line != last[0]:  # answers of one line are mostly read one after another
             with self._files[position.file].open("rb") as file:
                 file.seek(position.offset)
-                self._last_line = line, json.loads(file.read(position.length))["answers"]
-        entry = self._last_line[1][position.index]
+                last = line, json.loads(file.read(position.length))["answers"]
+            self._last_line = last
+        entry = last[1][position.index]
         return Lookup(Answer(**entry["answer"]), entry["copied"])
 
     def put(self, answered: Iterable[tuple[Request, Answer]], *, copied: bool = False) -> None:

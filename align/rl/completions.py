@@ -78,11 +78,18 @@ def _facts(rollout: Rollout, index: int) -> dict[str, Any]:
         "response": rollout.texts[index],
         "score": float(tensors["scores"][index]),
         **scores,
+        **_explanation(rollout, index),
         **gold,
         "tokens": len(rollout.responses[index]),
         **_thought_facts(rollout, index),
         "finished": bool(tensors["finished"][index]),
     }
+
+
+def _explanation(rollout: Rollout, index: int) -> dict[str, Any]:
+    """Return the reasons of judges for a score; empty without any."""
+    explanation = rollout.explanations[index] if rollout.explanations else {}
+    return {"explanation": explanation} if explanation else {}
 
 
 def _thought_facts(rollout: Rollout, index: int) -> dict[str, Any]:

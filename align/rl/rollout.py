@@ -43,6 +43,8 @@ class Rollout:
     tensors: dict[str, torch.Tensor]
     episodes: list[Episode] | None = None
     """Turns, calls and scores of each response, if an environment gave the prompts."""
+    explanations: list[dict[str, Any]] = field(default_factory=list)
+    """Reasons of judges for the scores of the first responses, by reward; empty without any."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time by phase of the update."""
     candidates: Rollout | None = None
@@ -167,6 +169,7 @@ class Rollout:
             texts=[self.texts[i] for i in indices],
             tensors={name: select_rows(tensor) for name, tensor in self.tensors.items()},
             episodes=None if self.episodes is None else [self.episodes[i] for i in indices],
+            explanations=[self.explanations[i] for i in indices] if self.explanations else [],
             candidates=self,
             sampling_seconds=self.sampling_seconds,
         )
@@ -284,6 +287,7 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
         texts=[text for part in parts for text in part.texts],
         tensors=tensors,
         episodes=_join_episodes(parts),
+        explanations=_join_explanations(parts),
         # Processes sample at the same time, so the slowest one counts.
         sampling_seconds=max(part.sampling_seconds for part in parts),
     )
@@ -293,6 +297,12 @@ def _join_episodes(parts: Sequence[Rollout]) -> list[Episode] | None:
     if any(part.episodes is None for part in parts):
         return None
     return [episode for part in parts for episode in part.episodes or ()]
+
+
+def _join_explanations(parts: Sequence[Rollout]) -> list[dict[str, Any]]:
+    if not any(part.explanations for part in parts):
+        return []
+    return [explanation for part in parts for explanation in part.explanations or [{}] * len(part)]
 
 
 def _tensor_names(parts: Sequence[Rollout]) -> list[str]:

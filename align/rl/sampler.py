@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from align.config.runtime.launch import rank
-from align.data.scoring import ScoreFunction, Scorer
+from align.data.scoring import ScoreFunction, Scorer, explanations_of
 from align.environments.journal import Journal
 from align.environments.player import EnvironmentPlayer, EpisodeTask, row_tasks
 from align.errors import UserError
@@ -108,6 +108,7 @@ class RolloutSampler:
         # The order matters: the environment's scores are added to the scorer's.
         if self.scorer is not None:
             score_rollout(rollout, self.scorer)
+            rollout.explanations = explain(rollout, self.scorer, self.config.completions)
         if rollout.episodes is not None:
             add_environment_scores(rollout)
         if self.gold is not None:
@@ -295,6 +296,15 @@ def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> 
     for part, scores in parts.items():
         tensor = _check_scores(rollout, [float(score) for score in scores], may_lack=bool(part))
         rollout.tensors[f"{prefix}{part}" if part else name] = tensor
+
+
+def explain(rollout: Rollout, scorer: AnyScorer, count: int) -> list[dict[str, Any]]:
+    """Return the reasons of judges for the scores of the first ``count`` responses, and nothing for the others."""
+    answers: list[str] = [*rollout.answers[:count]]
+    explanations = explanations_of(scorer, rollout.rows[:count], answers)
+    if not any(explanations):
+        return []
+    return explanations + [{} for _ in range(len(rollout) - len(explanations))]
 
 
 def add_environment_scores(rollout: Rollout) -> None:

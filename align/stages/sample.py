@@ -213,7 +213,7 @@ def _answers(sample: dict[str, Any]) -> list[AnswerText]:
 def _score(
     scorer: WeightedSum, context: StageContext, splits: list[SplitPrompts], samples: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """Add ``scores`` to every sample, and ``parts``, the scores of each reward of a list."""
+    """Add ``scores`` to every sample, ``parts``, the scores of each reward of a list, and judges' ``explanations``."""
     cut_off_score = context.config.cut_off_score
     for prompts in splits:
         rows: list[dict[str, Any]] = []
@@ -227,10 +227,13 @@ def _score(
             continue
         # One call scores all responses of a split, so a reward model can batch them.
         parts = scorer.score_parts(rows, texts, cut_off)
+        explanations = scorer.explain(rows, texts)
         start = 0
         for sample in samples[prompts.split]:
             end = start + len(sample["texts"])
             by_name = {name: [_or_none(value) for value in values[start:end]] for name, values in parts.items()}
+            if any(explanations[start:end]):
+                sample["explanations"] = explanations[start:end]
             start = end
             sample["scores"] = by_name.pop("")
             if by_name:

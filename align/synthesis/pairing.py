@@ -13,8 +13,8 @@ from typing import Literal
 from align.config.stages.synthesize import PairsTask
 from align.data.rows import Message, Row, kept_columns
 from align.data.steps.pairs import make_pairs
-from align.evaluation.judge import Outcome, Verdict, combine_verdicts, fill_rubric, pair_prompt, read_verdict
 from align.inference.requests import Answer
+from align.judges.prompts import Outcome, Verdict, combine_verdicts, fill_rubric, pair_prompt, read_verdict
 from align.synthesis.selection import (
     ANSWERS,
     OTHER_BEGINNINGS,

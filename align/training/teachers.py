@@ -17,7 +17,7 @@ import torch
 from align.config.stages.teacher import TeacherConfig
 from align.data.rows import Message, answer_side, assistant
 from align.errors import UserError
-from align.evaluation.judge import fill_rubric
+from align.judges.prompts import fill_rubric
 from align.models.chat.render import render_prompt, require_chat_template
 from align.models.loading import load_tokenizer
 from align.store.fingerprint import digest

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from align.config.endpoint import EndpointJudge
 from align.data.rows import user
 from align.errors import UserError
-from align.evaluation.judge import PROBE_SIZE, JudgeClient, read_verdict, warn_if_unreachable
+from align.evaluation.judge import PROBE_SIZE, JudgeClient, warn_if_unreachable
 from align.inference.endpoint_client import EndpointLost
+from align.judges.prompts import read_verdict
 from tests.support.evaluation.judged_harness import FolderContext, endpoint
 from tests.support.inference.fake_chat import FakeChat, completion
 

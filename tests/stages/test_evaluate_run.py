@@ -22,6 +22,7 @@ from align.pipeline.context import StageContext
 from align.stages import evaluate
 from align.store.artifacts import Artifact, Kind
 from tests.support.inference.fake_chat import FakeChat, completion
+from tests.support.judges import by_word
 from tests.support.stages.evaluation_stage import PROMPTS, context, inputs
 
 __all__ = ["context", "inputs"]  # fixtures
@@ -447,6 +448,37 @@ def test_judge_among_rewards_counts_requests_and_quotes_columns(context, inputs)
     assert metrics["values"]["sft"]["score_judge"] == pytest.approx(6 / 9)
     assert metrics["judges"]["judge"]["requests"] == len(fake.bodies) > 1
     assert any("The source is words." in prompt for prompt in fake.prompts())
+
+
+def test_criteria_are_metrics_with_the_reasons_of_the_judge(context, inputs):
+    fake = FakeChat(by_word)
+    criteria = [{"criterion": "It has an e", "name": "vowel"}, {"criterion": "It has an x", "weight": -1}]
+    judged = {"criteria": criteria, "judge": {"endpoint": {"url": fake.url, "model": "m"}}}
+    config = EvaluateConfig(
+        policies=["sft"],
+        reference="sft",
+        prompts="data",
+        score=[judged],
+        metrics=[judged | {"name": "rubric"}],
+        max_tokens=6,
+        max_prompt_tokens=100,
+    )
+    artifacts = {"policies": inputs["policies"][1:2], "reference": inputs["policies"][1], "prompts": inputs["prompts"]}
+    stage = replace(context, config=config, inputs=artifacts)
+    metrics = evaluate.run(stage)
+    fake.stop()
+    values = metrics["values"]["sft"]
+    # The reward and the metric are one implementation, and share the judge's answers.
+    assert values["rubric"] == values["score_criteria"] == values["score"]
+    assert values["rubric_vowel"] == values["score_criteria_vowel"]
+    assert metrics["judges"]["criteria"]["requests"] == len(fake.bodies) - metrics["judges"]["rubric"]["requests"]
+    lines = [json.loads(line) for line in (stage.output / "samples.jsonl").read_text().splitlines()]
+    sample = next(line["responses"]["sft"][0] for line in lines if line["responses"]["sft"][0]["text"].strip())
+    assert [item["satisfied"] for item in sample["explanation"]["rubric"]] == [
+        "e" in sample["text"],
+        "x" in sample["text"],
+    ]
+    assert sample["explanation"]["criteria"][0]["reason"] == "About: It has an e"
 
 
 def test_thoughts_are_closed_counted_and_not_scored(context, inputs, tmp_path, tiny_model):

@@ -22,6 +22,7 @@ from align.stages import rl as stage
 from align.stages.rl import ReportUpdates
 from align.store.artifacts import Artifact, Kind
 from tests.support.inference.fake_chat import FakeChat, completion
+from tests.support.judges import by_word
 from tests.support.training.harness import events
 
 BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
@@ -236,6 +237,23 @@ def test_killed_stage_with_rewards_repeats_no_request(make_context, monkeypatch)
     assert resumed["judges"] == metrics["judges"]
     weights = [load_file(context.output / "model" / "model.safetensors") for context in (whole, killed)]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
+def test_completions_have_the_reasons_of_a_judge(make_context):
+    fake = FakeChat(by_word)
+    judge = {"endpoint": {"url": fake.url, "model": "good-model"}}
+    score = [{"criteria": ["It has an e", "It has an a"], "judge": judge}]
+    context = make_context("grpo", "criteria", score=score, tuning=LORA, completions=3)
+    metrics = STAGES["grpo"].runner()(context)
+    fake.stop()
+    assert metrics["judges"]["criteria"]["requests"] == len(fake.bodies)
+    lines = [json.loads(line) for line in (context.output / "completions.jsonl").read_text().splitlines()]
+    answered = [line for line in lines if not line["score_criteria_no_answer"]]
+    assert answered and all("explanation" not in line for line in lines if line not in answered)
+    for line in answered:
+        verdicts = [letter in line["response"] for letter in "ea"]
+        assert [item["satisfied"] for item in line["explanation"]["criteria"]] == verdicts
+        assert line["score"] == sum(verdicts) / 2 == line["score_criteria_satisfied"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from align.config.validation import validate
-from align.config.verifiers import VERIFIERS, EnvironmentVerifier
+from align.config.verifiers import PROGRAMS, EnvironmentVerifier
 from align.verifiers.scorer import open_verifier
 from align.verifiers.verdict import REASONS
 from align.verifiers.worker import MEMORY
@@ -71,7 +71,7 @@ def check(kind: str, count: int, seconds: float) -> None:
 
 
 def test_every_verifier_is_fuzzed() -> None:
-    assert set(FIELDS) == set(VERIFIERS)
+    assert set(FIELDS) == set(PROGRAMS)
 
 
 @pytest.mark.parametrize("kind", sorted(set(FIELDS) - {"math", "ifeval"}))

@@ -10,7 +10,6 @@ from align.config.recipe.source_settings import FilesSource
 from align.config.stages.evaluation.tasks import JudgedConfig
 from align.data.rows import Message, assistant, user
 from align.errors import UserError
-from align.evaluation import judge as prompts
 from align.evaluation.answers import Answers, Item, Measured, Turn
 from align.evaluation.judge import JudgeClient
 from align.evaluation.scorecard import Metric
@@ -18,6 +17,7 @@ from align.evaluation.tasks.base import Task, TaskInputs
 from align.evaluation.tasks.records import TaskRecord, describe_records, item_ids, read_records
 from align.evaluation.tasks.sampled import response_counts
 from align.inference.protocol import Sampling
+from align.judges import prompts
 from align.store.fingerprint import digest
 
 if TYPE_CHECKING:

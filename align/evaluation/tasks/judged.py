@@ -21,10 +21,9 @@ from align.config.recipe.source_settings import FilesSource
 from align.config.stages.evaluation.tasks import JudgedConfig
 from align.data.rows import Message
 from align.errors import UserError
-from align.evaluation import judge as prompts
 from align.evaluation.answers import Answers, Item, Measured, Turn
 from align.evaluation.comparisons import length_controlled, obstacle, win_rate
-from align.evaluation.judge import JudgeClient, Outcome, Verdict, warn_if_unreachable
+from align.evaluation.judge import JudgeClient, warn_if_unreachable
 from align.evaluation.scorecard import Metric, SystemInfo
 from align.evaluation.tasks.base import TaskInputs
 from align.evaluation.tasks.graded import (
@@ -40,6 +39,8 @@ from align.evaluation.tasks.graded import (
 )
 from align.evaluation.tasks.records import file_identities, load_records
 from align.inference.protocol import Response
+from align.judges import prompts
+from align.judges.prompts import Outcome, Verdict
 from align.store.fingerprint import canonical
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.data.rows import assistant, user
-from align.evaluation.judge import GRADE_PROMPT, REFERENCE_NOTE, format_references, grade_prompt, read_grade
+from align.judges.prompts import GRADE_PROMPT, REFERENCE_NOTE, format_references, grade_prompt, read_grade
 from tests.support.evaluation.judged_harness import parts
 
 

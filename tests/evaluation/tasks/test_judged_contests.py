@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from align.evaluation.judge import Outcome
 from align.evaluation.tasks.judged import Contest, outcome_by_score, verdict_counts
+from align.judges.prompts import Outcome
 
 OUTCOMES: list[Outcome] = ["one"] * 5 + ["other"] * 2 + ["tie"] * 2 + ["disagreement"] + ["unreadable"] * 3
 

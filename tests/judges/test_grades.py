@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from align.config.scores import RewardJudge
+from align.config.endpoint import RewardJudge
 from align.data.rows import user
 from align.errors import UserError
-from align.evaluation.judge import JudgmentCaches
-from align.evaluation.rewards import MIN_JUDGMENTS, JudgeScorer, judge_scorer
 from align.inference.endpoint_client import EndpointLost
+from align.judges.client import JudgmentCaches
+from align.judges.grades import GradeScorer, grade_scorer
+from align.judges.scorer import MIN_JUDGMENTS
 from tests.support.evaluation.judged_harness import endpoint
 from tests.support.inference.fake_chat import FakeChat, completion
 
@@ -27,9 +28,9 @@ def fake() -> Any:
     server.stop()
 
 
-def judge(fake: FakeChat, folder: Path, shared: Path | None = None, processes: int = 1, **settings: Any) -> JudgeScorer:
+def judge(fake: FakeChat, folder: Path, shared: Path | None = None, processes: int = 1, **settings: Any) -> GradeScorer:
     config = RewardJudge(**endpoint(fake, **settings.pop("at", {})), **settings)
-    return judge_scorer(config, JudgmentCaches(folder, shared, print), "score[1]", processes)
+    return grade_scorer(config, JudgmentCaches(folder, shared, print), "score[1]", processes)
 
 
 def by_text(**grades: str) -> Any:
@@ -112,10 +113,10 @@ def test_processes_share_what_is_left_of_a_budget(fake: FakeChat, tmp_path: Path
     prices = {"price_input": 1e6, "price_output": 1e6, "concurrency": 1}
     alone = judge(fake, tmp_path / "a", at=prices, max_tokens=100, max_cost=9000.0)
     alone.score(ROWS[:1], TEXTS[:1])
-    assert alone.client.budget.limit == 9000.0
+    assert alone.judge.client.budget.limit == 9000.0
     of_two = judge(fake, tmp_path / "a", processes=2, at=prices, max_tokens=100, max_cost=9000.0)
     of_two.score(ROWS[:1], TEXTS[:1])
-    assert of_two.client.budget.limit == 12 + (9000 - 12) / 2
+    assert of_two.judge.client.budget.limit == 12 + (9000 - 12) / 2
 
 
 def test_too_many_unreadable_grades_end_the_run_with_an_example(fake: FakeChat, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from align.config.endpoint import JudgeConfig
 from align.data.rows import assistant, user
 from align.errors import UserError
-from align.evaluation.judge import (
+from align.judges.prompts import (
     Outcome,
     Verdict,
     combine_verdicts,
