@@ -149,7 +149,7 @@ class TransformersEngine:
         return ids.to(self.device), mask.to(self.device)
 
     def token_experts(self, rows: list[list[int]]) -> list[torch.Tensor]:
-        """Return the experts of each row's tokens, (layers, T, k); the model is a mixture of experts."""
+        """Return the experts of each row's tokens, (L, T, k) for L layers; the model is a mixture of experts."""
         return token_experts(self.model, rows)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

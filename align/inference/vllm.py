@@ -280,7 +280,7 @@ class VllmEngine:
         return logprobs
 
     def token_experts(self, rows: list[list[int]]) -> list[torch.Tensor] | None:
-        """Return the experts of each row's tokens, (layers, T, k); None if a compiled model cannot be observed."""
+        """Return the experts of each row's tokens, (L, T, k) for L layers; None for a compiled model."""
         if self.compiles:
             return None
         experts = []

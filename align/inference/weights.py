@@ -56,7 +56,7 @@ def with_stored_names(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the weights of a live model under ``names``, the names of the tensors in the files of ``model_dir``.
 
-    transformers computes with all experts of a layer as one tensor (experts, ...), and stores a tensor for each expert.
+    transformers computes with all experts of a layer as one tensor (E, ...), and stores a tensor for each expert.
     One layer at a time is converted, so memory stays bounded.
     """
     layer = ""

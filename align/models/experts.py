@@ -105,7 +105,7 @@ def record_experts(model: Any) -> Iterator[list[torch.Tensor]]:
 
 @torch.no_grad()
 def token_experts(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Return the sorted experts of each row's tokens: (layers, T, k) for each row, computed one row at a time."""
+    """Return the sorted experts of each row's tokens, (L, T, k) for L layers, computed one row at a time."""
     device = next(model.parameters()).device
     experts = []
     for row in rows:
@@ -116,7 +116,7 @@ def token_experts(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tenso
 
 
 def router_disagreement(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
-    """Return the share of choices, of a token in a layer, with other experts; both are from ``token_experts``."""
+    """Return the share of choices, of a token in a layer, with other experts, from ``token_experts`` (L, T, k)."""
     differs = [(a != b).any(dim=-1).flatten() for a, b in zip(first, second, strict=True)]
     return float(torch.cat(differs).float().mean())
 

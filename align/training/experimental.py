@@ -118,6 +118,7 @@ class CPO(PairForward):
         return self.loss_type in ("ipo", "simpo")
 
     def pair_losses(self, chosen: torch.Tensor, rejected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return CPO's losses and both sides' rewards, each (B,), from log-probabilities (B,)."""
         losses, *rewards = self.cpo_loss(chosen, rejected)  # type: ignore[attr-defined]
         return losses, *rewards
 
@@ -137,6 +138,7 @@ class ORPO(PairForward):
         super().__init__(**kwargs)
 
     def pair_losses(self, chosen: torch.Tensor, rejected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return ORPO's losses and both sides' rewards, each (B,), from log-probabilities (B,)."""
         log_odds, chosen_rewards, rejected_rewards, _, _ = self.odds_ratio_loss(  # type: ignore[attr-defined]
             chosen, rejected
         )

@@ -224,7 +224,7 @@ class Prepared(ShardingTrainer):
 
 
 def part_of_step(trainer: Any, total: torch.Tensor, tokens: int, num_items: Any) -> torch.Tensor:
-    """Return a micro-batch's sum over tokens as its part of a mean over the step's ``tokens``.
+    """Return a micro-batch's sum over tokens, a scalar, as its part of a mean over the step's ``tokens``.
 
     Gradients are averaged over processes, and without ``num_items`` over micro-batches as well, so both divisions are
     undone.

@@ -43,7 +43,7 @@ class LogitTransform:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
-        """Return the derivative of the logits by the head's product, from the logits themselves."""
+        """Return the derivative of the logits (N, V) by the head's product, from the logits themselves."""
         if self.cap is None:
             return self.scale
         # y = c tanh(s x / c)  =>  dy / dx = s (1 - tanh^2) = s (1 - (y / c)^2)
