@@ -36,6 +36,10 @@ class EndpointConfig(Config):
     """Price of a million tokens of answers."""
     concurrency: int = Field(8, ge=1, le=1024)
     """Requests under way at once."""
+    requests_per_minute: int | None = Field(None, ge=1)
+    """Most requests in any 60 seconds, retries included, by all threads of a process. Processes do not share it."""
+    tokens_per_minute: int | None = Field(None, ge=1)
+    """Most tokens of prompts and answers in any 60 seconds; a request under way counts with its ``max_tokens``."""
     timeout: float = Field(120, gt=0)
     """Time limit of one attempt in seconds, from connecting to the last byte."""
     retries: int = Field(5, ge=0, le=100)

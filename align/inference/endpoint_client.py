@@ -21,6 +21,7 @@ from align.config.validation import suggest
 from align.data.rows import Message
 from align.errors import UserError, printable, redact, shorten
 from align.inference.cached_client import Sink
+from align.inference.rate_limits import RateLimit
 from align.inference.requests import Answer, Request
 from align.inference.servers.server_client import Reply, ReplyTooLong, Transport
 
@@ -80,6 +81,7 @@ class Endpoint:
         """
         self.config, self.drop, self.place = config, drop, place
         self.identity = config.identity()
+        self.rate_limit = RateLimit(config)
         self.retried = 0
         self._checked = False
         """True once a request was answered: address, key and model are right."""
@@ -220,12 +222,15 @@ class Endpoint:
         return read_completion(reply)
 
     async def _attempt(self, transport: Transport, request: Request, sink: Sink) -> Answer:
+        sent = await self.rate_limit.acquire(request)
         content = json.dumps({**self.body(request), **self.config.extra}).encode()
         reply = await transport.exchange(
             "POST", self.path, content, timeout=self.config.timeout, max_bytes=self.max_bytes
         )
         if reply.error is None:
-            return await self._read(transport, request, reply)
+            answer = await self._read(transport, request, reply)
+            self.rate_limit.correct(sent, answer)
+            return answer
         # No connection was made, so the request was not sent and is not charged.
         if reply.is_unreachable:
             raise _AttemptFailed(self._explain(reply), is_reached=False)
