@@ -89,7 +89,8 @@ class FixedLengths:
 def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, reuse_forward: float = 0.0) -> Any:
     """Policy, reward model, critic from the reward model, and engine, as ``align.stages.rl`` puts them together."""
     from align.config.runtime import EngineConfig, Runtime
-    from align.data.scoring import Part, RewardScorer, WeightedSum
+    from align.data.ensembles import RewardScorer
+    from align.data.scoring import Part, WeightedSum
     from align.inference.engine import open_engine
     from align.models.compute.processes import use_threads
     from align.models.loading import load_policy

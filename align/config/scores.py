@@ -49,6 +49,10 @@ class RewardEntry(VerifierFields):
     ``criteria``. ``stop`` ends the stage instead; on ``criteria``, if more than ``judge.max_unreadable`` of the replies
     cannot be read, and it scores each of them as if only penalties were satisfied."""
 
+    steps: str | None = Field(None, min_length=1)
+    """Text between two steps of a response, such as two line feeds. The function then returns a list with a score for
+    each step, which ``ppo`` places on the step's last token. The score of the response is their sum."""
+
     @model_validator(mode="after")
     def _check_source(self) -> Self:
         sources = [name for name in SOURCES if getattr(self, name) is not None]
@@ -63,6 +67,8 @@ class RewardEntry(VerifierFields):
             raise ValueError(
                 f"retries and on_error are for a function or criteria, and this is a {sources[0]}; remove them."
             )
+        if self.function is None and self.steps is not None:
+            raise ValueError(f"steps is for a function, and this is a {sources[0]}; remove it.")
         if is_reserved(self.label):
             raise ValueError(f"the name '{self.label}' is taken by another metric; set another `name`.")
         return self
@@ -97,6 +103,8 @@ class RewardEntry(VerifierFields):
         fields: dict[str, Any] = {"name": self.label, "weight": self.weight}
         if self.fallback is not None:
             fields["on_error"] = self.fallback
+        if self.steps is not None:
+            fields["steps"] = self.steps
         if self.criteria is not None and self.retries:
             fields["retries"] = self.retries
         return canonical(fields | source | ({"arguments": self.arguments} if self.arguments else {}))

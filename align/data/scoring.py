@@ -12,19 +12,19 @@ import inspect
 import logging
 import math
 import re
-import statistics
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from align.config.scores import is_reserved
 from align.config.user_functions import check_call, full_path, load_function
 from align.data.event_loop import gather_bounded, wait_for
 from align.data.final_answers import AnswerText, split_thought
+from align.data.process_rewards import StepParts, StepScore, WrongSteps, add_steps, read_steps
 from align.data.rows import Row
 from align.errors import NO_SPACE, StageFailed, UserError, shorten
 from align.store.retry import is_unreachable
@@ -47,6 +47,8 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 """Seconds before the first retry, doubled each time, and their limit."""
 Parts = dict[str, list[float]]
 """Scores under ``""`` and metrics by name, in the order of the responses; NaN if a response lacks a metric."""
+STEPS = "steps"
+"""Metric of a function with ``steps``: the number of steps that it scored."""
 
 
 class Scorer(Protocol):
@@ -79,6 +81,8 @@ class FunctionScorer:
     """Further calls for a response whose call raised an exception."""
     on_error: float | None = None
     """Score of a response whose calls all failed; None to end the stage."""
+    separator: str | None = None
+    """Text between two steps of a response, if the function scores steps."""
 
     @property
     def waits(self) -> bool:
@@ -103,13 +107,17 @@ class FunctionScorer:
         if len(results) != len(responses):
             raise UserError(f"{self.path} returned {len(results)} scores for {len(responses)} responses; one each.")
         scores: list[float] = []
+        steps: list[list[StepScore]] = []
         metrics: Parts = {}
         for index, (row, result) in enumerate(zip(rows, results, strict=True)):
-            score, values = self._read(row, result)
+            if self.separator is not None:
+                steps.append(self._read_steps(row, answers[index], result))
+            score, values = self._read(row, result if self.separator is None else _with_sum(result, steps[-1]))
             scores.append(score)
             for name, value in values.items():
                 metrics.setdefault(name, [math.nan] * len(responses))[index] = value
-        return {"": scores, **metrics}
+        parts: Parts = {"": scores, **metrics}
+        return parts if self.separator is None else StepParts(parts, steps)
 
     @property
     def takes_one(self) -> bool:
@@ -198,6 +206,21 @@ class FunctionScorer:
         frame = (frames_of_function or frames)[-1]
         return f" ({Path(frame.filename).name}:{frame.lineno})"
 
+    def _read_steps(self, row: Row, answer: str, result: Any) -> list[StepScore]:
+        """Return the scores of the steps in a function's result; none if it scores the response as a whole."""
+        value = plain_value(result[SCORE] if isinstance(result, Mapping) and SCORE in result else result)
+        if not isinstance(value, list):
+            return []
+        assert self.separator is not None
+        try:
+            return read_steps(answer, self.separator, value)
+        except WrongSteps as error:
+            raise UserError(
+                f"{self.path} returned {error}, for row {row['id']}. With `steps` a function returns a list with a "
+                "number for each step, or with pairs of a step's text and a number; steps are separated by "
+                f"{self.separator!r}."
+            ) from None
+
     def _read(self, row: Row, result: Any) -> tuple[float, dict[str, float]]:
         """Return the score and the metrics of a function's result: a number, or a mapping with ``score``."""
         if not isinstance(result, Mapping):
@@ -223,6 +246,14 @@ class FunctionScorer:
                 f"{self.path} returned {shorten(repr(value))}{key} for row {row['id']}; it must return finite numbers."
             )
         return float(value)
+
+
+def _with_sum(result: Any, steps: list[StepScore]) -> Any:
+    """Return a function's result with the number of its steps, and with their sum if it is a list of scores."""
+    fields = dict(result) if isinstance(result, Mapping) else {SCORE: result}
+    if isinstance(plain_value(fields.get(SCORE)), list):
+        fields[SCORE] = math.fsum(step.score for step in steps)
+    return {STEPS: float(len(steps)), **fields}
 
 
 def plain_value(value: Any) -> Any:
@@ -253,6 +284,7 @@ def function_scorer(
     label: str = "",
     retries: int = 0,
     on_error: float | None = None,
+    steps: str | None = None,
 ) -> FunctionScorer:
     """Return the scorer behind ``module:name`` or a short name, with keyword ``arguments`` of the function.
 
@@ -261,7 +293,7 @@ def function_scorer(
     function = load_function(path, place)
     full = full_path(path, place)
     check_call(function, arguments or {}, full.rpartition(":")[2], place)
-    scorer = FunctionScorer(full, function, arguments or {}, concurrency, label, retries, on_error)
+    scorer = FunctionScorer(full, function, arguments or {}, concurrency, label, retries, on_error, steps)
     if (retries or on_error is not None) and not scorer.takes_one:
         raise UserError(
             f"{place}: retries and on_error are for a function of one response, and the first parameter of {full} is "
@@ -285,56 +317,6 @@ def parts_of(scorer: Any, rows: Sequence[Row], responses: Sequence[str], truncat
         parts: Parts = scorer.score_parts(rows, responses, truncated)
         return parts
     return {"": scorer.score(rows, responses, truncated)}
-
-
-Combination = Literal["mean", "minimum", "uncertainty"]
-"""Combination of the scores of several reward models (arXiv 2310.02743): their mean; their minimum, so a response
-must satisfy all; or the mean minus ``weight`` times their variance."""
-
-
-@dataclass(frozen=True)
-class RewardScorer:
-    """Scores rows by an ``align.models.reward.RewardModel``. Prompts are rendered with the reward model's template."""
-
-    model: Any
-
-    def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
-        """Return one score per response; a truncated one is read without an end of turn."""
-        finished = None if truncated is None else [not cut for cut in truncated]
-        tools = [row.get("tools") for row in rows]
-        scores: list[float] = self.model.score([row["prompt"] for row in rows], responses, finished, tools)
-        return scores
-
-
-@dataclass(frozen=True)
-class Ensemble:
-    """Combines several scorers. If they disagree, their training data did not decide."""
-
-    members: tuple[Scorer, ...]
-    how: Combination
-    weight: float = 1.0
-    """Of the variance, for ``uncertainty``."""
-
-    def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
-        """Return one score per response."""
-        return self.score_parts(rows, responses, truncated)[""]
-
-    def score_parts(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> Parts:
-        """Return the combined scores under ``""`` and the members' standard deviation under ``spread``."""
-        by_member = [scorer.score(rows, responses, truncated) for scorer in self.members]
-        by_response = list(zip(*by_member, strict=True))
-        combined = [combine(scores, self.how, self.weight) for scores in by_response]
-        return {"": combined, "spread": [statistics.pstdev(scores) for scores in by_response]}
-
-
-def combine(scores: Sequence[float], how: Combination, weight: float) -> float:
-    """Return one score from several of the same response; the variance is the population's."""
-    if how == "minimum":
-        return min(scores)
-    mean = statistics.fmean(scores)
-    if how == "uncertainty":
-        return mean - weight * statistics.pvariance(scores)
-    return mean
 
 
 @dataclass(frozen=True)
@@ -370,7 +352,10 @@ class WeightedSum:
         """
         totals = [0.0] * len(responses)
         parts: Parts = {"": totals}
+        steps: list[list[StepScore]] | None = None
         for part, components in zip(self.parts, self._score_each(rows, responses, truncated), strict=True):
+            if isinstance(components, StepParts):
+                steps = add_steps(steps, components.steps, part.weight)
             scores = components.pop("")
             for index, score in enumerate(scores):
                 totals[index] += part.weight * score
@@ -380,7 +365,7 @@ class WeightedSum:
             if repeated:
                 raise UserError(f"score: two rewards give '{repeated[0]}'; set another `name` for one of them.")
             parts |= new_parts
-        return parts
+        return parts if steps is None else StepParts(parts, steps)
 
     def explain(self, rows: list[Row], responses: list[str]) -> list[dict[str, Any]]:
         """Return the reasons of the parts' judges for each response, by part."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align.config.scores import MetricFunction, RewardEntry
+from align.data.ensembles import RewardScorer
 from align.data.rows import Row
-from align.data.scoring import Part, RewardScorer, Scorer, WeightedSum, function_scorer
+from align.data.scoring import Part, Scorer, WeightedSum, function_scorer
 from align.judges.client import JudgmentCaches
 from align.judges.criteria_scorer import CriteriaScorer, criteria_scorer
 from align.judges.grades import grade_scorer
@@ -76,6 +77,7 @@ def open_rewards(context: StageContext, load_reward: LoadReward, processes: int 
                 label=entry.label,
                 retries=entry.retries,
                 on_error=entry.fallback,
+                steps=entry.steps,
             )
         elif entry.judge is not None:
             # A stage cache for each judge, so each counts what it costs.

@@ -209,10 +209,8 @@ class Endpoint:
             "temperature": request.temperature,
             "top_p": request.top_p,
         }
-        if request.tools:
-            body["tools"] = json.loads(request.tools)
-        if request.response_format:
-            body["response_format"] = json.loads(request.response_format)
+        optional = {"tools": request.tools, "response_format": request.response_format}
+        body |= {name: json.loads(text) for name, text in optional.items() if text}
         if self.config.send_seed:
             body["seed"] = request.own_seed
         return body
@@ -228,9 +226,7 @@ class Endpoint:
             "POST", self.path, content, timeout=self.config.timeout, max_bytes=self.max_bytes
         )
         if reply.error is None:
-            answer = await self._read(transport, request, reply)
-            self.rate_limit.correct(sent, answer)
-            return answer
+            return self.rate_limit.correct(sent, await self._read(transport, request, reply))
         # No connection was made, so the request was not sent and is not charged.
         if reply.is_unreachable:
             raise _AttemptFailed(self._explain(reply), is_reached=False)

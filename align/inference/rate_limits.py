@@ -101,10 +101,11 @@ class RateLimit:
             return None
         return await self.log.acquire(estimate_tokens(request), self.requests or math.inf, self.tokens or math.inf)
 
-    def correct(self, sent: SentRequest | None, answer: Answer) -> None:
-        """Count the tokens of an answered request as the server does, if it says so."""
+    def correct(self, sent: SentRequest | None, answer: Answer) -> Answer:
+        """Count the tokens of an answered request as the server does, if it says so. Returns the answer."""
         if sent is not None and answer.prompt_tokens is not None and answer.completion_tokens is not None:
             sent.tokens = answer.prompt_tokens + answer.completion_tokens
+        return answer
 
 
 def estimate_tokens(request: Request) -> int:

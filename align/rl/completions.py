@@ -15,6 +15,7 @@ from align.errors import shorten
 from align.models.chat.render import token_texts
 from align.rl.reference_scores import reference_of
 from align.rl.rollout import COMPONENT, Rollout
+from align.rl.step_rewards import STEP_REWARDS
 from align.store.json_files import write_text_atomically
 
 FOLDER = "completions"
@@ -37,6 +38,7 @@ def write(folder: Path, rollout: Rollout, count: int, tokenizer: Any) -> None:
             **_facts(rollout, index),
             "kl": float(rollout.tensors["kl"][index].sum()),
             "by_token": _by_token(rollout, index, tokenizer),
+            **_step_rewards(rollout, index),
         }
         lines.append(json.dumps(response | _episode_fields(rollout, index), ensure_ascii=False) + "\n")
     write_text_atomically(path, "".join(lines))
@@ -117,6 +119,14 @@ def _episode_fields(rollout: Rollout, index: int) -> dict[str, Any]:
         "failure": episode.failure,
         "sampled": episode.mask,
     }
+
+
+def _step_rewards(rollout: Rollout, index: int) -> dict[str, Any]:
+    """Return ``[token, score]`` for the last token of each step with a score; empty if steps have none."""
+    if STEP_REWARDS not in rollout.tensors:
+        return {}
+    rewards = rollout.tensors[STEP_REWARDS][index].tolist()
+    return {"step_rewards": [[token, reward] for token, reward in enumerate(rewards) if reward]}
 
 
 def _by_token(rollout: Rollout, index: int, tokenizer: Any) -> list[list[Any]]:

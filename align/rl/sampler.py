@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from align.config.runtime.launch import rank
+from align.data.process_rewards import StepParts, StepScore
 from align.data.scoring import ScoreFunction, Scorer, explanations_of
 from align.environments.journal import Journal
 from align.environments.player import EnvironmentPlayer, EpisodeTask, row_tasks
@@ -23,6 +24,7 @@ from align.models.compute.processes import all_gather
 from align.rl.advantages import fill_failed
 from align.rl.prompts import Prompts, derive_seed
 from align.rl.rollout import COMPONENT, Rollout, join_rollouts, make_rollout
+from align.rl.step_rewards import STEP_REWARDS, place_steps
 from align.store.fingerprint import digest
 
 if TYPE_CHECKING:
@@ -107,8 +109,11 @@ class RolloutSampler:
         """Add scores, and gold scores if there is a gold function."""
         # The order matters: the environment's scores are added to the scorer's.
         if self.scorer is not None:
-            score_rollout(rollout, self.scorer)
-            rollout.explanations = explain(rollout, self.scorer, self.config.completions)
+            steps = score_rollout(rollout, self.scorer)
+            if steps is not None:
+                rollout.tensors[STEP_REWARDS] = place_steps(rollout, steps, self.prompts.reader.tokenizer)
+            if hasattr(self.scorer, "explain"):
+                rollout.explanations = explain(rollout, self.scorer, self.config.completions)
         if rollout.episodes is not None:
             add_environment_scores(rollout)
         if self.gold is not None:
@@ -276,8 +281,10 @@ class ParityProbe:
         return metrics
 
 
-def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> None:
+def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> list[list[StepScore]] | None:
     """Add one number per response to the rollout's tensors under ``name``, and a scorer's components.
+
+    Returns the scores of the steps of each response; None if the scorer scores no steps.
 
     Components of ``gold`` are called ``gold_<component>``, since the reward's components may have the same names.
     Raises ``UserError`` if a scorer returns too few numbers, or a number that is not finite.
@@ -296,6 +303,7 @@ def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> 
     for part, scores in parts.items():
         tensor = _check_scores(rollout, [float(score) for score in scores], may_lack=bool(part))
         rollout.tensors[f"{prefix}{part}" if part else name] = tensor
+    return parts.steps if isinstance(parts, StepParts) else None
 
 
 def explain(rollout: Rollout, scorer: AnyScorer, count: int) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ from align.rl.refusals import RolloutInputs, refuse_inputs, refuse_options, refu
 from align.rl.rewards import KLPenalty, make_controller
 from align.rl.rollout import Rollout
 from align.rl.sampler import ParityProbe, RolloutSampler, require_some_episode
+from align.rl.step_rewards import refuse_steps
 from align.rl.update_log import UpdateLog
 from align.rl.update_steps import make_optimizer, measure_passes, micro_batch_loss
 from align.rl.validation import BestPolicy, make_validation
@@ -187,6 +188,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         if self.validation is not None or self.tasks is not None:
             candidates.seconds["validating"] = validated - synchronized
         # Some methods learn from a part of the responses, and may ask for more of them.
+        refuse_steps(candidates, self.objective.name, self.config.has_token_credit)
         rollout = self.objective.select(candidates, self.sampler)
         rollout.seconds = candidates.seconds
         return rollout

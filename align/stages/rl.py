@@ -20,8 +20,9 @@ from align.config.runtime.launch import rank, world_size
 from align.config.stages.best_of_n import OnlineDpoConfig, RejectionConfig
 from align.config.stages.policy_gradient import GrpoConfig, PpoConfig, RlooConfig
 from align.config.stages.rl import RolloutFields
+from align.data.ensembles import Ensemble, RewardScorer
 from align.data.rows import read_rows
-from align.data.scoring import Ensemble, Part, RewardScorer, Scorer, WeightedSum, function_scorer
+from align.data.scoring import Part, Scorer, WeightedSum, function_scorer
 from align.environments.player import open_player
 from align.environments.user_models import check_user_rows, playing_processes
 from align.errors import UserError

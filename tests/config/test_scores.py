@@ -10,7 +10,7 @@ import pytest
 from align import Pipeline
 from align.config.base import settings_for_key
 from align.config.scores import MetricFunction, score_identities
-from align.config.stages.policy_gradient import GrpoConfig
+from align.config.stages.policy_gradient import GrpoConfig, PpoConfig
 from align.config.user_functions import function_identity
 from align.config.validation import validate
 from align.errors import UserError
@@ -72,6 +72,19 @@ def test_reward_without_name_has_name_of_its_source() -> None:
 )
 def test_a_wrong_entry_is_refused_at_its_place(score: Any, message: str) -> None:
     assert message in refusal(score)
+
+
+def test_steps_are_for_functions_and_ppo() -> None:
+    entry = {"function": LENGTH, "steps": "\n\n"}
+    assert "score[0].steps gives tokens separate rewards, and this method has one advantage" in refusal([entry])
+    assert "steps is for a function, and this is a reward" in refusal([{"reward": "rm", "steps": "."}])
+    ppo = {**GRPO, "score": [entry]}
+    assert validate(PpoConfig, ppo, "p.yaml: stages.ppo").score[0].steps == "\n\n"
+    environment = {"class": "tests.support.environments.classes:Counter", "max_tokens": 64}
+    with pytest.raises(UserError, match="an environment scores turns"):
+        validate(PpoConfig, ppo | {"environment": environment}, "p.yaml: stages.ppo")
+    whole, stepwise = score_of([{"function": LENGTH}])[0], validate(PpoConfig, ppo, "p.yaml").score[0]
+    assert whole.identity("") != stepwise.identity("")
 
 
 def test_what_stands_beside_a_list_must_fit_it() -> None:

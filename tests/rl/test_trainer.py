@@ -353,7 +353,8 @@ def test_an_alarm_is_told_once_and_stops_if_asked(make_trainer, monkeypatch, on_
 
 
 def test_components_of_a_score_are_logged(make_trainer):
-    from align.data.scoring import Ensemble, Part, WeightedSum
+    from align.data.ensembles import Ensemble
+    from align.data.scoring import Part, WeightedSum
     from tests.support.rl.trainers import Fixed
 
     members = tuple(Fixed(*[value] * 8) for value in (1.0, 3.0))

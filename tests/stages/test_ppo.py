@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from align.config.runtime import Runtime
 from align.config.stages.policy_gradient import PpoConfig
+from align.data.ensembles import RewardScorer
 from align.data.rows import assistant, user, write_rows
-from align.data.scoring import RewardScorer
 from align.errors import UserError
 from align.models.loading import load_reward, load_tokenizer
 from align.models.reward import RewardModel
@@ -150,6 +150,19 @@ def test_run_trains_on_a_reward_model_and_reports_every_update(make_context):
     assert events(context, "progress")[-1]["done"] == 2
     assert (context.output / "model" / "model.safetensors").is_file()
     assert (context.output / "adapter" / "adapter_config.json").is_file()
+
+
+def test_scores_of_steps_are_placed_and_recorded(make_context):
+    entry = {"function": "tests.support.rewards:score_pieces", "steps": "e"}
+    context = make_context("run", score=[entry, {"function": "gsm8k_answer"}], tuning=LORA, completions=8)
+    metrics = run(context)
+    assert metrics["score_score_pieces_last"] > 0
+    lines = [json.loads(line) for line in (context.output / "completions.jsonl").read_text().splitlines()]
+    assert len(lines) == 16
+    for line in lines:
+        pieces = [len(piece.strip()) for piece in line["response"].split("e") if piece.strip()]
+        assert line["score_score_pieces_steps"] == len(pieces)
+        assert line["score"] == sum(pieces) == sum(reward for _, reward in line["step_rewards"])
 
 
 def test_phases_of_an_update_have_counts(make_context, monkeypatch):

@@ -47,3 +47,8 @@ async def failing(row: Row, response: str) -> float:
         raise RuntimeError("the sandbox is gone")
     await asyncio.sleep(60)
     return 0.0
+
+
+def score_pieces(row: Row, response: str) -> list[float]:
+    """The length of each step between two letters e."""
+    return [float(len(piece.strip())) for piece in response.split("e") if piece.strip()]

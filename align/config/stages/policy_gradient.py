@@ -147,6 +147,7 @@ class PpoConfig(DriftFields):
     adam_epsilon: ClassVar[float] = 1e-5
     """AdamW's epsilon for the policy; usual for PPO."""
     keyed_when_set: ClassVar[frozenset[str]] = DriftFields.keyed_when_set | {"turn_discount"}
+    has_token_credit: ClassVar[bool] = True
 
     critic: Literal["reward", "policy", "head"] | None = None
     """Model that the critic starts from: by default the reward model, else the policy. From ``policy`` it starts at 0.

@@ -142,6 +142,8 @@ class RolloutFields(TrainerOptions):
     """Checks of the prompts' tokens to skip before the first update (docs/lint.md)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"score", "gold", "lint", "environment"})
+    has_token_credit: ClassVar[bool] = False
+    """True for a method whose tokens have separate advantages, so that scores of steps have an effect."""
 
     @classmethod
     def for_trainer(cls, **settings: Any) -> Self:
@@ -244,6 +246,24 @@ class RolloutFields(TrainerOptions):
             )
         if self.reward and "reward" in reward_names(self.score):
             raise ValueError("the name 'reward' in score is that of the field reward; set another `name`.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        entries = self.score if isinstance(self.score, list) else []
+        for index, entry in enumerate(entries):
+            if entry.steps is None:
+                continue
+            if not self.has_token_credit:
+                raise ValueError(
+                    f"score[{index}].steps gives tokens separate rewards, and this method has one advantage per "
+                    "response; use the stage ppo, or remove steps and return one number."
+                )
+            if self.environment is not None:
+                raise ValueError(
+                    f"score[{index}].steps is for single responses, and an environment scores turns: return "
+                    '{"turn": [...]} from its score, or remove steps.'
+                )
         return self
 
     @model_validator(mode="after")

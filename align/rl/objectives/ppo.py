@@ -14,6 +14,7 @@ from align.rl.objectives import Objective, Step, mask_to_learn
 from align.rl.packing import Batch
 from align.rl.rewards import KLPenalty, shape_rewards
 from align.rl.rollout import Rollout
+from align.rl.step_rewards import STEP_REWARDS
 
 
 class PPOObjective(Objective):
@@ -36,16 +37,16 @@ class PPOObjective(Objective):
         config, tensors = self.config, rollout.tensors
         mask = tensors["response_mask"]
         scores = self.adjusted_scores(rollout, scale=self.scale)
-        turn_rewards = self._turn_rewards(rollout)
-        if turn_rewards is not None:
+        early_rewards = self._early_rewards(rollout)
+        if early_rewards is not None:
             # They are part of the score: the end earns the rest of it.
-            scores = scores - turn_rewards.sum(dim=1)
+            scores = scores - early_rewards.sum(dim=1)
         # 1. Rewards per token: every token pays the KL penalty, the last token earns the score.
         rewards, tensors["kl"] = shape_rewards(
             scores, tensors["logprobs"], tensors["ref_logprobs"], mask, penalty.in_reward
         )
-        if turn_rewards is not None:
-            rewards = rewards + turn_rewards
+        if early_rewards is not None:
+            rewards = rewards + early_rewards
         if config.whiten_rewards:
             # The mean stays (arXiv 2403.17031, detail 11).
             rewards = whiten(rewards, mask, shift_mean=False)
@@ -68,12 +69,13 @@ class PPOObjective(Objective):
             advantages = whiten(advantages, tensors["learn_mask"], shift_mean=True)
         tensors["advantages"] = advantages
 
-    def _turn_rewards(self, rollout: Rollout) -> torch.Tensor | None:
-        """Return the scores of turns on the running scale, (B, T); None without episodes."""
-        rewards = rollout.tensors.get("turn_rewards")
+    def _early_rewards(self, rollout: Rollout) -> torch.Tensor | None:
+        """Return the scores of turns, or of steps, on the running scale, (B, T); None without any."""
+        # Episodes have scores of turns, and single responses may have scores of steps.
+        rewards = rollout.tensors.get("turn_rewards", rollout.tensors.get(STEP_REWARDS))
         if rewards is None or self.scale is None:
             return rewards
-        # Only divided, not shifted: the whole episode's score is shifted once, and its end gets the rest.
+        # Only divided, not shifted: the whole score is shifted once, and the end gets the rest.
         return rewards / (self.scale.std or 1.0)
 
     def token_count(self, batches: list[Batch]) -> float:

@@ -56,6 +56,37 @@ def test_rewards_of_turns_are_on_the_running_scale() -> None:
     assert rollout.tensors["rewards"].tolist() == [[0.5, 0.0, -1.5], [0.0, 0.0, 1.0]]
 
 
+def test_rewards_of_steps_are_a_part_of_the_score() -> None:
+    # Two steps: 2 on the first token, -1 on the second. The score is 4, so 3 are left for the end.
+    rollout = make_rollout([4.0], step_rewards=torch.tensor([[2.0, -1.0, 0.0]]))
+    config = PpoConfig.for_trainer(**SETTINGS | {"gamma": 0.5})
+    PPOObjective(config).advantages(rollout, SimpleNamespace(in_reward=0.2))  # type: ignore[arg-type]
+    # Each token pays 0.2 * 0.5.
+    assert rollout.tensors["rewards"].flatten().tolist() == pytest.approx([1.9, -1.1, 2.9])
+    # gamma 0.5, lambda 1: 2.9; -1.1 + 0.5 * 2.9 = 0.35; 1.9 + 0.5 * 0.35 = 2.075. Values are 0.5, 1 and 2.
+    assert rollout.tensors["returns"].flatten().tolist() == pytest.approx([2.075, 0.35, 2.9])
+    assert rollout.tensors["advantages"].flatten().tolist() == pytest.approx([1.575, -0.65, 0.9])
+
+
+def test_penalty_and_clip_of_a_score_are_taken_at_its_end() -> None:
+    rewards = torch.tensor([[2.0, -1.0, 0.0]])
+    rollout = make_rollout([4.0], step_rewards=rewards, finished=torch.zeros(1, dtype=torch.bool))
+    config = PpoConfig.for_trainer(**SETTINGS, missing_eos_penalty=5.0, score_clip=3.0)
+    PPOObjective(config).advantages(rollout, SimpleNamespace(in_reward=0.0))  # type: ignore[arg-type]
+    # 4 is clipped to 3, the missing end costs 5, and the steps have 1 already: the end earns 3 - 5 - 1.
+    assert rollout.tensors["rewards"].flatten().tolist() == pytest.approx([2.0, -1.0, -3.0])
+
+
+def test_whitening_scales_rewards_of_steps_with_the_others() -> None:
+    rollout = make_rollout([4.0], step_rewards=torch.tensor([[2.0, -1.0, 0.0]]))
+    config = PpoConfig.for_trainer(**SETTINGS, whiten_rewards=True)
+    PPOObjective(config).advantages(rollout, SimpleNamespace(in_reward=0.0))  # type: ignore[arg-type]
+    # 2, -1 and 3 have the mean 4/3 and the variance 26/9. The mean stays: 4/3 + (r - 4/3) / sqrt(26/9).
+    deviation = (26 / 9) ** 0.5
+    expected = [4 / 3 + (reward - 4 / 3) / deviation for reward in (2.0, -1.0, 3.0)]
+    assert rollout.tensors["rewards"].flatten().tolist() == pytest.approx(expected)
+
+
 def test_policy_rests_while_the_critic_warms_up() -> None:
     objective = PPOObjective(PpoConfig.for_trainer(**SETTINGS))
     assert [objective.rests_policy(update) for update in range(4)] == [True, True, False, False]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
 
-from align.data.scoring import RewardScorer
+from align.data.ensembles import RewardScorer
 from align.inference.protocol import Response
 from align.models.reward import RewardModel
 from align.rl import PpoConfig, PPOTrainer
