@@ -113,7 +113,9 @@ def metadata(
         data["license_name"], data["license_link"] = "terms-of-all-sources", f"{CARD}#licenses"
     files = {split: shards(folder, split) for split in SPLITS}
     files = {split: paths for split, paths in files.items() if paths}
-    splits, features, bytes_on_disk = SplitDict(), None, 0
+    splits = SplitDict()
+    features = None
+    bytes_on_disk = 0
     # Sizes come from the footers of the Parquet files, without reading rows.
     for split, paths in files.items():
         parts = [pq.read_metadata(path) for path in paths]
@@ -284,7 +286,8 @@ UNKNOWN = "unknown"
 OTHER = "other"
 
 _CREDIT = frozenset({"credit"})
-_NC, _ND = frozenset({"credit", "non-commercial"}), frozenset({"credit", "no derivatives"})
+_NC = frozenset({"credit", "non-commercial"})
+_ND = frozenset({"credit", "no derivatives"})
 _CC_SA = frozenset({"credit", "alike: CC BY-SA"})
 # NonCommercial's ShareAlike is a separate family: neither license may be exchanged for the other.
 _NC_SA = frozenset({"credit", "non-commercial", "alike: CC BY-NC-SA"})

@@ -32,7 +32,8 @@ RECALL = 0.95
 """Least probability that a pair exactly at the threshold is compared."""
 WINDOW = 32
 """Members of a larger bucket are compared with this many neighbors on either side only."""
-SURE, DOUBT = 3, 2.5
+SURE = 3
+DOUBT = 2.5
 """Standard errors above and below the threshold; between the two, shingles decide instead of the estimate."""
 
 STORED_PAIRS = 1 << 22
@@ -170,7 +171,8 @@ def find_clusters(
     # At a threshold of 1 the standard error is 0 and no pair would be uncertain, so it is taken at 0.95 at most.
     exact = _ExactDecision(threshold, standard_error(min(threshold, 0.95), signature.shape[1]), len(label))
     search.join(exact.collect)
-    compared, left_out = search.compared, search.left_out
+    compared = search.compared
+    left_out = search.left_out
     if exact.count:
         exact.sets = read(np.flatnonzero(exact.is_uncertain))
         if exact.count <= STORED_PAIRS:
@@ -188,7 +190,8 @@ class _ExactDecision:
 
     def __init__(self, threshold: float, error: float, rows: int) -> None:
         self.threshold = threshold
-        self.sure, self.possible = threshold + SURE * error, threshold - DOUBT * error
+        self.sure = threshold + SURE * error
+        self.possible = threshold - DOUBT * error
         self.is_uncertain = np.zeros(rows, dtype=bool)
         """(N,) bool: True for rows of uncertain pairs."""
         self.count = 0
@@ -233,7 +236,10 @@ class _Search:
     """Search of the buckets of all bands, band after band, that joins similar rows."""
 
     def __init__(self, signature: np.ndarray, bands: Bands, label: np.ndarray, rows: np.ndarray) -> None:
-        self.signature, self.bands, self.label, self.rows = signature, bands, label, rows
+        self.signature = signature
+        self.bands = bands
+        self.label = label
+        self.rows = rows
         self.compared = self.left_out = 0
 
     def join(self, judge: Judge) -> None:
@@ -247,7 +253,8 @@ class _Search:
             for left, right in _neighbors(order, bucket):
                 # Pairs that an earlier band has put into one cluster need no comparison.
                 apart = self.label[left] != self.label[right]
-                left, right = left[apart], right[apart]
+                left = left[apart]
+                right = right[apart]
                 self.compared += len(left)
                 similar = judge(left, right, estimate(self.signature, left, right))
                 similar_pairs.append(np.stack([left[similar], right[similar]]))
@@ -356,7 +363,8 @@ def join(label: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
         apart = ends[0] != ends[1]
         if not apart.any():
             return
-        left, right = left[apart], right[apart]
+        left = left[apart]
+        right = right[apart]
         # Point the later cluster at the earlier one, then follow the pointers until every row points at a first row.
         np.minimum.at(label, ends[1][apart], ends[0][apart])
         while not np.array_equal(target := label[label], label):

@@ -179,7 +179,8 @@ def read_words(texts: Sequence[bytes], edges: bool = False) -> Words:
     inside = letters != _SPACE
     # Words begin and end at the switches between space and sign.
     switches = np.flatnonzero(np.diff(inside, prepend=False, append=False))
-    begins, ends = switches[0::2], switches[1::2]
+    begins = switches[0::2]
+    ends = switches[1::2]
     # Compact the bytes to each word and one space after it, so white space and punctuation do not count.
     retained = inside
     retained[ends] = True
@@ -261,7 +262,9 @@ def blocks(rows: Iterable[Sequence[tuple[str, int]]], edges: bool = False) -> It
             yield block()
             first += len(parts) - 1
             size = 0
-            texts, marks, parts = [], [], [0]
+            texts = []
+            marks = []
+            parts = [0]
     if len(parts) > 1:
         yield block()
 

@@ -47,7 +47,10 @@ class Index:
     ) -> None:
         self.size = size
         self.words = np.zeros(len(texts), dtype=np.int64)
-        text_hashes, grams, owners, places = [], [], [], []
+        text_hashes = []
+        grams = []
+        owners = []
+        places = []
         for block in blocks([(text, 0)] for text in texts):
             counts = block.words.counts
             numbers = block.first + np.arange(len(counts))
@@ -66,7 +69,8 @@ class Index:
         self._text_hash, self._hashed_text = _sort_by_hash(text_hash[non_empty], non_empty)
         # All n-grams, sorted by hash, with their text and their place in it; shingles of templates are skipped.
         hashes, order = _sort_by_hash(_concatenate(grams), np.arange(sum(map(len, grams))))
-        owner, place = _concatenate(owners)[order], _concatenate(places)[order]
+        owner = _concatenate(owners)[order]
+        place = _concatenate(places)[order]
         if groups is None:
             groups = np.zeros(len(texts), dtype=np.int64)
         is_template = _find_templates(hashes, owner, groups, template)
@@ -112,7 +116,9 @@ class Index:
         # First search: parts that equal a text, or hold a short text. Such a text is covered in full.
         part, equal_text = self._find_equal(block)
         total = self._counted[self._begin[1:]] - self._counted[self._begin[:-1]]  # counted words of each text
-        rows, texts, words = [row_of_part[part]], [equal_text], [total[equal_text]]
+        rows = [row_of_part[part]]
+        texts = [equal_text]
+        words = [total[equal_text]]
         # Second search: n-grams that the rows share with the long texts.
         hashes, offsets = block.ngrams(self.size)
         row_of_gram = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
@@ -133,7 +139,8 @@ class Index:
         """Return pairs of a part and a text (P,) if the part equals the text, or contains a short text."""
         words = block.words
         match, part = _find_matches(self._text_hash, words.hash_texts())
-        parts, texts = [part], [self._hashed_text[match]]
+        parts = [part]
+        texts = [self._hashed_text[match]]
         # Then runs of words inside the parts that equal a short text.
         for length, (short_hashes, text) in self._short.items():
             assert words.opens is not None and words.closes is not None
@@ -152,7 +159,9 @@ class Index:
         """Return row, text and covered words (P,) of each pair; its n-grams begin at ``place`` (M,)."""
         # Sort the matches, so a pair's matches follow each other by their place in the text.
         order = np.lexsort((place, text, row))
-        row, text, place = row[order], text[order], place[order]
+        row = row[order]
+        text = text[order]
+        place = place[order]
         is_first = _starts_pair(row, text)
         # A pair's last match has no next one and adds its full n-gram.
         is_last = np.append(is_first[1:], True)[: len(is_first)]
@@ -172,7 +181,9 @@ def _find_templates(hashes: np.ndarray, owner: np.ndarray, groups: np.ndarray, s
     """
     group = groups[owner]
     order = np.lexsort((owner, group, hashes))
-    hashes, owner, group = hashes[order], owner[order], group[order]
+    hashes = hashes[order]
+    owner = owner[order]
+    group = group[order]
     # Count the texts of each n-gram within a group.
     is_first = _starts_pair(hashes, group)
     # A gram that a text repeats counts once, since owners are sorted within it.
@@ -204,7 +215,9 @@ def _starts_pair(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def best_of_pairs(left: np.ndarray, right: np.ndarray, amount: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return each pair once, in order, with the largest of its amounts; all (H,)."""
     order = np.lexsort((-amount, right, left))
-    left, right, amount = left[order], right[order], amount[order]
+    left = left[order]
+    right = right[order]
+    amount = amount[order]
     best = _starts_pair(left, right)
     return left[best], right[best], amount[best]
 
@@ -236,7 +249,8 @@ def _split_rows(count: np.ndarray, offsets: np.ndarray) -> Iterator[slice]:
     """Yield spans of hashes of full rows, which begin at ``offsets``, with about ``MAX_MATCHES`` matches each."""
     # Matches before each row; a binary search finds how many rows fit into one group.
     before = np.concatenate([[0], np.cumsum(count)])[offsets]
-    row, rows = 0, len(offsets) - 1
+    row = 0
+    rows = len(offsets) - 1
     while row < rows:
         end = max(row + 1, int(np.searchsorted(before, before[row] + MAX_MATCHES, side="right")) - 1)
         if before[end] > before[row]:

@@ -104,6 +104,7 @@ def without_code(text: str) -> str:
 def excerpt(text: str, start: int, end: int, around: int = 40) -> str:
     """Return the text from ``start`` to ``end`` with a little context, on one line of at most 200 characters."""
     end = min(end, start + 120)
-    before, after = max(0, start - around), min(len(text), end + around)
+    before = max(0, start - around)
+    after = min(len(text), end + around)
     quoted = " ".join(text[before:after].split())
     return ("…" if before else "") + quoted + ("…" if after < len(text) else "")

@@ -78,7 +78,8 @@ class BadRecord(UserError):
 
     def __init__(self, where: str, problem: str) -> None:
         super().__init__(f"{where}: {problem}")
-        self.where, self.problem = where, problem
+        self.where = where
+        self.problem = problem
 
     @property
     def message(self) -> str:

@@ -350,7 +350,8 @@ def _digests(paths: Sequence[Path]) -> dict[str, str]:
     """Return sha256 digests by file name; files of one name in different folders get a number."""
     digests: dict[str, str] = {}
     for path in paths:
-        name, number = path.name, 2
+        name = path.name
+        number = 2
         while name in digests:
             name = f"{path.name} ({number})"
             number += 1

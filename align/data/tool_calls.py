@@ -85,7 +85,8 @@ class _Reader:
     """Collects calls, errors and the remaining text of one turn. ``example`` shows how to write a call."""
 
     def __init__(self, text: str, example: str) -> None:
-        self.text, self.example = text, example
+        self.text = text
+        self.example = example
         self.visible = hide_thoughts(text)
         """The text with spaces for its thoughts, so places in it are those in the text."""
         self.calls: list[ToolCall] = []
@@ -117,7 +118,8 @@ class _Reader:
 
     def result(self) -> ParsedTurn:
         """Return the turn."""
-        pieces, position = [], 0
+        pieces = []
+        position = 0
         for start, end in self._spans:
             pieces.append(self.text[position:start])
             position = end
@@ -132,11 +134,13 @@ class HermesFormat:
     ``<code>name(argument=1)</code>``.
     """
 
-    OPEN, CLOSE = "<tool_call>", "</tool_call>"
+    OPEN = "<tool_call>"
+    CLOSE = "</tool_call>"
     CODE = re.compile(r"<code>(.*?)</code>", re.DOTALL)
 
     def __init__(self, name: str, code: bool = False) -> None:
-        self.name, self._code = name, code
+        self.name = name
+        self._code = code
 
     def parse(self, text: str) -> ParsedTurn:
         """Split an assistant's turn."""

@@ -159,7 +159,8 @@ def finish(work: Path, shards: Sequence[int], last: Path, output: Path) -> tuple
     The digest is of the rows as JSON, so it does not depend on the version of the Parquet writer.
     """
     schema = _schema(last, shards)
-    counts, digests = {}, {}
+    counts = {}
+    digests = {}
     for split in SPLITS:
         hasher = hashlib.sha256()
         tables = _tables_of_split(last, shards, split, schema)
@@ -210,7 +211,8 @@ def _write(output: Path, name: str, tables: Iterator[pa.Table], schema: pa.Schem
     """Write tables into files of ``FILE_ROWS`` rows and return the rows; files get their names when all are written."""
     paths = [output / f".{name}-00000.parquet"]
     writer = pq.ParquetWriter(paths[-1], schema)
-    total, room = 0, FILE_ROWS
+    total = 0
+    room = FILE_ROWS
     for table in tables:
         start = 0
         # A table may fill the rest of one file and begin the next ones.

@@ -72,11 +72,13 @@ def compare(a: Path, b: Path, examples: int = EXAMPLES) -> dict[str, Any]:
     in and added. ``trained_then_tested`` counts prompts of ``a``'s train split that are in ``b``'s test split.
     """
     names: dict[str, int] = {}
-    rows_a, rows_b = _hash_rows(a, names), _hash_rows(b, names)
+    rows_a = _hash_rows(a, names)
+    rows_b = _hash_rows(b, names)
     changes_a, changes_b, pairs = _match_rows(rows_a, rows_b)
     comparison = Comparison(a, b, rows_a, rows_b, changes_a, changes_b, pairs)
     has_same_rows = bool((changes_a == 0).all() and (changes_b == 0).all())
-    trained, tested = rows_a.prompt[rows_a.split == 0], rows_b.prompt[rows_b.split == 1]
+    trained = rows_a.prompt[rows_a.split == 0]
+    tested = rows_b.prompt[rows_b.split == 1]
     return {
         "a": str(a),
         "b": str(b),
@@ -132,14 +134,16 @@ def _match_rows(rows_a: Hashes, rows_b: Hashes) -> tuple[np.ndarray, np.ndarray,
     _, same_a, same_b = np.intersect1d(
         _make_unique(rows_a.id), _make_unique(rows_b.id), assume_unique=True, return_indices=True
     )
-    changes_a, changes_b = np.full(len(rows_a.id), 4, np.uint8), np.full(len(rows_b.id), 4, np.uint8)
+    changes_a = np.full(len(rows_a.id), 4, np.uint8)
+    changes_b = np.full(len(rows_b.id), 4, np.uint8)
     is_moved = (rows_a.split[same_a] != rows_b.split[same_b]) | (rows_a.source[same_a] != rows_b.source[same_b])
     is_changed = np.where(rows_a.content[same_a] == rows_b.content[same_b], 0, 1)
     changes = np.where(is_moved, 3, is_changed).astype(np.uint8)
     changes_a[same_a] = changes
     changes_b[same_b] = changes
     # Then by prompt: a removed and an added row of one prompt have another answer (2).
-    removed, added = np.flatnonzero(changes_a == 4), np.flatnonzero(changes_b == 4)
+    removed = np.flatnonzero(changes_a == 4)
+    added = np.flatnonzero(changes_b == 4)
     _, left, right = np.intersect1d(
         _make_unique(_prompt_in_group(rows_a, removed)),
         _make_unique(_prompt_in_group(rows_b, added)),
@@ -161,7 +165,8 @@ def _prompt_in_group(hashes: Hashes, places: np.ndarray) -> np.ndarray:
 
 def _count_groups(comparison: Comparison, sources: list[str]) -> list[dict[str, Any]]:
     """Return the numbers of rows and of changes for each split and source."""
-    rows_a, rows_b = comparison.rows_a, comparison.rows_b
+    rows_a = comparison.rows_a
+    rows_b = comparison.rows_b
     lines = []
     for split, split_name in enumerate(SPLITS):
         for source, name in enumerate(sources):
@@ -181,7 +186,8 @@ def _count_groups(comparison: Comparison, sources: list[str]) -> list[dict[str, 
 def _count_moves(comparison: Comparison) -> dict[str, int]:
     """Return the numbers of rows that changed their split, and of rows of one split with another source."""
     in_a, in_b = comparison.pairs
-    before, after = comparison.rows_a.split[in_a], comparison.rows_b.split[in_b]
+    before = comparison.rows_a.split[in_a]
+    after = comparison.rows_b.split[in_b]
     has_other_source = comparison.rows_a.source[in_a] != comparison.rows_b.source[in_b]
     return {
         "train to test": int(((before == 0) & (after == 1)).sum()),
@@ -264,7 +270,8 @@ def _compare_ledgers(a: Path, b: Path) -> dict[str, Any]:
     """Return steps and sources of both ledgers, matched by name and order; None if a build has no such line."""
     if not ((a / LEDGER).exists() and (b / LEDGER).exists()):
         return {"steps": [], "sources": []}
-    ledger_a, ledger_b = read_ledger(a), read_ledger(b)
+    ledger_a = read_ledger(a)
+    ledger_b = read_ledger(b)
     steps = _match_lines(_named_steps(ledger_a), _named_steps(ledger_b), "step")
     sources = _match_lines(
         [(str(line["source"]), line) for line in ledger_a["sources"]],
@@ -283,11 +290,13 @@ def _match_lines(
     lines_a: list[tuple[str, Mapping[str, Any]]], lines_b: list[tuple[str, Mapping[str, Any]]], key: str
 ) -> list[dict[str, Any]]:
     """Return the lines of both ledgers side by side, aligned like the lines of a text diff."""
-    names_a, names_b = [name for name, _ in lines_a], [name for name, _ in lines_b]
+    names_a = [name for name, _ in lines_a]
+    names_b = [name for name, _ in lines_b]
     matcher = difflib.SequenceMatcher(None, names_a, names_b, autojunk=False)
     matched: list[dict[str, Any]] = []
     for operation, start_a, end_a, start_b, end_b in matcher.get_opcodes():
-        part_a, part_b = lines_a[start_a:end_a], lines_b[start_b:end_b]
+        part_a = lines_a[start_a:end_a]
+        part_b = lines_b[start_b:end_b]
         if operation == "equal":
             for (name, line_a), (_, line_b) in zip(part_a, part_b, strict=True):
                 matched.append({key: name, "a": _numbers(line_a), "b": _numbers(line_b)})

@@ -13,7 +13,8 @@ from align.data.formats import FieldUsage
 
 MOST_NAMES = 5
 """Fields that the summary's advice names."""
-MANY_PROMPTS, LARGE_CLUSTER = 20, 0.1
+MANY_PROMPTS = 20
+LARGE_CLUSTER = 0.1
 """Number and share of prompts from which on a cluster of near-duplicates is warned of."""
 EXAMPLES = 3
 """Dropped rows shown for each step and reason; all of them are in the build's ``dropped`` files."""
@@ -199,10 +200,12 @@ def _describe_unused(line: dict[str, Any]) -> str:
 def describe_large_cluster(ledger: dict[str, Any]) -> str | None:
     """Return a warning where many prompts are near-duplicates of one another, and so on one side of the split."""
     split = ledger["steps"][-1]["notes"]
-    prompts, largest = split.get("prompts", 0), split.get("largest_cluster", 0)
+    prompts = split.get("prompts", 0)
+    largest = split.get("largest_cluster", 0)
     if largest < max(MANY_PROMPTS, LARGE_CLUSTER * prompts):
         return None
-    test, rows = ledger["splits"]["test"], sum(ledger["splits"].values())
+    test = ledger["splits"]["test"]
+    rows = sum(ledger["splits"].values())
     return (
         f"{largest} of {prompts} prompts are near-duplicates of one another and stay on one side of the split; the "
         f"test split has {test / rows:.0%} of the rows. Where prompts follow a template, set `near_duplicate_prompts: "

@@ -247,7 +247,8 @@ def _typed(value: Any) -> Any:
 def _untyped(fields: dict[str, Any]) -> Any:
     if _TYPE not in fields:
         return fields
-    kind, value = fields[_TYPE], fields["value"]
+    kind = fields[_TYPE]
+    value = fields["value"]
     if kind == "bytes":
         return base64.b64decode(value)
     if kind == "Decimal":

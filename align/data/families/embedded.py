@@ -165,7 +165,8 @@ def _task(rng: random.Random, names: tuple[str, ...]) -> Task:
 
 def question(rng: random.Random) -> Task:
     """Ask one question, with or without a given first word."""
-    topic, first = rng.choice(TOPICS), rng.choice(sorted(BANK["questions"]))
+    topic = rng.choice(TOPICS)
+    first = rng.choice(sorted(BANK["questions"]))
     request = rng.choice(REQUESTS["question"])
     reply = rng.choice(BANK["questions"][first]).format(topic.name, topic.be, rng.choice(topic.adjectives))
     constraints: list[Constraint] = [{"kind": "question"}]

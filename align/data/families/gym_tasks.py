@@ -17,7 +17,8 @@ from align.config.validation import suggest
 from align.data.rows import Row, assistant, user
 from align.errors import UserError, require_extra, shorten
 
-PACKAGE, EXTRA = "reasoning_gym", "gym"
+PACKAGE = "reasoning_gym"
+EXTRA = "gym"
 ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 KEY = "reasoning_gym"
 """Key of a task in a row's ``checks``."""

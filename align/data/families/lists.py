@@ -178,15 +178,20 @@ def arithmetic(rng: random.Random) -> Task:
     """Ask for a sum, difference or product of small numbers; the reply is only the number."""
     sign = rng.choice("++--*")
     if sign == "+":
-        a, b = rng.randint(2, 30), rng.randint(2, 20)
-        value, spelled = a + b, f"{a} plus {b}"
+        a = rng.randint(2, 30)
+        b = rng.randint(2, 20)
+        value = a + b
+        spelled = f"{a} plus {b}"
     elif sign == "-":
         b = rng.randint(2, 20)
         a = b + rng.randint(1, 20)
-        value, spelled = a - b, f"{a} minus {b}"
+        value = a - b
+        spelled = f"{a} minus {b}"
     else:
-        a, b = rng.randint(2, 9), rng.randint(2, 9)
-        value, spelled = a * b, f"{a} times {b}"
+        a = rng.randint(2, 9)
+        b = rng.randint(2, 9)
+        value = a * b
+        spelled = f"{a} times {b}"
     request = rng.choice(REQUESTS["arithmetic"])
     prompt = request.format(f"{a} {sign} {b}", spelled)
     return Task(prompt, str(value), [{"kind": "number", "value": value}], {"min_words": 1, "max_words": 60})
@@ -202,7 +207,8 @@ def letter_count(rng: random.Random) -> Task:
 
 def repeat(rng: random.Random) -> Task:
     """Ask for a word two to five times."""
-    word, count = rng.choice(WORDS), rng.choice((2, 3, 4, 5))
+    word = rng.choice(WORDS)
+    count = rng.choice((2, 3, 4, 5))
     request = rng.choice(REQUESTS["repeat"])
     prompt = request.format(word, NUMBER[count])
     constraint = {"kind": "in_order", "items": [word] * count}
@@ -229,7 +235,8 @@ def copy(rng: random.Random) -> Task:
 
 def sentence_count(rng: random.Random) -> Task:
     """Ask for exactly one to three sentences."""
-    topic, count = rng.choice(TOPICS), rng.choice((1, 2, 3))
+    topic = rng.choice(TOPICS)
+    count = rng.choice((1, 2, 3))
     request = rng.choice(REQUESTS["sentence_count"])
     reply = " ".join(rng.sample(topic.facts, count))
     unit = "sentence" if count == 1 else "sentences"
@@ -242,10 +249,12 @@ SHINES = {"the moon": "glows", "the sun": "shines", "the ocean": "roars"}
 
 def exact_words(rng: random.Random) -> Task:
     """Ask for exactly three to six words: hard for a small model, easy to check."""
-    topic, count = rng.choice(TOPICS), rng.choice((3, 4, 5, 6))
+    topic = rng.choice(TOPICS)
+    count = rng.choice((3, 4, 5, 6))
     first, second = rng.sample(topic.adjectives, 2)
     bare = topic.name.removeprefix("the ")
-    subject, be = topic.name.capitalize(), topic.be
+    subject = topic.name.capitalize()
+    be = topic.be
     if bare != topic.name:  # "the" is a word of the reply too
         forms = {
             3: f"{subject} {SHINES[topic.name]}.",
@@ -282,7 +291,8 @@ def few_words(rng: random.Random) -> Task:
 
 def keyword_twice(rng: random.Random) -> Task:
     """Ask for the topic word at least two to four times."""
-    topic, count = rng.choice(TOPICS), rng.choice((2, 2, 3, 4))
+    topic = rng.choice(TOPICS)
+    count = rng.choice((2, 2, 3, 4))
     word = topic.name.removeprefix("the ")
     request = rng.choice(REQUESTS["keyword_twice"])
     reply = " ".join(rng.sample(topic.facts, count))

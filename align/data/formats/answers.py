@@ -202,7 +202,8 @@ def _conversation(record: dict[str, Any], side: str) -> list[Message]:
 
 def from_preferences(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert chosen and rejected, each text, one message or a conversation, with a shared prompt field or inside."""
-    chosen_name, rejected_name = require(record, CHOSEN), require(record, REJECTED)
+    chosen_name = require(record, CHOSEN)
+    rejected_name = require(record, REJECTED)
     # Each side may carry its prompt; then both must be the same.
     prompt, chosen = reply(record[chosen_name], chosen_name, options)
     rejected_prompt, rejected = reply(record[rejected_name], rejected_name, options)
@@ -229,7 +230,8 @@ def _prompt_field(record: dict[str, Any], chosen: str, rejected: str, options: R
 def from_unpaired(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert a labeled answer: prompt, completion and label, or messages and label."""
     label = parse_label(record[require(record, LABELS)])
-    answer, conversation = first(record, COMPLETIONS), first(record, CONVERSATIONS)
+    answer = first(record, COMPLETIONS)
+    conversation = first(record, CONVERSATIONS)
     if answer is not None:
         prompt = question(record, require(record, (*PROMPTS, *CONVERSATIONS)), options)
         completion = lone_reply(record[answer], answer, options)
@@ -245,7 +247,8 @@ CONTENTS = ("content", "text", "response", "completion", "answer", "output", "ge
 SCORES = ("score", "rating", "reward", "pm_score", "fine-grained_score", "overall_score")
 RANKS = ("rank", "ranking")
 
-TOP_SCORE, BOTTOM_SCORE = 10.0, 1.0
+TOP_SCORE = 10.0
+BOTTOM_SCORE = 1.0
 MIDDLE_RATING = 3.0
 """Middle of ratings from 1 to 5."""
 

@@ -187,16 +187,19 @@ def _candidates(columns: Sequence[ColumnFacts], count: int) -> Iterator[tuple[st
         # Without a prompt column, each side is a conversation that begins with the prompt.
         yield "preferences", {**renamed, "better": {"label": label.name, "a": pair[0], "b": pair[1]}}
     # Two answers in columns whose names say which is better.
-    better, worse = _named(names, BETTER_NAMES), _named(names, WORSE_NAMES)
+    better = _named(names, BETTER_NAMES)
+    worse = _named(names, WORSE_NAMES)
     if better and worse and (better.name, worse.name) != ("chosen", "rejected"):
         mapped = {"prompt": prompt.name} if prompt else {}
         yield "preferences", {"columns": {**mapped, "chosen": better.name, "rejected": worse.name}}
     # A question with its choices and the right one.
-    choices, key = _choice_columns(columns), _named(names, KEY_NAMES)
+    choices = _choice_columns(columns)
+    key = _named(names, KEY_NAMES)
     if prompt and choices and key:
         yield "prompts", {}
     # One answer with a score in each record, and several records to a prompt.
-    answer, score = _named(names, ANSWER_NAMES), _named(names, SCORE_NAMES)
+    answer = _named(names, ANSWER_NAMES)
+    score = _named(names, SCORE_NAMES)
     if prompt and answer and score and score.is_number and len(prompt.distinct) <= MOST_DISTINCT * count:
         yield "preferences", {**renamed, "grouped": {"by": prompt.name, "answer": answer.name, "score": score.name}}
     # Formats that need no mapping.
@@ -271,7 +274,9 @@ def _try(
             choice = choose_format(source, group_records(source.grouped, stream), kind)
         else:
             choice = choose_format(source, stream, kind)
-        rows, dropped, bad = 0, Counter[str](), list[BadRecord]()
+        rows = 0
+        dropped = Counter[str]()
+        bad = list[BadRecord]()
         for item in choice.records:
             try:
                 if isinstance(item, BadRecord):

@@ -260,7 +260,8 @@ def label_rule(better: ComparedColumns, records: Sequence[Mapping[str, Any]], pl
     template = parse_column(better.label)
     values = [value for record in records if (value := template.value(record)) not in (None, "")]
     numbers = [number for value in values if (number := label_number(value)) is not None]
-    a_words, b_words = A_WORDS | {better.a.lower()}, B_WORDS | {better.b.lower()}
+    a_words = A_WORDS | {better.a.lower()}
+    b_words = B_WORDS | {better.b.lower()}
     if not numbers:
         return LabelRule(a_words, b_words)
     # From here on the labels are numbers, whose meaning differs from dataset to dataset.
@@ -281,7 +282,8 @@ def label_rule(better: ComparedColumns, records: Sequence[Mapping[str, Any]], pl
 
 
 def _final_digits(better: ComparedColumns) -> tuple[str, str] | None:
-    a, b = better.a[-1], better.b[-1]
+    a = better.a[-1]
+    b = better.b[-1]
     return (a, b) if a.isdigit() and b.isdigit() and a != b else None
 
 

@@ -129,7 +129,8 @@ def convert(
 def _convert(
     record: dict[str, Any], source: SourceFormat, where: str, kind: str, *, check: bool, usage: FieldUsage
 ) -> list[Row | Dropped]:
-    form, mapping = source.form, source.mapping
+    form = source.form
+    mapping = source.mapping
     # Map the record before the check, since ``columns`` may supply the required names.
     mapped = map_record(record, mapping, source.rule)
     if form == "multiple_choice":

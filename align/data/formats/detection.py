@@ -97,10 +97,12 @@ def _has_rated_responses(record: Record, list_names: tuple[str, ...], item_names
 
 
 def _is_stepwise(record: Record) -> bool:
-    steps_name, labels_name = first(record, fields.STEPS), first(record, fields.STEP_LABELS)
+    steps_name = first(record, fields.STEPS)
+    labels_name = first(record, fields.STEP_LABELS)
     if steps_name is None or labels_name is None or not _has_prompt(record):
         return False
-    steps, labels = record[steps_name], record[labels_name]
+    steps = record[steps_name]
+    labels = record[labels_name]
     if not isinstance(steps, list) or not isinstance(labels, list):
         return False
     return len(steps) == len(labels) > 0 and all(isinstance(step, str) for step in steps)
@@ -120,7 +122,8 @@ def _are_texts(record: Record, *names: str) -> bool:
 
 
 def _is_pair(record: Record) -> bool:
-    chosen, rejected = first(record, fields.CHOSEN), first(record, fields.REJECTED)
+    chosen = first(record, fields.CHOSEN)
+    rejected = first(record, fields.REJECTED)
     if chosen is None or rejected is None or _is_hh_rlhf(record):
         return False
     if first(record, (*fields.PROMPTS, *fields.CONVERSATIONS)) is not None:

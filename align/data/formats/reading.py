@@ -239,7 +239,8 @@ def _items(file: io.BufferedReader, keys: Sequence[str] = ()) -> Iterator[Any]:
     if keys:
         _enter_list(events, keys)
     # Events of ijson: maps and arrays open and close, an item of the list is at depth 1.
-    depth, builder = int(bool(keys)), None
+    depth = int(bool(keys))
+    builder = None
     for event, value in events:
         depth += (event in ("start_map", "start_array")) - (event in ("end_map", "end_array"))
         if depth > DEEPEST:

@@ -87,7 +87,8 @@ def _check_responses(value: Any) -> None:
 
 
 Node = dict[str, Any]
-PROMPTER, ASSISTANT = "prompter", "assistant"
+PROMPTER = "prompter"
+ASSISTANT = "assistant"
 
 
 def from_oasst(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
@@ -170,7 +171,8 @@ SEPARATOR = "\n\n"
 def from_stepwise(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert a record to one row; steps of only white space are dropped with their labels."""
     prompt_name, steps_name, labels_name = (require(record, names) for names in (PROMPTS, STEPS, STEP_LABELS))
-    texts, labels = record[steps_name], record[labels_name]
+    texts = record[steps_name]
+    labels = record[labels_name]
     if not isinstance(texts, list) or not all(isinstance(step, str) for step in texts):
         raise Malformed(f"{steps_name} is no list of texts")
     if not isinstance(labels, list) or len(labels) != len(texts):
@@ -204,7 +206,8 @@ def _step_label(label: Any) -> float:
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-TRUE_WORDS, FALSE_WORDS = ("yes", "true"), ("no", "false")
+TRUE_WORDS = ("yes", "true")
+FALSE_WORDS = ("no", "false")
 
 
 @dataclass(frozen=True)
@@ -307,7 +310,8 @@ def right_choice(answer: Any, choices: Choices, first_choice: int | None = None)
 
 def describe_answers(answer: Any, choices: Choices, first_choice: int | None) -> str:
     """Return the ways in which a record may name its right choice, and the setting for an answer that is a number."""
-    last, first = len(choices.texts) - 1, first_choice or 0
+    last = len(choices.texts) - 1
+    first = first_choice or 0
     ways = (
         f"the number of a choice from {first} to {first + last}, a letter from A to {LETTERS[last]}, or the text of "
         "one of the choices"

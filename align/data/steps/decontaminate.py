@@ -66,7 +66,9 @@ class Decontaminate:
         row, item, coverage = best_of_pairs(hits.row[contained], item, hits.coverage[contained])
         # Then the MOST items of each row by coverage; ``rank`` is an item's column.
         order = np.lexsort((item, -coverage, row))
-        row, item, coverage = row[order], item[order], coverage[order]
+        row = row[order]
+        item = item[order]
+        coverage = coverage[order]
         rank = np.arange(len(row)) - np.searchsorted(row, row)
         top = rank < MOST
         columns = {

@@ -177,7 +177,8 @@ class SemanticDuplicates:
 
     def __init__(self, config: SemanticDuplicatesStep, context: StepContext) -> None:
         check_part(config.of, context.kind, config.type)
-        self.config, self.context = config, context
+        self.config = config
+        self.context = context
         self._embed: Embed | None = None
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
@@ -212,7 +213,8 @@ class SemanticDuplicates:
 
 SCALE = 32767
 """Integer that represents 1 in a stored embedding."""
-BLOCK, CHUNK = 2048, 8192
+BLOCK = 2048
+CHUNK = 8192
 """Rows compared at once, and earlier rows that they are compared with: 64 MiB of products."""
 _ERROR = 1e-4
 """Upper bound of the error of a product of two float32 vectors of length 1."""
@@ -261,7 +263,9 @@ def find_similar(vectors: np.ndarray, threshold: float, device: str = "cpu") -> 
 
 class _Block:
     def __init__(self, vectors: np.ndarray, begin: int, end: int, threshold: float, device: str) -> None:
-        self.vectors, self.threshold, self.device = vectors, threshold, device
+        self.vectors = vectors
+        self.threshold = threshold
+        self.device = device
         self.rows = np.arange(begin, end)
         self.floats = self._floats(self.rows)
 

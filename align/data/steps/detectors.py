@@ -207,7 +207,8 @@ class PersonalDataFilter:
         return "".join([*parts, text[position:]]) if parts else text
 
 
-_TEXT_CHARS, _ROW_CHARS = 400, 1000
+_TEXT_CHARS = 400
+_ROW_CHARS = 1000
 """Characters read of each text and of a row: more change no judgment, and a long turn does not hide the others."""
 _NOT_WORDS = re.compile(r"`[^`\n]*`|https?://\S+|[\d_=+*/<>|{}\[\]()#\\^~$%&@-]+")
 
@@ -241,7 +242,8 @@ class LanguageFilter(RowFilter):
     """Drops rows in other languages. Loads the model (40 MiB)."""
 
     def __init__(self, config: Language, sides: Sides) -> None:
-        self._config, self._sides = config, sides
+        self._config = config
+        self._sides = sides
         self._detect = load_detector()
         self._keep = frozenset(config.keep)
 

@@ -156,7 +156,8 @@ class TurnsFilter(RowFilter):
 
     def _judge(self, row: Row) -> Dropped | None:
         count = len(row.get("prompt") or ())
-        low, high = self._config.min, self._config.max
+        low = self._config.min
+        high = self._config.max
         if low is not None and count < low:
             return Dropped("filter: turns.min", {"found": count, "limit": low})
         if high is not None and count > high:
@@ -187,7 +188,8 @@ class LengthFilter:
         return results
 
     def _judge(self, prompt: int, replies: list[int]) -> Dropped | None:
-        longest, shortest = max(replies, default=0), min(replies, default=0)
+        longest = max(replies, default=0)
+        shortest = min(replies, default=0)
         # The first bound that a row breaks is its reason.
         for key, limit in self._bounds:
             is_minimum = key.startswith("min")

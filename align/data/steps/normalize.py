@@ -137,7 +137,8 @@ def tidy_whitespace(text: str, blank_lines: int) -> str:
     text = text if text.startswith(("    ", "\t")) else text.lstrip()
     lines: list[str] = []
     # Walk through the lines: inside a fence nothing changes, outside blanks are trimmed and counted.
-    fence, blanks = "", 0
+    fence = ""
+    blanks = 0
     for line in text.split("\n"):
         mark = _FENCE.match(line)
         if fence:
@@ -145,7 +146,8 @@ def tidy_whitespace(text: str, blank_lines: int) -> str:
             if mark and mark[1].startswith(fence) and not line[mark.end() :].strip():
                 fence = ""
         elif mark and not (mark[1][0] == "`" and "`" in line[mark.end() :]):
-            fence, blanks = mark[1], 0
+            fence = mark[1]
+            blanks = 0
         else:
             line = line.rstrip()
             blanks = 0 if line else blanks + 1

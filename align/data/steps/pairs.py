@@ -30,7 +30,9 @@ class Pairs:
     def __init__(self, config: PairsStep, context: StepContext) -> None:
         if context.kind not in KINDS:
             raise UserError(f"the step pairs makes preferences, and the recipe's kind is {context.kind}; remove it.")
-        self.config, self.kind, self.seed = config, context.kind, context.seed
+        self.config = config
+        self.kind = context.kind
+        self.seed = context.seed
 
     def apply(self, rows: list[Row]) -> Sequence[Row | Dropped | list[Row]]:
         """Return the pairs of every row."""
@@ -50,7 +52,8 @@ class Pairs:
         """Return a row that is a pair already, or the reason why it is useless."""
         if has_equal_sides(row):
             return Dropped("chosen equals rejected")
-        better, worse = row.get("chosen_score"), row.get("rejected_score")
+        better = row.get("chosen_score")
+        worse = row.get("rejected_score")
         if better is None or worse is None:
             return row
         scores = {"chosen_score": better, "rejected_score": worse}
@@ -230,10 +233,8 @@ def compare_candidates(
     if len(candidates) < 2:
         return
     # Samples of one prompt are exchangeable, so the first of several best ones is as good as any.
-    best, worst = (
-        max(candidates, key=lambda candidate: candidate.score),
-        min(candidates, key=lambda candidate: candidate.score),
-    )
+    best = max(candidates, key=lambda candidate: candidate.score)
+    worst = min(candidates, key=lambda candidate: candidate.score)
     if how == "best_worst":
         # ``best`` and ``worst`` are one candidate where all scores tie. The first two then stand for the tie.
         yield (best, worst) if best is not worst else (candidates[0], candidates[1])

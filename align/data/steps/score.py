@@ -23,7 +23,9 @@ from align.data.steps.step import ModelLoaders, StepContext, Table, Verdict, kee
 from align.errors import UserError
 from align.pipeline.registry import load_object
 
-BELOW, ABOVE, NO_SCORE = "score too low", "score too high", "no score"
+BELOW = "score too low"
+ABOVE = "score too high"
+NO_SCORE = "no score"
 
 
 RowScorer = Callable[[list[Row]], list[float]]
@@ -61,7 +63,8 @@ class Score:
     """Scores rows and drops those outside the limits. Raises ``UserError`` for a model that is not there."""
 
     def __init__(self, config: ScoreStep, context: StepContext) -> None:
-        self.config, self.context = config, context
+        self.config = config
+        self.context = context
         self._scorer: RowScorer | None = None
 
     def _load(self) -> RowScorer:
@@ -85,7 +88,8 @@ class Score:
 
     def decide(self, table: Table) -> Verdict:
         """Drop rows whose score is too low, too high or not finite; the notes have the scores' quantiles."""
-        scores, keep = table.columns["score"], self.config.keep
+        scores = table.columns["score"]
+        keep = self.config.keep
         code = keep_all(len(table))
         finite = np.isfinite(scores)
         # Absolute limits first; quantiles can only narrow them.

@@ -28,7 +28,9 @@ from align.errors import UserError
 SPLITS = ("train", "test")
 PARTS = ("split", *SPLITS)
 
-EQUAL, OVER, LEAKED = "duplicate", "over max_rows", "its question is in the test split"
+EQUAL = "duplicate"
+OVER = "over max_rows"
+LEAKED = "its question is in the test split"
 
 LARGEST = "largest_cluster"
 """Note of the ledger: prompts of the largest cluster of near-duplicates."""
@@ -99,7 +101,8 @@ class MaxRows:
     """Keeps the rows with the smallest draws."""
 
     def __init__(self, config: MaxRowsStep, context: StepContext) -> None:
-        self.rows, self.seed = config.rows, context.seed
+        self.rows = config.rows
+        self.seed = context.seed
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
         """Return ``draw`` (N,), a number in [0, 1) for each row."""
@@ -129,7 +132,8 @@ class Split:
     """Puts each prompt into one split, together with its near-duplicates."""
 
     def __init__(self, config: SplitStep, context: StepContext) -> None:
-        self.config, self.seed = config, context.seed
+        self.config = config
+        self.seed = context.seed
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
         """Return ``draw`` (N,), ``group`` (N,), a hash of the first question, and perhaps its ``signature``."""
@@ -292,7 +296,8 @@ class Mix:
     """Decides how many times each training row appears."""
 
     def __init__(self, config: MixStep, context: StepContext) -> None:
-        self.config, self.seed = config, context.seed
+        self.config = config
+        self.seed = context.seed
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
         """Return ``draw`` (N,), a number in [0, 1) for each row."""
@@ -346,7 +351,8 @@ class Cap:
     """Keeps the rows of each source with the smallest draws."""
 
     def __init__(self, config: CapStep, context: StepContext) -> None:
-        self.config, self.seed = config, context.seed
+        self.config = config
+        self.seed = context.seed
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
         """Return ``draw`` (N,), a number in [0, 1) for each row."""

@@ -89,7 +89,8 @@ class UrlFilter:
     """Drops rows with an address in a user's turn or a reply, or removes addresses from every text."""
 
     def __init__(self, action: Literal["drop", "strip"], sides: Sides) -> None:
-        self._strip, self._sides = action == "strip", sides
+        self._strip = action == "strip"
+        self._sides = sides
 
     def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
         """Return each row or ``Dropped``; a row with a text of nothing but an address is always dropped."""
@@ -201,7 +202,8 @@ class BoilerplateFilter(RowFilter):
         return None
 
 
-GOPHER_LINES, GOPHER_LINE_CHARS = 0.30, 0.20
+GOPHER_LINES = 0.30
+GOPHER_LINE_CHARS = 0.20
 """Share of repeated lines, and of characters in them; the same limits hold for paragraphs."""
 GOPHER_TOP = {2: 0.20, 3: 0.18, 4: 0.16}
 """Share of characters in all occurrences of the most frequent n-gram, by n."""
@@ -223,7 +225,8 @@ class RepetitionFilter(RowFilter):
     """Drops rows whose reply repeats itself."""
 
     def __init__(self, config: Repetition, sides: Sides) -> None:
-        self._config, self._sides = config, sides
+        self._config = config
+        self._sides = sides
 
     def _judge(self, row: Row) -> Dropped | None:
         for field, text in reply_texts(row, self._sides):
@@ -349,7 +352,9 @@ def _check_duplicate_ngrams(words: list[str], scale: float) -> Repeat | None:
         if len(set(ngrams)) == len(ngrams):
             return None  # then no longer n-gram repeats either
         earlier: set[tuple[str, ...]] = set()
-        repeated, start, first = 0, 0, ""
+        repeated = 0
+        start = 0
+        first = ""
         # A repeated n-gram is counted once and skipped as a whole, so overlapping ones count no character twice.
         while start < len(ngrams):
             if ngrams[start] in earlier:
