@@ -13,7 +13,10 @@ from align.lint.findings import Findings
 from align.models.chat.render import MAX_TRAILING
 from align.models.chat.template_settings import thinking_state
 
-U1, A1, U2, A2 = "Qanat", "Zephyrus", "Xylem", "Vortex"
+U1 = "Qanat"
+A1 = "Zephyrus"
+U2 = "Xylem"
+A2 = "Vortex"
 PROBE = [user(U1), assistant(A1), user(U2), assistant(A2)]
 
 THOUGHT_SIGN = re.compile(r"think|thought|reasoning|<\|channel\|>", re.IGNORECASE)

@@ -45,7 +45,8 @@ START_CHECKS = 200
 """Rows whose beginning is compared with the sampling prompt: templates do not differ from row to row."""
 PADDED_ROWS = 8
 """Rows that are also looked at in one padded batch."""
-SKEWED_SHARE, MIN_LABELS = 0.95, 50
+SKEWED_SHARE = 0.95
+MIN_LABELS = 50
 """From ``MIN_LABELS`` labels on, one label in more than this share of them is reported."""
 
 LEFT_OUT_RULES = {
@@ -147,7 +148,8 @@ class Linter:
         self.totals[split] = (len(numbers), len(dataset))
         self.findings.looked_at += len(numbers)
         for number in numbers:
-            row, place = dict(dataset[number]), Place(split, number + 1)
+            row = dict(dataset[number])
+            place = Place(split, number + 1)
             sequences = reader.sequences(row, None, place)
             # Positions restart at every document; if they count other documents than the pack has, attention leaks.
             lengths = row.get("seq_lengths")

@@ -23,7 +23,9 @@ class Limits:
 
 def check_tokens(sequence: TokenSequence, limits: Limits, findings: Findings) -> None:
     """Check the beginning, the ids, the length, and that all turns are present."""
-    ids, chat_format, place = sequence.ids, sequence.chat_format, sequence.place
+    ids = sequence.ids
+    chat_format = sequence.chat_format
+    place = sequence.place
     if not ids:
         return
     bos = chat_format.tokenizer.bos_token_id
@@ -54,7 +56,8 @@ def _check_turns(sequence: TokenSequence, limits: Limits, findings: Findings) ->
     """Check that the text of every turn is among the tokens."""
     if not sequence.messages:
         return
-    chat_format, text = sequence.chat_format, squeezed(sequence.text)
+    chat_format = sequence.chat_format
+    text = squeezed(sequence.text)
     is_full = is_cut(sequence, limits)
     first = chat_format.first_token
     # A full sequence without the template's first token was cut at its beginning.
@@ -117,7 +120,9 @@ Run = tuple[int, int]
 
 def check_labels(sequence: TokenSequence, limits: Limits, supervise: Supervise, findings: Findings) -> None:
     """Check everything about the labels of one sequence."""
-    labels, ids, place = sequence.labels, sequence.ids, sequence.place
+    labels = sequence.labels
+    ids = sequence.ids
+    place = sequence.place
     if labels is None:
         return
     runs = label_runs(sequence)
@@ -173,7 +178,8 @@ def _last_token(sequence: TokenSequence, run: Run) -> int:
 
 def _check_ends(sequence: TokenSequence, runs: list[Run], limits: Limits, findings: Findings) -> None:
     """Check that each answer's end of turn has a label. Middle turns may be closed with another token, or none."""
-    ids, ends = sequence.ids, sequence.chat_format.ends
+    ids = sequence.ids
+    ends = sequence.chat_format.ends
     for run in runs:
         is_last = run == runs[-1]
         if ids[_last_token(sequence, run)] in ends:
@@ -221,7 +227,8 @@ def _stops_early(sequence: TokenSequence, run: Run) -> bool:
     """Return True if the run stops before its answer's end, which is the effect of a shifted mask."""
     if not sequence.messages:
         return False
-    content, answer = _content(sequence, run), squeezed(sequence.messages[-1]["content"] or "")
+    content = _content(sequence, run)
+    answer = squeezed(sequence.messages[-1]["content"] or "")
     return content != answer and run[1] < len(sequence.ids)
 
 

@@ -180,7 +180,8 @@ def lint_trainer(
     stage = next((TRAINER_STAGES[name] for name in names if name in TRAINER_STAGES), None)
     if stage is None:
         raise UserError(f"lint: {names[0]} is none of the trainers that can be linted: {', '.join(TRAINER_STAGES)}.")
-    args, dataset = trainer.args, trainer.train_dataset
+    args = trainer.args
+    dataset = trainer.train_dataset
     supervised: Supervise = supervise or ("all" if getattr(args, "assistant_only_loss", False) else "last")
     max_length = getattr(trainer.data_collator, "max_length", None) or getattr(args, "max_length", None)
     limits = model_limits(trainer.model, max_length)

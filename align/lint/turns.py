@@ -50,7 +50,8 @@ def check_turns(row: Row, place: Place, chat_format: ChatFormat, findings: Findi
     """Check the roles and texts of one row."""
     for name, messages in turns(row):
         for message in messages:
-            text, role = message["content"] or "", message["role"]
+            text = message["content"] or ""
+            role = message["role"]
             if role not in ROLES:
                 findings.add("unknown-role", place, f"role {role!r}: {text}")
             if not text.strip():
