@@ -138,7 +138,10 @@ def turn_end_last(template: str | None) -> str:
 
 HEAD_DIM = 32
 
-END_OF_TEXT, TURN_START, TURN_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+END_OF_TEXT = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+PAD = "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, PAD)
 """Ids 0 to 3; the end of a turn is id 2, as in SmolLM2."""
 

@@ -45,7 +45,8 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     sin((1 - t) W) / sin W * a + sin(t W) / sin W * b, with W the angle between them (Shoemake 1985). Zero or parallel
     tensors are interpolated along a straight line. Both have one shape.
     """
-    start, end = a.float(), b.float()
+    start = a.float()
+    end = b.float()
     norms = start.norm() * end.norm()
     # A zero tensor has no direction, and so no angle.
     if norms == 0:
@@ -110,7 +111,8 @@ class Weights:
 
     def __init__(self, folder: Path, label: str) -> None:
         """Open a folder, called ``label`` in messages. Raises ``UserError`` if an adapter is stored in it."""
-        self.folder, self.label = folder, label
+        self.folder = folder
+        self.label = label
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if (folder / FOLDER).is_dir():
             raise UserError(
@@ -177,7 +179,8 @@ def check_tensors(first: Weights, second: Weights, optional: frozenset[str] = fr
             f"{incomplete.label} has no {name}, which {complete.label} has; they are not of one architecture."
         )
     for name in sorted(first.names & second.names):
-        first_shape, second_shape = first.shape(name), second.shape(name)
+        first_shape = first.shape(name)
+        second_shape = second.shape(name)
         if first_shape != second_shape:
             hint = " Their vocabularies differ." if first_shape[1:] == second_shape[1:] else ""
             raise UserError(
@@ -205,7 +208,8 @@ def check_origin(models: Sequence[Weights], base: Weights | None) -> list[float]
     for model in models if base is not None else models[1:]:
         product = norm = first_norm = 0.0
         for name in sorted(model.names & first.names):
-            matrix, first_matrix = model[name].double(), first[name].double()
+            matrix = model[name].double()
+            first_matrix = first[name].double()
             if matrix.dim() > 1:
                 # Accumulate the inner product and both norms over all matrices, one tensor at a time.
                 product += float((matrix * first_matrix).sum())

@@ -121,7 +121,8 @@ def _choices(inside: str) -> list[str]:
     span = RANGE.fullmatch(inside.strip())
     if span is None:
         return [choice.strip() for choice in inside.split(",")]
-    first, last = int(span[1]), int(span[2])
+    first = int(span[1])
+    last = int(span[2])
     return [str(number) for number in range(first, last + 1)]
 
 

@@ -21,7 +21,10 @@ from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE
 from align.models.checkpoints.source import BUILT_IN, Origin, resolve
 from align.models.model_plan import known_vocabulary
 
-FIRST, ANSWER, SECOND, RESULT = "Qanat", "Zephyrus", "Xylem", "Vortex"
+FIRST = "Qanat"
+ANSWER = "Zephyrus"
+SECOND = "Xylem"
+RESULT = "Vortex"
 """Rare words of the probes. All other text in a rendering is the template's."""
 TURNS = [
     {"role": "user", "content": FIRST},

@@ -170,7 +170,8 @@ def needs_eager_attention(folder: Path, config: Any, has_own_code: bool = False)
     transformers itself avoids sdpa for models with attention sinks, and sdpa's masks have the sliding windows. Raises
     ``UserError`` for a model whose attention has no cap at all.
     """
-    cap, model_type = getattr(config.get_text_config(), SCORE_CAP, None), config.get_text_config().model_type
+    cap = getattr(config.get_text_config(), SCORE_CAP, None)
+    model_type = config.get_text_config().model_type
     if cap is None:
         return False
     if model_type not in CAPPED and not has_own_code:
@@ -384,7 +385,8 @@ def _quiet() -> Iterator[None]:
     """Silence transformers' report and progress bar for a comparison without loading."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

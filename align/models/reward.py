@@ -202,7 +202,8 @@ class RewardModel:
 
 
 Aggregate = Literal["min", "product", "last", "mean"]
-FILE, FIELD = "align.json", "steps"
+FILE = "align.json"
+FIELD = "steps"
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,8 @@ def tokenize_steps(
         if not parts[number].strip():
             continue
         # Bisect for the first token that completes this step's separator: text(low) has too few, text(high) enough.
-        low, high = start, len(ids)
+        low = start
+        high = len(ids)
         while high - low > 1:
             middle = (low + high) // 2
             if text(middle).count(separator) > number:

@@ -75,7 +75,8 @@ class _PerplexityScorer:
         self.device = device
         self.precision = resolve_precision(config.precision, torch.device(device))
         self.batch_size = config.batch_size
-        self.max_length, self.alone = config.max_length, alone
+        self.max_length = config.max_length
+        self.alone = alone
 
     def __call__(self, rows: list[Row]) -> list[float]:
         # Every row gives up to two texts: the reply after its prompt, and for IFD the reply only.
@@ -179,7 +180,8 @@ def _static(folder: Path, max_length: int) -> Embedder:
 class _Transformer:
     def __init__(self, folder: Path, device: str, max_length: int, batch_size: int) -> None:
         self.device = _device(device)
-        self.max_length, self.batch_size = max_length, batch_size
+        self.max_length = max_length
+        self.batch_size = batch_size
         self.tokenizer = open_tokenizer(folder)
         self.model: Any = open_model("encoder", folder, torch.float32)[0]
         if self.tokenizer.pad_token is None:

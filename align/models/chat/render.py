@@ -279,7 +279,8 @@ def split_turns(
     tokenizer: Any, row: Mapping[str, Any], side: str, places: Sequence[int]
 ) -> list[tuple[list[int], list[int]]]:
     """Return ``split_turn`` of the turns at ``places`` in a row's prompt and answer, each after all before it."""
-    messages, finished = [*row["prompt"], *row[side]], is_finished(row, side)
+    messages = [*row["prompt"], *row[side]]
+    finished = is_finished(row, side)
     # Only the last turn can be cut off.
     return [
         split_turn(

@@ -140,7 +140,8 @@ def grow_embeddings(model: Any, rows: int) -> None:
 def _set_to_mean(model: Any, ids: Sequence[int], trained_rows: int) -> None:
     import torch
 
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     tables = [embedding.weight]
     if head is not None and head.weight is not embedding.weight:
         tables.append(head.weight)

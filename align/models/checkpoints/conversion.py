@@ -182,7 +182,8 @@ def read_base(config_file: Path) -> Base | None:
             f"{config_file}: is the adapter of a reward model. Merge it by `align export {config_file.parent} --base "
             "BASE --output FOLDER`, and bring the folder in with `stage: artifact`."
         )
-    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    name = settings.get("base_model_name_or_path")
+    revision = settings.get("revision")
     if not isinstance(name, str) or not name:
         return None
     return Base(name, revision if isinstance(revision, str) and revision else None)

@@ -22,12 +22,15 @@ from typing import Any
 from align.errors import UserError
 from align.store.fingerprint import file_digest
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 READ_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".bpe", ".spm"})
 """Suffixes of files that affect what the model computes; a README or an optimizer state does not."""
 READ_FOLDERS = ("additional_chat_templates", "adapter")
 """Folders inside a model folder that loaders read: transformers' further templates, and an adapter of align's own."""
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LARGEST_JSON = 64 * 2**20
 """Most bytes of a JSON file; tokenizers of 250,000 tokens need about 30 MB."""
@@ -114,7 +117,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises ``UserError`` for an index that is damaged, names anything but safetensors of this folder, or differs from a
     ``model.safetensors`` next to it, and for a folder without weights.
     """
-    single, index = folder / SINGLE, folder / INDEX
+    single = folder / SINGLE
+    index = folder / INDEX
     if not index.exists():
         if single.is_file():
             return [single]

@@ -211,7 +211,8 @@ def _check_counts(file: Path, part: str, config: Mapping[str, Any], tensors: int
             raise UserError(
                 f"{file}: {name} is {value}, and the weights are {tensors} tensors, less than one for each layer. {FIX}"
             )
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    hidden = config.get("hidden_size")
+    heads = config.get("num_attention_heads")
     if isinstance(hidden, int) and isinstance(heads, int) and not config.get("head_dim") and hidden % heads:
         raise UserError(f"{file}: {part}hidden_size {hidden} is no multiple of {heads} num_attention_heads. {FIX}")
 
@@ -271,7 +272,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
 PLAIN = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 """Vocabulary files that transformers reads without a ``tokenizer.json``."""
 NAMES = ("tokenizer_class", "eos_token", "pad_token", "bos_token", "unk_token")

@@ -151,7 +151,8 @@ class HeadGather:
         """Spread the tokens of slots (M,) and the slots of tokens (N,) over the heads."""
         total = len(token_slots)
         head = torch.arange(heads, device=slot_tokens.device)
-        sources, slot_places = [], []
+        sources = []
+        slot_places = []
         start = 0
         for count, width in shapes:
             # 1. Where each place of the group gets its row from. A token's heads follow each other in the row.

@@ -94,7 +94,8 @@ class _LayoutBuilder:
 
     def add(self, segment: int, queries: int, prefix_width: int) -> None:
         """Place one segment, padded to ``queries`` tokens, and before its keys its ancestors' keys, padded as well."""
-        start, size = self.starts[segment], self.lengths[segment]
+        start = self.starts[segment]
+        size = self.lengths[segment]
         tokens = torch.full((queries,), self.total)
         tokens[:size] = torch.arange(start, start + size)
         self.token_slots[start : start + size] = torch.arange(self.slots, self.slots + size)
@@ -125,7 +126,8 @@ def make_layout(lengths: Sequence[int], parents: Sequence[int | None] | None = N
     ancestors = _find_ancestors(parents or [None] * len(lengths))
     prefix_lengths = [sum(lengths[i] for i in path) for path in ancestors]
     builder = _LayoutBuilder(lengths, starts, ancestors, total=starts[-1])
-    shapes, masks = [], []
+    shapes = []
+    masks = []
     for members in _group_segments(lengths, prefix_lengths):
         queries = lengths[members[0]]  # the first member is the longest
         prefix_width = max(prefix_lengths[member] for member in members)
@@ -163,9 +165,12 @@ def _group_segments(lengths: Sequence[int], prefix_lengths: Sequence[int]) -> li
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -prefix_lengths[i]))
     # work[n]: the least for the first n segments of the order; sizes[n]: the members of the last of their groups.
-    work, sizes = [0], [0]
+    work = [0]
+    sizes = [0]
     for end in range(1, len(order) + 1):
-        best, best_size, widest_prefix = None, 0, 0
+        best = None
+        best_size = 0
+        widest_prefix = 0
         for size in range(1, min(end, MAX_GROUP) + 1):
             longest = order[end - size]
             widest_prefix = max(widest_prefix, prefix_lengths[longest])
@@ -175,7 +180,8 @@ def _group_segments(lengths: Sequence[int], prefix_lengths: Sequence[int]) -> li
                 break
             total = work[end - size] + pairs + GROUP_PAIRS
             if best is None or total < best:
-                best, best_size = total, size
+                best = total
+                best_size = size
             # A larger group has more pairs yet, whatever comes before it.
             if pairs + GROUP_PAIRS > best:
                 break
@@ -370,7 +376,8 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
         output: torch.Tensor = ShortAttention.apply(q, k, v, mask, scale)
         return output
     repeats = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    k = k.repeat_interleave(repeats, dim=1)
+    v = v.repeat_interleave(repeats, dim=1)
     if q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

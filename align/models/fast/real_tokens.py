@@ -80,7 +80,8 @@ class _RealTokens:
     """The two hooks of one trunk."""
 
     def __init__(self, trunk: Any, share: bool) -> None:
-        self.trunk, self.share = trunk, share
+        self.trunk = trunk
+        self.share = share
         self._places: torch.Tensor | None = None
         """For a call that was changed, (B, T): the index in the line of each token, N on padding."""
         self._handles = [
@@ -121,7 +122,8 @@ class _RealTokens:
 
     def _unpack(self, module: Any, args: Any, output: Any) -> Any:
         """Put the states of the line back to the places of their tokens."""
-        places, self._places = self._places, None
+        places = self._places
+        self._places = None
         if places is not None:
             output.last_hidden_state = Spread.apply(output.last_hidden_state[0], places)
         return output
@@ -130,7 +132,8 @@ class _RealTokens:
     def are_exact(self, trunk: Any) -> bool:
         """Return True where two rows with a common prefix have the same states in one line as padded."""
         # Of the config: adapters wrap the embedding, and their modules do not tell its size.
-        vocabulary, device = trunk.config.get_text_config().vocab_size, next(trunk.parameters()).device
+        vocabulary = trunk.config.get_text_config().vocab_size
+        device = next(trunk.parameters()).device
         # Three segments: a prefix of 16 tokens, and behind it 8 and 24. No random numbers are drawn.
         rows = [[(place * 7919 + (place >= 16) * row * 31) % vocabulary for place in range(40)] for row in range(2)]
         mask = torch.ones(2, 40, dtype=torch.long, device=device)
@@ -160,7 +163,8 @@ def _whole_rows(rows: list[list[int]]) -> tuple[PrefixBatch, list[list[int]]]:
 
 def _row_lengths(inputs: dict[str, Any]) -> torch.Tensor | None:
     """Return the lengths (B,) of a right-padded batch's rows; None for a call of another kind."""
-    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    ids = inputs.get("input_ids")
+    mask = inputs.get("attention_mask")
     others = [value for name, value in inputs.items() if name not in (*PASSED_ON, *UNREAD)]
     if inputs.get("use_cache") is not False or any(value is not None and value is not False for value in others):
         return None

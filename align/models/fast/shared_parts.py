@@ -99,7 +99,8 @@ def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[PrefixBatch, list[lis
                 stop += 1
             row = rows[order[start]]
             length = min(common[start : stop - 1], default=len(row))
-            segment, longer_path = parent, path
+            segment = parent
+            longer_path = path
             if length > depth:
                 segment = line.add(row[depth:length], parent)
                 first = line.starts[segment]
@@ -197,9 +198,12 @@ class _SkippedLayer(nn.Module):
 
 @contextmanager
 def _replace_layers(trunk: Any, layers: nn.ModuleList, norm: nn.Module) -> Iterator[None]:
-    original_layers, original_norm = trunk.layers, trunk.norm
-    trunk.layers, trunk.norm = layers, norm
+    original_layers = trunk.layers
+    original_norm = trunk.norm
+    trunk.layers = layers
+    trunk.norm = norm
     try:
         yield
     finally:
-        trunk.layers, trunk.norm = original_layers, original_norm
+        trunk.layers = original_layers
+        trunk.norm = original_norm

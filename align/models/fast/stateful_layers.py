@@ -97,7 +97,8 @@ class _RowHooks:
         """Compute the other groups, and return the results (1, N, H) of the line's tokens."""
         if self._layout is None:
             return None
-        rows, line = _rows_of(self._layout), self._line
+        rows = _rows_of(self._layout)
+        line = self._line
         self._layout = self._line = None
         others = [mixer.forward(**kwargs | {"hidden_states": Spread.apply(line, part)}) for part in rows.places[1:]]
         results = torch.cat([group.flatten(0, 1) for group in (output, *others)])

@@ -78,7 +78,8 @@ def insert_adapters(model: Any, tuning: AdaptersTuning) -> None:
     if tuning.kind == "llama_adapter":
         _insert_llama_adapter(model, tuning)
         return
-    hidden, method = model.config.get_text_config().hidden_size, "adapters"
+    hidden = model.config.get_text_config().hidden_size
+    method = "adapters"
     if tuning.position == "parallel":
         for mlp in gated_mlps(model, method):
             _insert_module(mlp, Parallel(hidden, tuning.size), _add_parallel)

@@ -32,7 +32,8 @@ from align.models.tuning.peft_layers import fuse_lora, merge_layer, tuner_layers
 
 START = "align_start"
 """Attribute of a peft model: its adapters' initial weights by name, where these are part of the initial model."""
-EVA_ROWS, EVA_BATCH = 256, 8
+EVA_ROWS = 256
+EVA_BATCH = 8
 """Training rows that EVA reads at most, and rows per batch."""
 
 
@@ -68,7 +69,8 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
             _start_from_rows(peft_model, rows or ())
     # The adapters are initialized: loading one from a checkpoint must not do it again.
     config = peft_model.peft_config["default"]
-    config.init_lora_weights, config.eva_config = True, None
+    config.init_lora_weights = True
+    config.eva_config = None
     if tuning.starts_from_weights:
         store_initial_values(peft_model)
     fuse_lora(peft_model)
@@ -220,7 +222,8 @@ def save_adapter(peft_model: Any, folder: Path) -> None:
     An adapter that was initialized from the weights is written as an adapter of twice the rank: its product now minus
     its initial product.
     """
-    start, config = getattr(peft_model, START, None), peft_model.peft_config["default"]
+    start = getattr(peft_model, START, None)
+    config = peft_model.peft_config["default"]
     if start is None or getattr(peft_model, "align_quantized", False):
         peft_model.save_pretrained(str(folder), safe_serialization=True)
         return
@@ -233,7 +236,8 @@ def save_adapter(peft_model: Any, folder: Path) -> None:
             state[name] = torch.cat([state[name], -initial.to(state[name].device)], dim=1)
     doubled = copy.copy(config)
     # peft scales by alpha / r, or alpha / sqrt(r) with rslora. Alpha grows so the scale stays the same.
-    doubled.r, doubled.lora_alpha = 2 * config.r, config.lora_alpha * (2**0.5 if config.use_rslora else 2)
+    doubled.r = 2 * config.r
+    doubled.lora_alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)
     peft_model.peft_config["default"] = doubled
     try:
         peft_model.save_pretrained(str(folder), safe_serialization=True, state_dict=state)
@@ -301,7 +305,8 @@ def rows_by_module(model: Any, tokens: Sequence[str]) -> dict[str, list[int]] | 
     if ids is None:
         raise UserError("tuning.train_tokens: this model was not loaded from a checkpoint with a tokenizer.json.")
     names = {id(module): name for name, module in model.named_modules()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     rows = {names[id(embedding)]: list(ids)}
     # peft trains the rows of a tied head together with the embedding's.
     if head is not None and head.weight is not embedding.weight:

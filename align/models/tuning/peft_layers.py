@@ -205,7 +205,8 @@ class FusedLoraLinear(Linear):
         weight: Any = self.base_layer.weight
         if adapter is None or not _is_whole(weight):
             return super().forward(x, *args, **kwargs)
-        low, high = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        low = self.lora_A[adapter].weight
+        high = self.lora_B[adapter].weight
         bias: Any = self.base_layer.bias
         tensors: list[Any] = [x, weight, low, high, *([] if bias is None else [bias])]
         device_type = x.device.type
@@ -225,7 +226,8 @@ class FusedLoraLinear(Linear):
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(names) != 1:
             return None
-        name, base = names[0], self.base_layer
+        name = names[0]
+        base = self.base_layer
         dropout = self.lora_dropout[name]
         if isinstance(dropout, torch.nn.Dropout) and dropout.training and dropout.p > 0:
             return None
@@ -267,7 +269,8 @@ class _LowRankSum(torch.autograd.Function):
         output.addmm_(narrow, high.t(), alpha=scale)
         # Views: a parameter whose values are swapped before the backward pass leaves them as they were.
         ctx.save_for_backward(rows, narrow, weight, low.t(), high.t())
-        ctx.scale, ctx.shape = scale, x.shape
+        ctx.scale = scale
+        ctx.shape = x.shape
         return output.view(*x.shape[:-1], len(weight))
 
     @staticmethod

@@ -21,7 +21,9 @@ from align.models.tuning import inserted_methods, virtual_tokens
 from align.models.tuning.inserted import inserted_weights, insertions, train_insertions_only
 from align.store.json_files import write_text_atomically
 
-FOLDER, DESCRIPTION, WEIGHTS = "adapter", "adapter.json", "adapter.safetensors"
+FOLDER = "adapter"
+DESCRIPTION = "adapter.json"
+WEIGHTS = "adapter.safetensors"
 FORMAT = 1
 
 Inserted = PrefixTuning | PromptTuning | PTuning | AdaptersTuning
@@ -124,7 +126,8 @@ def load_adapter(model: Any, model_dir: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tuning, file = stored_tuning(model_dir), model_dir / FOLDER / WEIGHTS
+    tuning = stored_tuning(model_dir)
+    file = model_dir / FOLDER / WEIGHTS
     try:
         stored = load_file(file)
     except (OSError, SafetensorError) as error:

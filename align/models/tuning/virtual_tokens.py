@@ -106,7 +106,8 @@ class Tokens(Insertion):
 
     def __init__(self, first: int, count: int) -> None:
         super().__init__()
-        self.first, self.count = first, count
+        self.first = first
+        self.count = count
 
     def vectors(self) -> torch.Tensor | None:
         """Return the learned embeddings, of shape (count, hidden); None where only the positions matter."""
@@ -227,7 +228,8 @@ def virtual_mass(model: Any, tokenizer: Any, ids: list[int]) -> float:
     """Return the largest joint probability of the tokens ``ids`` at any position of a few short prompts."""
     if model.get_output_embeddings() is None:
         return 0.0
-    device, largest = model.get_input_embeddings().weight.device, 0.0
+    device = model.get_input_embeddings().weight.device
+    largest = 0.0
     for text in PROBES:
         row = torch.tensor([render_prompt(tokenizer, [{"role": "user", "content": text}])], device=device)
         logits = model(input_ids=row, use_cache=False).logits[0].float()  # (T, V)
@@ -260,17 +262,21 @@ def merge_into_embedding(model: Any, weights: dict[str, torch.Tensor]) -> dict[s
 
     A tied head becomes a separate one, whose rows for the virtual tokens stay zero.
     """
-    tokens, embedding, head = learned_tokens(model), model.get_input_embeddings(), model.get_output_embeddings()
+    tokens = learned_tokens(model)
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     assert tokens is not None
     names = {id(module): name for name, module in model.named_modules()}
-    prefix, merged = f"{names[id(embedding)]}.{NAME}.", dict(weights)
+    prefix = f"{names[id(embedding)]}.{NAME}."
+    merged = dict(weights)
     for name in [name for name in merged if name.startswith(prefix)]:
         del merged[name]
     key = f"{names[id(embedding)]}.weight"
     # Untie: the head keeps the rows of zeros, and the embedding gets the learned vectors.
     if head is not None and head.weight is embedding.weight:
         merged[f"{names[id(head)]}.weight"] = merged[key]
-    table, vectors = merged[key].clone(), tokens.vectors()
+    table = merged[key].clone()
+    vectors = tokens.vectors()
     assert vectors is not None
     table[tokens.first : tokens.first + tokens.count] = vectors.to(table.dtype)
     return merged | {key: table}
