@@ -129,7 +129,8 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         # SFT overrides this: only the loss that a mixture of experts was pretrained with has the routers' term.
         options[ROUTER_LOSS] = 0.0
     arguments = config_class(**{**options, **stage_options, **fields.trainer})
-    arguments.launch, arguments.precision = context.runtime.launch, context.precision
+    arguments.launch = context.runtime.launch
+    arguments.precision = context.precision
     arguments.shared_prefixes = shares_prefixes(context)
     arguments.order_micro_batch = fields.micro_batch  # rows are ordered as in one process (``training.epochs``)
     return use_one_device(arguments)

@@ -34,7 +34,8 @@ class AverageWeights(TrainerCallback):
     """
 
     def __init__(self, model: Any, decay: float) -> None:
-        self.model, self.decay = model, decay
+        self.model = model
+        self.decay = decay
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().clone() for name, p in self.trained.items()}
         self.in_place = False

@@ -27,7 +27,8 @@ from align.store.json_files import DamagedFile, parse_sealed, read_file, sync_fo
 MARKER = "complete.json"
 DAMAGED = "damaged"
 """Folder for damaged checkpoints, next to the valid ones."""
-BLOCK_BYTES, READ_BYTES = 64 * 2**20, 4 * 2**20
+BLOCK_BYTES = 64 * 2**20
+READ_BYTES = 4 * 2**20
 """Size of a block and of a read. Each block has its own digest, so threads can share a file."""
 READERS = min(8, usable_cores())
 """Threads; each computes 2 GB of SHA-256 a second with the processor's own instructions."""
@@ -166,7 +167,8 @@ def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _hash_block(folder: Path, name: str, start: int) -> str:
-    digest, remaining = hashlib.sha256(), BLOCK_BYTES
+    digest = hashlib.sha256()
+    remaining = BLOCK_BYTES
     with (folder / name).open("rb", buffering=0) as file:
         file.seek(start)
         while remaining and (content := file.read(min(remaining, READ_BYTES))):

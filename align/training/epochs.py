@@ -56,7 +56,8 @@ class RankBatchSampler:
     """Batch sampler over ``micro_batches_of_rank``; the trainer calls ``set_epoch`` at the start of each epoch."""
 
     def __init__(self, sampler: Any, **sizes: int) -> None:
-        self.sampler, self.sizes = sampler, sizes
+        self.sampler = sampler
+        self.sizes = sizes
         self.batch_sampler = self  # transformers calls set_epoch on this attribute
 
     def set_epoch(self, epoch: int) -> None:

@@ -48,7 +48,8 @@ SECONDS_FILE = "training_seconds.txt"
 
 LOSSES_COMPARED = 4
 """Logged losses in a fifth of a run from which on their mean says something."""
-LEAST_GAIN, MOST_LOST = 0.05, 0.6
+LEAST_GAIN = 0.05
+MOST_LOST = 0.6
 """A loss that fell by a 20th of its start and then lost six tenths of that gain raises a warning."""
 Scores = dict[str, float]
 HeldOut = Callable[[str], Scores]
@@ -85,7 +86,8 @@ def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = T
 
 def _note_memory(context: StageContext, trainer: Any, extras: Sequence[Any]) -> None:
     """Note the memory that training needs."""
-    tuning, precision = context.config.tuning, context.precision
+    tuning = context.config.tuning
+    precision = context.precision
     max_trained = next((extra.most for extra in extras if isinstance(extra, OpenLayers)), None)
     low = precision == "bfloat16"  # ``Prepared`` rounds activations between layers then
     context.note(notice(trainer.model, tuning, precision, low_residual=low, max_trained=max_trained))
@@ -208,7 +210,8 @@ def _warn_of_lost_progress(context: StageContext, losses: Sequence[float]) -> No
     if count < LOSSES_COMPARED:
         return
     first, *others = (sum(losses[index * count : (index + 1) * count]) / count for index in range(4))
-    lowest, last = min(first, *others), sum(losses[-count:]) / count
+    lowest = min(first, *others)
+    last = sum(losses[-count:]) / count
     gained = first - lowest
     if gained > LEAST_GAIN * abs(first) and last - lowest > MOST_LOST * gained:
         context.warn(

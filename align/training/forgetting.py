@@ -112,7 +112,8 @@ class KLToStart:
 
     def loss(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
         """Return the scalar term of one micro-batch over the tokens in its ``labels`` or ``completion_mask``."""
-        hidden, self.hidden = self.hidden, None
+        hidden = self.hidden
+        self.hidden = None
         mask = answer_mask(inputs)
         if "input_ids" not in inputs or mask is None:
             raise UserError("anchor: kl finds no answer tokens in this stage's batches; set `to: l2`.")
@@ -177,9 +178,14 @@ class Replay(TrainerCallback):
         self, trainer: Any, train: Encoded, test: Encoded, *, rows_per_step: float, weight: float, seed: int
     ) -> None:
         """Use ``train`` and ``test`` rows with ``input_ids`` and ``labels``; ``rows_per_step`` may be a fraction."""
-        self.trainer, self.train, self.test = trainer, train, test
-        self.rows_per_step, self.weight, self.seed = rows_per_step, weight, seed
-        self.step, self.micro = -1, 0
+        self.trainer = trainer
+        self.train = train
+        self.test = test
+        self.rows_per_step = rows_per_step
+        self.weight = weight
+        self.seed = seed
+        self.step = -1
+        self.micro = 0
 
     def watching(self) -> AbstractContextManager[None]:
         """Return an empty context: the term does not read the stage's own forward pass."""
@@ -187,7 +193,8 @@ class Replay(TrainerCallback):
 
     def rows_of(self, step: int) -> list[int]:
         """Return the rows that optimizer step ``step`` (0 for the first) replays."""
-        start, stop = int(step * self.rows_per_step), int((step + 1) * self.rows_per_step)
+        start = int(step * self.rows_per_step)
+        stop = int((step + 1) * self.rows_per_step)
         return replayed_rows(len(self.train.rows), start, stop, self.seed)
 
     def loss(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
@@ -197,7 +204,8 @@ class Replay(TrainerCallback):
         self.micro = self.micro + 1 if step == self.step else 0
         self.step = step
         # The step's rows go to the micro-batches of all processes in turn.
-        step_rows, processes = self.rows_of(step), world_size()
+        step_rows = self.rows_of(step)
+        processes = world_size()
         first = self.micro * processes + rank()
         rows = [self.train.rows[row] for row in step_rows[first :: micro_batches * processes]]
         if not rows:
@@ -243,7 +251,8 @@ def make_replay(context: Any, trainer: Any) -> Replay:
 
     Raises ``UserError`` when no row can be used.
     """
-    config, data = context.config, context.artifact("replay")
+    config = context.config
+    data = context.artifact("replay")
     encoded = {}
     for split, most in (("train", None), ("test", config.eval_rows)):
         rows = read_split(data.split(split), most, f"{context.name}: replay")

@@ -43,7 +43,9 @@ def row_batches(trainer: Any, encoded: Encoded, sides: int = 1) -> Iterator[tupl
 
 def supervised(trainer: Any, encoded: Encoded) -> dict[str, float]:
     """Return ``loss`` (nats per supervised token), ``token_accuracy`` and ``perplexity`` of an SFT trainer's model."""
-    total, tokens, right = 0.0, 0, 0
+    total = 0.0
+    tokens = 0
+    right = 0
     with scoring(trainer):
         for _, inputs in row_batches(trainer, encoded):
             outputs = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
@@ -122,7 +124,8 @@ def pairs(trainer: Any, encoded: Encoded, pad: int) -> dict[str, float]:
     sequences = [row[side] for row in encoded.rows for side in ("chosen_ids", "rejected_ids")]
     with scoring(trainer):
         values = scores(trainer.model, sequences, pad, group_size=2)
-    chosen, rejected = values[0::2], values[1::2]
+    chosen = values[0::2]
+    rejected = values[1::2]
     gaps = torch.tensor(chosen) - torch.tensor(rejected)
     result = {
         "loss": float(-torch.nn.functional.logsigmoid(gaps).mean()),
@@ -143,7 +146,8 @@ def mislabeled(encoded: Encoded) -> dict[int, bool]:
     """Return for each row with two different true scores if the rejected side is better."""
     flips: dict[int, bool] = {}
     for index, row in enumerate(encoded.sources):
-        chosen, rejected = row.get("chosen_score"), row.get("rejected_score")
+        chosen = row.get("chosen_score")
+        rejected = row.get("rejected_score")
         if chosen is not None and rejected is not None and chosen != rejected:
             flips[index] = chosen < rejected
     return flips

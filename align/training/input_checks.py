@@ -16,7 +16,8 @@ from align.training.rows import MASKED, Encoded, Row
 
 def load_model(context: StageContext, field: str = "model", reward: bool = False) -> tuple[Any, Any]:
     """Return the tokenizer and the model of the stage's input ``field``, loaded for its tuning and checked."""
-    source, tuning = context.artifact(field).model, context.config.tuning
+    source = context.artifact(field).model
+    tuning = context.config.tuning
     tokenizer = load_tokenizer(source, tuning)
     if context.config.evaluate is not None:
         # Imported late, because most stages have no tasks.

@@ -70,7 +70,8 @@ def continued_facts(context: StageContext) -> StateFacts | None:
 
 def continued_history(context: StageContext) -> RowHistory | None:
     """Return the rows of the stage that this stage continues; None without ``continue_from``."""
-    folder, facts = continued_state(context), continued_facts(context)
+    folder = continued_state(context)
+    facts = continued_facts(context)
     return None if folder is None or facts is None else RowHistory.load(folder, facts.start)
 
 
@@ -90,7 +91,8 @@ def continue_order(
         shuffle: Returns the indices of the rows that were never trained on in a random order.
         position: Returns the position in the endless sequence of passes after a number of steps.
     """
-    history, facts = continued_history(context), continued_facts(context)
+    history = continued_history(context)
+    facts = continued_facts(context)
     if history is None or facts is None:
         return None
     digests = digests_of(rows)
@@ -109,7 +111,8 @@ def restore_checkpoint(context: StageContext) -> Path | None:
 
     Returns None without ``continue_from``. Call it in one process.
     """
-    folder, facts = continued_state(context), continued_facts(context)
+    folder = continued_state(context)
+    facts = continued_facts(context)
     if folder is None or facts is None:
         return None
     draft = context.checkpoints / DRAFT
@@ -139,11 +142,13 @@ def refuse_no_steps(context: StageContext, steps: int, unit: str = "steps", per_
     facts = continued_facts(context)
     if facts is None or steps > facts.steps:
         return
-    parent, field = context.artifact("continue_from").stage, "updates" if unit == "updates" else "max_steps or epochs"
+    parent = context.artifact("continue_from").stage
+    field = "updates" if unit == "updates" else "max_steps or epochs"
     limit = ""
     if unit == "steps" and context.config.max_steps is not None:
         limit = f" (max_steps {context.config.max_steps} limits epochs; `max_steps: null` lifts it)"
-    total, trained = steps // per_unit, facts.steps // per_unit
+    total = steps // per_unit
+    trained = facts.steps // per_unit
     raise UserError(
         f"{context.name} is to end after {total} {unit}, and '{parent}' has done {trained}. They are "
         f"counted from the start of '{parent}'. Raise {field}{limit}."
@@ -180,7 +185,9 @@ class KeepStable(TrainerCallback):
     """Keeps the checkpoint of ``step``, the last before ``wsd`` lowers the learning rate."""
 
     def __init__(self, context: StageContext, step: int) -> None:
-        self.context, self.checkpoints, self.step = context, context.checkpoints, step
+        self.context = context
+        self.checkpoints = context.checkpoints
+        self.step = step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == self.step:
@@ -277,7 +284,8 @@ def keep_state(
     for file in files:
         link(file, folder / file.name)
     start = 0 if continuation is None else continuation.start
-    before, digests = continued_history(context), digests_of(rows)
+    before = continued_history(context)
+    digests = digests_of(rows)
     # The rows of the stages that this stage continues count as trained on.
     trained = {digests[row] for row in passed(start)} | (set() if before is None else before.trained)
     RowHistory(digests, trained, [] if continuation is None else continuation.first, start).save(folder)
@@ -287,7 +295,8 @@ def keep_state(
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-TENSORS, STRUCTURE = "trainer.safetensors", "trainer.json"
+TENSORS = "trainer.safetensors"
+STRUCTURE = "trainer.json"
 PICKLED = (".pt", ".pth")
 """Suffixes of the files that transformers writes with pickle."""
 LEFT_OUT = (".bin", ".jinja", ".md", ".txt", ".model")

@@ -40,7 +40,10 @@ class GroupedOrder:
     """Sampler over ``grouped_order``; the trainer calls ``set_epoch`` at the start of each epoch."""
 
     def __init__(self, lengths: Sequence[int], micro_batch: int, batch: int, seed: int) -> None:
-        self.lengths, self.micro_batch, self.batch, self.seed = lengths, micro_batch, batch, seed
+        self.lengths = lengths
+        self.micro_batch = micro_batch
+        self.batch = batch
+        self.seed = seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -33,7 +33,8 @@ from align.training.rows import MASKED, Encoded
 Form = Literal["ragged", "flash", "blocks"]
 PROBE = 48
 """Tokens of each of the two rows that ``check_separate`` computes separately and together."""
-TOLERANCE, TOLERANCE_IN_16_BITS = 2e-3, 0.2
+TOLERANCE = 2e-3
+TOLERANCE_IN_16_BITS = 0.2
 """Largest difference of a token's log-probability by rounding; attending to another row changes it by whole nats."""
 
 
@@ -165,7 +166,8 @@ def check_separate(stage: str, trainer: Any, encoded: Encoded) -> float:
         return 0.0
     # A single row is compared with a copy of itself.
     sequences = [*rows, rows[0]] if len(rows) == 1 else rows
-    model, device = trainer.model, trainer.args.device
+    model = trainer.model
+    device = trainer.args.device
     training = model.training
     model.eval()
     try:

@@ -37,7 +37,9 @@ class ReportProgress(TrainerCallback):
         eval_steps: int | None = None,
         scores_last: bool = False,
     ) -> None:
-        self.context, self.held_out, self.eval_steps = context, held_out, eval_steps
+        self.context = context
+        self.held_out = held_out
+        self.eval_steps = eval_steps
         self.scores_last = scores_last
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

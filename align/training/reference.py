@@ -155,7 +155,8 @@ def answer_sums(
     on the lengths only. Consecutive answers to the same prompt stay together, so the model reads the prompt once.
     """
     device = next(model.parameters()).device
-    total, tail = [0.0] * len(answers), [0.0] * len(answers)
+    total = [0.0] * len(answers)
+    tail = [0.0] * len(answers)
     done = 0
     model.eval()
     with _fused(model), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
@@ -192,7 +193,9 @@ def _token_logprobs(
         answer_mask[row, :start] = 0
         if answer.mask is not None:
             answer_mask[row, start : start + len(answer.ids)] = torch.tensor(answer.mask)
-    ids, attention_mask, answer_mask = ids.to(device), attention_mask.to(device), answer_mask.to(device)
+    ids = ids.to(device)
+    attention_mask = attention_mask.to(device)
+    answer_mask = answer_mask.to(device)
     labels = ids.masked_fill(answer_mask == 0, -100)
     outputs = model(input_ids=ids, attention_mask=attention_mask, labels=labels, use_cache=False, fused_lm_head=True)
     # Methods with virtual tokens have more positions than the row.

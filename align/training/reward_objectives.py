@@ -51,7 +51,8 @@ class Objective(ABC):
 
     def __init__(self, context: StageContext, tokenizer: Any) -> None:
         self.config: RewardConfig = context.config
-        self.tokenizer, self.context = tokenizer, context
+        self.tokenizer = tokenizer
+        self.context = context
         self.stored_rows: dict[str, list[Row]] = {}
         self.splits: dict[str, Encoded] = {}
         data = context.artifact("data")
@@ -138,7 +139,8 @@ class Pairs(Objective):
         return held_out.pairs(trainer, self.splits[split], self.tokenizer.pad_token_id)
 
     def facts(self) -> dict[str, Any]:
-        train, test = self.splits["train"], self.splits["test"]
+        train = self.splits["train"]
+        test = self.splits["test"]
         return {"pairs": len(train.rows), "test_pairs": len(test.rows), **held_out.pair_facts(test)}
 
 
@@ -175,14 +177,16 @@ class Regression(Objective):
 
     def trainer(self, **options: Any) -> Any:
         trainer = NumberReward(data_collator=NumberCollator(self.tokenizer.pad_token_id), **options)
-        trainer.score_loss, trainer.label_smoothing = self.config.loss_of_numbers, self.config.label_smoothing
+        trainer.score_loss = self.config.loss_of_numbers
+        trainer.label_smoothing = self.config.label_smoothing
         return trainer
 
     def held_out(self, trainer: Any, split: str) -> dict[str, float]:
         return reward_trainer.numbers(trainer, self.splits[split])
 
     def facts(self) -> dict[str, Any]:
-        train, test = self.splits["train"], self.splits["test"]
+        train = self.splits["train"]
+        test = self.splits["test"]
         targets = [float(row["targets"][0]) for row in test.rows]
         # The number of pairs depends on the targets only.
         better, _ = reward_trainer.disjoint_pairs(targets, targets)
@@ -210,7 +214,8 @@ class Process(Regression):
         return reward_trainer.steps(trainer, self.splits[split])
 
     def facts(self) -> dict[str, Any]:
-        train, test = self.splits["train"], self.splits["test"]
+        train = self.splits["train"]
+        test = self.splits["test"]
         marks = [float(target >= 0.5) for row in test.rows for target in row["targets"]]
         better, _ = reward_trainer.disjoint_pairs(marks, marks)
         steps = sum(len(row["targets"]) for row in train.rows)
@@ -238,7 +243,8 @@ def add_margins(encoded: Encoded, factor: float, stage: str) -> None:
     """
     scored_pairs = 0
     for row, source in zip(encoded.rows, encoded.sources, strict=True):
-        chosen, rejected = source.get("chosen_score"), source.get("rejected_score")
+        chosen = source.get("chosen_score")
+        rejected = source.get("rejected_score")
         scored = chosen is not None and rejected is not None
         scored_pairs += scored
         row["margin"] = factor * max(0.0, chosen - rejected) if scored else 0.0  # type: ignore[operator,assignment]

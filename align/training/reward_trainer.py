@@ -177,8 +177,10 @@ def disjoint_pairs(scores: Sequence[float], targets: Sequence[float]) -> tuple[l
 
 def correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Return Pearson's correlation; 0 if either does not vary."""
-    a, b = torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
-    a, b = a - a.mean(), b - b.mean()
+    a = torch.tensor(first, dtype=torch.float64)
+    b = torch.tensor(second, dtype=torch.float64)
+    a = a - a.mean()
+    b = b - b.mean()
     norm = float(a.norm() * b.norm())
     return float(a @ b) / norm if norm > 0 else 0.0
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from align.config.base import Config
 
-FILE, FACTS = "rows.safetensors", "state.json"
+FILE = "rows.safetensors"
+FACTS = "state.json"
 DERIVED = ("ref_", "KL_")
 """Beginnings of a row's fields that follow from models or from other rows, and so are not part of its identity."""
 
@@ -93,7 +94,9 @@ class ContinuedOrder:
     """Sampler over ``order`` that continues as ``continuation`` says; rows of positions before it are placeholders."""
 
     def __init__(self, order: Order, continuation: Continuation) -> None:
-        self.order, self.continuation, self.epoch = order, continuation, 0
+        self.order = order
+        self.continuation = continuation
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

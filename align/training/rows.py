@@ -87,7 +87,8 @@ def read_splits(context: StageContext) -> dict[str, list[Row]]:
 
     ``test`` is missing if it has no rows (``test_size: 0``). Training then has no held-out scores.
     """
-    config, data = context.config, context.artifact("data")
+    config = context.config
+    data = context.artifact("data")
     train = set_thoughts(config, read_split(data.split("train"), None, context.name))
     splits = {}
     if config.holds_back:

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from align.store.json_files import atomic_draft
 
-KEY, DIGEST = "key", "sha256"
+KEY = "key"
+DIGEST = "sha256"
 
 
 def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor]) -> None:

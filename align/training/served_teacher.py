@@ -23,7 +23,10 @@ class EndpointTeacher:
     """A server that scores given tokens or texts. Its answers are kept as they come, also if it dies."""
 
     def __init__(self, setting: Setting, block: TeacherConfig, endpoint: ScoringEndpoint) -> None:
-        self.setting, self.block, self.endpoint, self.place = setting, block, endpoint, endpoint.place
+        self.setting = setting
+        self.block = block
+        self.endpoint = endpoint
+        self.place = endpoint.place
         context = setting.context
         caches = open_caches(
             context.checkpoints / FOLDER, context.shared_answers(FOLDER), "log-probabilities", context.warn

@@ -24,7 +24,8 @@ from align.training import zero
 
 def shard_model(trainer: Any) -> None:
     """Shard the model if the strategy requires it; call it after ``__init__``, before the optimizer is created."""
-    accelerator, args = trainer.accelerator, trainer.args
+    accelerator = trainer.accelerator
+    args = trainer.args
     if args.gradient_checkpointing:
         disable_autocast_cache(accelerator)
     launch: LaunchConfig | None = getattr(args, "launch", None)
@@ -44,7 +45,8 @@ def prepare(trainer: Any, clip: Callable[[], None]) -> None:
 
     DeepSpeed makes its steps within the backward pass, so it calls ``clip`` before each step.
     """
-    args, accelerator = trainer.args, trainer.accelerator
+    args = trainer.args
+    accelerator = trainer.accelerator
     accelerator.free_memory()
     trainer.lr_scheduler = None  # a second run has a schedule of other steps
     trainer.create_optimizer()

@@ -27,7 +27,8 @@ from align.store.json_files import write_text_atomically
 from align.training.checkpoints import link
 
 Scores = dict[str, float]
-STATE, WEIGHTS = "stopping.json", "best.safetensors"
+STATE = "stopping.json"
+WEIGHTS = "best.safetensors"
 VALIDATION = "validation_"
 """Prefix of scores on the validation rows."""
 VALIDATION_LOSS = f"{VALIDATION}loss"
@@ -42,11 +43,17 @@ class BestSoFar(TrainerCallback):
 
     def __init__(self, context: StageContext, trainer: Any) -> None:
         config: TrainingFields = context.config
-        self.stopping, self.keep = config.early_stopping, config.keep == "best"
+        self.stopping = config.early_stopping
+        self.keep = config.keep == "best"
         self.criterion = VALIDATION_LOSS if config.best_metric is None else config.best_metric
         self.lower_is_better = True
-        self.trainer, self.folder, self.log = trainer, context.checkpoints, context.note
-        self.best_loss, self.best_step, self.waited, self.stopped_at = float("inf"), 0, 0, 0
+        self.trainer = trainer
+        self.folder = context.checkpoints
+        self.log = context.note
+        self.best_loss = float("inf")
+        self.best_step = 0
+        self.waited = 0
+        self.stopped_at = 0
         self.scored_step = 0
         # Full training may unfreeze other weights later, so all of them are kept.
         every = isinstance(config.tuning, FullTuning)
@@ -69,7 +76,9 @@ class BestSoFar(TrainerCallback):
         least = self.stopping.min_improvement if self.stopping is not None else 0.0
         # The first evaluation always counts as the best so far.
         if loss < self.best_loss - least or self.best_step == 0:
-            self.best_loss, self.best_step, self.waited = loss, step, 0
+            self.best_loss = loss
+            self.best_step = step
+            self.waited = 0
             if self.keep:
                 self._write()
         else:
@@ -106,7 +115,8 @@ class BestSoFar(TrainerCallback):
         if self.stopped_at:
             # No checkpoint of this step: resuming from it, transformers would run one more step before it stops. A run
             # that resumes from the checkpoint before stops here again.
-            control.should_training_stop, control.should_save = True, False
+            control.should_training_stop = True
+            control.should_save = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -156,7 +166,9 @@ class StopOnRequest(TrainerCallback):
     """The last callback of a trainer; only checkpoints at multiples of ``every`` steps can be resumed."""
 
     def __init__(self, context: StageContext, every: int = 1) -> None:
-        self.context, self.every, self.is_stopping = context, every, False
+        self.context = context
+        self.every = every
+        self.is_stopping = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Tell the runner that a request is answered from now on."""

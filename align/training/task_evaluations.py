@@ -115,7 +115,8 @@ class TaskEvaluations:
 
     def finish(self) -> dict[str, Any]:
         """Note the cost, and return the metrics of the stage: first and last scores, cost and skipped evaluations."""
-        name, count = self.context.name, len(self.skipped)
+        name = self.context.name
+        count = len(self.skipped)
         skipped = f"; {count} were skipped to stay below at_most {self.settings.time_limit}" if count else ""
         cost = f"{self.share:.1%} of the time ({self.seconds:.1f} s)"
         text = f"{name}: {len(self.scores)} evaluations took {cost}{skipped}"
@@ -142,7 +143,8 @@ class EvaluateTasks(TrainerCallback):
         self, context: StageContext, trainer: Any, weights: Callable[[], AbstractContextManager[None]]
     ) -> None:
         """``weights()`` is a context in which the model has the weights that would be the stage's result."""
-        self.trainer, self.weights = trainer, weights
+        self.trainer = trainer
+        self.weights = weights
         self.evaluations = TaskEvaluations(context, trainer.processing_class)
         self.on_scores: Callable[[Scores, int], None] | None = None
         """Gets the scores of every evaluation but the first, with the step."""
@@ -181,7 +183,8 @@ class EvaluateTasks(TrainerCallback):
 
 def live_model(tasks: TrainingTasks, trainer: Any) -> LiveModel:
     """Return a trl trainer's model as the tasks use it."""
-    context, tokenizer = tasks.context, tasks.system.policy.tokenizer
+    context = tasks.context
+    tokenizer = tasks.system.policy.tokenizer
     model = plain_of(trainer.model)
     if not context.config.has_vocabulary:
 

@@ -74,7 +74,10 @@ class StageTeacher:
     """A checkpoint with the student's tokens, with or without a privileged prompt."""
 
     def __init__(self, setting: Setting, block: TeacherConfig, artifact: Artifact, place: str) -> None:
-        self.setting, self.block, self.artifact, self.place = setting, block, artifact, place
+        self.setting = setting
+        self.block = block
+        self.artifact = artifact
+        self.place = place
         context = setting.context
         self._teacher: Teacher | None = None
         # Without a shared cache, at least a resumed attempt finds them.
@@ -95,7 +98,8 @@ class StageTeacher:
         }
 
     def _check_tokenizer(self) -> None:
-        name, tokenizer = self.setting.context.name, load_tokenizer(self.artifact.model)
+        name = self.setting.context.name
+        tokenizer = load_tokenizer(self.artifact.model)
         try:
             check_same_vocabulary(name, self.setting.tokenizer, tokenizer, ("the student", "the teacher"))
         except UserError as error:
@@ -122,7 +126,8 @@ class StageTeacher:
         return self._top_tokens([lesson.read for lesson in lessons if lesson.read], self.setting.vocabulary)
 
     def _top_tokens(self, rows: list[Row], vocabulary: int) -> list[TopTokens]:
-        teacher, context = self.teacher(), self.setting.context
+        teacher = self.teacher()
+        context = self.setting.context
         longest = max((len(row["input_ids"]) for row in rows), default=0)
         limit = getattr(teacher.model.config, "max_position_embeddings", None)
         if limit is not None and longest > limit:
@@ -165,7 +170,8 @@ def read_privileged(tokenizer: Any, row: Row, teacher: Any, source: Row) -> Row:
         return row
     tools = source.get("tools")
     prompt_ids = render_prompt(tokenizer, source["prompt"], tools)
-    ids, labels = row["input_ids"], row["labels"]
+    ids = row["input_ids"]
+    labels = row["labels"]
     if ids[: len(prompt_ids)] != prompt_ids:
         raise UserError(
             f"{teacher.place}.system: the chat template rewrites the prompt of row {source['id']} once an answer "

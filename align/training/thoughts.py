@@ -17,7 +17,8 @@ from align.models.chat.template_settings import THOUGHT_ROWS, thinking_state
 from align.training.rows import SPLIT_UP, Encoded, Row
 
 ANSWERS = ("completion", "chosen", "rejected")
-THOUGHT, ANSWER = "Vortex", "Zephyrus"
+THOUGHT = "Vortex"
+ANSWER = "Zephyrus"
 """Rare words of a probe."""
 PROBE = [
     {"role": "user", "content": "Qanat"},

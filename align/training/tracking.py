@@ -184,7 +184,8 @@ class _TrackioWithGroup:
     """The module trackio with the group as an argument of ``init``, which transformers' integration omits."""
 
     def __init__(self, module: Any, group: str) -> None:
-        self._module, self._group = module, group
+        self._module = module
+        self._group = group
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -244,7 +245,9 @@ def _folder(context: StageContext) -> Path:
 
 
 def _environment(context: StageContext, identity: Mapping[str, str]) -> dict[str, str]:
-    project, group, folder = _project(context), _group(context), _folder(context)
+    project = _project(context)
+    group = _group(context)
+    folder = _folder(context)
     tags = {"group": group, "pipeline": context.pipeline, "stage": context.name}
     environment = {"WANDB_RUN_GROUP": group, "WANDB_RUN_ID": identity["id"], "WANDB_RESUME": "allow"}
     # Add align's tags to the user's own.

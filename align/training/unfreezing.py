@@ -25,7 +25,8 @@ LayerSchedule = Callable[[int], frozenset[ParameterGroup]]
 def layer_schedule(tuning: FullTuning, model: Any, steps_per_epoch: int, seed: int) -> LayerSchedule:
     """Return the schedule of ``tuning`` for ``model``; a tied head counts as embeddings, a score head always trains."""
     _, stack = layer_stack(model)
-    count, tied = len(stack), has_tied_head(model)
+    count = len(stack)
+    tied = has_tied_head(model)
 
     def around(embeddings: bool, head: bool) -> set[ParameterGroup]:
         groups: set[ParameterGroup] = {"score", "norm"}
@@ -72,7 +73,9 @@ class OpenLayers(TrainerCallback):
         self, model: Any, schedule: LayerSchedule, steps: Iterable[int], context: StageContext | None = None
     ) -> None:
         """Prepare ``model`` for the ``steps`` of the run."""
-        self.model, self.schedule, self.context = model, schedule, context
+        self.model = model
+        self.schedule = schedule
+        self.context = context
         where = parameter_groups(model)
         self.where = {name: (p, where[name]) for name, p in model.named_parameters() if p.requires_grad}
         self.now: frozenset[ParameterGroup] | None = None

@@ -89,7 +89,9 @@ class GroupOrder:
     """Sampler that shuffles fixed micro-batches, as a function of seed and epoch only."""
 
     def __init__(self, groups: Sequence[Sequence[int]], seed: int) -> None:
-        self.groups, self.seed, self.epoch = groups, seed, 0
+        self.groups = groups
+        self.seed = seed
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -126,7 +128,8 @@ def add_mismatched(rows: Sequence[dict[str, Any]], groups: Sequence[Sequence[int
         same_prompt += counts.get(best, 1)
         for index, row in enumerate(group):
             # The borrowed answer is cut to the room that this prompt leaves.
-            donor, room = rows[donors[index - best]], max_length - len(rows[row]["prompt_ids"])
+            donor = rows[donors[index - best]]
+            room = max_length - len(rows[row]["prompt_ids"])
             for name in ("completion_ids", "completion_mask"):
                 if name in donor:
                     rows[row][f"KL_{name}"] = donor[name][:room]
