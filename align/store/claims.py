@@ -112,7 +112,8 @@ class BucketClaims:
     """Claims as objects of a bucket: a put that never replaces creates a number."""
 
     def __init__(self, bucket: Bucket, prefix: str) -> None:
-        self.bucket, self.prefix = bucket, prefix
+        self.bucket = bucket
+        self.prefix = prefix
 
     def prepare(self) -> None:
         """Do nothing: a bucket has no folders."""

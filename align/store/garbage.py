@@ -10,7 +10,8 @@ from align.store.leases import LEASES, RUNS
 from align.store.record import StageReference
 from align.store.store import Store
 
-DELETED, IN_USE = "deleted", "in use"
+DELETED = "deleted"
+IN_USE = "in use"
 """States of a folder after ``delete_garbage``; any other says why the folder could not be deleted."""
 
 

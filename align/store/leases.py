@@ -19,7 +19,9 @@ from align.store.locks import Hold, Lease, Lock
 from align.store.record import StageReference
 from align.store.retry import Retry
 
-LEASES, USES, GATE = "leases", "uses.json", "gc"
+LEASES = "leases"
+USES = "uses.json"
+GATE = "gc"
 Stages = Mapping[str, Mapping[str, str]]
 """Stage name → ``kind`` and ``key``."""
 
@@ -37,7 +39,9 @@ class RunLeases:
     """The leases of a store's runs."""
 
     def __init__(self, root: Path, lease: Lease, retry: Retry) -> None:
-        self.folder, self.lease, self.retry = root / LEASES, lease, retry
+        self.folder = root / LEASES
+        self.lease = lease
+        self.retry = retry
         self._gate = root / "locks" / GATE
 
     @contextlib.contextmanager
@@ -167,7 +171,8 @@ def write_run(root: Path, name: str, stages: Stages, pipeline: dict[str, Any]) -
 
 def read_runs(root: Path) -> tuple[dict[str, dict[str, Any]], list[DamagedRun]]:
     """Return name → content of the intact records, and the errors of the damaged records."""
-    intact, damaged = {}, []
+    intact = {}
+    damaged = []
     for path in sorted((root / RUNS).glob("*.json")):
         try:
             run = read_sealed(path, RunRecord)

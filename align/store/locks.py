@@ -29,7 +29,8 @@ from align.errors import StageFailed, UserError
 from align.store.claims import CLAIM_BYTES, Claims, FolderClaims
 from align.store.retry import Retry
 
-FIRST_LOOK, LONGEST_LOOK = 0.1, 2.0
+FIRST_LOOK = 0.1
+LONGEST_LOOK = 2.0
 """Seconds between a waiter's looks: at first, and at most."""
 
 
@@ -79,8 +80,10 @@ class Hold:
     """A lock that is held, until `release`. ``number`` is higher than any earlier holder's."""
 
     def __init__(self, claims: Claims, claim: _Claim, lease: Lease) -> None:
-        self.claims, self.lease = claims, lease
-        self.number, self.after_silence = claim.number, claim.after_silence
+        self.claims = claims
+        self.lease = lease
+        self.number = claim.number
+        self.after_silence = claim.after_silence
         self.lost = ""
         """Reason for the loss of the lock; empty while it is held."""
         self._claim = claim
@@ -157,7 +160,8 @@ class Lock:
 
         Raises ``StoreUnreachable`` if the folder does not answer for as long as ``retry`` tries, else ``OSError``.
         """
-        has_logged, pause = False, FIRST_LOOK
+        has_logged = False
+        pause = FIRST_LOOK
         while True:
             hold = retry.call(self.try_acquire)
             if hold is not None:

@@ -19,7 +19,8 @@ SCHEMES = ("s3", "gs", "az", "abfs", "abfss")
 CHUNK = 32 << 20
 """Bytes of one part of an upload, and of one request of a download."""
 MAX_CONCURRENCY = 4
-TRIES, TRY_SECONDS = 3, 30
+TRIES = 3
+TRY_SECONDS = 30
 """Retries of obstore within a call; longer ones are the caller's."""
 RETRIED_STATUSES = (408, 425, 429)
 WRONG_SETTINGS = ("InvalidPathError", "NotSupportedError", "UnknownConfigurationKeyError", "ValueError")

@@ -109,7 +109,8 @@ class DamagedRecord(DamagedArtifact):
     """The record of one artifact cannot be used. ``finding`` is a clause that follows the file's name."""
 
     def __init__(self, path: Path | str, finding: str, stage: str = "", remedy: str = "") -> None:
-        self.path, self.finding = path, finding
+        self.path = path
+        self.finding = finding
         folder = Path(path).parent
         if not remedy:
             remedy = f"Delete the folder {folder} and run again."

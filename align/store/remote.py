@@ -38,7 +38,9 @@ class Remote:
 
     def __init__(self, address: str, lease: Lease, retry: Retry) -> None:
         """``retry`` is the local store's, whose time and log the bucket's own retries share."""
-        self.bucket, self.lease, self.retry = Bucket(address), lease, retry
+        self.bucket = Bucket(address)
+        self.lease = lease
+        self.retry = retry
         self.is_away = False
         """True when the last call failed because the bucket did not answer."""
         self._known: dict[str, dict[str, Any] | None] = {}
@@ -70,7 +72,8 @@ class Remote:
     def survey(self) -> tuple[list[dict[str, Any]], list[DamagedRecord]]:
         """Return every intact record, oldest first, and the errors of the damaged records."""
         paths = [PurePosixPath(path).parent for path in self._call(self.bucket.sizes, "") if _is_record(path)]
-        intact, damaged = [], []
+        intact = []
+        damaged = []
         for path in paths:
             data = self._call(self.bucket.get, f"{path}/{RECORD}")
             if data is None:

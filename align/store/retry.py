@@ -33,7 +33,8 @@ UNREACHABLE_STORE = "unreachable"
 """Status of a stage that failed because the store did not answer: once it does, the stage can continue."""
 SECONDS = 300.0
 """Default time for retries: a file server restarts within minutes."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 10.0
 
 
 class StoreUnreachable(StageFailed):
@@ -45,7 +46,9 @@ class Retry:
 
     def __init__(self, folder: Path | str, seconds: float = SECONDS, log: Callable[[str], None] | None = None) -> None:
         """``log`` is called once per call that has to wait."""
-        self.folder, self.seconds, self.log = folder, seconds, log or (lambda _: None)
+        self.folder = folder
+        self.seconds = seconds
+        self.log = log or (lambda _: None)
 
     def call(self, action: Callable[[], T]) -> T:
         """Return what ``action`` returns; it must do no harm when it is done twice.
@@ -53,7 +56,8 @@ class Retry:
         Raises ``StoreUnreachable`` after ``seconds`` without an answer, and any other error at once.
         """
         deadline = time.monotonic() + self.seconds
-        pause, has_logged = FIRST_PAUSE, False
+        pause = FIRST_PAUSE
+        has_logged = False
         while True:
             try:
                 return action()
