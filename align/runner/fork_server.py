@@ -190,7 +190,8 @@ class Channel:
     """This process's end of the socket to a process that forks stages."""
 
     def __init__(self, control: socket.socket) -> None:
-        self.control, self._ready = control, False
+        self.control = control
+        self._ready = False
 
     def is_ready(self) -> bool:
         """Return whether the process has imported what stages need."""
@@ -318,7 +319,8 @@ class ForkedProcess:
     """A stage's process that a server has forked; ``reader`` is the pipe through which its exit code comes."""
 
     def __init__(self, reader: int, pid: int) -> None:
-        self.reader, self.pid = reader, pid
+        self.reader = reader
+        self.pid = pid
         self.returncode: int | None = None
         os.set_blocking(reader, False)
 
@@ -366,5 +368,6 @@ class ForkedProcess:
 
 
 if __name__ == "__main__":
-    numbers, modules = sys.argv[1:4], sys.argv[4:]
+    numbers = sys.argv[1:4]
+    modules = sys.argv[4:]
     sys.exit(main(int(numbers[0]), int(numbers[1]), int(numbers[2]), modules))

@@ -139,7 +139,8 @@ def upload(store: Store, artifact: Artifact, log: Log, replace: bool = False) ->
     remote = store.remote
     if remote is None:
         return
-    kind, key = artifact.record["kind"], artifact.record["key"]
+    kind = artifact.record["kind"]
+    key = artifact.record["key"]
     try:
         if not replace and remote.find(kind, key) is not None:
             return

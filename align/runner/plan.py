@@ -99,7 +99,8 @@ class History:
     """Artifacts of earlier runs of a pipeline's name. The store's records are read once, at the first question."""
 
     def __init__(self, pipeline: Pipeline, store: Store) -> None:
-        self.pipeline, self.store = pipeline, store
+        self.pipeline = pipeline
+        self.store = store
 
     @cached_property
     def _artifacts(self) -> list[Artifact]:
@@ -273,7 +274,8 @@ def describe(pipeline: Pipeline, store: Store, node: Node) -> list[str]:
     objection = None if artifact is None else _objection(artifact)
     if objection is not None:
         return [f"'{source.name}' {objection}"]
-    finished_steps, total = _steps(source, artifact), _steps(node, None)
+    finished_steps = _steps(source, artifact)
+    total = _steps(node, None)
     reason = inexactness(node.config, finished_steps, total)
     if any(getattr(node.config, name, None) != getattr(source.config, name, None) for name in DATA):
         reason = "it has other rows: those that are new come first"

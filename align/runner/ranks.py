@@ -23,7 +23,8 @@ from align.store.retry import UNREACHABLE_STORE
 
 GRACE_SECONDS = 5
 """Seconds that a rank has to end after a signal; fewer than the runner gives the launcher."""
-TAIL_LINES, TAIL_WIDTH = 6, 200
+TAIL_LINES = 6
+TAIL_WIDTH = 200
 
 
 def run_ranks(folder: Path, runtime: Runtime) -> dict[str, Any] | None:

@@ -85,7 +85,8 @@ class StageRun:
 
     def _run_under_remote_lock(self) -> tuple[bool, Artifact]:
         """Run the stage while no other machine that shares the store's remote does; fetch what it has published."""
-        key, listener = self.node.key, self.listener
+        key = self.node.key
+        listener = self.listener
         lock = remote_lock(
             self.store, self.kind, key, lambda holder: listener.waiting(self.node, holder), listener.warning
         )
@@ -153,7 +154,8 @@ class StageRun:
 
     def _run_attempts(self, hold: Hold) -> dict[str, Any]:
         """Run the stage's process; if the store was away, again from its checkpoints once it answers."""
-        retry, partial = self.store.retry, self.partial
+        retry = self.store.retry
+        partial = self.partial
         for tries_left in reversed(range(TRIES)):
             retry.call(self._prepare_partial)
             self.listener.stage_started(self.node, partial, any((partial / CHECKPOINTS).glob("*")))
@@ -238,7 +240,8 @@ class StageRun:
 
     def _publish(self, result: dict[str, Any], hold: Hold, replaces: Artifact | None) -> Artifact:
         """Give the output folder its log, events and record, move it to its final name, and drop the partial."""
-        retry, output = self.store.retry, self.partial / OUTPUT
+        retry = self.store.retry
+        output = self.partial / OUTPUT
         # The runner noted the last attempt's seconds from outside; the stage's own count replaces them.
         seconds = retry.call(lambda: [*read_attempts(self.partial)[:-1], result["seconds"]])
         retry.call(self._copy_logs)

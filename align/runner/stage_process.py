@@ -43,7 +43,8 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
 KEEP_SECONDS = 1.0
 """Seconds between two notes of an attempt's time: what is lost of it when the runner itself is killed."""
-LOG_BYTES, LOG_KEPT = 16 * 2**20, 4 * 2**20
+LOG_BYTES = 16 * 2**20
+LOG_KEPT = 4 * 2**20
 """Most bytes of a stage's log, and the bytes that are kept of its start and of its end if it is longer."""
 LOG_CUT = b"\n--- Output is left out here: a log of more than 16 MiB keeps its first and its last 4 MiB.\n"
 NO_OUTPUT_CODE = 120
@@ -70,7 +71,8 @@ def run_attempt(
     retry = retry or Retry(partial)
     environment = stage_environment()
     command, work = retry.call(lambda: (_command(partial, environment), read_work(partial)))
-    stage, threads = find_stage(work.stage), work.runtime.get("threads")
+    stage = find_stage(work.stage)
+    threads = work.runtime.get("threads")
     vllm = stage.samples and Runtime.model_validate(work.runtime).may_open_vllm
     if stage.estimator is not None:
         with _ended_in_order(stop, tell):
@@ -355,7 +357,8 @@ def forked_stages(threads: int | None, *, vllm: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            server, this_thread.server = this_thread.server, None
+            server = this_thread.server
+            this_thread.server = None
             this_thread.waiting = {}
             if server is not None:
                 server.close()

@@ -15,7 +15,9 @@ from align.errors import UserError
 from align.store.json_files import DamagedFile, read_sealed, write_sealed
 from align.store.retry import UNREACHABLE_STORE
 
-WORK, RESULT, ATTEMPTS = "work.json", "result.json", "attempts.json"
+WORK = "work.json"
+RESULT = "result.json"
+ATTEMPTS = "attempts.json"
 
 
 class InputReference(BaseModel):

@@ -120,7 +120,8 @@ LEAST_WINDOW = 15.0
 """Seconds of work from which a pace is told; less may be the warm-up of caches and kernels."""
 LEAST_LEFT = 60.0
 """A stage that ends within this many seconds is not reported."""
-BUSY, STARVED = 90.0, 0.5
+BUSY = 90.0
+STARVED = 0.5
 """Other processes occupy the cores if these are busy for this per cent, and the stage got less than this share."""
 SWAPPED = 2**26
 """Bytes read back from swap between two looks that count as swapping."""
@@ -199,7 +200,8 @@ class SlowStageWatch:
 
     def _contention(self, threads: int) -> list[str]:
         """Return how much other processes have used since the last look."""
-        before, busy = self.usage, psutil.cpu_percent()
+        before = self.usage
+        busy = psutil.cpu_percent()
         self.usage = after = Usage.now()
         seconds = max(after.time - before.time, 1e-3)
         share = (after.cpu_seconds - before.cpu_seconds) / (seconds * threads)
@@ -222,7 +224,8 @@ def _rate(context: StageContext) -> str:
 @contextlib.contextmanager
 def watch(context: StageContext, speed: ProductSpeed | None, cores: int) -> Iterator[None]:
     """Inside, a thread looks at the stage's progress every few seconds and warns as ``SlowStageWatch`` does."""
-    watcher, ended = SlowStageWatch(context, speed, cores), threading.Event()
+    watcher = SlowStageWatch(context, speed, cores)
+    ended = threading.Event()
 
     def run() -> None:
         pause = FIRST_LOOK

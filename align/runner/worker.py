@@ -113,7 +113,8 @@ def run_rank(folder: Path) -> int:
     work = read_work(folder).model_dump()
     die_with_parent(int(os.environ[PARENT]))
     set_threads(work["runtime"].get("threads"))
-    ranks, number = folder / RANKS, rank()
+    ranks = folder / RANKS
+    number = rank()
     write_text_atomically(ranks / f"{number}.pid", str(os.getpid()))
     if number:
         log = os.open(ranks / f"{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
