@@ -241,7 +241,8 @@ class _Evaluation:
         if isinstance(task, LmEvalConfig):
             self.notes.append(f"{name}: lm-eval's own tasks run in a separate process and are not counted.")
         elif isinstance(task, MultipleChoiceConfig | PerplexityConfig | PreferenceConfig):
-            length, logit_tokens = config.max_context, min(config.max_context, config.max_tokens)
+            length = config.max_context
+            logit_tokens = min(config.max_context, config.max_tokens)
             if isinstance(task, PerplexityConfig):
                 length = logit_tokens = task.max_length
             # Systems that share a checkpoint are read by it in turn, with the same memory.

@@ -114,7 +114,8 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
     # ``added`` counts the parameters that are not the model's own: adapters and the score head.
     head = model.hidden if scores else 0
     if tuning.trains_all:
-        added, trained = head, (model.trunk if scores else model.parameters) + head
+        added = head
+        trained = (model.trunk if scores else model.parameters) + head
     else:
         added = trained = model.adapters(tuning, "trunk" if scores else "model") + head
     precision = resolved(config.precision)
@@ -172,9 +173,11 @@ def _learning_logits(model: Architecture, tokens: int, precision: Precision, tra
     states = FLOAT * tokens * model.hidden  # their gradients' float32 sum
     if not gpu:
         return head_work_space(model, trained, precision == "bfloat16", LOGITS_AT_ONCE["cpu"]) + states
-    size, width = SIZES[precision], min(model.vocabulary, TILE[1])
+    size = SIZES[precision]
+    width = min(model.vocabulary, TILE[1])
     # A tile of logits becomes its own gradient in place.
-    tile, head_tile = min(tokens, TILE[0]) * width, width * model.hidden
+    tile = min(tokens, TILE[0]) * width
+    head_tile = width * model.hidden
     summed = states + (FLOAT * model.head if trained else 0)
     # Under autocast a tile has a bfloat16 copy of the head's part, and float32 copies while gradients are summed.
     copies = size * head_tile + FLOAT * (tile + head_tile) if precision == "bfloat16" else 0
@@ -290,7 +293,8 @@ def rollout_memory(
         gpu=setting.gpu,
         flash=setting.gpu or config.max_prompt_tokens + config.max_tokens > SHORT,
     )
-    user, user_cache = 0, 0
+    user = 0
+    user_cache = 0
     load = user_load(config.environment, user_of(models), config.max_prompt_tokens)
     if load is not None:
         user, user_cache = user_memory(load, runtime, resolved(config.precision), sequences)
@@ -312,7 +316,9 @@ def _reward_models(models: Models) -> Sequence[Architecture]:
 
 
 def _rollout_job(config: RolloutFields, models: Models, runtime: Runtime) -> Job:
-    policy, rewards, tuning = models["policy"][0], _reward_models(models), config.tuning
+    policy = models["policy"][0]
+    rewards = _reward_models(models)
+    tuning = config.tuning
     critic: CriticKind = getattr(config, "critic_source", None) or "head"
     critic_base = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
     memory = rollout_memory(config, models, runtime, tuning=tuning, critic=critic, setting=Setting(1))

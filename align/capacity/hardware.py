@@ -97,7 +97,8 @@ def parse_hardware(text: str) -> Hardware:
             f"--hardware {text}: expected a number of devices and their name, such as 8xh100, 1xa100-40, cpu, or "
             f"4x8xh100 for four machines of eight.{suggest(name, [*DEVICES, *ALIASES, 'cpu'])}"
         )
-    first, second = int(match["first"] or 1), match["second"]
+    first = int(match["first"] or 1)
+    second = match["second"]
     # ``8xh100`` is one machine with eight devices, ``4x8xh100`` four such machines.
     nodes, per_node = (first, int(second)) if second else (1, first)
     if not device.gpu:

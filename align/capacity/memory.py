@@ -25,7 +25,8 @@ from align.models.compute.layers import count
 
 TRAINED = 4 * FLOAT
 """Bytes of a trained parameter: weight, gradient, and AdamW's two averages."""
-HEAP_BYTES, HEAP_SHARE = 100 * 2**20, 0.06
+HEAP_BYTES = 100 * 2**20
+HEAP_SHARE = 0.06
 """Bytes of rows, tokenizer and buffers of a process on a CPU, and the share of all memory that is in gaps between the
 blocks of C's heap, whose pages are of 2 MiB. Fitted to ``benchmarks.memory_plan``: 20 stages of SmolLM2-135M."""
 LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
@@ -194,7 +195,8 @@ def ppo_memory(
     Raises ``ValueError`` for ``critic: reward`` without a reward model.
     """
     # Count policy and critic separately, then combine: their passes follow each other in one process.
-    full, low = tuning.trains_all, precision == "bfloat16"
+    full = tuning.trains_all
+    low = precision == "bfloat16"
     trained = policy.parameters if full else policy.adapters(tuning, "model")
     quantized = isinstance(tuning, QloraTuning)
     if critic == "reward" and not rewards:
