@@ -115,7 +115,10 @@ class JobFollower:
     def __init__(
         self, pipeline: Pipeline, store: Store, stages: Collection[str], queue: Queue, listener: Listener
     ) -> None:
-        self.pipeline, self.store, self.queue, self.listener = pipeline, store, queue, listener
+        self.pipeline = pipeline
+        self.store = store
+        self.queue = queue
+        self.listener = listener
         self.run = Run(self.store, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
         self.remaining = {name: _Followed(pipeline.nodes[name]) for name in stages}
         self.failures: dict[str, str] = {}
@@ -157,7 +160,8 @@ class JobFollower:
 
     def _update(self, followed: _Followed) -> None:
         """Look at one stage: its events, its artifact, its job's note, its job's state, in this order of trust."""
-        node, name = followed.node, followed.node.name
+        node = followed.node
+        name = followed.node.name
         if followed.tail is not None:
             for event in followed.tail.read():
                 self.listener.stage_event(node, event)

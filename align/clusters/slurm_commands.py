@@ -21,7 +21,8 @@ from align.config.validation import suggest
 from align.errors import UserError
 
 TIMEOUT = 60.0
-TRIES, PAUSE = 3, 2.0
+TRIES = 3
+PAUSE = 2.0
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING", "RESV_DEL_HOLD")
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 OVER = {
@@ -231,7 +232,8 @@ def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
     except OSError:
         return ""
     # A path is on the file system with the longest mount point above it.
-    longest, kind = -1, ""
+    longest = -1
+    kind = ""
     resolved = path.resolve()
     for line in lines:
         words = line.split(" ")
@@ -239,5 +241,6 @@ def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
             continue
         point = ESCAPED.sub(lambda match: chr(int(match[1], 8)), words[1])
         if resolved.is_relative_to(point) and len(point) >= longest:  # of two mounts at one point the later is on top
-            longest, kind = len(point), words[2]
+            longest = len(point)
+            kind = words[2]
     return kind

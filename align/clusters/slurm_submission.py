@@ -26,7 +26,8 @@ from align.runner.open_store import Opening
 from align.store.json_files import DamagedFile, parse_sealed, read_file, validate, write_sealed, write_text_atomically
 from align.store.store import JOBS, Store
 
-ABOUT, CANCELLED = "submission.json", "cancelled"
+ABOUT = "submission.json"
+CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True)

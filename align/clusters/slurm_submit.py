@@ -107,7 +107,8 @@ def _live_submissions(store: Store, run: str, nodes: list[Node]) -> dict[str, Su
 
 def _submit(run: SubmittedRun, nodes: list[Node], force: set[str]) -> None:
     """Submit jobs for these stages: all of them, or none."""
-    pipeline, store = run.pipeline, run.store
+    pipeline = run.pipeline
+    store = run.store
     submission = Submission.begin(store, pipeline, pipeline.name)
     requests = {node.name: _prepare_job(pipeline, node, submission) for node in nodes}
     stage = ""
