@@ -294,7 +294,8 @@ def take_episode_tokens(config: Config) -> None:
     environment: EnvironmentConfig | None = getattr(config, "environment", None)
     if environment is None:
         return
-    tokens, limit = environment.max_tokens, getattr(config, "max_tokens", None)
+    tokens = environment.max_tokens
+    limit = getattr(config, "max_tokens", None)
     if "max_tokens" in config.model_fields_set and limit != tokens:
         raise ValueError(
             f"max_tokens is {limit}, and environment.max_tokens {tokens}; an episode has one limit. Remove max_tokens "

@@ -20,7 +20,8 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 REVISION = re.compile(r"[A-Za-z0-9][\w./-]*")
 """A branch, a tag or a commit."""
 DEFAULT = "main"
-SECONDS, PROBE_SECONDS = 10.0, 3.0
+SECONDS = 10.0
+PROBE_SECONDS = 3.0
 """Time limits for one answer of the Hub: a required answer, and an answer that only reveals a fault earlier."""
 
 RepoType = Literal["model", "dataset"]

@@ -181,11 +181,13 @@ def _is_about_type(detail: ErrorDetails) -> bool:
 
 def _explain(detail: ErrorDetails, location: _Place, where: str) -> str:
     """Return the message of one mistake."""
-    shown, models = location.path, location.holders
+    shown = location.path
+    models = location.holders
     prefix, _, path = where.partition(": ") if ": " in where else (where, "", "")
     full = ".".join((path, *shown) if path else shown)
     place = _place(where, shown)
-    kind, context = detail["type"], detail.get("ctx", {})
+    kind = detail["type"]
+    context = detail.get("ctx", {})
     if kind == "extra_forbidden":
         parent = place.rsplit(".", 1)[0] if "." in full else prefix
         key = str(detail["loc"][-1])

@@ -30,7 +30,8 @@ LOG = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).with_suffix(".json")
 """The dumps ``trainers`` and ``peft`` of the versions in constraints.txt."""
-TRAINERS, PEFT = "trainers", "peft"
+TRAINERS = "trainers"
+PEFT = "peft"
 """The dump of every class that a stage of align names, and the dump of peft's config classes by method."""
 PACKAGES = {TRAINERS: ("trl", "transformers"), PEFT: ("peft",)}
 """Packages that define the classes of a dump. A user's class may build on any of them."""
@@ -82,7 +83,9 @@ class Option:
 
 def _split_union(annotation: str) -> list[str]:
     """Split ``dict[str, Any] | str | None`` at the bars outside brackets."""
-    members, depth, start = [], 0, 0
+    members = []
+    depth = 0
+    start = 0
     for index, char in enumerate(annotation):
         depth += (char == "[") - (char == "]")
         if char == "|" and depth == 0:

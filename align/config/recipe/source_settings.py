@@ -276,7 +276,8 @@ def labels(sources: Sequence[SourceConfig]) -> list[str]:
     unique: list[str] = []
     for source in sources:
         # Only default labels get a number; names are unique already.
-        label, number = source.label, 2
+        label = source.label
+        number = 2
         while source.name is None and (label in unique or label in names):
             label = f"{source.label} ({number})"
             number += 1

@@ -112,7 +112,8 @@ BY_SRUN = "ALIGN_BY_SRUN"
 """Environment variable of a stage's process that srun started: its parent is not the runner."""
 NODE = "ALIGN_NODE_RANK"
 """Environment variable with this node's rank; Slurm's variable is also read."""
-LOST, LATE = "lost", "late"
+LOST = "lost"
+LATE = "late"
 """Reasons of a failure that another rank caused: it exited, or did not answer in time."""
 SYMPTOMS = {
     LATE: ("timed out", "timeout"),

@@ -328,7 +328,9 @@ class EvaluateConfig(Config):
     def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
         """Return the block as the YAML has it, with stages renamed also where baselines and gates name them."""
         renamed = dict(block)
-        baselines, gates, tasks = block.get("baselines"), block.get("gates"), block.get("tasks")
+        baselines = block.get("baselines")
+        gates = block.get("gates")
+        tasks = block.get("tasks")
         if isinstance(baselines, dict):
             renamed["baselines"] = {name: rename_in_block(spec, "of", rename) for name, spec in baselines.items()}
         if isinstance(tasks, dict):
