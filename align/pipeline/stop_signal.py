@@ -38,7 +38,8 @@ class StopRequest:
     """
 
     def __init__(self, patience: float | None = None, *, ctrl_c: bool = False) -> None:
-        self.patience, self.ctrl_c = patience, ctrl_c
+        self.patience = patience
+        self.ctrl_c = ctrl_c
         self.is_interrupt = False
         """True if Ctrl-C made the request, so the run ends with ``KeyboardInterrupt``."""
         self.signals: frozenset[int] = frozenset()
