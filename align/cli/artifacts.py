@@ -224,12 +224,14 @@ def run_push(options: argparse.Namespace) -> int:
         has_damage = bool(damaged)
     outcomes = []
     for artifact in artifacts:
-        kind, key = artifact.record["kind"], artifact.record["key"]
+        kind = artifact.record["kind"]
+        key = artifact.record["key"]
         try:
             outcome = _upload(artifact, store.remote)
         except DamagedArtifact as error:  # here or in the bucket; the other artifacts are uploaded all the same
             print_damage([error])
-            outcome, has_damage = "damaged", True
+            outcome = "damaged"
+            has_damage = True
         outcomes.append({"kind": kind, "key": key, "outcome": outcome})
         if not options.json:
             print(f"{outcome:<9}  {kind}/{key[:12]}  {store.remote.address}")

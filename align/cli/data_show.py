@@ -22,10 +22,14 @@ from align.errors import UserError, printable, shorten
 if TYPE_CHECKING:
     from align.data.formats.column_guess import ColumnFacts, FileReport, Guess
 
-TRAINED, SPECIAL, SPECIAL_TRAINED, DIM = "bold green", "cyan", "bold black on green", "dim"
+TRAINED = "bold green"
+SPECIAL = "cyan"
+SPECIAL_TRAINED = "bold black on green"
+DIM = "dim"
 STYLES = {(True, True): SPECIAL_TRAINED, (True, False): SPECIAL, (False, True): TRAINED, (False, False): ""}
 """Style of a piece, by whether it is a special token and whether it is trained on."""
-OPEN, CLOSE = "⟦", "⟧"
+OPEN = "⟦"
+CLOSE = "⟧"
 Numbered = tuple[int, Row]
 
 EXAMPLE = 60
@@ -128,7 +132,8 @@ class Printer:
 
     def __init__(self, console: Console, tokenizer: Any, max_length: int | None = None) -> None:
         self.console = console
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer = tokenizer
+        self.max_length = max_length
         self.colored = console.color_system is not None and not console.no_color and "NO_COLOR" not in os.environ
 
     def row(self, row: Row, title: str) -> None:
@@ -230,7 +235,8 @@ def columns(options: argparse.Namespace) -> int:
     recipe = report.guess.recipe()
     print(f"\n# {_summary(report.guess)}")
     if report.guess.bad:
-        count, first = len(report.guess.bad), report.guess.bad[0]
+        count = len(report.guess.bad)
+        first = report.guess.bad[0]
         print(printable(f"# Records that cannot be used: {count}; on_error: drop leaves them out. The first: {first}"))
     print(
         printable(

@@ -192,7 +192,8 @@ def print_scorecard(path: Path, console: Console | None = None) -> None:
     """Print the scorecard in ``path``: metrics down, systems across, then its gates and flags."""
     card: Card = json.loads(path.read_text(encoding="utf-8"))
     console = console or table_console()
-    systems, models = score_table(card), reward_table(card)
+    systems = score_table(card)
+    models = reward_table(card)
     if systems.row_count:
         console.print(systems)
     if models.row_count:

@@ -103,7 +103,8 @@ class LivePage:
             self.state.has_ended = True
             self.state.is_complete = is_complete
             self.send()
-            process, self._process = self._process, None
+            process = self._process
+            self._process = None
         if process is None or process.stdin is None:
             return
         with contextlib.suppress(OSError):
@@ -192,7 +193,8 @@ def read_states(pipe: int, every: float = EVERY) -> Iterator[RunState | None]:
             if not lines:
                 continue
             # Of several states only the newest is worth a page.
-            state, is_news = RunState(**json.loads(lines[-1])), True
+            state = RunState(**json.loads(lines[-1]))
+            is_news = True
             if not state.running:
                 news_due = max(news_due, time.monotonic() + SETTLE)
             if not state.has_ended and time.monotonic() < news_due:
@@ -203,7 +205,8 @@ def read_states(pipe: int, every: float = EVERY) -> Iterator[RunState | None]:
         yield state
         if state.has_ended:
             return
-        is_news, spent = False, time.monotonic() - started
+        is_news = False
+        spent = time.monotonic() - started
         news_due = started + spent / SHARE_OF_CHANGES
         repeat_due = started + max(every, spent / SHARE_OF_TIME)
 

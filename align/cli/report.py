@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from align.report.compare.over_seeds import SeedComparison
     from align.store.store import Store
 
-MIN_SECONDS, MAX_SECONDS = 1, 3600
+MIN_SECONDS = 1
+MAX_SECONDS = 3600
 QUIET_SECONDS = 30.0
 """A run of which no stage runs for so long has ended: between two stages there are seconds."""
 REPORT_KIND = "report"

@@ -158,7 +158,8 @@ def _precision_of(scene: Scene, outputs: FinishedStages) -> Precision:
 def _make_rehearsal(scene: Scene, outputs: FinishedStages, options: argparse.Namespace) -> Rehearsal:
     from align.environments.rehearsal import Rehearsal
 
-    node, settings = scene.node, scene.settings
+    node = scene.node
+    settings = scene.settings
     model_dir = _find_model(scene, outputs, options)
     return Rehearsal(
         environment=settings.environment,
@@ -189,7 +190,8 @@ def _find_user(scene: Scene, outputs: FinishedStages) -> Path | None:
     """Return the folder of the checkpoint that plays the user; None without such a checkpoint."""
     from align.config.environment import USER_INPUT
 
-    node, user = scene.node, scene.settings.environment.user
+    node = scene.node
+    user = scene.settings.environment.user
     if user is None or user.model is None:
         return None
     if scene.task is not None:
@@ -244,7 +246,8 @@ def _evaluated_tasks(scene: Scene, outputs: FinishedStages) -> list[EpisodeTask]
     from align.evaluation.tasks.base import TaskInputs
     from align.evaluation.tasks.environment import build
 
-    node, settings = scene.node, scene.settings
+    node = scene.node
+    settings = scene.settings
     user = settings.environment.user
     artifacts = {
         name: outputs.artifact(name, scene.place)

@@ -27,7 +27,8 @@ from align.store.locks import Lock
 from align.store.record import DamagedRecord
 from align.store.store import REPORTS, Store
 
-PAGE, STAMP = "report.html", ".written"
+PAGE = "report.html"
+STAMP = ".written"
 PAGE_FOLDERS = ("figures", "tables")
 """Folders of a page's files."""
 STOPPED = "stopped before it was done; the same command continues."

@@ -74,7 +74,8 @@ class _ConsoleSession(_SessionListener, ConsoleListener):
 
     def __init__(self, pipeline: Pipeline, console: Console | None, store: str | Path | Store | None) -> None:
         super().__init__(list(pipeline), console)
-        self._pipeline, self._store = pipeline, store
+        self._pipeline = pipeline
+        self._store = store
         self._page: LivePage | None = None
         self._cached: list[str] = []
 

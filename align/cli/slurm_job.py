@@ -128,7 +128,9 @@ def cores_of_job() -> int | None:
 
 def _fail(turn: _Turn, error: UserError | StageFailed, log: Path | None) -> int:
     """Record a failure, print it, and write the page; returns the exit code."""
-    submission, stage, text = turn.submission, turn.stage, str(error)
+    submission = turn.submission
+    stage = turn.stage
+    text = str(error)
     print("\n".join(printable(line) for line in text.splitlines()), file=sys.stderr)
     message = text.partition("\nLog: ")[0].removeprefix(f"stage '{stage}' failed: ").removeprefix(f"stage '{stage}': ")
     log_path = str(log) if log is not None and log.is_file() else None

@@ -23,7 +23,8 @@ class GuardedStream:
     """
 
     def __init__(self, stream: TextIO, goes_on: bool) -> None:
-        self.stream, self.goes_on = stream, goes_on
+        self.stream = stream
+        self.goes_on = goes_on
         self.error: OSError | None = None
         self.is_document = False
         """The output is one JSON document, of which a part is useless."""

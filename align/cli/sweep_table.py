@@ -124,7 +124,8 @@ def _draw_text(sweep: Sweep, draw: Any) -> str:
     parts = []
     for dimension in sweep.space:
         name = dimension.name
-        value, changes = draw[name], dimension.changes(draw[name])
+        value = draw[name]
+        changes = dimension.changes(draw[name])
         if name in changes and not isinstance(changes[name], dict):  # the number or value itself, not its label
             value = changes[name]
         parts.append(f"{short_name(name)}={_cell(value)}")
