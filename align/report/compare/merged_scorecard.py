@@ -33,7 +33,9 @@ Items = dict[ItemId, list[float]]
 """Item → a number for each sample."""
 
 PROMPTS = "prompts"
-SCORECARD, SAMPLES, ITEMS = "scorecard.json", "samples.jsonl", "items.jsonl"
+SCORECARD = "scorecard.json"
+SAMPLES = "samples.jsonl"
+ITEMS = "items.jsonl"
 MEAN_TOLERANCE = 1e-6
 """Relative difference up to which a plain mean over items is the scorecard's own number."""
 
@@ -289,7 +291,8 @@ def _differences(evaluated: Sequence[EvaluatedRun], card: Card) -> list[Row]:
     rows: dict[tuple[str, str, str], Row] = {}
     for run in evaluated:
         for row in run.card["differences"]:
-            policy, against = run.labels[row["policy"]], run.labels[row["against"]]
+            policy = run.labels[row["policy"]]
+            against = run.labels[row["against"]]
             rows.setdefault((policy, against, row["metric"]), {**row, "policy": policy, "against": against})
     # Differences within a run were computed by its own evaluation, with the weights of its items. Only the
     # comparisons that no run has are computed here, from items.

@@ -27,7 +27,8 @@ from align.report.page.panels import COLORS, LINES, Panel, legend_name, nth, sty
 MAX_SOURCES = 24
 """Sources with samples on the page, the largest first."""
 SAMPLES_PER_SOURCE = 3
-MAX_CLUSTERS, MAX_MEMBERS = 8, 4
+MAX_CLUSTERS = 8
+MAX_MEMBERS = 4
 """Clusters of duplicates on the page, and dropped rows shown of each."""
 MAX_TURNS = 20
 """Longer conversations are counted as having this many turns."""

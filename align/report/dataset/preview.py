@@ -326,7 +326,8 @@ def split_pieces(tokenizer: Any, ids: Sequence[int], trained: Sequence[bool]) ->
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
     pieces: list[Piece] = []
-    start, prefix = 0, ""
+    start = 0
+    prefix = ""
     for end in range(1, len(ids) + 1):
         is_special = ids[end - 1] in special
         if end < len(ids) and not is_special and ids[end] not in special and trained[end] == trained[end - 1]:
@@ -337,7 +338,8 @@ def split_pieces(tokenizer: Any, ids: Sequence[int], trained: Sequence[bool]) ->
         is_prefix = text_so_far.startswith(prefix)
         text = text_so_far[len(prefix) :] if is_prefix else _decode(tokenizer, ids[start:end])
         pieces.append(Piece(text, bool(trained[end - 1]), is_special))
-        start, prefix = end, text_so_far
+        start = end
+        prefix = text_so_far
     return pieces
 
 

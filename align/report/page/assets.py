@@ -25,7 +25,9 @@ from align.errors import printable
 from align.report.page.panels import standalone
 from align.store.json_files import DamagedFile, parse_object, write_text_atomically
 
-FIGURES, TABLES, INDEX = "figures", "tables", "index.json"
+FIGURES = "figures"
+TABLES = "tables"
+INDEX = "index.json"
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 """Beginnings of a cell that Excel, LibreOffice or Google Sheets may read as a formula."""
 MAX_NAME_LENGTH = 80

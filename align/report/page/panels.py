@@ -28,7 +28,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)), (0, (8, 2)))
 STYLE: dict[Any, Any] = json.loads(Path(__file__).with_name("style.json").read_text(encoding="utf-8"))
 """Settings of matplotlib."""
-INK, GRID = STYLE["text.color"], STYLE["grid.color"]
+INK = STYLE["text.color"]
+GRID = STYLE["grid.color"]
 MAX_NAME_LENGTH = 32
 PIXELS_PER_INCH = 96
 
@@ -192,7 +193,8 @@ def _embed(text: str, label: str, prefix: str) -> Markup:
 TICK_STEPS = (1, 2, 5, 10)
 """Steps between ticks, in powers of ten. Matplotlib also uses steps of 1.5, 2.5, 3, 4, 6 and 8."""
 MAX_TICKS = 5
-MIN_PLAIN, MAX_PLAIN = 0.01, 1e5
+MIN_PLAIN = 0.01
+MAX_PLAIN = 1e5
 """Axes whose largest number is outside this range have powers of ten on them."""
 ROOT_TICKS = 7
 """Ticks that a root axis has room for."""

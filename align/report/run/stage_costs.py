@@ -143,7 +143,12 @@ def add_cost_table(artifacts: Sequence[Artifact], assets: AssetWriter) -> None:
     assets.add_table("stages", rows)
 
 
-WIDTH, HEIGHT, LINE, GAP_X, GAP_Y, MARGIN = 150, 84, 18, 36, 22, 4
+WIDTH = 150
+HEIGHT = 84
+LINE = 18
+GAP_X = 36
+GAP_Y = 22
+MARGIN = 4
 """Pixels: size of a box, height of a further line in it, gaps between boxes, margin of the diagram."""
 LINES_PER_BOX = 2
 MAX_NAME_LENGTH = 14

@@ -132,7 +132,8 @@ def sentences(card: Card) -> list[dict[str, str]]:
 
 
 def _change_sentence(card: Card, row: dict[str, Any]) -> str:
-    policy, against = row["policy"], row["against"]
+    policy = row["policy"]
+    against = row["against"]
     title = metric_phrase(card, row["metric"])
     before = number(card["estimates"][against][row["metric"]]["value"])
     after = number(card["estimates"][policy][row["metric"]]["value"])

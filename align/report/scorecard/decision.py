@@ -144,7 +144,8 @@ def _chance_of_reward_model(card: Card) -> str | None:
         return None
     for report in card.get("reward_models", ()):
         accuracy = report.get("as_labeled") or {}
-        low, high = accuracy.get("low"), accuracy.get("high")
+        low = accuracy.get("low")
+        high = accuracy.get("high")
         if low is not None and high is not None and low <= 0.5 <= high:
             return (
                 f"the primary metric is {metric_phrase(card, 'reward')}, and the reward model '{report['stage']}' "
@@ -166,7 +167,8 @@ def _value_text(card: Card, name: str) -> str:
 
 def _tied_decision(card: Card, best: str, values: Mapping[str, float], place: str) -> Decision:
     title = metric_phrase(card, card["primary"])
-    low, high = number(min(values.values())), number(max(values.values()))
+    low = number(min(values.values()))
+    high = number(max(values.values()))
     names = join_names(list(values))
     if low == high:
         reason = f"in {title}, {names} all have {low} {place}."

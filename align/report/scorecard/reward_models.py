@@ -133,7 +133,8 @@ def _margin_of(report: Report) -> str:
 
 
 def _margin_range(part: Mapping[str, Any]) -> str:
-    low, high = part.get("low"), part.get("high")
+    low = part.get("low")
+    high = part.get("high")
     if high is None:
         return f"from {number(low)}"
     return f"below {number(high)}" if low is None else f"{number(low)} to {number(high)}"

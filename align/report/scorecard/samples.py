@@ -122,7 +122,9 @@ def _fill_page(
     """
     shown: list[Sample] = []
     encoded: list[Markup] = []
-    text_bytes, heat_bytes_left, without_heat = 0, MAX_HEAT_BYTES, 0
+    text_bytes = 0
+    heat_bytes_left = MAX_HEAT_BYTES
+    without_heat = 0
     for item, sample in ordered:
         text = script_json(item)
         text_bytes += len(text.encode())
@@ -226,7 +228,8 @@ def _rollout_item(stage: str, line: Sample) -> dict[str, Any]:
     if is_episode(line):
         answer, prompt = _episode_answer(line)
     else:
-        answer, prompt = _answer({**line, "text": line["response"]}), _turns(line["prompt"])
+        answer = _answer({**line, "text": line["response"]})
+        prompt = _turns(line["prompt"])
     tokens = [token for token in (line.get("by_token") or [])[:MAX_TOKENS] if len(token) > len(TOKEN_NUMBERS)]
     if tokens:
         answer["heat"] = {"t": [str(token[0]) for token in tokens]}
@@ -306,7 +309,8 @@ def _answer(response: Mapping[str, Any]) -> dict[str, Any]:
 
 def _split(response: Mapping[str, Any]) -> dict[str, str]:
     """Return the ``text`` of a response after its ``thought``, if it has one."""
-    text, end = str(response.get("text", "")), response.get("thought_end")
+    text = str(response.get("text", ""))
+    end = response.get("thought_end")
     if not isinstance(end, int):
         end = 0
     thought = {"thought": _shorten(text[:end])} if end > 0 else {}

@@ -99,7 +99,8 @@ def _cell(rows: Sequence[Row], name: str, opponent: str) -> dict[str, Any] | Non
 
 def verdict(estimate: Row) -> str:
     """Return ``better`` or ``worse`` if the interval is clear of one half, else ``unclear``."""
-    low, high = estimate.get("low"), estimate.get("high")
+    low = estimate.get("low")
+    high = estimate.get("high")
     # Copies of a system have no interval, because they were not measured.
     if low is None or high is None or low <= EVEN <= high:
         return "unclear"
