@@ -291,7 +291,8 @@ def current_value(pipeline: Pipeline, path: str) -> Any:
         parts = rest.split(".")
         if len(parts) > 2 and parts[1] == "stages":  # stages.LOOP.stages.NAME…
             parts = parts[2:]
-        name, rest = pipeline.resolve(parts[0]), ".".join(parts[1:])
+        name = pipeline.resolve(parts[0])
+        rest = ".".join(parts[1:])
         value = pipeline.nodes[name].config if name in pipeline.nodes else None
     for part in filter(None, rest.split(".")):
         value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)

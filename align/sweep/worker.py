@@ -27,7 +27,8 @@ from align.sweep.study import Study, Trial, TrialLost
 
 ListenerFactory = Callable[[Pipeline], AbstractContextManager[Listener]]
 """Returns a context with the listener of a trial's run."""
-TEST, VALIDATION = "test_", "validation_"
+TEST = "test_"
+VALIDATION = "validation_"
 """Prefixes of curves on held-out rows: of the ``test`` split, and of rows held back from ``train``."""
 
 
@@ -50,7 +51,9 @@ class _TrialListener:
     """Passes events on to a ``Listener``, remembers the stage that failed, and ends a trial whose curve is behind."""
 
     def __init__(self, inner: Listener, sweep: Sweep, study: Study, trial: Trial, pipeline: Pipeline) -> None:
-        self.inner, self.study, self.trial = inner, study, trial
+        self.inner = inner
+        self.study = study
+        self.trial = trial
         self.failure: tuple[Node, str, Path] | None = None
         self.current: Node | None = None
         prune = sweep.config.prune
@@ -152,7 +155,8 @@ class Worker:
 
     def _run_trial(self, trial: Trial) -> str:
         """Run one trial and record its outcome, which is returned."""
-        sweep, study = self.sweep, self.study
+        sweep = self.sweep
+        study = self.study
         try:
             # Bounds were checked one at a time; a combination of values may still be refused.
             pipeline = sweep.pipeline_of(trial.draw, trial.number)
