@@ -85,7 +85,10 @@ class EpisodeParts:
         if policy.system is not None:
             turns = PromptedTurns(player.rules.turns, with_system(policy.system))
             player.rules = replace(player.rules, turns=turns)
-        self.player, self.policy, self.context, self.total = player, policy, context, total
+        self.player = player
+        self.policy = policy
+        self.context = context
+        self.total = total
         self.engine_name = "none"
         self.done = self.tokens = self.new_tokens = 0
         self.seconds = 0.0
@@ -122,7 +125,8 @@ class EpisodeParts:
 
     def _key(self, tasks: Sequence[EpisodeTask]) -> str:
         """Return a digest of all that the episodes depend on."""
-        config, budget = self.context.config, self._thinking_budget
+        config = self.context.config
+        budget = self._thinking_budget
         return digest(
             {
                 "policy": self.policy.weights,
@@ -173,7 +177,9 @@ class EndpointEpisodes:
 
     def __init__(self, context: StageContext, identity: dict[str, str], ask: Ask) -> None:
         """Open the environment. ``identity`` is the model's in requests, which ``ask`` answers."""
-        self.context, self.identity, self._ask = context, identity, ask
+        self.context = context
+        self.identity = identity
+        self._ask = ask
         config = context.config.environment
         source = open_environment(config, f"{context.name}.environment")
         self.tools: list[dict[str, Any]] = source.tools

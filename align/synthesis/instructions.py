@@ -85,7 +85,9 @@ class _InstructionGenerator:
     """Collects new instructions from numbered lists, and drops those that are faulty or too similar to known ones."""
 
     def __init__(self, task: InstructionsTask, seeds: list[Seed], seed: int, ledger: Ledger) -> None:
-        self.task, self.seed, self.ledger = task, seed, ledger
+        self.task = task
+        self.seed = seed
+        self.ledger = ledger
         self.example_seeds = [example.text for example in seeds if example.shown]
         if len(self.example_seeds) < task.seed_examples + task.made_examples:
             raise UserError(
@@ -132,7 +134,8 @@ class _InstructionGenerator:
         return self.task.prompt.format(tasks=tasks, first=first, last=len(examples) + self.task.per_request)
 
     def _read_answer(self, number: int, answer: Answer) -> None:
-        where, ledger = f"request {number}", self.ledger
+        where = f"request {number}"
+        ledger = self.ledger
         ledger.add("requests")
         items = [] if answer.error or answer.refused else list(parse_list(answer.text))
         self.records.append({"request": number, "text": answer.text, "finished": answer.finished, "tasks": len(items)})
@@ -169,7 +172,8 @@ class _InstructionGenerator:
 
     def _find_fault(self, text: str) -> tuple[str, dict[str, object]]:
         """Return self-instruct's reason to drop a text, and its details; an empty reason for a good text."""
-        task, words = self.task, len(text.split())
+        task = self.task
+        words = len(text.split())
         if words < task.min_words:
             return f"fewer than {task.min_words} words", {"words": words}
         if words > task.max_words:

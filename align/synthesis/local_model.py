@@ -30,12 +30,14 @@ class Engines(SwitchingEngine):
     def __init__(self, context: StageContext, max_length: int) -> None:
         """Start without an engine; ``max_length`` is the longest prompt plus answer in tokens that must fit."""
         super().__init__(self._open)
-        self.context, self.max_length = context, max_length
+        self.context = context
+        self.max_length = max_length
         self.names: list[str] = []
         """Names of the engines opened so far."""
 
     def _open(self, model_dir: Path) -> RolloutEngine:
-        context, runtime = self.context, self.context.runtime
+        context = self.context
+        runtime = self.context.runtime
         # vLLM cannot load another architecture into its engine, nor open a second engine in this process.
         if self.names and runtime.engine.name != "transformers" and not runtime.rollouts.servers:
             context.warn("the judge is of another architecture than the model, so transformers samples its verdicts")
@@ -59,7 +61,9 @@ class LocalModel:
 
     def __init__(self, engines: Engines, artifact: Artifact, max_prompt_tokens: int, precision: str) -> None:
         """Load the tokenizer. Raises ``UserError`` for a checkpoint without a chat template."""
-        self.engines, self.model_dir, self.max_prompt_tokens = engines, artifact.model, max_prompt_tokens
+        self.engines = engines
+        self.model_dir = artifact.model
+        self.max_prompt_tokens = max_prompt_tokens
         self.identity = {"checkpoint": artifact.weights, "precision": precision}
         self.tokenizer = load_tokenizer(artifact.model)
         require_chat_template(self.tokenizer, f"the checkpoint of stage '{artifact.stage}'")

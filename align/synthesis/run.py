@@ -221,7 +221,9 @@ class _Synthesis:
 
         Raises ``UserError`` for an episode that leaves no room for its prompt.
         """
-        config, model, engines = self.config, self.model, self.engines
+        config = self.config
+        model = self.model
+        engines = self.engines
         if isinstance(model, Endpoint):
             speaker = config.environment.user
             if speaker is not None and speaker.model is not None:
@@ -234,7 +236,8 @@ class _Synthesis:
         from align.synthesis.local_model import LocalModel
 
         assert isinstance(model, LocalModel)
-        limit, tokens = config.max_prompt_tokens, config.environment.max_tokens
+        limit = config.max_prompt_tokens
+        tokens = config.environment.max_tokens
         if model.max_positions is not None:
             limit = min(limit, model.max_positions - tokens)
         if limit < 1:
@@ -242,7 +245,8 @@ class _Synthesis:
                 f"environment.max_tokens is {tokens}, and the model has {model.max_positions} positions, which the "
                 "prompt needs too; lower it."
             )
-        weights, model_dir = model.identity["checkpoint"], model.model_dir
+        weights = model.identity["checkpoint"]
+        model_dir = model.model_dir
         policy = Policy(model.tokenizer, weights, lambda: engines.with_weights(model_dir), limit, config.system)
         return EpisodeParts(self.context, policy, total)
 
@@ -271,7 +275,9 @@ class _Synthesis:
 
     def _select(self, prompts: list[PromptResponses], split: str, output: _Output) -> list[Row]:
         """Return the rows that the task makes of a split's responses; ties go to ``output``."""
-        task, seed, ledger = self.config.task, self.context.seed, self.ledger
+        task = self.config.task
+        seed = self.context.seed
+        ledger = self.ledger
         if isinstance(task, ResponsesTask):
             return selection.select_all(task, prompts, ledger)
         if isinstance(task, BestOfTask):
@@ -295,7 +301,8 @@ class _Synthesis:
     # ---- files ------------------------------------------------------------------------------------------------------
 
     def _write(self, output: _Output) -> dict[str, Any]:
-        config, folder = self.config, self.context.output
+        config = self.config
+        folder = self.context.output
         columns = COLUMNS.get(config.task.type, ("completion",))
         for split in SPLITS:
             write_table(folder / f"{split}.parquet", output.rows[split], columns)
