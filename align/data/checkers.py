@@ -20,7 +20,7 @@ from typing import Any
 from align.data.final_answers import final_number
 from align.data.rows import Row
 
-VERSION = 3
+VERSION = 4
 """Increased when a response gets another score than before; part of the key of every stage that scores with these."""
 
 NEEDS_NLTK_DATA = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})

@@ -1,8 +1,8 @@
 r"""The answer in a model's text: the text after its thoughts, and the final number of a worked solution. Torch-free.
 
 ``split_thought`` is the rule for every reader of responses: scorers, judges, reward models and metrics.
-``final_number`` is the rule for rewards and evaluation: the number after ``####`` (GSM8K's mark, arXiv 2110.14168),
-else in the last ``\boxed{}`` (MATH's), else the last number of the text. It skips thoughts and reads fractions. Two
+``final_number`` is the rule for rewards and evaluation: the number after ``####`` (GSM8K's mark, arXiv 2110.14168)
+and in ``\boxed{}`` (MATH's), else the last number of the text. It skips thoughts and reads fractions. Two
 different answers count as no answer. ``marked_number`` and ``last_number`` read as other harnesses do: the first and
 the last number, without fractions.
 """
@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+
+from align.data.number_forms import plain_numbers
 
 TAGS = ("think", "thinking", "thought", "reasoning")
 """Names of the tags that models write around a thought."""
@@ -142,11 +144,27 @@ _NEXT_QUESTION = re.compile(r"\n\s*(?:question|problem|q|user|human)\s*\d*\s*:",
 """Heading of a question that a base model asks itself after its answer."""
 
 _WORD = re.compile(r"[^\W\d_]+")
-_OR = frozenset({"or", "maybe", "perhaps", "possibly"})
+_ELSE = frozenset({"otherwise", "alternatively"})
+_OR = frozenset({"or", "maybe", "perhaps", "possibly", "candidate", "option", "else", "guess", *_ELSE})
 _AND = frozenset({"and", "to"})
 _NOISE = re.compile(r"\*\*|[$€£\\{})\]#\"'`~]")
 """Signs between two numbers that may be ignored. An opening parenthesis is not: ``18 (9 + 9)`` explains the 18."""
-_SEPARATORS = re.compile(r"[^\S\n]*(?:[,;/|&–—][^\S\n]*)*")
+_SEPARATORS = re.compile(r"[^\S\n]*(?:[,;/|&–—?][^\S\n]*)*")
+_ITEM = re.compile(r"\s*(?:[-*•]\s*)?")
+"""Text before a number that is a line of its own, and between two such lines."""
+_OPERAND_BEFORE = re.compile(
+    r"(?:[√∛]|\\sqrt\s*\{?|\w\s*(?:\^|\*\*)|\d\s*(?:[*×·÷]|\\(?:times|cdot|div)\b))\s*[({]?\s*\Z"
+)
+_OPERAND_AFTER = re.compile(r"\s*(?:[⁰¹²³⁴⁵⁶⁷⁸⁹]|(?:[*×·÷^]|\*\*|\\(?:times|cdot|div)\b)\s*[\d({])")
+"""Signs that make a number a part of a product, a power or a root that is left to compute."""
+_DENIAL = re.compile(r"\b(?:not|never|than|least|most)\b(?:(?!\bbut\b)[^.,:;=\n\d]){0,16}\Z", re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"\bI (?:do not|don't|cannot|can't|could not|am not able to) (?:know|solve|answer|say|tell)\b", re.I
+)
+REFUSAL_REACH = 120
+"""Characters before a number in which a refusal makes it no answer."""
+_DOUBT = Decimal("NaN")
+"""A second value for a number that is no answer: a set with two values has none."""
 
 
 @dataclass(frozen=True)
@@ -159,16 +177,14 @@ class _Number:
 
 
 def final_number(text: str) -> Decimal | None:
-    r"""Return the number after ``####``, else in the last ``\boxed{}``, else the last number; None for two answers."""
+    r"""Return the number after ``####`` and in ``\boxed{}``, else the last number; None for two answers."""
     answer = answer_text(text)
     if answer is None:
         return None
-    answer = _without_latex(answer)
-    for read in (_marked_values, _boxed_values, _last_values):
-        values = read(answer)
-        if values:
-            return values.pop() if len(values) == 1 else None
-    return None
+    answer = _without_latex(plain_numbers(answer))
+    marked = _marked_values(answer) | _boxed_values(answer)
+    values = marked or _last_values(answer)
+    return values.pop() if len(values) == 1 and _DOUBT not in values else None
 
 
 def marked_number(text: str) -> Decimal | None:
@@ -196,32 +212,37 @@ def _marked_values(text: str) -> set[Decimal]:
 
 
 def _boxed_values(text: str) -> set[Decimal]:
-    r"""Return the last number in the last ``\boxed{}`` that has any, with its alternatives in this and other boxes."""
+    r"""Return the last number in each ``\boxed{}`` that has any, with its alternatives."""
     values: set[Decimal] = set()
-    after: re.Match[str] | None = None
-    for box in reversed(list(_BOXED.finditer(text))):
-        numbers = list(_numbers(box[1]))
-        if after is not None and not (numbers and _is_joined(text[box.end() : after.start()], "")):
-            break
-        if numbers:
-            values |= _joined_values(box[1], numbers[::-1])
-            after = box
+    for box in _BOXED.finditer(text):
+        values |= _joined_values(box[1], list(_numbers(box[1]))[::-1])
     return values
 
 
 def _last_values(text: str) -> set[Decimal]:
-    """Return the last number of the text, with its alternatives."""
-    return _joined_values(text, list(_numbers(text))[::-1])
+    """Return the last number of the text, with its alternatives; none after a refusal."""
+    numbers = list(_numbers(text))[::-1]
+    if numbers and _REFUSAL.search(text, max(0, numbers[0].start - REFUSAL_REACH), numbers[0].start):
+        return set()
+    return _joined_values(text, numbers)
 
 
 def _joined_values(text: str, numbers: list[_Number]) -> set[Decimal]:
-    """Return the values of the first of ``numbers`` and of those that the text joins to it, one after the other."""
+    """Return the values of the first of ``numbers`` and of those that the text joins to it, one after the other.
+
+    A number that the text denies, or leaves to compute, adds a doubt.
+    """
     values: set[Decimal] = set()
     before: _Number | None = None
+    if numbers and not _is_stated(text, numbers[0]):
+        values.add(_DOUBT)
     for number in numbers:
         if before is not None:
             left, right = sorted((before, number), key=lambda number: number.start)
-            if not _is_joined(text[left.end : right.start], text[right.end : right.end + 80]):
+            gap = text[left.end : right.start]
+            is_list = _is_line(text, left) and _ITEM.fullmatch(gap)
+            is_range = gap == "-" and left.value < right.value
+            if not (is_list or is_range or _is_joined(gap, text[right.end : right.end + 80])):
                 break
         values.add(number.value)
         if text[max(0, number.start - 6) : number.start].rstrip(" $").endswith(("±", "\\pm")):
@@ -230,13 +251,29 @@ def _joined_values(text: str, numbers: list[_Number]) -> set[Decimal]:
     return values
 
 
+def _is_stated(text: str, number: _Number) -> bool:
+    """Return True for a number that is no operand, no bound, and not denied."""
+    before = text[max(0, number.start - 40) : number.start]
+    if _OPERAND_BEFORE.search(before) or _DENIAL.search(before):
+        return False
+    return _OPERAND_AFTER.match(text, number.end) is None
+
+
+def _is_line(text: str, number: _Number) -> bool:
+    """Return True for a number that is a line of the text, or an item of a list."""
+    if text[number.end : number.end + 1] != "\n":
+        return False
+    start = text.rfind("\n", 0, number.start) + 1
+    return _ITEM.fullmatch(text, start, number.start) is not None
+
+
 def _is_joined(gap: str, rest: str) -> bool:
     """Return True for the text between two answers: ``4 or 5``, ``4, 5``, ``4 eggs, 5 eggs``.
 
     ``rest`` follows the second. Operators, and words other than a unit that both have, keep numbers apart.
     """
     words = [word.lower() for word in _WORD.findall(gap)]
-    if len(words) <= 4 and _OR.intersection(words):
+    if (len(words) <= 4 and _OR.intersection(words)) or (len(words) <= 8 and _ELSE.intersection(words)):
         return True
     unit = [word for word in words if word not in _AND]
     if unit and unit != [word.lower() for word in _WORD.findall(rest)][: len(unit)]:

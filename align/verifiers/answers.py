@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from decimal import DecimalException
 from typing import Any, NoReturn
 
@@ -15,12 +16,22 @@ from align.data.final_answers import answer_text, final_number
 from align.verifiers.verdict import NO_ANSWER, UNPARSABLE, BadReference, Verdict, equal_or
 
 _FENCED = re.compile(r"```[^\S\n]*(?:json)?[^\S\n]*\n(.*?)\n[^\S\n]*```", re.DOTALL | re.IGNORECASE)
+_VALUE = re.compile(r"^\s*[\[{]", re.MULTILINE)
+"""Beginning of an object or a list of JSON."""
 _BOXED_LETTER = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 _ANSWER_LINE = re.compile(r"\banswer\b(?:\s+is\b)?[ \t]*:?[ \t]*([^\n]*)", re.IGNORECASE)
 _LATEX = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-_LETTER = re.compile(r"\(?([A-Za-z])\)?(?:[.):][^\S\n]*(?P<rest>.*)|\.?)", re.DOTALL)
-"""A letter in any of the usual forms: ``B``, ``(B)``, ``B.``, ``B) Paris``."""
-_OTHER_CHOICE = re.compile(r"(?:\b(?:or|and)\b|[,/&])\s*\(?[A-Z]\)?(?![\w'])")
+_LETTER = re.compile(
+    r"(?:(?:option|choice)\s+)?\(?([A-Za-z])\)?(?:(?:[.):]|\s+[-–—]\s|,?\s+(?:because|since)\b)[^\S\n]*(?P<rest>.*)|\.?)",
+    re.DOTALL | re.IGNORECASE,
+)
+"""A letter in any of the usual forms: ``B``, ``(B)``, ``B.``, ``B) Paris``, ``option B``, ``B, because``."""
+_OTHER_CHOICE = re.compile(
+    r"(?:\b(?:or|and)\b|[,/&])\s*\(?([A-Z])\)?(?![\w'])|(?<![\w'])(?:([A-Z])[):]|([A-Z])\.(?=\s+\w))"
+)
+_TAG = re.compile(r"</?answer>", re.IGNORECASE)
+_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+"""A comment of HTML, which readers do not see."""
 
 
 def number(reference: Any, text: str) -> Verdict:
@@ -40,7 +51,7 @@ def choice(reference: Any, text: str) -> Verdict:
     right = _letter(str(reference))
     if right is None:
         raise BadReference("is no letter")
-    answer = answer_text(text)
+    answer = unicodedata.normalize("NFKC", _TAG.sub(" ", answer_text(text) or "")).strip()
     if not answer:
         return Verdict(0.0, NO_ANSWER)
     places = [match[1] for match in _BOXED_LETTER.finditer(answer)] or [
@@ -56,9 +67,11 @@ def _letter(text: str) -> str | None:
     """Return the capital letter that a text consists of, with the text of the choice or without it."""
     stripped = _LATEX.sub(r"\1", text).replace("*", "").replace("$", "").strip()
     match = _LETTER.fullmatch(stripped)
-    if match is None or _OTHER_CHOICE.search(match["rest"] or ""):
+    if match is None:
         return None
-    return match[1].upper()
+    letter = match[1].upper()
+    others = {"".join(filter(None, other)) for other in _OTHER_CHOICE.findall(match["rest"] or "")}
+    return letter if others <= {letter} else None
 
 
 def exact(reference: Any, text: str) -> Verdict:
@@ -72,7 +85,7 @@ def contains(reference: Any, text: str) -> Verdict:
     items = [str(item).strip() for item in (reference if isinstance(reference, list) else [reference])]
     if not all(items):
         raise BadReference("has an empty text")
-    answer = answer_text(text)
+    answer = _COMMENT.sub(" ", answer_text(text) or "")
     if not answer:
         return Verdict(0.0, NO_ANSWER)
     return equal_or(all(_occurs(item.casefold(), answer.casefold()) for item in items))
@@ -80,6 +93,8 @@ def contains(reference: Any, text: str) -> Verdict:
 
 def _occurs(item: str, answer: str) -> bool:
     before = r"(?<!\w)" if item[0].isalnum() else ""
+    if item[0].isdigit():  # neither 0.14 nor -14 contains 14
+        before += r"(?<!\d[.,])(?<!(?<!\w)[-−])"
     # 14.5 does not contain 14, but a sentence may end after it.
     after = r"(?!\w|[.,]\d)" if item[-1].isalnum() else ""
     return re.search(before + re.escape(item) + after, answer) is not None
@@ -106,10 +121,13 @@ def json_schema(reference: Any, text: str) -> Verdict:
     if not answer:
         return Verdict(0.0, NO_ANSWER)
     blocks = _FENCED.findall(answer)
-    if len(blocks) > 1:
+    # Two blocks, or a value next to the block, are two answers.
+    if len(blocks) > 1 or (blocks and _VALUE.search(_FENCED.sub("", answer))):
         return Verdict(0.0, NO_ANSWER)
     try:
-        value = json.loads(blocks[0] if blocks else answer, parse_constant=_refuse_constant)
+        value = json.loads(
+            blocks[0] if blocks else answer, parse_constant=_refuse_constant, object_pairs_hook=_read_object
+        )
     except (ValueError, RecursionError):
         return Verdict(0.0, UNPARSABLE)
     # An empty registry: a reference to another schema must not open a connection.
@@ -124,6 +142,14 @@ def _read_schema(text: str) -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise BadReference("is no JSON schema")
     return schema
+
+
+def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON. Raises ``ValueError`` for a key that occurs twice: readers disagree about its value."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:

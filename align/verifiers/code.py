@@ -1,18 +1,23 @@
 """The verifier ``code``: programs against tests, by their output or by asserts, in a sandbox.
 
-Tests by output start the program once for each input. Asserts run in a second sandbox, and call the program's functions
-in the first: neither process sees the other, and only plain values pass between them (``sandbox/confined.py``).
+Tests by output start the program once for each input. Asserts run in a sandbox of their own, and call the program's
+functions in two others (``sandbox/replicas.py``): no process sees another, and only plain values pass between them
+(``sandbox/confined.py``).
 """
 
 from __future__ import annotations
 
 import json
 import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from align.data.final_answers import answer_text
 from align.verifiers.sandbox.isolation import Limits, Sandbox
+from align.verifiers.sandbox.replicas import Replicas, SeparateObjects
 from align.verifiers.sandbox.session import Session
 from align.verifiers.verdict import (
     CRASHED,
@@ -25,7 +30,11 @@ from align.verifiers.verdict import (
     Verdict,
 )
 
-_FENCED = re.compile(r"```[^\S\n]*(?:python3?|py)?[^\S\n]*\n(.*?)(?:\n[^\S\n]*```|\Z)", re.DOTALL | re.IGNORECASE)
+_OPENING = re.compile(r"(?P<fence>```+|~~~+)[^\S\n]*(?P<language>[\w+#.-]*)[^\n`]*\n")
+_ITEM_SIGNS = " \t>-*.)0123456789"
+"""Signs before the fence of a block in a list or a quotation."""
+PYTHON = ("python", "python3", "py")
+"""Languages of a block with a program, in small letters."""
 SYNTAX_ERRORS = ("SyntaxError", "IndentationError", "TabError")
 SYNTAX_EXIT = 3
 """Exit code of ``confined.py`` for a program that is not valid Python."""
@@ -88,15 +97,37 @@ def _text(value: Any) -> str:
 def find_program(text: str, entry_point: str | None = None) -> str:
     """Return the program in an answer: its last block of Python, else the whole text outside thoughts.
 
-    With ``entry_point`` it is the last block that defines this function, if one does.
+    A block without a language counts if no block has Python's name. With ``entry_point`` it is the last block that
+    defines this function, if one does.
     """
     answer = answer_text(text)
     if answer is None:
         return ""
-    blocks = _FENCED.findall(answer)
+    answer = answer.replace("\r\n", "\n")
+    fenced = list(_find_blocks(answer))
+    blocks = [block for language, block in fenced if language in PYTHON]
+    blocks = blocks or [block for language, block in fenced if not language]
     if entry_point:
         blocks = [block for block in blocks if defines(block, entry_point)] or blocks
     return blocks[-1] if blocks else answer
+
+
+def _find_blocks(answer: str) -> Iterator[tuple[str, str]]:
+    """Yield language and content of each block between fences, without the indentation that all its lines have.
+
+    A block that is never closed ends with the answer.
+    """
+    end = 0
+    while (opening := _OPENING.search(answer, end)) is not None:
+        language = opening["language"].lower()
+        before = answer[answer.rfind("\n", 0, opening.start()) + 1 : opening.start()]
+        if before.strip(_ITEM_SIGNS) and language not in PYTHON:  # the end of code inside a line
+            end = opening.end()
+            continue
+        closing = re.compile(rf"^[^\S\n]*{opening['fence']}", re.MULTILINE).search(answer, opening.end())
+        stop, end = (len(answer), len(answer)) if closing is None else closing.span()
+        content = answer[opening.end() : stop].removesuffix("\n")
+        yield language, textwrap.dedent(content) if before else content
 
 
 def defines(program: str, name: str) -> bool:
@@ -138,23 +169,40 @@ def _failure(session: Session) -> Verdict:
 
 
 def _verify_asserts(program: str, tests: ProgramTests, sandbox: Sandbox, limits: Limits) -> Verdict:
-    """Start the program and its tests, and carry their messages."""
-    with sandbox.start("serve", limits) as solution, sandbox.start("grade", limits) as grader:
-        solution.begin({"program": program})
-        loaded = solution.receive()
-        if loaded is None:
-            return _failure(solution)
-        if "names" not in loaded:
-            return Verdict(0.0, UNPARSABLE if loaded.get("error") in SYNTAX_ERRORS else CRASHED)
-        names = [name for name in loaded["names"] if isinstance(name, str)]
+    """Start the program and its tests, and carry their messages.
+
+    Calls alternate between two processes of the program, so that no result can depend on an earlier call. Objects stay
+    where they were made; if a call needs two of different processes, the tests start again with one process.
+    """
+    try:
+        return _run_asserts(program, tests, sandbox, limits, 2)
+    except SeparateObjects:
+        return _run_asserts(program, tests, sandbox, limits, 1)
+
+
+def _run_asserts(program: str, tests: ProgramTests, sandbox: Sandbox, limits: Limits, count: int) -> Verdict:
+    """Run the tests with ``count`` processes of the program. Raises ``SeparateObjects``."""
+    with ExitStack() as stack:
+        solutions = [stack.enter_context(sandbox.start("serve", limits)) for _ in range(count)]
+        grader = stack.enter_context(sandbox.start("grade", limits))
+        names: list[str] = []
+        for solution in solutions:
+            solution.begin({"program": program})
+            loaded = solution.receive()
+            if loaded is None:
+                return _failure(solution)
+            if "names" not in loaded:
+                return Verdict(0.0, UNPARSABLE if loaded.get("error") in SYNTAX_ERRORS else CRASHED)
+            names = [name for name in loaded["names"] if isinstance(name, str)]
         grader.begin({"tests": tests.asserts, "setup": tests.setup, "entry_point": tests.entry_point, "names": names})
+        replicas = Replicas(solutions)
         for _ in range(MOST_MESSAGES):
             message = grader.receive()
             if message is None:
                 return _failure(grader)
             if "verdict" in message:
                 return _read_verdict(message)
-            reply = solution.receive() if solution.send(message) else None
+            solution, reply = replicas.ask(message)
             if reply is None:
                 return _failure(solution)
             grader.send(reply)

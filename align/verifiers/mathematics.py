@@ -3,8 +3,8 @@ r"""The verifier ``math``: an answer and a reference as expressions of sympy, by
 The place of the answer, the first of these that the text outside thoughts has:
 
 1. the last ``\boxed{}``. Boxes with different contents are several answers, so there is none;
-2. the line after ``####``, likewise;
-3. the text after the last "answer is" or "answer:", up to the end of its line;
+2. the line after ``####``, likewise; if there is a box as well, both must be right;
+3. the text after the last "answer is" or "answer:", up to the end of its line. The line before must have no other;
 4. the whole answer, if it is one line.
 
 math-verify reads that place as a whole. It never searches the text for an expression, because its fallbacks to the last
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections import deque
 from typing import Any
 
@@ -30,6 +31,14 @@ _MARK = re.compile(r"####([^\n#]*)")
 _ANSWER = re.compile(r"\banswer(?:\s+is\b|[ \t]*:)[ \t]*:?([^\n]*)", re.IGNORECASE)
 _MATH = re.compile(r"\$\$?(.+?)\$\$?[\s.]*|\\\((.+?)\\\)[\s.]*|\\\[(.+?)\\\][\s.]*", re.DOTALL)
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
+_UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{\s*([^{}\d]+?)s?\s*\}")
+_TAG = re.compile(r"</?answer>", re.IGNORECASE)
+_GROUPS = re.compile(r"(?<=\d)(?:\\[,! ]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+_FRACTION = re.compile("[¼-¾⅐-⅞]")
+_CALCULUS = re.compile(r"\\(?:int|sum|prod|lim|partial)\b|\\frac\s*\{\s*d\s*\}")
+_FUNCTION = re.compile(r"\\(?:[dt]?binom|gcd|max|min|log|ln|exp|sin|cos|tan|lfloor|lceil|det)\b")
+"""Operations that math-verify performs, and a number does not have."""
+_QUOTIENT = re.compile(r"\\[dt]?frac[\s{(-]*\d|\d\s*/\s*\d")
 _DOUBT = re.compile(r"\d|\b(?:or|not|maybe|perhaps|possibly)\b")
 _ADJACENT = re.compile(r"\d\s+\d")
 """Two numbers side by side, which math-verify adds as a mixed number: ``3 4`` would equal 7."""
@@ -38,39 +47,91 @@ _ADJACENT = re.compile(r"\d\s+\d")
 def verify(reference: Any, text: str) -> Verdict:
     """Return the verdict on an answer. Raises ``BadReference`` for a reference that math-verify cannot read."""
     gold_text = str(reference).strip()
-    gold = _parse(_inner(gold_text))
-    if not gold:
+    if not _parse(_inner(gold_text)):
         raise BadReference("cannot be read by math-verify")
-    answer = answer_text(text)
-    piece = _find_answer(answer or "")
-    if not piece:
+    pieces = _find_answers(answer_text(text) or "")
+    if not pieces:
         return Verdict(0.0, NO_ANSWER)
+    verdicts = [_compare(gold_text, piece) for piece in pieces]
+    return next((verdict for verdict in verdicts if verdict.score < 1), verdicts[0])
+
+
+def _compare(gold_text: str, piece: str) -> Verdict:
+    """Return the verdict on one place of an answer."""
     if len(piece) > LONGEST or (_hides_answer(piece) and not _hides_answer(gold_text)):
         return Verdict(0.0, UNPARSABLE)
+    gold = _parse(_inner(gold_text))
     parsed = _parse(piece)
     if not parsed:
         return Verdict(0.0, UNPARSABLE)
-    if _is_value(gold[0]) and not _is_value(_right_side(parsed[0])):
-        # A sum or an integral equals its value, but to copy it from the question is no answer.
+    if _is_computation(gold[0], gold_text, parsed[0], piece) or _is_contradiction(parsed[0]):
         return Verdict(0.0, UNEQUAL)
     if _ADJACENT.search(piece) and not _ADJACENT.search(gold_text):
+        return Verdict(0.0, UNEQUAL)
+    units = [set(_UNIT.findall(part)) for part in (gold_text, piece)]
+    if all(units) and units[0] != units[1]:
         return Verdict(0.0, UNEQUAL)
     from math_verify import verify as compare
 
     return equal_or(compare(gold, parsed, timeout_seconds=None))
 
 
-def _find_answer(answer: str) -> str:
-    """Return the place of the answer without its dollar signs; empty if there is none, or several."""
-    boxes = [box.strip() for box in _boxes(answer)]
-    marks = [match[1].strip() for match in _MARK.finditer(answer)]
-    for places in (boxes, marks):
-        if places:
-            return _inner(places[-1]) if len(set(places)) == 1 else ""
-    lines = [match[1] for match in _ANSWER.finditer(answer)]
-    if lines:
-        return _inner(lines[-1])
-    return "" if "\n" in answer.strip() else _inner(answer)
+def _is_computation(gold: Any, gold_text: str, parsed: Any, piece: str) -> bool:
+    """Return True for an operation that is left to do, and that the reference does not have.
+
+    A sum or an integral equals its value, but to copy it from the question is no answer.
+    """
+    if not set(_CALCULUS.findall(piece)) <= set(_CALCULUS.findall(gold_text)):
+        return True
+    answer = _right_side(parsed)
+    if not _is_value(gold):
+        return _has_symbols_below(answer) and not _has_symbols_below(gold)
+    if _FUNCTION.search(piece) or not _is_value(answer):
+        return True
+    return bool(getattr(gold, "is_Integer", False)) and _QUOTIENT.search(piece) is not None
+
+
+def _has_symbols_below(expression: Any) -> bool:
+    """Return True for an expression that divides by a variable."""
+    import sympy
+
+    if not isinstance(expression, sympy.Expr):
+        return False
+    return any(power.exp.is_negative and power.base.free_symbols for power in expression.atoms(sympy.Pow))
+
+
+def _is_contradiction(parsed: Any) -> bool:
+    """Return True for an equation of two different numbers: ``6 = 5``."""
+    import sympy
+
+    if not isinstance(parsed, sympy.Eq):
+        return False
+    left, right = parsed.args
+    return isinstance(left, sympy.Number) and isinstance(right, sympy.Number) and left != right
+
+
+def _find_answers(answer: str) -> list[str]:
+    """Return the places of the answer without their dollar signs; none if there are several that differ."""
+    answer = _TAG.sub(" ", answer)
+    boxes = {_unwrap(box.strip()) for box in _boxes(answer)}
+    marks = {match[1].strip() for match in _MARK.finditer(answer)}
+    if boxes or marks:
+        places = sorted(boxes) + sorted(marks)
+        is_single = len(boxes) <= 1 and len(marks) <= 1 and not any(_BOX.search(box) for box in boxes)
+        return [_inner(_unwrap(place)) for place in places] if is_single and all(places) else []
+    lines = [line for line in answer.splitlines() if line.strip()]
+    stated = [(index, _inner(match[1])) for index, line in enumerate(lines) for match in _ANSWER.finditer(line)]
+    if not stated:
+        return [_inner(answer)] if len(lines) == 1 else []
+    last, place = stated[-1]
+    before = dict(stated[:-1]).get(last - 1, place)
+    return [place] if place and place == before else []
+
+
+def _unwrap(place: str) -> str:
+    """Return the content of a place that is one box."""
+    boxes = _boxes(place)
+    return boxes[0].strip() if len(boxes) == 1 and _BOX.match(place) and place.endswith("}") else place
 
 
 def _hides_answer(text: str) -> bool:
@@ -97,11 +158,25 @@ def _boxes(answer: str) -> list[str]:
 
 def _inner(text: str) -> str:
     """Return a text without asterisks, the signs of a formula around it, and a full stop at its end."""
-    stripped = text.replace("**", "").strip()
+    stripped = _plain_digits(text).replace("**", "").strip()
+    words = _TEXT.fullmatch(stripped)
+    if words is not None and any(sign.isdigit() for sign in words[1]):
+        stripped = words[1].strip()
     match = _MATH.fullmatch(stripped)
     if match is not None and "$" not in (inner := match[1] or match[2] or match[3]):
         return inner.strip()
     return stripped.removesuffix(".").strip()
+
+
+def _plain_digits(text: str) -> str:
+    """Return a text whose digits are ASCII, without separators of thousands, and with LaTeX's fractions."""
+    text = "".join(str(unicodedata.decimal(sign)) if sign.isdecimal() else sign for sign in text)
+    return _FRACTION.sub(_spell_fraction, _GROUPS.sub("", text))
+
+
+def _spell_fraction(match: re.Match[str]) -> str:
+    above, below = unicodedata.normalize("NFKC", match[0]).split("\u2044")
+    return f"\\frac{{{above}}}{{{below}}}"
 
 
 @functools.lru_cache(maxsize=1024)

@@ -45,6 +45,10 @@ DIRECT = [
     ("choice", "B", "Answer: A or B", NO_ANSWER),
     ("choice", "B", "Answer: A\nAnswer: B", NO_ANSWER),
     ("choice", "B", "B is wrong, so is C", NO_ANSWER),
+    ("choice", "B", "The answer is option B, because C) is wrong.", NO_ANSWER),
+    ("choice", "B", "The answer is option B, because it fits.", RIGHT),
+    ("choice", "B", "Answer: B. C. D.", NO_ANSWER),
+    ("choice", "B", "<answer>Ｂ</answer>", RIGHT),
     ("exact", "to be", " to be\n", RIGHT),
     ("exact", "to be", "To be", UNEQUAL),
     ("exact", "to be", " ", NO_ANSWER),
@@ -52,6 +56,9 @@ DIRECT = [
     ("contains", ["Paris", "Lyon"], "Lyon, Nice", UNEQUAL),
     ("contains", "14", "It is 14.5", UNEQUAL),
     ("contains", "14", "It is 114", UNEQUAL),
+    ("contains", "14", "It is 0.14", UNEQUAL),
+    ("contains", "14", "It is -14", UNEQUAL),
+    ("contains", "14", "<!-- 14 -->", UNEQUAL),
 ]
 
 
@@ -79,6 +86,19 @@ MATH = [
     ("5", "First 5.\nThen no more.", NO_ANSWER),  # no fallback to the last number
     ("5", "<think>\\boxed{5}", NO_ANSWER),
     ("5", "\\boxed{5", NO_ANSWER),
+    ("5", "\\boxed{6 \\boxed{5}}", NO_ANSWER),
+    ("5", "The answer is 6.\nThe answer is 5.", NO_ANSWER),
+    ("5", "The answer is 6?\nLet me check.\nThe answer is 5.", RIGHT),
+    ("5", "#### 6\n\\boxed{5}", UNEQUAL),
+    ("5", "\\boxed{6 = 5}", UNEQUAL),
+    ("10", "\\boxed{\\binom{5}{2}}", UNEQUAL),  # copied from the question
+    ("13", "\\boxed{\\frac{1001}{77}}", UNEQUAL),
+    ("x + 1", "\\boxed{\\frac{x^2 - 1}{x - 1}}", UNEQUAL),
+    ("5 \\text{ cm}", "\\boxed{5 \\text{ km}}", UNEQUAL),
+    ("5", "\\boxed{5 \\text{ km/h}}", RIGHT),
+    ("5", "\\boxed{\\text{５}}", RIGHT),
+    ("1000", "\\boxed{1\\,000}", RIGHT),
+    ("\\frac{1}{2}", "\\boxed{½}", RIGHT),
     ("5", "\\boxed{5 |}", UNPARSABLE),
     ("5", "\\boxed{5 \\text{ (or 6)}}", UNPARSABLE),  # math-verify drops the text as a unit
     ("5", "\\boxed{" + "(" * 900 + "}", UNPARSABLE),
@@ -113,10 +133,12 @@ def test_json_schema_reads_text_and_fenced_blocks() -> None:
         ("-", 'Here:\n```json\n{"a": 1}\n```\n'),
         ("-", '{"a": "1"}'),
         ("-", '{"a": NaN}'),
+        ("-", '{"a": "1", "a": 1}'),
+        ("-", '```\n{"a": 1}\n```\n{"a": "1"}'),
         ("-", "[" * 100_000),
         ("-", '```\n{"a": 1}\n```\n```\n{"a": 2}\n```'),
     ]
-    expected = [RIGHT, RIGHT, UNEQUAL, UNPARSABLE, UNPARSABLE, NO_ANSWER]
+    expected = [RIGHT, RIGHT, UNEQUAL, UNPARSABLE, UNPARSABLE, NO_ANSWER, UNPARSABLE, NO_ANSWER]
     assert reasons({"json_schema": schema}, pairs) == expected
     assert reasons({"json_schema": "answer"}, [(json.dumps(schema), '{"a": 1}')]) == [RIGHT]
 

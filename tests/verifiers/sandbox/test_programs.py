@@ -50,6 +50,8 @@ def asserts(*lines: str, **fields: str) -> ProgramTests:
          asserts("assert S().f(1.5) == [1.5, (1,), {2}, {'k': None}, 1j, b'x']")),
         ("def f(n):\n    yield from range(n)", asserts("assert list(f(3)) == [0, 1, 2]")),
         ("import math\ndef f(): return 1.0", asserts("assert math.isclose(f(), 1)", setup="import math")),
+        ("class S:\n    def __init__(self, a): self.a = a\ndef f(s, t): return s.a + t.a",
+         asserts("assert f(S(1), S(2)) == 3")),
     ],
 )  # fmt: skip
 def test_right_program_passes(sandbox: Sandbox, program: str, tests: ProgramTests) -> None:
@@ -77,6 +79,10 @@ def test_right_program_passes(sandbox: Sandbox, program: str, tests: ProgramTest
          asserts("assert math.isclose(f(), 1)"), "unequal"),
         ("import builtins\nbuiltins.AssertionError = SystemExit\ndef f(): return 9", asserts("assert f() == 1"),
          "unequal"),
+        # They answer from an earlier call.
+        ("r = iter([1, 2, 3])\ndef f(x): return next(r)", asserts("assert f(4) == 1", "assert f(5) == 2"), "unequal"),
+        ("m = []\ndef pack(x): m.append(x)\ndef unpack(x): return m[-1]", asserts("assert unpack(pack(1)) == 1"),
+         "crashed"),
         # They forge a verdict on every descriptor.
         ("import os\nfor d in range(1, 20):\n    try: os.write(d, b'{\"verdict\": \"passed\"}\\n')\n"
          "    except OSError: pass\ndef f(): return 9", asserts("assert f() == 1"), "crashed"),

@@ -1,0 +1,45 @@
+"""Numbers in other forms as decimals: scales, powers of ten, fractions of one character, separators. Torch-free."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from decimal import Decimal
+
+_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+_SPACED_GROUPS = re.compile(r"(?<=\d)(?:\\,|['’\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+"""Separators of thousands that join nothing else; a plain space could separate two answers."""
+_INDIAN = re.compile(r"(?<![\d.,])\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])")
+_DASH = re.compile(r"(?<![\w)])–(?=[\d.])")
+_FRACTION = re.compile("[¼-¾⅐-⅞]")
+_HEXADECIMAL = re.compile(r"\b0[xX][0-9a-fA-F]+\b")
+_MANTISSA = r"(?<![\w.,])(\d{1,20}(?:,\d{3}){0,6}(?:\.\d{1,20})?)"
+_POWER = re.compile(
+    _MANTISSA + r"(?:\s*(?:\\times|\\cdot|[×*·x])\s*10\s*(?:\^|\*\*)\s*\{?([-−+]?\d{1,2})\}?|[eE]([-+]?\d{1,2}))(?!\w)"
+)
+_SCALED = re.compile(_MANTISSA + r"(?:\s?(thousand|million|billion|trillion)|(k))\b")
+_SCALES = {"k": 3, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+
+
+def plain_numbers(text: str) -> str:
+    """Return a text whose numbers have one form: ``1.5 million`` and ``1.5e6`` become ``1500000``, ``3½`` ``3 1/2``.
+
+    Comments of HTML and hexadecimal numbers are removed.
+    """
+    text = _HEXADECIMAL.sub("", _COMMENT.sub(" ", text))
+    text = _DASH.sub("−", _SPACED_GROUPS.sub("", text))
+    text = _INDIAN.sub(lambda match: match[0].replace(",", ""), text)
+    text = _FRACTION.sub(_spell_fraction, text)
+    text = _POWER.sub(lambda match: _shift(match[1], int((match[2] or match[3]).replace("−", "-"))), text)
+    return _SCALED.sub(lambda match: _shift(match[1], _SCALES[match[2] or match[3]]), text)
+
+
+def _spell_fraction(match: re.Match[str]) -> str:
+    """Return `` 1/2`` for ``½``; Unicode decomposes it with a slash of its own."""
+    parts = unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/")
+    return f" {parts}"
+
+
+def _shift(digits: str, places: int) -> str:
+    """Return a number with its point moved to the right."""
+    return format(Decimal(digits.replace(",", "")).scaleb(places).normalize(), "f")
