@@ -30,7 +30,7 @@ from align.verifiers.verdict import (
     Verdict,
 )
 
-_OPENING = re.compile(r"(?P<fence>```+|~~~+)[^\S\n]*(?P<language>[\w+#.-]*)[^\n`]*\n")
+_OPENING = re.compile(r"(?P<fence>(?<!`)`{3,20}|(?<!~)~{3,20})[^\S\n]*(?P<language>[\w+#.-]{0,40})[^\n`]{0,100}\n")
 _ITEM_SIGNS = " \t>-*.)0123456789"
 """Signs before the fence of a block in a list or a quotation."""
 PYTHON = ("python", "python3", "py")

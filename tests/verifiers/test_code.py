@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -36,6 +37,13 @@ OTHER = "```\n6\n```"
 )
 def test_program_is_the_last_block_of_python(answer: str, program: str) -> None:
     assert find_program(answer) == program
+
+
+@pytest.mark.parametrize("piece", ["~~~ ", "```", "```python\n", "~~~\n```\n", "1. ```text\n"])
+def test_long_answers_take_linear_time(piece: str) -> None:
+    started = time.process_time()
+    find_program(piece * 20_000)
+    assert time.process_time() - started < 5
 
 
 def test_block_with_the_entry_point_is_the_program() -> None:
