@@ -85,8 +85,8 @@ def leaves_mt_bench_part(case: Case) -> bool:
     """Return True if a reader of MT-Bench's marks sees another answer than the response."""
     answer = split_thought(case["response"]).strip()
     before, after = MT_BENCH.split("{answer}")
-    shown = MT_BENCH.format(answer=answer).partition(before)[2].partition(after)[0]
-    return bool(shown != answer)
+    shown = MT_BENCH.format(answer=answer).partition(before.strip())[2].partition(after.strip())[0]
+    return bool(shown.strip() != answer)
 
 
 def verifier_table(errors: Sequence[Errors]) -> list[str]:

@@ -45,6 +45,7 @@ def check_errors(errors: Sequence[Errors], highest_share: float) -> None:
 def test_corpus_has_the_fields_that_its_header_describes() -> None:
     header = next(yaml.safe_load_all(CORPUS.read_text(encoding="utf-8")))
     assert len(CASES) >= 250
+    assert f"has {len(CASES)} responses" in PAGE
     assert max(Counter(case["id"] for case in CASES).values()) == 1
     assert {case["kind"] for case in CASES} == set(header["kinds"]) >= set(PROGRAMS)
     assert {case["category"] for case in CASES} == set(header["categories"])
