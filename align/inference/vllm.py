@@ -29,14 +29,22 @@ from align.inference.vllm_internals import (
     cpu_block_size,
     model_runner,
     record_experts,
+    runs_by_transformers,
     stored_adapter,
     why_model_unsupported,
 )
-from align.inference.weights import refuse_missing, weight_names, with_stored_names, with_tied_head
+from align.inference.weights import needs_tied_head, refuse_missing, weight_names, with_stored_names, with_tied_head
 from align.models.fast.stateful_layers import carries_state
 from align.models.loading import load_tokenizer
 from align.models.pretrained import open_config
-from align.patches.vllm import draw_once_per_row, flatten_rotary, keep_thread_count, repack_experts, use_cpu_norms
+from align.patches.vllm import (
+    draw_once_per_row,
+    flatten_rotary,
+    keep_thread_count,
+    keep_transformers_classes,
+    repack_experts,
+    use_cpu_norms,
+)
 from align.pipeline.process_limits import resume_collections
 
 WEIGHTS, CACHE = "weights", "kv_cache"
@@ -136,6 +144,8 @@ class VllmEngine:
             from vllm import LLM
 
             resume_collections()
+            if runs_by_transformers(model_dir):
+                keep_transformers_classes()
             if device.type == "cpu":
                 memory = _cpu_options(model_dir, config, dtype, max_length)
             self.llm = LLM(
@@ -157,7 +167,7 @@ class VllmEngine:
         self.runner = model_runner(self.llm)
         self.steps = Steps(self.llm, self.watchdog.progress, max_length)
         self.adapter = stored_adapter(self.runner, model_dir, dtype)
-        self.tied = bool(getattr(self.llm.model_config.hf_config, "tie_word_embeddings", False))
+        self.tied = needs_tied_head(self.llm.model_config.hf_config)
         if device.type == "cpu":
             draw_once_per_row(self.runner, pick_tokens)
             use_cpu_norms()

@@ -77,6 +77,8 @@ def why_model_unsupported(model_dir: Path, device: torch.device, dtype: torch.dt
         return None
     if dtype == torch.float32 and hasattr(config.hf_text_config, "linear_key_head_dim"):
         return "vLLM on a CPU computes gated delta nets in bfloat16 only (runtime.engine.dtype: bfloat16)"
+    if config.hf_text_config.model_type == "gpt_oss":
+        return "vLLM on a CPU keeps the experts of GPT-OSS when it gets new weights"
     backend: Any = getattr(importlib.import_module("vllm.v1.attention.backends.cpu_attn"), "CPUAttentionBackend", None)
     if not hasattr(backend, "get_supported_head_sizes"):
         raise VllmChanged("get_supported_head_sizes")
@@ -84,6 +86,13 @@ def why_model_unsupported(model_dir: Path, device: torch.device, dtype: torch.dt
     if not sizes or size in sizes:
         return None
     return f"vLLM on a CPU has no attention for heads of {size} numbers, only of {', '.join(map(str, sizes))}"
+
+
+def runs_by_transformers(model_dir: Path) -> bool:
+    """Return True if vLLM runs a checkpoint's model by transformers' code. Draws random numbers."""
+    from vllm.config import ModelConfig
+
+    return bool(ModelConfig(model=str(model_dir), trust_remote_code=False).using_transformers_backend())
 
 
 def cpu_block_size(model_dir: Path, dtype: torch.dtype, max_length: int) -> int:

@@ -27,7 +27,21 @@ from align.models.pretrained import stored_tensors
 from align.pipeline.process_limits import usable_cores
 from align.store.json_files import write_text_atomically
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
+EMBEDDINGS = (
+    "model.embed_tokens.weight",
+    "transformer.wte.weight",
+    "model.decoder.embed_tokens.weight",
+    "transformer.word_embeddings.weight",
+)
+"""Names of embeddings in checkpoints; the others than the first are GPT-2's, OPT's and BLOOM's."""
+WITHOUT_HEAD = ("gemma", "gemma2")
+"""Types of models whose vLLM model computes logits with its embeddings, and refuses a tensor for a head."""
+
+
+def needs_tied_head(config: Any) -> bool:
+    """Return True if vLLM needs the embeddings of a model with this config also under the name of its head."""
+    return bool(getattr(config, "tie_word_embeddings", False)) and config.model_type not in WITHOUT_HEAD
 
 
 def with_tied_head(weights: Iterable[tuple[str, torch.Tensor]], tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -39,7 +53,7 @@ def with_tied_head(weights: Iterable[tuple[str, torch.Tensor]], tied: bool) -> I
     embedding, has_head = None, False
     for name, tensor in weights:
         has_head = has_head or name == HEAD
-        if name == EMBEDDING:
+        if name in EMBEDDINGS:
             embedding = tensor
         yield name, tensor
     # Some checkpoints store a tied head, some do not.

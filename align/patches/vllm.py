@@ -1,4 +1,7 @@
-"""Patches of vLLM. Each was written for vLLM 0.30 and 0.31; all but ``count_calls`` are for CPUs."""
+"""Patches of vLLM, written for vLLM 0.30 and 0.31.
+
+All but ``count_calls`` and ``keep_transformers_classes`` are for CPUs.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,20 @@ def allow_blocks_of_16() -> None:
     backend = importlib.import_module(module)
     sizes = [backend.MultipleOf(16)]
     backend.CPUAttentionBackend.get_supported_kernel_block_sizes = staticmethod(lambda kv_cache_spec=None: sizes)
+
+
+def keep_transformers_classes() -> None:
+    """Leave transformers' classes as they are when vLLM runs a model by transformers' own code.
+
+    Replaces ``Base._decorate_cls_for_torch_compile`` of ``vllm.model_executor.models.transformers.base``, which changes
+    ``__init__`` and ``__call__`` of the class of the decoder. The trainer in the same process has models of the same
+    class, which then fail. Such a model is not compiled. Servers are processes without a trainer.
+    """
+    path = "vllm.model_executor.models.transformers.base:Base"
+    parameters = ["self", "cls", "dynamic_arg_dims", "enable_if", "is_encoder"]
+    _private_name(f"{path}._decorate_cls_for_torch_compile", parameters)
+    base = _private_name(path)
+    base._decorate_cls_for_torch_compile = lambda self, cls, dynamic_arg_dims, enable_if, is_encoder: None
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class FakeLLM:
         self.llm_engine = SimpleNamespace(
             model_executor=executor, engine_core=core, step=self.step, abort_request=self.heard.append
         )
-        self.model_config = SimpleNamespace(hf_config=SimpleNamespace(tie_word_embeddings=True))
+        self.model_config = SimpleNamespace(hf_config=SimpleNamespace(model_type="llama", tie_word_embeddings=True))
 
     def sleep(self, level: int) -> None:
         assert self.options["enable_sleep_mode"]
@@ -77,6 +77,7 @@ def open_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("align.inference.vllm.draw_once_per_row", lambda runner, pick: None)
     monkeypatch.setattr("align.inference.vllm.cpu_block_size", lambda model_dir, dtype, max_length: 32)
     monkeypatch.setattr("align.inference.vllm._prepare_environment", lambda: None)
+    monkeypatch.setattr("align.inference.vllm.runs_by_transformers", lambda model_dir: False)
     monkeypatch.setattr("align.inference.vllm.use_cpu_norms", lambda: False)
     monkeypatch.setattr("align.inference.vllm.flatten_rotary", lambda model: None)
     monkeypatch.setattr("align.inference.vllm.repack_experts", lambda model: nullcontext())

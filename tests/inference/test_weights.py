@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.inference.weights import checkpoint_weights, weight_names, with_stored_names
+from align.inference.weights import (
+    HEAD,
+    checkpoint_weights,
+    needs_tied_head,
+    weight_names,
+    with_stored_names,
+    with_tied_head,
+)
 from align.models.loading import load_policy
 from align.models.tuning.peft_layers import merged_weights
-from tests.support.models.families import write_family
+from tests.support.models.families import family_config, write_family
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "lfm2", "llama"])
@@ -21,6 +28,18 @@ def test_live_weights_get_the_names_of_their_files(model_type: str, tmp_path: Pa
     assert live.keys() - {"lm_head.weight"} == stored.keys() - {"lm_head.weight"}
     for name, tensor in stored.items():
         assert torch.equal(live[name], tensor), name
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "opt", "bloom"])
+def test_engines_get_a_tied_head_by_its_name(model_type: str, tmp_path: Path) -> None:
+    folder = write_family(model_type, tmp_path / "model")
+    weights = dict(with_tied_head(checkpoint_weights(folder), needs_tied_head(family_config(model_type))))
+    assert torch.equal(weights[HEAD], load_policy(folder).get_output_embeddings().weight)
+
+
+def test_engines_get_no_head_that_they_refuse() -> None:
+    assert not needs_tied_head(family_config("gemma2"))
+    assert not needs_tied_head(family_config("llama"))
 
 
 def test_experts_are_converted_layer_by_layer(tmp_path: Path) -> None:

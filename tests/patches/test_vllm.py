@@ -15,6 +15,13 @@ CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 TOP_K_TOP_P = "vllm.v1.sample.ops.topk_topp_sampler"
 
 
+class Decoder(torch.nn.Module):
+    """A class as transformers has them."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return input_ids
+
+
 def pick(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return logprobs.argmax(-1)
 
@@ -99,6 +106,23 @@ def test_changed_rotary_embedding_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(f"{ROTARY}.forward_cpu", lambda self, query, key: None)
     with pytest.raises(UserError, match="forward_cpu has the parameters"):
         patches.flatten_rotary(torch.nn.ReLU())
+
+
+def test_transformers_classes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.models.transformers.base import Base
+
+    monkeypatch.setattr(Base, "_decorate_cls_for_torch_compile", Base._decorate_cls_for_torch_compile)
+    patches.keep_transformers_classes()
+    before = dict(vars(Decoder))
+    Base._decorate_cls_for_torch_compile(object(), Decoder, {}, lambda config: True, is_encoder=False)
+    assert dict(vars(Decoder)) == before
+
+
+def test_changed_decoration_of_classes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "vllm.model_executor.models.transformers.base.Base._decorate_cls_for_torch_compile"
+    monkeypatch.setattr(path, lambda self, cls: cls)
+    with pytest.raises(UserError, match=r"_decorate_cls_for_torch_compile has the parameters \(self, cls\)"):
+        patches.keep_transformers_classes()
 
 
 def test_thread_count_is_restored() -> None:

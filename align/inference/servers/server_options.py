@@ -31,7 +31,7 @@ from align.inference.server_guard import HOSTS, KEY_FILE, Guard, key_problem
 from align.inference.server_worker import WORKER
 from align.inference.servers.server_client import UNIX, BadReply, Client, EngineLost
 from align.inference.servers.server_process import BINDING, MODULE, free_port
-from align.inference.weights import refuse_missing, weight_names
+from align.inference.weights import needs_tied_head, refuse_missing, weight_names
 from align.models.fast.stateful_layers import carries_state
 from align.models.loading import load_tokenizer
 from align.models.pretrained import open_config
@@ -65,7 +65,7 @@ class ServerSpec:
     tensor_names: frozenset[str]
     """Tensors that a full set of weights has."""
     tied_embeddings: bool
-    """True when the output head is the embedding."""
+    """True if the output head is the embedding and a server needs it under both names."""
     vocab_size: int
     """Rows of the output head: every token id is below."""
 
@@ -83,7 +83,7 @@ class ServerSpec:
             tokenizer=tokenizer,
             eos=int(tokenizer.eos_token_id),
             tensor_names=frozenset(weight_names(model_dir)),
-            tied_embeddings=bool(getattr(architecture, "tie_word_embeddings", False)),
+            tied_embeddings=needs_tied_head(architecture),
             vocab_size=int(architecture.get_text_config().vocab_size),
         )
 

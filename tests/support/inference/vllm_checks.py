@@ -95,6 +95,8 @@ def models_that_it_cannot_run_are_named(model_dir: Path) -> None:
         write_family("qwen3_next", copy.parent / "gated")
         reason = why_model_unusable(copy.parent / "gated", device, torch.float32)
         assert "gated delta nets in bfloat16 only" in str(reason)
+        write_family("gpt_oss", copy.parent / "gpt_oss", {"head_dim": 32})
+        assert "keeps the experts of GPT-OSS" in str(why_model_unusable(copy.parent / "gpt_oss", device))
         write_family("bamba", copy.parent / "bamba")
         assert "vLLM has no BambaForCausalLM" in str(why_model_unusable(copy.parent / "bamba", device))
         changed.write_text(json.dumps({**config, "architectures": ["OddForCausalLM"]}))

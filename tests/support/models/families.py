@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,28 +155,33 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Relatives of these families that are not in the matrix."""
 
 
-def family_config(model_type: str) -> Any:
-    """Return the config of a tiny model."""
+def family_config(model_type: str, changes: Mapping[str, Any] | None = None) -> Any:
+    """Return the config of a tiny model, with some fields changed."""
     tokens = {
         "vocab_size": 260,
         "bos_token_id": SPECIAL_TOKENS.index(TURN_START),
         "eos_token_id": SPECIAL_TOKENS.index(TURN_END),
         "pad_token_id": SPECIAL_TOKENS.index(PAD),
     }
-    fields = {"max_position_embeddings": MAX_POSITIONS, **(FAMILIES | VARIANTS)[model_type], **tokens}
+    fields = {
+        "max_position_embeddings": MAX_POSITIONS,
+        **(FAMILIES | VARIANTS)[model_type],
+        **tokens,
+        **(changes or {}),
+    }
     return AutoConfig.for_model(model_type, **fields)
 
 
-def family_model(model_type: str, seed: int = 0) -> Any:
-    """Return a tiny model in float32 with random weights."""
+def family_model(model_type: str, seed: int = 0, changes: Mapping[str, Any] | None = None) -> Any:
+    """Return a tiny model in float32 with random weights, with some fields of its config changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(family_config(model_type), dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(family_config(model_type, changes), dtype=torch.float32)
 
 
-def write_family(model_type: str, folder: Path) -> Path:
-    """Write a tiny model with the tiny tokenizer."""
-    model = family_model(model_type)
+def write_family(model_type: str, folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """Write a tiny model with the tiny tokenizer, with some fields of its config changed."""
+    model = family_model(model_type, changes=changes)
     model.generation_config.do_sample = True
     model.save_pretrained(folder)
     make_tiny_tokenizer().save_pretrained(folder)
