@@ -161,7 +161,7 @@ def read_verdict(text: str) -> Verdict | None:
 
     Return None for anything else, and for a line with different marks, such as a repetition of the prompt's.
     """
-    mark = _last_mark(text, _MARKED_VERDICT, _BARE_VERDICT)
+    mark = last_mark(text, _MARKED_VERDICT, _BARE_VERDICT)
     return None if mark is None else _VERDICTS[mark.upper()]
 
 
@@ -170,13 +170,14 @@ def read_grade(text: str) -> float | None:
 
     Return None for anything else: grades outside 1 to 10, and a line with different marks.
     """
-    mark = _last_mark(text, _MARKED_GRADE, _BARE_GRADE)
+    mark = last_mark(text, _MARKED_GRADE, _BARE_GRADE)
     if mark is None or not MIN_GRADE <= float(mark) <= MAX_GRADE:
         return None
     return float(mark)
 
 
-def _last_mark(text: str, marked: re.Pattern[str], bare: re.Pattern[str]) -> str | None:
+def last_mark(text: str, marked: re.Pattern[str], bare: re.Pattern[str]) -> str | None:
+    """Return the mark in the last line that has one, or in a text that is only the mark; None for different marks."""
     # From the last line: a judge gives its reasons first, and may quote the marks in them.
     for line in reversed(text.splitlines()):
         marks = set(marked.findall(line))

@@ -450,6 +450,28 @@ def test_judge_among_rewards_counts_requests_and_quotes_columns(context, inputs)
     assert any("The source is words." in prompt for prompt in fake.prompts())
 
 
+def test_checkpoints_judge_the_answers_of_reward_bench_2(context, inputs, tmp_path):
+    bad = ["no", "never", "not at all"]
+    records = [
+        {"id": str(number), "prompt": "Why?", "chosen": ["yes"], "rejected": bad, "subset": subset}
+        for number, subset in enumerate(["Math", "Safety"])
+    ]
+    path = tmp_path / "rb2.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    task = {"task": "reward_bench_2", "files": [str(path)], "max_tokens": 4}
+    tasks = {"rank": task, "rate": {**task, "mode": "ratings"}}
+    config = EvaluateConfig(policies=["sft"], reference="sft", tasks=tasks)
+    artifacts = {"policies": inputs["policies"][1:2], "reference": inputs["policies"][1]}
+    stage = replace(context, config=config, inputs=artifacts)
+    metrics = evaluate.run(stage)
+    # A model with random weights writes no verdict, which is chance in both modes.
+    assert metrics["values"]["sft"] == {"rank.accuracy": 0.25, "rate.accuracy": 0.25}
+    card = json.loads((stage.output / "scorecard.json").read_text(encoding="utf-8"))
+    notes = {name: task["notes"]["sft"] for name, task in card["tasks"].items()}
+    assert notes["rank"]["unreadable"] == 2 and notes["rate"]["unreadable"] == 8
+    assert notes["rate"]["subsets"] == {"Math": 0.25, "Safety": 0.25}
+
+
 def test_criteria_are_metrics_with_the_reasons_of_the_judge(context, inputs):
     fake = FakeChat(by_word)
     criteria = [{"criterion": "It has an e", "name": "vowel"}, {"criterion": "It has an x", "weight": -1}]

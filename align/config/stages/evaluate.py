@@ -18,6 +18,7 @@ from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Think
 from align.config.environment import USER_INPUT
 from align.config.scores import MetricFunction, Score, metric_functions, reward_names
 from align.config.stages.evaluation.gates import KL_PREFIX, GateSpec, parse_gates
+from align.config.stages.evaluation.generative_reward import RewardBench2Config
 from align.config.stages.evaluation.program_tasks import HumanevalConfig, MbppConfig
 from align.config.stages.evaluation.task_fields import SamplingFields, TaskConfig
 from align.config.stages.evaluation.tasks import (
@@ -63,6 +64,7 @@ TASK_CONFIGS: dict[str, type[TaskConfig]] = {
     "preference": PreferenceConfig,
     "perplexity": PerplexityConfig,
     "reward_pairs": RewardPairsConfig,
+    "reward_bench_2": RewardBench2Config,
     "lm_eval": LmEvalConfig,
 }
 """Kind → its settings, in the order of the guide."""

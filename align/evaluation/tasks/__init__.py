@@ -73,6 +73,10 @@ def task_module(kind: str) -> Any:
         from align.evaluation.tasks import reward_pairs
 
         return reward_pairs
+    if kind == "reward_bench_2":
+        from align.evaluation.tasks import generative_reward
+
+        return generative_reward
     if kind == "lm_eval":
         from align.evaluation.lm_eval import task
 

@@ -21,6 +21,7 @@ BLOCKS = {
     "preference": {},
     "judged": FILES | {"judge": {"reward": True}},
     "reward_pairs": FILES,
+    "reward_bench_2": FILES | {"mode": "ratings"},
     "lm_eval": {"tasks": ["arc_easy"], "include": "tasks"},
 }
 
