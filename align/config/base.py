@@ -139,7 +139,11 @@ def input_names(config: Config, name: str) -> str | list[str] | None:
         return None if blocks or isinstance(value, Config) else value  # type: ignore[no-any-return]
     if isinstance(value, Config):
         return input_names(value, nested)
-    return [getattr(block, nested) for block in blocks if getattr(block, nested) is not None] or None
+    names: list[str] = []
+    for block in blocks:
+        found = input_names(block, nested)
+        names += [found] if isinstance(found, str) else found or []
+    return names or None
 
 
 def names_in_block(block: Mapping[str, Any], name: str) -> list[str]:

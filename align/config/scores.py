@@ -14,7 +14,7 @@ from align.config.base import stage_input
 from align.config.endpoint import RewardJudge
 from align.config.user_functions import SHORT, check_arguments, function_identity
 from align.config.verifiers import VERIFIERS, VerifierFields
-from align.store.artifacts import Kind
+from align.store.artifacts import GENERATORS, Kind
 from align.store.fingerprint import canonical
 
 SOURCES = ("function", "judge", "reward", *VERIFIERS)
@@ -23,13 +23,30 @@ RESERVED = frozenset({"length_correlation", "std"})
 """Names of other metrics that are logged next to the scores, whose names are ``score_<name>``."""
 
 
+class ScoreJudge(RewardJudge):
+    """A judge of responses: an endpoint, or the checkpoint of a stage, which is a generative reward model."""
+
+    model: stage_input(*GENERATORS) | None = None  # type: ignore[valid-type]
+    """Stage whose checkpoint judges, instead of ``endpoint``. transformers samples it in the stage's own process."""
+
+    @model_validator(mode="after")
+    def _check_endpoint(self) -> Self:
+        if self.endpoint is None and self.model is None:
+            raise ValueError(
+                "names no endpoint; write `endpoint: {url: ..., model: ...}`, or `model: STAGE` for a checkpoint."
+            )
+        if self.endpoint is not None and self.model is not None:
+            raise ValueError("has endpoint and model, and one of them judges; remove the other.")
+        return self
+
+
 class RewardEntry(VerifierFields):
     """One reward of a list: a verifier, a function, an endpoint that judges, or a reward stage."""
 
     function: str | None = None
     """Function that scores responses: ``gold``, ``gsm8k_answer``, or an import path ``module:name``; sync or async."""
-    judge: RewardJudge | None = None
-    """OpenAI-compatible server that grades responses, or decides on ``criteria``."""
+    judge: ScoreJudge | None = None
+    """OpenAI-compatible server, or a stage's checkpoint, that grades responses or decides on ``criteria``."""
     reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
     """Reward stage whose checkpoint scores responses."""
     weight: float = 1.0

@@ -13,9 +13,10 @@ from align.config.scores import MetricFunction, RewardEntry
 from align.data.ensembles import RewardScorer
 from align.data.rows import Row
 from align.data.scoring import Part, Scorer, WeightedSum, function_scorer
-from align.judges.client import JudgmentCaches
-from align.judges.criteria_scorer import CriteriaScorer, criteria_scorer
-from align.judges.grades import grade_scorer
+from align.judges.checkpoint import CheckpointJudge
+from align.judges.client import JudgmentCaches, checkpoint_judge, stage_judge
+from align.judges.criteria_scorer import CriteriaScorer, criteria_by, criteria_scorer
+from align.judges.grades import GradeScorer
 from align.judges.scorer import JudgeScorer
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
@@ -23,6 +24,8 @@ from align.verifiers.scorer import VerifierScorer, open_verifier
 
 REWARD_INPUTS = "score.reward"
 """Name of the reward stages of a list among a stage's inputs."""
+JUDGE_INPUTS = "score.judge.model"
+"""Name of the stages whose checkpoints judge among a stage's inputs."""
 FUNCTION = "function"
 """Name of the function if ``score`` is a text, in logs of stages that also have a reward model."""
 LoadReward = Callable[[Artifact], Scorer]
@@ -64,6 +67,7 @@ def open_rewards(context: StageContext, load_reward: LoadReward, processes: int 
     if isinstance(score, str):
         return (Part(FUNCTION, 1.0, function_scorer(score, label=score.rpartition(":")[2])),)
     artifacts = iter(context.inputs.get(REWARD_INPUTS) or ())
+    checkpoints = iter(context.inputs.get(JUDGE_INPUTS) or ())
     parts = []
     for index, entry in enumerate(score):
         place = f"score[{index}]"
@@ -80,12 +84,8 @@ def open_rewards(context: StageContext, load_reward: LoadReward, processes: int 
                 steps=entry.steps,
             )
         elif entry.judge is not None:
-            # A stage cache for each judge, so each counts what it costs.
-            caches = JudgmentCaches(context.checkpoints / f"score-{entry.label}", context.cache, context.warn)
-            if entry.criteria is None:
-                scorer = grade_scorer(entry.judge, caches, place, processes)
-            else:
-                scorer = criteria_scorer(entry, caches, place, processes)
+            checkpoint = None if entry.judge.model is None else next(checkpoints)
+            scorer = _open_judge(context, entry, place, checkpoint, processes)
         elif entry.verifier is not None:
             scorer = open_verifier(entry, place)
         else:
@@ -96,6 +96,23 @@ def open_rewards(context: StageContext, load_reward: LoadReward, processes: int 
         if isinstance(part.scorer, JudgeScorer):
             part.scorer.check()
     return tuple(parts)
+
+
+def _open_judge(
+    context: StageContext, entry: RewardEntry, place: str, checkpoint: Artifact | None, processes: int
+) -> JudgeScorer:
+    """Return the scorer of an entry with a judge, which is a server if there is no ``checkpoint``."""
+    assert entry.judge is not None
+    # A stage cache for each judge, so each counts what it costs.
+    caches = JudgmentCaches(context.checkpoints / f"score-{entry.label}", context.cache, context.warn)
+    if checkpoint is None:
+        judge = stage_judge(entry.judge, caches, place, processes)
+    else:
+        backend = CheckpointJudge(checkpoint, context.runtime, context.precision, place, context.fail_at_once)
+        judge = checkpoint_judge(entry.judge, backend, checkpoint.stage, caches, processes)
+    if entry.criteria is None:
+        return GradeScorer(entry.judge, judge, place)
+    return criteria_by(judge, entry, place)
 
 
 def open_metric(context: StageContext, settings: MetricFunction, place: str) -> CriteriaScorer | VerifierScorer:
@@ -117,9 +134,9 @@ def score_facts(parts: tuple[Part, ...]) -> dict[str, Any]:
 
 
 def close_rewards(parts: tuple[Part, ...]) -> None:
-    """Free the reward models that were loaded late."""
+    """Free the reward models and judges that were loaded late."""
     for part in parts:
-        if isinstance(part.scorer, LateScorer):
+        if isinstance(part.scorer, LateScorer | JudgeScorer):
             part.scorer.close()
 
 

@@ -19,6 +19,7 @@ from align.data.rows import Message, user
 from align.inference.cached_client import Backend, CachedClient, Progress, open_caches, prices_of
 from align.inference.endpoint_client import Endpoint
 from align.inference.requests import Answer, Request
+from align.judges.checkpoint import CheckpointJudge
 
 FOLDER = "judgments"
 NAME = "judge"
@@ -81,10 +82,9 @@ def open_client(
 
     ``processes`` of one stage that ask at the same time share what is left of the budget.
     """
-    assert config.endpoint is not None
     shared = None if caches.shared is None else caches.shared / FOLDER
     cache, shared_cache = open_caches(caches.folder / FOLDER, shared, "judgments", caches.warn)
-    prices = prices_of(config.endpoint)
+    prices = None if config.endpoint is None else prices_of(config.endpoint)
     return CachedClient(
         cache,
         shared_cache,
@@ -100,6 +100,11 @@ class Judge(Protocol):
 
     name: str
     """Name of the model in messages."""
+
+    @property
+    def is_server(self) -> bool:
+        """True for a server, whose answers are waited for; False for a checkpoint in this process."""
+        ...
 
     @property
     def identity(self) -> dict[str, str]:
@@ -118,6 +123,10 @@ class Judge(Protocol):
         """Return requests, tokens and cost of all attempts and processes of the stage so far."""
         ...
 
+    def close(self) -> None:
+        """Free a checkpoint."""
+        ...
+
 
 @dataclass
 class CachedJudge:
@@ -126,6 +135,11 @@ class CachedJudge:
     name: str
     client: CachedClient
     backend: Backend
+
+    @property
+    def is_server(self) -> bool:
+        """See ``Judge``."""
+        return isinstance(self.backend, Endpoint)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -145,6 +159,11 @@ class CachedJudge:
         """See ``Judge``."""
         return self.client.usage_of_stage(self.backend, NAME).to_json()
 
+    def close(self) -> None:
+        """Free a checkpoint."""
+        if isinstance(self.backend, CheckpointJudge):
+            self.backend.close()
+
 
 @dataclass
 class DirectJudge:
@@ -152,6 +171,7 @@ class DirectJudge:
 
     name: str
     backend: Endpoint
+    is_server: bool = field(default=True, init=False)
     _slots: threading.BoundedSemaphore = field(init=False)
 
     def __post_init__(self) -> None:
@@ -178,6 +198,9 @@ class DirectJudge:
         """Return nothing: nobody counts."""
         return {}
 
+    def close(self) -> None:
+        """See ``Judge``; a server needs nothing."""
+
 
 @dataclass
 class DirectSink:
@@ -202,6 +225,13 @@ def stage_judge(config: RewardJudge, caches: JudgmentCaches, place: str, process
     """Return the judge of an entry of a stage. Raises ``UserError`` when the endpoint's key is not set."""
     endpoint = _open_endpoint(config, place)
     return CachedJudge(endpoint.config.model, open_client(config, caches, processes=processes), endpoint)
+
+
+def checkpoint_judge(
+    config: RewardJudge, backend: CheckpointJudge, name: str, caches: JudgmentCaches, processes: int = 1
+) -> CachedJudge:
+    """Return a judge that is a checkpoint; ``name`` is its stage."""
+    return CachedJudge(name, open_client(config, caches, processes=processes), backend)
 
 
 def environment_judge(config: RewardJudge, place: str) -> DirectJudge:

@@ -70,7 +70,8 @@ class CriteriaScorer(JudgeScorer):
 
         Raises ``UserError`` or ``EndpointLost`` for a judge that cannot be used.
         """
-        self.is_structured = not self._ask_ready(response_format(PROBE))
+        # A checkpoint is sampled by transformers, which restricts no replies.
+        self.is_structured = self.judge.is_server and not self._ask_ready(response_format(PROBE))
         if not self.is_structured:
             super().check()
 
@@ -182,19 +183,20 @@ def _named(judgment: Judgment, index: int) -> float:
     return float(judgment.decisions[index].is_satisfied)
 
 
-def criteria_scorer(entry: VerifierFields, caches: JudgmentCaches, place: str, processes: int = 1) -> CriteriaScorer:
-    """Return the scorer of an entry ``criteria`` of a stage. Raises ``UserError`` when the judge's key is not set."""
+def criteria_scorer(entry: VerifierFields, caches: JudgmentCaches, place: str) -> CriteriaScorer:
+    """Return the scorer of ``criteria`` by an endpoint. Raises ``UserError`` when the endpoint's key is not set."""
     assert entry.judge is not None
-    return _scorer(entry, stage_judge(entry.judge, caches, place, processes), place)
+    return criteria_by(stage_judge(entry.judge, caches, place), entry, place)
 
 
 def environment_criteria(entry: VerifierFields, place: str) -> CriteriaScorer:
     """Return the scorer of ``criteria`` of an environment, checked; raises as ``criteria_scorer`` and ``check`` do."""
     assert entry.judge is not None
-    return _scorer(entry, environment_judge(entry.judge, place), place)
+    return criteria_by(environment_judge(entry.judge, place), entry, place)
 
 
-def _scorer(entry: VerifierFields, judge: Judge, place: str) -> CriteriaScorer:
+def criteria_by(judge: Judge, entry: VerifierFields, place: str) -> CriteriaScorer:
+    """Return the scorer of ``criteria`` by this judge."""
     assert entry.judge is not None
     retries = entry.retries if isinstance(entry, RewardEntry) else 0
     fallback = entry.fallback if isinstance(entry, RewardEntry) else None

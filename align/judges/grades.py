@@ -49,5 +49,5 @@ class GradeScorer(JudgeScorer):
 
 
 def grade_scorer(config: RewardJudge, caches: JudgmentCaches, place: str, processes: int = 1) -> GradeScorer:
-    """Return the scorer of an entry ``judge``. Raises ``UserError`` when the endpoint's key is not set."""
+    """Return the scorer of grades by an endpoint. Raises ``UserError`` when the endpoint's key is not set."""
     return GradeScorer(config, stage_judge(config, caches, place, processes), place)

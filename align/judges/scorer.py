@@ -26,14 +26,18 @@ class JudgeScorer:
     judge: Judge
     place: str
     """Place of the entry in the YAML, for messages."""
-    waits: bool = field(default=True, init=False)
     judgments: int = field(default=0, init=False)
     """Judgments of this process, and the unreadable ones among them."""
     unreadable: int = field(default=0, init=False)
 
+    @property
+    def waits(self) -> bool:
+        """True for a server, whose answers are waited for while other rewards are computed."""
+        return self.judge.is_server
+
     def check(self) -> None:
-        """Ask the judge for a word. Raises ``UserError`` or ``EndpointLost`` for a judge that cannot be used."""
-        error = self._ask_ready()
+        """Ask a server for a word. Raises ``UserError`` or ``EndpointLost`` for a judge that cannot be used."""
+        error = self._ask_ready() if self.judge.is_server else ""
         if error:
             raise UserError(f"{self.place}.judge.endpoint: the server {error}.")
 
@@ -58,6 +62,10 @@ class JudgeScorer:
         then are cached.
         """
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Free a judge that is a checkpoint; another judgment would load it again."""
+        self.judge.close()
 
     def usage(self) -> dict[str, Any]:
         """Return requests, tokens and cost of all attempts and processes of the stage so far."""

@@ -190,6 +190,15 @@ def test_a_reward_stage_in_the_list_is_an_input_of_the_stage() -> None:
         pipeline([{"reward": "data"}])
 
 
+def test_checkpoint_that_judges_is_an_input_of_the_stage() -> None:
+    judge = {"judge": {"model": "judge"}}
+    score = [judge, {"function": "gold"}, {"criteria": ["It is short."], **judge, "weight": 0.5}]
+    file = pipeline(score, judge={"stage": "model", "source": "tiny"})
+    assert file.nodes["grpo"].inputs["score.judge.model"] == ["judge", "judge"]
+    with pytest.raises(UserError, match="there is no stage 'juge'"):
+        pipeline([{"judge": {"model": "juge"}}])
+
+
 def test_a_loop_gives_the_list_the_reward_stage_of_its_round() -> None:
     loop = {
         "rounds": 2,

@@ -239,6 +239,20 @@ def test_killed_stage_with_rewards_repeats_no_request(make_context, monkeypatch)
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
+def test_checkpoint_judges_the_responses_of_a_policy(make_context):
+    judge = {"model": "judge", "max_tokens": 4, "max_unreadable": 0.99}
+    score = [{"judge": judge, "weight": 0.5}, {"function": VOWELS}]
+    context = make_context("grpo", "checkpoint", score=score, tuning=LORA, updates=1)
+    policy = context.inputs["policy"]
+    context.inputs["score.judge.model"] = [replace(policy, stage="judge")]
+    metrics = STAGES["grpo"].runner()(context)
+    # A model with random weights writes no grade, which scores 0.
+    assert metrics["judges"]["judge"]["requests"] > 1
+    assert metrics["score_judge_last"] == 0.0
+    point = next(point for point in events(context, "metrics") if "score" in point)
+    assert point["score_judge_unreadable"] == 1.0 and point["score"] == pytest.approx(point["score_vowels"])
+
+
 def test_completions_have_the_reasons_of_a_judge(make_context):
     fake = FakeChat(by_word)
     judge = {"endpoint": {"url": fake.url, "model": "good-model"}}
