@@ -58,14 +58,28 @@ class Prompts:
     continuation: Continuation | None = None
     """Order of a run that continues another with other prompts."""
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int | None) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        tokenizer: Any,
+        max_length: int | None,
+        inoculation: str | None = None,
+    ) -> None:
+        """Render the rows.
+
+        Args:
+            rows: Rows with a ``prompt``.
+            tokenizer: The policy's tokenizer.
+            max_length: Longer prompts are skipped and counted; None for no limit.
+            inoculation: Text before the last user turn. The policy reads it, rewards read the row without it.
+        """
         self.rows: list[Row] = []
         self.token_ids: list[list[int]] = []
         self.reader = ThoughtReader(tokenizer)
         """Finds the thoughts in responses to these prompts."""
         self.dropped = 0
         for row in rows:
-            ids = _token_ids(row, tokenizer)
+            ids = _token_ids(row if inoculation is None else inoculate(row, inoculation), tokenizer)
             if max_length is not None and len(ids) > max_length:
                 self.dropped += 1
                 continue
@@ -94,6 +108,19 @@ class Prompts:
     def draw(self, start: int, count: int, seed: int) -> list[int]:
         """Return the indices of prompts ``start`` to ``start + count`` of the endless sequence of shuffled epochs."""
         return shuffled_epochs(len(self), start, count, seed, "prompts")
+
+
+def inoculate(row: Mapping[str, Any], text: str) -> Row:
+    """Return a row with ``text`` before its last user turn, or before its prompt if that is a text."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        return {**row, "prompt": f"{text}\n\n{prompt}"}
+    turns = [dict(turn) for turn in prompt or ()]
+    for turn in reversed(turns):
+        if turn.get("role") == "user":
+            turn["content"] = f"{text}\n\n{turn['content']}"
+            return {**row, "prompt": turns}
+    raise UserError("inoculate: a prompt has no user turn to put the text before; remove inoculate, or the prompt.")
 
 
 def _token_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:

@@ -96,7 +96,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         refuse_plugins(self)
         shard_model(self)
         self.engine = inputs.engine
-        self.prompts = Prompts(inputs.train_dataset, processing_class, config.max_prompt_tokens)
+        self.prompts = Prompts(inputs.train_dataset, processing_class, config.max_prompt_tokens, config.inoculate)
         self.sampler = RolloutSampler(
             self.prompts, inputs.engine, inputs.scorer, inputs.gold, args, episodes=inputs.episodes
         )
