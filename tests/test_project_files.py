@@ -18,7 +18,7 @@ from tools.venv_setup import PIP_OPTIONS, PYTHONS, UNNEEDED_ON_CPU
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-CHANGELOG_LINES = 120
+CHANGELOG_LINES = 150
 SELF = "align-pipeline["
 """Start of a requirement that names extras of align."""
 PYTHON = "Programming Language :: Python :: "

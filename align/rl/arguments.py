@@ -86,7 +86,10 @@ class RolloutArguments(TrainingArguments):
         settings = {name: next(getattr(s, name) for s in sources if hasattr(s, name)) for name in FINGERPRINT}
         # Checkpoints of runs without a budget lack it.
         budget = self.config.thinking_budget
-        return {"seed": self.seed, **settings, **({} if budget is None else {"thinking_budget": budget})}
+        settings |= {} if budget is None else {"thinking_budget": budget}
+        select = getattr(self.config, "select", None)
+        settings |= {} if select is None else {"select": select.model_dump()}
+        return {"seed": self.seed, **settings}
 
 
 def rollout_arguments(

@@ -25,6 +25,7 @@ from align.training.row_history import Continuation
 
 if TYPE_CHECKING:
     from align.config.stages.rl import RolloutFields
+    from align.rl.pools import PromptPools
 
 Row = dict[str, Any]
 Text = tuple[list[int], list[int]]
@@ -57,6 +58,8 @@ class Prompts:
 
     continuation: Continuation | None = None
     """Order of a run that continues another with other prompts."""
+    pools: PromptPools | None = None
+    """Pools by difficulty that choose the prompts instead of the sequence."""
 
     def __init__(
         self,
@@ -96,6 +99,9 @@ class Prompts:
 
     def next(self, numbers: range, seed: int) -> list[int]:
         """Return the indices of the prompts ``numbers`` of the run: of the endless sequence, or its continuation."""
+        if self.pools is not None:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "pools", numbers.start))
+            return self.pools.choose(numbers, generator)
         continuation = self.continuation
         if continuation is None or numbers.start < continuation.start:
             return self.draw(numbers.start, len(numbers), seed)

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from align.config.stages.rl import RolloutFields
 from align.environments.player import EnvironmentPlayer
 from align.errors import UserError
-from align.rl.sampler import AnyScorer
+from align.rl.rollout import Rollout
+from align.rl.sampler import AnyScorer, require_some_episode
+from align.rl.step_rewards import refuse_steps
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -28,6 +31,12 @@ class RolloutInputs:
     ptx_dataset: Rows | None = None
     episodes: EnvironmentPlayer | None = None
     """Plays episodes in an environment, instead of single responses."""
+
+
+def refuse_rollout(rollout: Rollout, method: str, config: RolloutFields) -> None:
+    """Raise ``UserError`` for a rollout from which a method cannot learn."""
+    require_some_episode(rollout, method)
+    refuse_steps(rollout, method, config.has_token_credit)
 
 
 UNSUPPORTED = {

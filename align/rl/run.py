@@ -23,6 +23,7 @@ from align.models.tuning.peft_layers import merged_weights
 from align.pipeline.context import StageContext
 from align.rl.checkpoint import last_checkpoint, load_checkpoint, load_random_state
 from align.rl.clipping import clip_parts
+from align.rl.evaluations import evaluate_tasks, validate
 from align.rl.prompts import derive_seed
 from align.rl.rollout import COMPONENT
 from align.rl.sampler import drop_journals
@@ -135,9 +136,9 @@ def _validate_last(trainer: Any) -> None:
         with full_model(trainer.model) as model:
             trainer.engine.load_weights(merged_weights(model.policy))
     if is_evaluating:
-        trainer.evaluate_tasks(trainer.update, is_required=trainer.config.best_metric is not None)
+        evaluate_tasks(trainer, trainer.update, is_required=trainer.config.best_metric is not None)
     if is_validating:
-        trainer.validate(trainer.update)
+        validate(trainer, trainer.update)
     if trainer.config.keep != "last":
         # The first process may still be writing the best weights that all processes read next.
         trainer.accelerator.wait_for_everyone()

@@ -1,9 +1,9 @@
 """The trainer of all methods that learn from their own rollouts; ``RLTrainer.train`` is the loop.
 
 The trainer has a sampler (``sampler.py``), a buffer that cuts rollouts into mini-batches and micro-batches
-(``buffer.py``), and an objective (``objectives/``). Methods differ only in the objective. Starting, resuming and ending
-a run is in ``run.py``, the passes of an update in ``update_steps.py``, clipping in ``clipping.py``, saving in
-``checkpoint.py``, the metrics of an update in ``update_log.py``, and the checks that refuse inputs in ``refusals.py``.
+(``buffer.py``), and an objective (``objectives/``). Methods differ only in the objective. Other files start, resume and
+end a run (``run.py``), compute the passes of an update (``update_steps.py``), validate (``evaluations.py``), clip
+(``clipping.py``), save (``checkpoint.py``), log (``update_log.py``) and refuse inputs (``refusals.py``).
 
 Everything is normalized by counts over the entire optimizer step, so micro-batching, padding and the number of
 processes do not change the result.
@@ -22,8 +22,6 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from align.config.stages.rl import RolloutFields
-from align.evaluation.training_tasks import LiveModel
-from align.models.checkpoints.conversion import plain_of
 from align.models.checkpoints.sharding import full_model, reshard
 from align.models.compute.precision import cast_frozen_to_bf16, low_residual
 from align.models.tuning.peft_layers import merged_weights
@@ -32,20 +30,20 @@ from align.rl.alarms import Alarm
 from align.rl.arguments import RolloutArguments
 from align.rl.buffer import MicroBatch, MiniBatch, RolloutBuffer
 from align.rl.clipping import clip_gradients
+from align.rl.evaluations import evaluate_tasks, validate
 from align.rl.model import PolicyAndReference
 from align.rl.objectives import Objective, Step
 from align.rl.packing import Form
+from align.rl.pools import make_pools
 from align.rl.prefetch import RolloutPrefetcher
 from align.rl.prompts import Prompts, make_ptx
-from align.rl.refusals import RolloutInputs, refuse_inputs, refuse_options, refuse_plugins
+from align.rl.refusals import RolloutInputs, refuse_inputs, refuse_options, refuse_plugins, refuse_rollout
 from align.rl.rewards import KLPenalty, make_controller
 from align.rl.rollout import Rollout
-from align.rl.sampler import ParityProbe, RolloutSampler, require_some_episode
-from align.rl.step_rewards import refuse_steps
+from align.rl.sampler import ParityProbe, RolloutSampler
 from align.rl.update_log import UpdateLog
 from align.rl.update_steps import make_optimizer, measure_passes, micro_batch_loss
-from align.rl.validation import BestPolicy, make_validation
-from align.training.held_out import scoring
+from align.rl.validation import make_best, make_validation
 from align.training.sharded import shard_model
 from align.training.task_evaluations import TaskEvaluations
 
@@ -83,8 +81,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         notify: Callable[[str], None] = logger.warning,
     ) -> None:
         refuse_options(objective.name, args)
-        # The policy keeps float32 weights: in bf16 a small update would be rounded away. The frozen reference is never
-        # updated, so it may be bf16.
+        # The policy stays float32, because bf16 would round small updates away. The frozen reference may be bf16.
         if args.bf16:
             low_residual(model)
             if model.reference is not None:
@@ -97,13 +94,11 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         shard_model(self)
         self.engine = inputs.engine
         self.prompts = Prompts(inputs.train_dataset, processing_class, config.max_prompt_tokens, config.inoculate)
-        self.sampler = RolloutSampler(
-            self.prompts, inputs.engine, inputs.scorer, inputs.gold, args, episodes=inputs.episodes
-        )
+        self.prompts.pools = make_pools(config, len(self.prompts))
+        scorers = (inputs.scorer, inputs.gold)
+        self.sampler = RolloutSampler(self.prompts, inputs.engine, *scorers, args, episodes=inputs.episodes)
         self.validation = make_validation(args, inputs.eval_dataset, processing_class)
-        self.best: BestPolicy | None = self.validation
-        if self.best is None and config.best_metric is not None:
-            self.best = BestPolicy(args)
+        self.best = self.validation or make_best(args)
         self.ptx = make_ptx(config, inputs.ptx_dataset, processing_class)
         self.buffer = RolloutBuffer(objective, args, form, int(processing_class.pad_token_id), self.ptx)
         self.probe = ParityProbe(inputs.engine, self.prompts, args)
@@ -122,8 +117,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:  # type: ignore[override]
         """Train, validate the last policy, and restore the best policy if ``keep`` says so.
 
-        ``resume_from_checkpoint`` is a checkpoint's folder, or True for the newest complete checkpoint in
-        ``output_dir``.
+        ``resume_from_checkpoint`` is a checkpoint's folder, or True for the newest one in ``output_dir``.
         """
         config = self.config
         run.begin(self, resume_from_checkpoint)
@@ -174,49 +168,25 @@ class RLTrainer(Trainer):  # type: ignore[misc]
                 with self.accelerator.autocast():
                     self.probe.run(model.policy)
             synchronized = time.perf_counter()
-            if is_evaluating and self.evaluate_tasks(update):
+            if is_evaluating and evaluate_tasks(self, update):
                 # Drop the prefixes that the engine has cached for the tasks: rollouts must not depend on them.
                 self.prefetcher.set_weights(update, merged_weights(model.policy))
         # 2. Validate these weights, before anything is learned in this update.
         if is_validating:
-            self.validate(update)
+            validate(self, update)
         validated = time.perf_counter()
         # 3. Wait for the rollout of this update. With max_staleness it was started earlier, with older weights.
         candidates = self.sampler.gather_rollouts(self.prefetcher.get(update), validated)
         candidates.seconds["sync"] = synchronized - started
-        require_some_episode(candidates, self.objective.name)
+        refuse_rollout(candidates, self.objective.name, self.config)
         if self.validation is not None or self.tasks is not None:
             candidates.seconds["validating"] = validated - synchronized
         # Some methods learn from a part of the responses, and may ask for more of them.
-        refuse_steps(candidates, self.objective.name, self.config.has_token_credit)
+        if self.prompts.pools is not None:
+            self.prompts.pools.observe(candidates)
         rollout = self.objective.select(candidates, self.sampler)
         rollout.seconds = candidates.seconds
         return rollout
-
-    def validate(self, update: int) -> None:
-        """Log how the policy does on held-out prompts after ``update`` updates. The engine must hold its weights."""
-        assert self.validation is not None
-        rollout = self.sampler.answer(self.validation.prompts)
-        # For the KL to the reference: a policy that is too far from it does not count as the best.
-        measure_passes(self, rollout, self.buffer.by_length(rollout))
-        self.log({**self.validation.run(rollout, update, self.model), "update": update})
-
-    def evaluate_tasks(self, update: int, *, is_required: bool = False) -> bool:
-        """Evaluate the policy after ``update`` updates on the stage's tasks. The engine must hold its weights.
-
-        Returns False if the evaluation was skipped for its cost.
-        """
-        tasks, name = self.tasks, self.config.best_metric
-        assert tasks is not None
-
-        def measure() -> dict[str, float]:
-            with scoring(self):
-                return tasks.tasks.measure(LiveModel(plain_of(self.model.policy), self.engine))
-
-        scores = tasks.run(update, measure, is_required=is_required)
-        if scores is not None and name is not None and self.best is not None:
-            self.best.consider(self.model, update, scores, name, -1 if tasks.tasks.better[name] == "lower" else 1)
-        return scores is not None
 
     def measure(self, rollout: Rollout) -> None:
         """Add log-probabilities, the reference's, entropies and values at the current weights to the rollout.

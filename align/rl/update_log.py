@@ -37,6 +37,8 @@ class UpdateLog:
         self._metrics = (
             statistics | {"kl_coef": kl_coef} | trainer.sampler.cache_statistics | trainer.probe.pop_metrics()
         )
+        if trainer.prompts.pools is not None:
+            self._metrics |= trainer.prompts.pools.shares()
         self._example = completions.example(rollout.candidates or rollout)
         count = args.config.completions
         if count and trainer.is_world_process_zero():

@@ -112,6 +112,11 @@ class Validation(BestPolicy):
         return self.best is None or means[name] > self.best[name]
 
 
+def make_best(args: RolloutArguments) -> BestPolicy | None:
+    """Return the holder of the best policy by a task's metric, None if no metric selects the policy."""
+    return None if args.config.best_metric is None else BestPolicy(args)
+
+
 def make_validation(
     args: RolloutArguments, rows: Iterable[Mapping[str, Any]] | None, tokenizer: Any
 ) -> Validation | None:

@@ -60,7 +60,7 @@ def blocks(
 def is_listed(annotation: Any, model: type[Config]) -> bool:
     """True where a block is an item of a list in a field's type."""
     arguments = typing.get_args(annotation)
-    return (typing.get_origin(annotation) is list and model in arguments) or any(
+    return (typing.get_origin(annotation) is list and model in models_in(annotation)) or any(
         is_listed(argument, model) for argument in arguments
     )
 
