@@ -48,7 +48,7 @@ class Rule:
 
 def trl_accuracy(case: Case) -> bool:
     """Return the verdict of trl's ``accuracy_reward``."""
-    from trl.rewards import accuracy_reward
+    from trl.rewards import accuracy_reward  # type: ignore[attr-defined]
 
     return accuracy_reward([[{"role": "assistant", "content": case["response"]}]], [case["reference"]])[0] == 1.0
 
