@@ -246,7 +246,8 @@ class EnvironmentConfig(Config):
         if self.class_name is None:
             return [tool_name(path) for path in self.tools or []]
         methods = method_names(self.class_name, f"{place}.class")
-        return [name for name in methods if not name.startswith("_") and name not in NO_TOOLS]
+        public_methods = [name for name in methods if not name.startswith("_")]
+        return [name for name in public_methods if name not in NO_TOOLS]
 
     def identity(self, place: str = "environment") -> str:
         """Return everything that episodes depend on, as JSON: the code of the user's, and the settings.

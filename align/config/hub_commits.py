@@ -111,7 +111,8 @@ def cached_commit(name: str, revision: str | None, repo_type: RepoType) -> str |
             return commit
     if revision not in (None, DEFAULT) or not (folder / "snapshots").is_dir():
         return None
-    snapshots = [path for path in (folder / "snapshots").iterdir() if is_commit(path.name) and path.is_dir()]
+    commits = [path for path in (folder / "snapshots").iterdir() if is_commit(path.name)]
+    snapshots = [path for path in commits if path.is_dir()]
     return max(snapshots, key=lambda path: (os.stat(path).st_mtime_ns, path.name)).name if snapshots else None
 
 

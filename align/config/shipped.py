@@ -74,8 +74,8 @@ def starting_files(name: str) -> dict[str, str]:
     """
     if name != QUICKSTART:
         folder = _main_file(name).parent
-        files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != ".pyc"]
-        return {file.name: file.read_text(encoding="utf-8") for file in files}
+        files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+        return {file.name: file.read_text(encoding="utf-8") for file in files if file.suffix != ".pyc"}
     texts = {}
     pipeline = _main_file(name).read_text(encoding="utf-8")
     for recipe in sorted(set(RECIPE.findall(pipeline))):

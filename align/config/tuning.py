@@ -366,11 +366,8 @@ class AdaptersTuning(TuningBase):
         allowed = {"size", "position", "after"} if self.kind == "bottleneck" else {"tokens", "layers"}
         # compare values, not which fields were set: a stage's process gets its config with every default written out
         defaults = type(self).model_construct().__dict__
-        foreign = sorted(
-            name
-            for name, value in self.__dict__.items()
-            if name not in allowed | {"method", "kind"} and value != defaults[name]
-        )
+        others = self.__dict__.keys() - allowed - {"method", "kind"}
+        foreign = sorted(name for name in others if self.__dict__[name] != defaults[name])
         if foreign:
             raise ValueError(
                 f"'{foreign[0]}' has no effect with kind {self.kind}, which has {', '.join(sorted(allowed))}."

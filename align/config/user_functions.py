@@ -87,7 +87,8 @@ def load_function(path: str, role: str = "score") -> Callable[..., Any]:
         raise UserError(f"{role} '{path}': importing {module_name} failed: {error}.") from error
     function = getattr(module, name, None)
     if not callable(function):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        functions = [key for key, value in vars(module).items() if callable(value)]
+        names = [key for key in functions if not key.startswith("_")]
         raise UserError(f"{role} '{path}': {module_name} has no function '{name}'.{suggest(name, names)}")
     return cast(Callable[..., Any], function)
 
@@ -229,9 +230,8 @@ def check_call(
         return  # written in C, without a signature
     parameters = list(signature.parameters.values())
     by_position = [parameter.name for parameter in parameters if parameter.kind in _POSITIONAL_KINDS][:positional]
-    by_name = [
-        parameter for parameter in parameters if parameter.kind in _NAMED_KINDS and parameter.name not in by_position
-    ]
+    nameable = [parameter for parameter in parameters if parameter.kind in _NAMED_KINDS]
+    by_name = [parameter for parameter in nameable if parameter.name not in by_position]
     Parameters(
         names=tuple(parameter.name for parameter in by_name),
         required=frozenset(parameter.name for parameter in by_name if parameter.default is inspect.Parameter.empty),

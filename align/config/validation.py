@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -237,7 +237,7 @@ def _hint_block(value: Any, location: _Place) -> str:
     """Return how to write a block of which only the selecting value was given: ``tuning: lora``."""
     if not isinstance(value, str) or not location.path:
         return ""
-    blocks = [kind for kind in location.expected if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    blocks = [kind for kind in location.expected if _is_block(kind)]
     selections = [selection for block in blocks if (selection := discriminator(block))]
     by_value = {selection.partition(": ")[2]: selection for selection in selections}
     key = selections[0].partition(":")[0] if selections else ""
@@ -245,6 +245,10 @@ def _hint_block(value: Any, location: _Place) -> str:
         return f" {TAGS[value.lower()]}"
     selected = by_value.get(value) or by_value.get(nearest(value, by_value) or "")
     return f" Write `{location.path[-1]}: {{{selected}}}`." if selected else ""
+
+
+def _is_block(kind: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def remedy_for_unknown(key: str, models: Sequence[type[BaseModel]]) -> str:
@@ -270,7 +274,7 @@ def _locate(config_class: type[BaseModel], detail: ErrorDetails) -> _Place:
     holders: list[type[BaseModel]] = [config_class]
     *_, last = detail["loc"] or (None,)
     for part in detail["loc"]:
-        holders = [kind for kind in current if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        holders = [kind for kind in current if _is_block(kind)]
         lists = [kind for kind in current if typing.get_origin(kind) is list]
         if isinstance(part, int) and not lists:  # a numeric key of a mapping
             part = str(part)

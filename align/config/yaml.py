@@ -107,8 +107,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 def drop_anchor_blocks(values: dict[Any, Any]) -> dict[Any, Any]:
     """Return the values of a file without the top-level blocks that only hold anchors."""
-    names = [key for key in values if isinstance(key, str) and (key == ANCHOR_BLOCK or key.startswith(ANCHOR_PREFIX))]
-    return {key: value for key, value in values.items() if key not in names}
+    return {key: value for key, value in values.items() if not _is_anchor_block(key)}
+
+
+def _is_anchor_block(key: Any) -> bool:
+    return isinstance(key, str) and (key == ANCHOR_BLOCK or key.startswith(ANCHOR_PREFIX))
 
 
 def _is_referred_to(text: str, name: str) -> bool:

@@ -99,7 +99,8 @@ def metadata(
 
     sources = recipe.get("sources") or []
     # The Hub links a card to the datasets it was made from.
-    hub = sorted({str(source["dataset"]) for source in sources if source.get("type") == "hub" and "dataset" in source})
+    hub_sources = [source for source in sources if source.get("type") == "hub"]
+    hub = sorted({str(source["dataset"]) for source in hub_sources if "dataset" in source})
     data = DatasetCardData(
         language=_languages(recipe),
         license=license.names[0] if len(license.names) == 1 else list(license.names),

@@ -150,7 +150,10 @@ def _column(name: str, rows: list[Row]) -> pa.Array:
         return pa.array(values, type=column_types().get(name))
     fields, optional = _structs()[name]
     # An optional field is written only if some item of this file has it.
-    used = {key for items in values if items for item in items for key in item if item[key] is not None}
+    used: set[str] = set()
+    for items in values:
+        for item in items or ():
+            used.update(key for key, value in item.items() if value is not None)
     used_optional = {key: kind for key, kind in optional.items() if key in used}
     return pa.array(values, pa.list_(pa.struct(fields | used_optional)))
 
@@ -170,7 +173,8 @@ def write_rows(path: Path, rows: list[Row]) -> None:
             raise ValueError(f"row {number} has no {', '.join(missing)}")
     # Columns in the order of first use, required ones first. Those that need JSON say so in their metadata.
     names = list(dict.fromkeys([*required, *(name for row in rows for name in row)]))
-    encoded = [name for name in names if name not in COLUMNS and needs_json(row.get(name) for row in rows)]
+    kept_names = [name for name in names if name not in COLUMNS]
+    encoded = [name for name in kept_names if needs_json(row.get(name) for row in rows)]
     columns = [
         pa.array([to_json_text(row.get(name)) for row in rows], pa.string()) if name in encoded else _column(name, rows)
         for name in names
@@ -244,7 +248,8 @@ def merged_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
         for column in schema:
             if column.name not in COLUMNS and not pa.types.is_null(column.type):
                 types.setdefault(column.name, set()).add(column.type)
-    encoded |= {name for name, kinds in types.items() if len(kinds) > 1 and not kinds <= {pa.int64(), pa.float64()}}
+    mixed = {name: kinds for name, kinds in types.items() if len(kinds) > 1}
+    encoded |= {name for name, kinds in mixed.items() if not kinds <= {pa.int64(), pa.float64()}}
     typed_schemas = [pa.schema([column for column in schema if column.name not in encoded]) for schema in schemas]
     merged = pa.unify_schemas(typed_schemas, promote_options="permissive")
     return pa.schema([*merged, *map(json_field, sorted(encoded))]) if encoded else merged

@@ -132,12 +132,9 @@ def check_columns(label: str, columns: Mapping[str, str], records: Iterator[Item
 
 def check_kept_paths(source: RecordSource, records: Iterator[Item]) -> Iterator[Item]:
     """Yield the records unchanged. Raises ``UserError`` for a path of ``keep`` that leads to no value in any record."""
-    missing = {
-        reference
-        for text in source.kept_columns().values()
-        for reference in parse_column(text).references
-        if len(reference.steps) > 1 and not reference.is_optional
-    }
+    references = [reference for text in source.kept_columns().values() for reference in parse_column(text).references]
+    paths = [reference for reference in references if len(reference.steps) > 1]
+    missing = {path for path in paths if not path.is_optional}
     count = 0
     for item in records:
         if missing and not isinstance(item, BadRecord):

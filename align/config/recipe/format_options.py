@@ -65,6 +65,12 @@ KINDS: dict[str, frozenset[str]] = {
 """Kinds of dataset that the records of each format can give."""
 
 
+def formats_for(kind: str | None) -> list[str]:
+    """Return the formats, except ``rows``, whose records can give ``kind``; all of them for None."""
+    formats = [form for form in KINDS if form != "rows"]
+    return [form for form in formats if kind in (None, *KINDS[form])]
+
+
 class FormatOptions(Config):
     """Choices that some formats leave open; each field names the formats it concerns."""
 

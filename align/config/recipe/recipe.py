@@ -11,7 +11,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from align.config.base import Config
-from align.config.recipe.format_options import KINDS, SEVERAL
+from align.config.recipe.format_options import KINDS, SEVERAL, formats_for
 from align.config.recipe.record_mapping import RecordMapping
 from align.config.recipe.source_settings import FilesSource, RecordSource, Source, labels
 from align.config.recipe.step_settings import CapStep, MixStep, Step
@@ -99,7 +99,7 @@ class Recipe(Config):
                     "use kind instructions or prompts"
                 )
             if self.kind not in KINDS[form]:
-                able = ", ".join(name for name, kinds in KINDS.items() if self.kind in kinds and name != "rows")
+                able = ", ".join(formats_for(self.kind))
                 raise ValueError(
                     f"kind is {self.kind}, which sources[{index}] (format {form}) cannot give; formats that can: {able}"
                 )

@@ -104,7 +104,8 @@ def without_empty_fields(row: Row) -> Row:
 def _without_empty_item_fields(item: Any) -> Any:
     if not isinstance(item, dict):
         return item
-    return {name: value for name, value in item.items() if value is not None or name in ("content", "score", "rank")}
+    empty = {name for name, value in item.items() if value is None} - {"content", "score", "rank"}
+    return {name: value for name, value in item.items() if name not in empty}
 
 
 def message_text(message: dict[str, Any]) -> str:

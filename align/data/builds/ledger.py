@@ -215,8 +215,9 @@ def describe_large_cluster(ledger: dict[str, Any]) -> str | None:
 
 def _keep_hint(line: dict[str, Any]) -> str:
     """Return the setting that keeps unused fields with their rows; empty if no record has a field to keep."""
-    names = list(dict.fromkeys(name.partition(".")[0] for name in line["unused_fields"]))
-    names = [name for name in names if name not in ROW_FIELDS and name.isidentifier()]
+    fields = dict.fromkeys(name.partition(".")[0] for name in line["unused_fields"])
+    identifiers = [name for name in fields if name.isidentifier()]
+    names = [name for name in identifiers if name not in ROW_FIELDS]
     if not names:
         return ""
     shown = ", ".join([*names[:MOST_NAMES], *(["..."] if len(names) > MOST_NAMES else [])])

@@ -311,12 +311,10 @@ def score_of(answer: dict[str, Any], field: str) -> float | None:
 def mean_rating(answer: dict[str, Any]) -> float | None:
     """Return the mean of UltraFeedback's ratings per aspect (helpfulness and so on), from 1 to 5; None without any."""
     annotations = answer.get("annotations")
-    ratings = [
-        parse_number(aspect["Rating"])
-        for aspect in (annotations.values() if isinstance(annotations, dict) else [])
-        if isinstance(aspect, dict) and str(aspect.get("Rating", "N/A")) not in ("N/A", "None", "")
-    ]
-    numbers = [rating for rating in ratings if rating is not None]
+    aspects = annotations.values() if isinstance(annotations, dict) else []
+    ratings = [aspect.get("Rating", "N/A") for aspect in aspects if isinstance(aspect, dict)]
+    parsed = [parse_number(rating) for rating in ratings if str(rating) not in ("N/A", "None", "")]
+    numbers = [number for number in parsed if number is not None]
     return sum(numbers) / len(numbers) if numbers else None
 
 

@@ -244,8 +244,9 @@ def _choice_columns(columns: Sequence[ColumnFacts]) -> list[str] | str | None:
     for facts in columns:
         if facts.name.lower() in ("choices", "options", "endings"):
             return facts.name
+    filled_columns = [facts.name for facts in columns if facts.filled]
     # The index that pandas writes into a CSV file has no name.
-    names = [facts.name for facts in columns if facts.filled and facts.name]
+    names = [name for name in filled_columns if name]
     for start in names:
         # sol1, sol2 or ans0, ans1, ans2: the next name has the next last sign.
         run = [start]
@@ -311,7 +312,8 @@ def _with_kept_columns(
     for where, record in records:
         with contextlib.suppress(BadRecord):
             convert(record, choice.format, where, guess.kind, usage=usage)
-    unused = [facts.name for facts in columns if facts.name in usage.unused and not facts.is_long]
+    short_columns = [facts.name for facts in columns if not facts.is_long]
+    unused = [name for name in short_columns if name in usage.unused]
     kept_names = {_free_name(name): name for name in unused if "{" not in name}
     # A list of names is enough if no column has a reserved name.
     keep: Any = kept_names if any(name != column for name, column in kept_names.items()) else list(kept_names)

@@ -149,9 +149,10 @@ def kept_fields(record: Mapping[str, Any], mapping: RecordMapping, read: Iterabl
         if mapping.better is not None:
             texts += [mapping.better.a, mapping.better.b]
         # A column that became a field as it is need not be there twice; a column that a template quotes stays.
-        names = [name for name in record if name not in read and name not in texts]
+        copied = {*read, *texts}
+        names = [name for name in record if name not in copied]
         for name in names:
-            if name in ROW_FIELDS or name.startswith("_"):
+            if _is_reserved(name):
                 raise UserError(_describe_collision(name, names))
         columns = {name: name for name in names}
     else:
@@ -188,8 +189,12 @@ def read_checks(record: dict[str, Any]) -> str:
     return value if isinstance(value, str) else json.dumps(_plain(parsed, "checks"), ensure_ascii=False)
 
 
+def _is_reserved(name: str) -> bool:
+    return name in ROW_FIELDS or name.startswith("_")
+
+
 def _describe_collision(name: str, names: Sequence[str]) -> str:
-    free = [column for column in names if column not in ROW_FIELDS and not column.startswith("_")]
+    free = [column for column in names if not _is_reserved(column)]
     listed = ", ".join(f"{column}: {column}" for column in free[:20])
     renamed = f"record_{name.lstrip('_')}: {name}"
     return (

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from align.config.recipe.format_options import KINDS, Form, FormatOptions, ReadingOptions
+from align.config.recipe.format_options import KINDS, Form, FormatOptions, ReadingOptions, formats_for
 from align.config.recipe.record_mapping import RecordMapping
 from align.data.formats import answers, records
 from align.data.formats.columns import LabelRule, kept_fields, kept_sources, read_checks
@@ -114,7 +114,7 @@ def convert(
     """
     form = source.form
     if kind not in KINDS[form]:
-        able = ", ".join(name for name, kinds in KINDS.items() if kind in kinds and name != "rows")
+        able = ", ".join(formats_for(kind))
         raise BadRecord(where, f"a record of format {form} cannot give {kind}; formats that can: {able}.")
     try:
         return _convert(record, source, where, kind, check=check, usage=usage or FieldUsage())
@@ -189,7 +189,9 @@ def complete_rows(draft: Row | Dropped, kind: str, check: bool) -> list[Row | Dr
 
 
 def _complete(row: Row, draft: Row, count: int) -> Row:
-    row = {name: value for name, value in row.items() if value is not None and (name != "tools" or value)}
+    row = {name: value for name, value in row.items() if value is not None}
+    if not row.get("tools"):
+        row.pop("tools", None)
     if not is_text(row):
         row.setdefault("checks", "")
     # A record's own id can name one row, not several.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.config.recipe.format_options import KINDS, Form
+from align.config.recipe.format_options import KINDS, Form, formats_for
 from align.data.formats import fields
 from align.data.formats.answers import CONTENTS, RANKS, SCORES, parse_label
 from align.data.formats.fields import Malformed, first
@@ -199,7 +199,7 @@ def detect(records: Sequence[Record], kind: str | None = None, ignored: Sequence
     covered = [form for form in order if form != chosen]
     if covered:
         reason += f"; that covers {', '.join(covered)}"
-    unable = [form for form in fit if form != "prompt" and form not in able]
+    unable = [form for form in fit if form not in {"prompt", *able}]
     if unable:
         reason += f"; {', '.join(unable)} would fit too, but cannot give {kind}"
     return Detection(chosen, reason)  # type: ignore[arg-type]
@@ -214,8 +214,11 @@ def _used_fields(record: Record, form: str) -> frozenset[str]:
 
 def _list_of_records(record: Record) -> str | None:
     """Return the field of a file's only record that holds a list of records."""
-    lists = {name: value for name, value in record.items() if isinstance(value, list) and value}
-    return next((name for name, items in lists.items() if all(isinstance(item, Mapping) for item in items)), None)
+    return next((name for name, value in record.items() if _holds_records(value)), None)
+
+
+def _holds_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
 def _describe_no_format(records: Sequence[Record], counts: dict[str, int], kind: str | None) -> str:
@@ -241,5 +244,5 @@ def _describe_no_format(records: Sequence[Record], counts: dict[str, int], kind:
         text += f" Nearly: {'; '.join(map(fields.describe_format, near))}."
     if "ranked" in near and _first_response(record) is not None:
         text += " A list of answers without ranks or scores is read with format: ranked, the best first."
-    formats = sorted(form for form, kinds in KINDS.items() if form != "rows" and kind in (None, *kinds))
-    return f"{text} Map fields with columns: {{prompt: FIELD}}. The formats are {', '.join(formats)}."
+    formats = ", ".join(sorted(formats_for(kind)))
+    return f"{text} Map fields with columns: {{prompt: FIELD}}. The formats are {formats}."

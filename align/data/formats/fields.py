@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from align.config.recipe.format_options import KINDS, Form
+from align.config.recipe.format_options import Form, formats_for
 
 Groups = tuple[tuple[str, ...], ...]
 
@@ -142,10 +142,13 @@ def nearest_formats(record: Mapping[str, Any], kind: str | None = None) -> list[
     A misspelled field counts a little less.
     """
     # The share of required fields decides; ``text`` fits nearly everything, so it is offered to kind texts only.
+    able = set(formats_for(kind))
+    if kind != "texts":
+        able.discard("text")
     share = {
         form: sum(_match(record, group) for group in groups) / len(groups)
         for form, groups in FIELDS.items()
-        if form != "rows" and (form != "text" or kind == "texts") and kind in (None, *KINDS[form])
+        if form in able
     }
     return [form for form in sorted(share, key=lambda form: -share[form]) if share[form] > 0]
 

@@ -65,13 +65,14 @@ def map_record(record: Mapping[str, Any], mapping: RecordMapping, rule: LabelRul
         mapped |= better_and_worse(mapping.better, record, rule or LabelRule())
     # Also if this record lacks the column: another field of that meaning would be another thing.
     targets = {*mapping.columns, *mapped}
-    shadowed = {
-        name for group in GROUPS for name in group if name not in mapped and any(other in targets for other in group)
-    }
+    shadowed = set(mapped)
+    for group in GROUPS:
+        if not targets.isdisjoint(group):
+            shadowed.update(group)
     # Unused fields stay with the mapped fields: a format may read more of them (``tools``), the ledger names the rest.
     used = set(read_columns(mapping))
     rest = {name: value for name, value in record.items() if name not in used}
-    visible = {name: value for name, value in rest.items() if name not in shadowed and name not in mapped}
+    visible = {name: value for name, value in rest.items() if name not in shadowed}
     hidden = {name: value for name, value in rest.items() if name not in visible}
     return MappedRecord(visible | mapped, hidden)
 

@@ -347,7 +347,8 @@ def _read_table(
 
 def _check_header(path: Path, names: Sequence[str]) -> None:
     """Raise ``UserError`` for two columns of one name: a record would silently have only the last one."""
-    repeated = next((name for name, count in Counter(names).items() if name and count > 1), None)
+    counts = Counter(name for name in names if name)
+    repeated = next((name for name, count in counts.items() if count > 1), None)
     if repeated is not None:
         places = [str(place) for place, name in enumerate(names, 1) if name == repeated]
         raise UserError(

@@ -120,7 +120,8 @@ def replies(node: Node, role: str, options: ReadingOptions) -> list[Node]:
     children = node.get("replies") or []
     if not isinstance(children, list) or not all(isinstance(child, dict) for child in children):
         raise Malformed("'replies' is not a list of messages")
-    return [child for child in children if child.get("role") == role and is_selected(child, options)]
+    turns = [child for child in children if child.get("role") == role]
+    return [turn for turn in turns if is_selected(turn, options)]
 
 
 def _turn(node: Node) -> Message:

@@ -240,7 +240,8 @@ def tokenizer_identities(config: Tokens, base: Path) -> dict[str, str]:
             f"tokens.tokenizer: there is no folder {folder}. For a tokenizer of the Hub, add its revision: the "
             "commit, 40 hexadecimal digits."
         )
-    files = sorted(path for path in folder.iterdir() if path.is_file() and _is_tokenizer_file(path.name))
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = [path for path in files if _is_tokenizer_file(path.name)]
     if not files:
         raise UserError(f"tokens.tokenizer: {folder} holds none of {', '.join(_TOKENIZER_FILES)}.")
     return {f"tokenizer {path.name}": f"sha256:{file_digest(path)}" for path in files}

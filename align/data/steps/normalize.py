@@ -216,7 +216,8 @@ def _put_in_order(prompt: list[Message]) -> list[Message]:
     while turns and _is_empty(turns[-1]):
         turns.pop()
     # System turns move to the front, where merging joins them to one.
-    system = [message for message in prompt if message["role"] == "system" and not _is_empty(message)]
+    system = [message for message in prompt if message["role"] == "system"]
+    system = [message for message in system if not _is_empty(message)]
     merged: list[Message] = []
     # Neighbors of one role become one turn, as templates expect roles to alternate.
     for message in [*system, *turns]:

@@ -239,13 +239,10 @@ def compare_candidates(
         # ``best`` and ``worst`` are one candidate where all scores tie. The first two then stand for the tie.
         yield (best, worst) if best is not worst else (candidates[0], candidates[1])
     elif how == "best_random":
-        lower = [
-            # Preferably a partner that the pair can be learned from: clearly lower, and another text.
-            candidate
-            for candidate in candidates
-            if is_separate(best, candidate, margin) and candidate.text.strip() != best.text.strip()
-        ]
-        others = lower or [candidate for candidate in candidates if candidate is not best]
+        # Preferably a partner that the pair can be learned from: clearly lower, and another text.
+        lower = [candidate for candidate in candidates if is_separate(best, candidate, margin)]
+        distinct = [candidate for candidate in lower if candidate.text.strip() != best.text.strip()]
+        others = distinct or [candidate for candidate in candidates if candidate is not best]
         yield best, random.Random(draw).choice(others)  # noqa: S311  (a choice of data, not secrecy)
     elif how == "adjacent":
         yield from pairwise(sorted(candidates, key=lambda candidate: -candidate.score))
