@@ -164,11 +164,8 @@ def _is_choice(answer: str, prompt: str) -> bool:
 
 def check_roles(rows: Sequence[PlacedRow], findings: Findings) -> None:
     """Report a split whose answers are questions while its prompts are not: the mirror image of a conversation."""
-    pairs = [
-        (row["prompt"], answer)
-        for _, row in rows
-        if (answer := row.get("completion") or row.get("chosen")) and row.get("prompt")
-    ]
+    prompted_rows = [row for _, row in rows if row.get("prompt")]
+    pairs = [(row["prompt"], answer) for row in prompted_rows if (answer := row.get("completion") or row.get("chosen"))]
     if len(pairs) < MIN_ROWS:
         return
     questions = sum(str(answer[-1]["content"] or "").rstrip().endswith("?") for _, answer in pairs)

@@ -238,7 +238,8 @@ def _check_family(chat_format: ChatFormat, findings: Findings) -> None:
     missing = [mark for mark in marks if mark in TURN_TOKENS and mark not in special and mark[0] == "<"]
     # A template may write the tokenizer's eos, whatever it is, as end of turn: that shows no kinship.
     shared = (chat_format.tokenizer.eos_token, chat_format.tokenizer.bos_token)
-    available = [token for token in TURN_TOKENS if token in special and token not in shared]
+    special_tokens = [token for token in TURN_TOKENS if token in special]
+    available = [token for token in special_tokens if token not in shared]
     used = [token for token in available if token in chat_format.template_tokens]
     ends = [mark for mark in MARK.findall(chat_format.closing or "")[:1] if mark not in special]
     # Zephyr writes <|user|> in pieces and closes turns with eos: by design, not by mistake.

@@ -249,9 +249,8 @@ def _check_texts(
         learned += _learned_answers(sequence, run, answers, may_be_cut, findings)
     if supervise == "all":
         untrained = [message["content"] or "" for message in sequence.messages if message.get("train") is False]
-        unlabeled = [
-            answer for answer in answers if answer not in [*learned, *untrained] and chat_format.has_text(text, answer)
-        ]
+        expected = [answer for answer in answers if answer not in [*learned, *untrained]]
+        unlabeled = [answer for answer in expected if chat_format.has_text(text, answer)]
         if unlabeled:
             findings.add("middle-turns-unsupervised", sequence.place, f"no labels on {unlabeled[0]!r}")
     elif len(learned) == len(runs) and learned[-1] != answers[-1] and chat_format.has_text(text, answers[-1]):

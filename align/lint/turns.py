@@ -282,11 +282,8 @@ def tool_schemas(tools: str | None) -> dict[str, dict[str, Any]]:
     except ValueError:
         return {}
     functions = [entry.get("function", entry) for entry in entries if isinstance(entry, dict)]
-    return {
-        function["name"]: function
-        for function in functions
-        if isinstance(function, dict) and isinstance(function.get("name"), str)
-    }
+    declared = [function for function in functions if isinstance(function, dict)]
+    return {function["name"]: function for function in declared if isinstance(function.get("name"), str)}
 
 
 def _contents(calls: list[ToolCall]) -> list[tuple[str, Any]]:

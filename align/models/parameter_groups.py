@@ -26,12 +26,10 @@ ParameterGroup = int | Literal["embeddings", "norm", "head", "score"]
 def layer_stack(model: Any) -> tuple[str, nn.ModuleList]:
     """Return name and modules of the stack of layers; ``UserError`` unless exactly one has the config's length."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     # Nested lists, such as experts inside a layer, are not stacks of layers.
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and not _inside_a_list(name)
-    ]
+    outer_lists = [(name, module) for name, module in lists if not _inside_a_list(name)]
+    stacks = [(name, module) for name, module in outer_lists if len(module) == count]
     if len(stacks) != 1:
         raise UserError(
             f"{type(model).__name__} has {len(stacks)} stacks of {count} layers where one is expected, so layers "

@@ -52,7 +52,8 @@ def check_model(stage: str, model: Any, tokenizer: Any) -> None:
             "the two must differ, or padding is read as an answer's end. Set pad_token to another special token."
         )
     require_embeddings(tokenizer, model, stage, "tokenizer and weights are not of the same model.")
-    narrow = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    narrow = {str(p.dtype) for p in trained if p.dtype.itemsize < 4}
     # Not the user's fault: every loader here loads float32, because 16 bits would round AdamW's steps away.
     assert not narrow, f"trainable weights are {narrow}, not float32"
 

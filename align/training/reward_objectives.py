@@ -158,9 +158,8 @@ class Regression(Objective):
             scale = scale_of(answers, self.context.name)
             self.scale = scale if self.config.score_loss == "mse" else self.scale
         if self.config.score_loss == "bce":
-            out_of_range = [
-                row["target"] for row in answers if row["target"] is not None and not 0 <= row["target"] <= 1
-            ]
+            targets = [row["target"] for row in answers if row["target"] is not None]
+            out_of_range = [target for target in targets if not 0 <= target <= 1]
             if out_of_range:
                 raise UserError(
                     f"{self.context.name}: score_loss is bce, which needs scores from 0 to 1, and "

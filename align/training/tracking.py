@@ -263,9 +263,8 @@ def _environment(context: StageContext, identity: Mapping[str, str]) -> dict[str
     }
     folder.mkdir(parents=True, exist_ok=True)
     overridden = {"WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME"} if context.runtime.tracking.project else set()
-    return environment | {
-        name: value for name, value in defaults.items() if name in overridden or name not in os.environ
-    }
+    set_by_user = os.environ.keys() - overridden
+    return environment | {name: value for name, value in defaults.items() if name not in set_by_user}
 
 
 def _identity(context: StageContext) -> dict[str, str]:

@@ -267,12 +267,8 @@ def split_answer(tokenizer: Any, row: Mapping[str, Any], side: str | None = None
 
 def answer_turns(messages: Sequence[Row], first: int = 0) -> list[int]:
     """Return the places of the assistant's turns from ``first`` on, without those that are excluded from training."""
-    places = range(first, len(messages))
-    return [
-        place
-        for place in places
-        if messages[place]["role"] == "assistant" and messages[place].get("train") is not False
-    ]
+    places = [place for place in range(first, len(messages)) if messages[place]["role"] == "assistant"]
+    return [place for place in places if messages[place].get("train") is not False]
 
 
 def split_turns(

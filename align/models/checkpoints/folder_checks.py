@@ -72,7 +72,8 @@ def _check(folder: Path, signature: tuple[Any, ...]) -> None:
     refuse_links(folder)
     entries = tensor_entries(folder)
     check_config(folder, len(entries))
-    rows = next((entry.shape[0] for name, entry in entries.items() if name.endswith(EMBEDDINGS) and entry.shape), None)
+    embeddings = [entry for name, entry in entries.items() if name.endswith(EMBEDDINGS)]
+    rows = next((entry.shape[0] for entry in embeddings if entry.shape), None)
     check_tokenizer(folder, rows)
 
 

@@ -82,11 +82,8 @@ def quantize(model: Any, tuning: QloraTuning) -> None:
         return
     # Output and score heads are not quantized.
     heads = {id(model.get_output_embeddings()), id(getattr(model, "score", None))}
-    linears = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and id(module) not in heads
-    ]
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    linears = [(name, linear) for name, linear in linears if id(linear) not in heads]
     if not linears:
         raise UserError(f"tuning: qlora finds no linear layer in {type(model).__name__} to keep in 4 bits; use lora.")
     for name, module in linears:
