@@ -199,10 +199,11 @@ def _refuse_wrong_base(adapter: Path, folder: Path, key: str, original: Artifact
             "that one with --base."
         )
     outputs = reference.record["outputs"] if reference is not None else {}
+    tensor_files = {name: entry for name, entry in outputs.items() if name.endswith(".safetensors")}
     weights = {
-        name.partition("/")[2]: entry["sha256"]
-        for name, entry in outputs.items()
-        if name.startswith("model/") and name.endswith(".safetensors")
+        name.removeprefix("model/"): entry["sha256"]
+        for name, entry in tensor_files.items()
+        if name.startswith("model/")
     }
     # The key may be gone from the store, but the same files are the same base.
     for name, sha256 in weights.items():

@@ -283,7 +283,8 @@ def _note(outline: RunOutline, store: Store) -> str:
         first_line = failure.message.splitlines()[0] if failure.message else ""
         return f"{failure.stage} {failure.status}: {first_line}"
     artifacts = finished_artifacts(outline, store)
-    missing = [name for name, (kind, _) in outline.stages.items() if kind != "report" and name not in artifacts]
+    expected = [name for name, (kind, _) in outline.stages.items() if kind != "report"]
+    missing = [name for name in expected if name not in artifacts]
     return f"not run: {', '.join(missing)}" if missing else ""
 
 

@@ -247,11 +247,11 @@ def _other_states(run: RunOutline, store: Store, failure: Failure | None) -> dic
 
 def _pending_stages(run: RunOutline, done_stages: Collection[str], failure: Failure | None) -> dict[str, Any]:
     """Return the inputs of each stage that is neither done, a report, nor the failed stage."""
-    return {
-        name: run.inputs(name)
-        for name, (kind, _) in run.stages.items()
-        if name not in done_stages and kind != "report" and (failure is None or name != failure.stage)
-    }
+    ended_stages = set(done_stages)
+    if failure is not None:
+        ended_stages.add(failure.stage)
+    stages = [name for name, (kind, _) in run.stages.items() if kind != "report"]
+    return {name: run.inputs(name) for name in stages if name not in ended_stages}
 
 
 @contextlib.contextmanager

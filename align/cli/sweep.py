@@ -128,7 +128,8 @@ def _write_page(sweep: Sweep, study: Study, store: Store, folder: Path | None) -
 
     rows = trial_rows(sweep, study)
     stored_runs = store.runs()
-    compared = [row for row in rows if row.state == "done" and row.run in stored_runs][:MAX_COMPARED]
+    done_rows = [row for row in rows if row.state == "done"]
+    compared = [row for row in done_rows if row.run in stored_runs][:MAX_COMPARED]
     runs = {row.run: finished_artifacts(stored_outline(row.run, stored_runs[row.run]), store) for row in compared}
     runs = {name: artifacts for name, artifacts in runs.items() if artifacts}
     if not runs:

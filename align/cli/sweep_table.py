@@ -216,7 +216,8 @@ def print_plan(sweep: Sweep, store: Store, as_json: bool) -> None:
         for name, key in sweep.shared.items()
         if name in needed
     }
-    every_trial = [name for name in pipeline.nodes if name not in sweep.shared and name in needed]
+    needed_stages = [name for name in pipeline.nodes if name in needed]
+    every_trial = [name for name in needed_stages if name not in sweep.shared]
     unneeded = [name for name in pipeline.nodes if name not in needed]
     points = [dimension.points() for dimension in sweep.space]
     combinations = None

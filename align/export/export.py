@@ -260,7 +260,6 @@ def push(upload: Upload, message: str, api: Any = None) -> dict[str, Any]:
         )
     # delete_patterns removes matching files that the upload does not contain; report those.
     uploaded = {part.name for part in upload.parts}
-    deleted = sorted(
-        name for name in existing if name not in uploaded and any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS)
-    )
+    other_files = [name for name in existing if name not in uploaded]
+    deleted = sorted(name for name in other_files if any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS))
     return {"url": str(commit.commit_url), "commit": str(commit.oid), "deleted": deleted}

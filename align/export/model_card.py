@@ -255,7 +255,8 @@ def results(facts: Facts) -> list[str]:
     rivals = [system for system in card.get("systems") or [] if system.get("role") in ("prompted", "best_of")]
     # Columns: the reference, the base, and a few prompted or best-of-N systems, each once.
     candidates = (card["reference"], card["base"], *(str(system["name"]) for system in rivals[:MOST_RIVALS]))
-    others = [name for name in dict.fromkeys(candidates) if name is not None and name != own_name and name in estimates]
+    other_names = [name for name in dict.fromkeys(candidates) if name not in (None, own_name)]
+    others = [name for name in other_names if name in estimates]
     header = ["task", "metric", "unit", "n", f"**{plain(own_name)}**", *(plain(name) for name in others)]
     rows = []
     for metric, estimate in estimates[own_name].items():

@@ -134,7 +134,8 @@ def weight_history(lineage: Sequence[Artifact]) -> list[Artifact]:
             source = by_key.get(key) or by_weights.get(str(weights.get(key)))
             if source is not None:
                 waiting.append(source)
-    return [artifact for artifact in lineage if artifact.key in reached and card_verb(artifact) is not None]
+    ancestors = [artifact for artifact in lineage if artifact.key in reached]
+    return [artifact for artifact in ancestors if card_verb(artifact) is not None]
 
 
 def _base_keys(artifact: Artifact) -> list[str]:
@@ -181,7 +182,8 @@ def own_names(facts: Facts) -> list[str]:
     if card is None or artifact is None:
         return []
     checkpoints = card.get("settings", {}).get("checkpoints") or {}
-    return [name for name, key in checkpoints.items() if key == artifact.key and name in card["estimates"]]
+    names = [name for name, key in checkpoints.items() if key == artifact.key]
+    return [name for name in names if name in card["estimates"]]
 
 
 def reward_results(facts: Facts) -> list[Mapping[str, Any]]:

@@ -168,7 +168,8 @@ def _systems(
 
 def _values_by_seed(runs: Mapping[str, EvaluatedRun], name: str, metric: str) -> dict[str, float]:
     estimates = {seed: run.card["estimates"][name].get(metric) for seed, run in runs.items()}
-    return {seed: row["value"] for seed, row in estimates.items() if row and row["value"] is not None}
+    values = {seed: row["value"] for seed, row in estimates.items() if row}
+    return {seed: value for seed, value in values.items() if value is not None}
 
 
 def _estimates(system: SeedSystem) -> dict[str, Row]:

@@ -261,10 +261,11 @@ def _trial_row(row: Mapping[str, Any], trials: SweepTrials) -> dict[str, Any]:
 def _trial_figures(trials: SweepTrials, assets: AssetWriter) -> list[Figure]:
     """Return each objective against each setting that varies, one point per finished trial."""
     figures: list[Figure] = []
+    finished_rows = [row for row in trials.rows if row["values"]]
     for objective in trials.objectives:
         title = str(objective["name"])
         for name in trials.dimensions:
-            rows = [row for row in trials.rows if row["values"] and name in row["draw"]]
+            rows = [row for row in finished_rows if name in row["draw"]]
             # A setting with one value in all finished trials has no visible effect on the objective.
             is_varied = len({str(row["draw"][name]) for row in rows}) > 1
             if not is_varied or len(figures) >= MAX_FIGURES:

@@ -83,7 +83,8 @@ def find_best(card: Card, columns: Columns, names: Sequence[str]) -> Best:
             new_rows.append(row)
         rows[name] = row
     # The best of several was picked by its number, so all comparisons with it count in the correction.
-    tested_rows = [dict(row) for row in card["differences"] if row["metric"] == primary and row.get("p") is not None]
+    primary_rows = [row for row in card["differences"] if row["metric"] == primary]
+    tested_rows = [dict(row) for row in primary_rows if row.get("p") is not None]
     correct([*new_rows, *tested_rows], card["metrics"])
     return Best(best, rows)
 
@@ -158,7 +159,8 @@ def _chance_of_reward_model(card: Card) -> str | None:
 
 def _primary_values(card: Card, names: Sequence[str]) -> dict[str, float]:
     estimates = {name: card["estimates"].get(name, {}).get(card["primary"]) for name in names}
-    return {name: row["value"] for name, row in estimates.items() if row and row["value"] is not None}
+    values = {name: row["value"] for name, row in estimates.items() if row}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _value_text(card: Card, name: str) -> str:
@@ -216,17 +218,12 @@ def _turn(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _reservations(card: Card, name: str) -> list[str]:
     """Return the reasons against the best system: gates that it fails, and untrained systems that equal it."""
-    failed = [
-        str(gate["name"])
-        for gate in card["gates"]
-        if gate["system"] == name and gate["level"] != "warning" and gate["passed"] is not True
-    ]
+    gates = [gate for gate in card["gates"] if gate["system"] == name]
+    strict_gates = [gate for gate in gates if gate["level"] != "warning"]
+    failed = [str(gate["name"]) for gate in strict_gates if gate["passed"] is not True]
     reasons = [f"it fails the gate{'' if len(failed) == 1 else 's'} {join_names(failed)}"] if failed else []
-    rivals = [
-        system["name"]
-        for system in card["systems"]
-        if system["role"] in UNTRAINED and _equals(card, name, system["name"])
-    ]
+    untrained = [system["name"] for system in card["systems"] if system["role"] in UNTRAINED]
+    rivals = [rival for rival in untrained if _equals(card, name, rival)]
     if rivals:
         reasons.append(f"{join_names(rivals)}, without training, is not clearly worse")
     return reasons

@@ -173,7 +173,8 @@ def _figures(report: Report, name: str, assets: AssetWriter) -> Iterator[Figure]
 def reliability_plot(bins: Sequence[Mapping[str, Any]], name: str) -> Markup:
     """Draw accuracy over confidence by bin, with 95 % intervals, the diagonal and the number of pairs in each bin."""
     panel = Panel()
-    used = [part for part in bins if part["n"] and part["accuracy"]["value"] is not None]
+    filled = [part for part in bins if part["n"]]
+    used = [part for part in filled if part["accuracy"]["value"] is not None]
     panel.axes.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1.2, label="calibrated")
     for index, part in enumerate(used):
         label = legend_name(name) if index == 0 else None

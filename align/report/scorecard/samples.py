@@ -202,11 +202,10 @@ def _item(sample: Sample, policies: list[str], reference: str, metric: str) -> S
     scores = {policy: _mean(_score(response, metric) for response in responses[policy]) for policy in policies}
     reference_score = scores.get(reference)
     # Without a score on both sides there is no change, and the sample sorts last.
-    changes = {
-        policy: _round(score - reference_score)
-        for policy, score in scores.items()
-        if policy != reference and score is not None and reference_score is not None
-    }
+    changes: dict[str, float | None] = {}
+    if reference_score is not None:
+        others = {policy: score for policy, score in scores.items() if policy != reference}
+        changes = {policy: _round(score - reference_score) for policy, score in others.items() if score is not None}
     item: Sample = {} if columns is None else {"columns": policies}
     return item | {
         "id": str(sample.get("id", "")),

@@ -35,10 +35,9 @@ def methods_section(artifacts: Sequence[Artifact], card: Card, assets: AssetWrit
     """
     records = {artifact.stage: artifact.record for artifact in artifacts}
     # Only checkpoints whose training stage belongs to this run: the cost of others is not known.
+    checkpoints = [system for system in card["systems"] if system["role"] == "checkpoint"]
     trained = {
-        system["name"]: records[system["of"]]
-        for system in card["systems"]
-        if system["role"] == "checkpoint" and _was_trained(records.get(system["of"], {}))
+        system["name"]: records[system["of"]] for system in checkpoints if _was_trained(records.get(system["of"], {}))
     }
     if len(trained) < MIN_ROWS or card["primary"] not in card["metrics"]:
         return None
