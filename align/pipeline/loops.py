@@ -128,9 +128,8 @@ def _check_carry(loop: LoopConfig, outside: set[str], place: str) -> None:
     """Check that every carried name is read in the block, and that its stages are there."""
     names_read = [target for name, block in loop.stages.items() for target in _names_read(name, block, loop)]
     # Any name that remains unexplained may be a misspelled carried name.
-    unknown = [
-        name for name in names_read if name not in outside and name not in loop.stages and name not in loop.carry
-    ]
+    explained = {*outside, *loop.stages, *loop.carry}
+    unknown = [name for name in names_read if name not in explained]
     for name, carried in loop.carry.items():
         carry_place = f"{place}.carry.{name}"
         first, then = _first_and_then(name, carried)

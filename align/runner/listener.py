@@ -293,7 +293,8 @@ def _headline(stage: Stage, artifact: Artifact) -> str:
 
         for policy, values in metrics.get("values", {}).items():
             # The first program's metric, which is called what its function is called, else the reward model's.
-            programs = [name for name in values if "." not in name and name not in PROMPT_METRICS]
+            totals = [name for name in values if "." not in name]
+            programs = [name for name in totals if name not in PROMPT_METRICS]
             score = values.get(programs[0] if programs else "reward")
             if score is not None:
                 parts.append(f"{policy} {_short(score)}")

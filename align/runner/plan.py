@@ -307,7 +307,8 @@ def suggest_continuing(pipeline: Pipeline, node: Node, artifacts: Iterable[Artif
     """
     if CONTINUE not in type(node.config).model_fields or getattr(node.config, CONTINUE) is not None:
         return None
-    shorter = [artifact for artifact in artifacts if _is_beginning(artifact, node) and _objection(artifact) is None]
+    beginnings = [artifact for artifact in artifacts if _is_beginning(artifact, node)]
+    shorter = [artifact for artifact in beginnings if _objection(artifact) is None]
     if not shorter:
         return None
     best = max(shorter, key=_done)

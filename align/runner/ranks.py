@@ -136,7 +136,7 @@ def _why(
         return {"status": "stopped", "message": stopped["message"]}
     # Ranks that waited in vain: the rank that they waited for is among the ranks without a failure.
     late = [number for number, result in failed.items() if result.get("symptom") == LATE]
-    silent = [number for number in range(world) if number not in failed and number not in late]
+    silent = [number for number in range(world) if number not in failed]
     if late:
         awaited = ", ".join(f"rank {number}" for number in silent) or "another rank"
         return _failed(
@@ -146,9 +146,9 @@ def _why(
             silent[:1],
         )
     # A killed rank leaves no result. SIGTERM does not count: with it the agent ends the ranks that are left.
-    died = [
-        number for number, code in failures.items() if code < 0 and code != -signal.SIGTERM and number not in results
-    ]
+    signals = {number: -code for number, code in failures.items() if code < 0}
+    without_result = [number for number in signals if number not in results]
+    died = [number for number in without_result if signals[number] != signal.SIGTERM]
     if died:
         name = signal.Signals(-failures[died[0]]).name
         often = " (often the system running out of memory)" if name == "SIGKILL" else ""

@@ -21,8 +21,9 @@ def find_garbage(store: Store, used: Iterable[StageReference] = ()) -> list[Path
     ``used`` are further stages that count as reached. Raises ``UserError`` if it is unknown what is reached.
     """
     reached = store.retry.call(lambda: _reached_folders(store, used))
+    unreached = [folder for folder in store.folders() if folder not in reached]
     # A linked kind may be another store's, whose runs are unknown here, so gc deletes nothing below one.
-    return [folder for folder in store.folders() if folder not in reached and not folder.parent.is_symlink()]
+    return [folder for folder in unreached if not folder.parent.is_symlink()]
 
 
 def delete_garbage(store: Store, used: Callable[[], Iterable[StageReference]] = tuple) -> dict[Path, str]:

@@ -258,7 +258,8 @@ def _named_choice(name: str, blocks: Mapping[str, Any], place: str) -> Choice:
     first = next(iter(options.values()))
     # Trials could not be compared if one choice left a field that another sets.
     for label, changes in options.items():
-        missing = [path for path in {**first, **changes} if path not in changes or path not in first]
+        common = first.keys() & changes.keys()
+        missing = [path for path in {**first, **changes} if path not in common]
         if missing:
             raise UserError(
                 f"{place}.{label}: every choice must set the same fields, and '{missing[0]}' is not set in all of "

@@ -82,11 +82,10 @@ class _Synthesis:
         for cache in (stage_cache, shared_cache):
             if cache is not None and cache.unreadable:
                 context.warn(f"{cache.unreadable} lines in {cache.folder} are damaged; these requests are sent again")
-        prices = {
-            name: Prices(endpoint.price_input, endpoint.price_output)
-            for name, endpoint in (("model", config.endpoint), ("judge", config.judge and config.judge.endpoint))
-            if endpoint is not None and endpoint.price_input is not None
-        }
+        prices: dict[str, Prices] = {}
+        for name, endpoint in (("model", config.endpoint), ("judge", config.judge and config.judge.endpoint)):
+            if endpoint is not None and endpoint.price_input is not None:
+                prices[name] = Prices(endpoint.price_input, endpoint.price_output)
         self.client = CachedClient(stage_cache, shared_cache, config.max_cost, prices, self._progress)
 
     def _backend(self, field: str, endpoint: EndpointConfig | None, place: str) -> Backend:
