@@ -123,7 +123,8 @@ class JobFollower:
         self.remaining = {name: _Followed(pipeline.nodes[name]) for name in stages}
         self.failures: dict[str, str] = {}
         self.states: dict[str, JobState] = {}
-        self.last_query, self.last_answer = float("-inf"), time.monotonic()
+        self.last_query = float("-inf")
+        self.last_answer = time.monotonic()
 
     def follow(self) -> Run:
         """Follow until no job is left. Raises ``StageFailed`` then if a stage has failed."""

@@ -111,7 +111,8 @@ def metadata(
         tags=["align", *TAGS.get(str(recipe.get("kind")), [])],
     )
     if license.names == (OTHER,):
-        data["license_name"], data["license_link"] = "terms-of-all-sources", f"{CARD}#licenses"
+        data["license_name"] = "terms-of-all-sources"
+        data["license_link"] = f"{CARD}#licenses"
     files = {split: shards(folder, split) for split in SPLITS}
     files = {split: paths for split, paths in files.items() if paths}
     splits = SplitDict()

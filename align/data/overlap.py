@@ -75,7 +75,9 @@ class Index:
             groups = np.zeros(len(texts), dtype=np.int64)
         is_template = _find_templates(hashes, owner, groups, template)
         self._counted, self._begin = self._count_words(owner[is_template], place[is_template])
-        self._gram, self._owner, self._place = hashes[~is_template], owner[~is_template], place[~is_template]
+        self._gram = hashes[~is_template]
+        self._owner = owner[~is_template]
+        self._place = place[~is_template]
         # In scripts without spaces a word is one character, and five characters are too few to count anywhere.
         unspaced = np.array([is_unspaced(text) for text in texts], dtype=bool)
         self._may_be_anywhere = (self.words >= ANYWHERE_WORDS) & ~unspaced

@@ -70,7 +70,8 @@ class _PerplexityScorer:
     def __init__(self, folder: Path, device: str, config: Any, alone: bool) -> None:
         self.tokenizer = load_tokenizer(folder)
         model = load_policy(folder).to(device).eval()
-        self._trunk, self._head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+        self._trunk = getattr(model, model.base_model_prefix)
+        self._head = model.get_output_embeddings()
         self._transform = logit_transform(model)
         self.device = device
         self.precision = resolve_precision(config.precision, torch.device(device))

@@ -220,8 +220,11 @@ class ForkServer:
     """Beginnings of variables in which a fork may differ from its server."""
 
     def __init__(self, environment: Mapping[str, str], threads: int | None, modules: Sequence[str] = PRELOADED) -> None:
-        self.environment, self.threads, self.folder = dict(environment), threads, Path.cwd()
-        self.owner, self.start = os.getpid(), time.monotonic()
+        self.environment = dict(environment)
+        self.threads = threads
+        self.folder = Path.cwd()
+        self.owner = os.getpid()
+        self.start = time.monotonic()
         # Packets keep each message apart from the next one, and together with its file descriptors.
         control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel = Channel(control)

@@ -182,7 +182,8 @@ class _Spent:
     """
 
     def __init__(self, partial: Path) -> None:
-        self.partial, self.before = partial, read_attempts(partial)
+        self.partial = partial
+        self.before = read_attempts(partial)
         self.start = time.monotonic()
         # The first note is due at once: an attempt that dies at its start also counts.
         self.noted = -KEEP_SECONDS

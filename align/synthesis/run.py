@@ -60,7 +60,9 @@ class _Synthesis:
 
     def __init__(self, context: StageContext) -> None:
         config = context.config
-        self.context, self.config, self.ledger = context, config, Ledger()
+        self.context = context
+        self.config = config
+        self.ledger = Ledger()
         if config.environment is not None:
             for split in SPLITS:
                 check_user_rows(config.environment, self._prompts(split), context.name)

@@ -170,7 +170,8 @@ def answer_sums(
             batch_total = logprobs.sum(dim=1).tolist()
             batch_tail = (logprobs * in_tail).sum(dim=1).tolist()
             for index, row in enumerate(batch):
-                total[row], tail[row] = batch_total[index], batch_tail[index]
+                total[row] = batch_total[index]
+                tail[row] = batch_tail[index]
             done += len(batch)
             on_progress(done, len(answers))
     return Sums(total, tail)

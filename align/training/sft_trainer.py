@@ -79,7 +79,8 @@ class NoisyEmbeddings:
 
     def __init__(self, model: Any, alpha: float) -> None:
         causal_model = plain_of(model)
-        self.alpha, self.lengths = alpha, torch.ones(1, 1)
+        self.alpha = alpha
+        self.lengths = torch.ones(1, 1)
         self.hooks = [
             causal_model.base_model.register_forward_pre_hook(self._measure, with_kwargs=True),
             causal_model.get_input_embeddings().register_forward_hook(self._add),

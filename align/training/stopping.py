@@ -105,7 +105,9 @@ class BestSoFar(TrainerCallback):
         saved = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         if saved.get("criterion", VALIDATION_LOSS) != self.criterion:
             return  # the stage that this stage continues chose by other numbers
-        self.best_step, self.waited, self.scored_step = saved["best_step"], saved["waited"], saved["scored_step"]
+        self.best_step = saved["best_step"]
+        self.waited = saved["waited"]
+        self.scored_step = saved["scored_step"]
         self.best_loss = float("inf") if saved["best_loss"] is None else saved["best_loss"]
         if self.keep and self.best_step and state.is_world_process_zero:
             # The file in the folder may come from a later step, which the kill threw away.

@@ -110,7 +110,9 @@ class TaskEvaluations:
         """Continue from the state of a checkpoint."""
         self.scores = {int(step): scores for step, scores in state["scores"]}
         self.skipped = list(state["skipped"])
-        self.seconds, self._last, self._before = state["seconds"], state["last"], state["total"]
+        self.seconds = state["seconds"]
+        self._last = state["last"]
+        self._before = state["total"]
         self._started = time.perf_counter()
 
     def finish(self) -> dict[str, Any]:

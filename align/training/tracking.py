@@ -95,7 +95,8 @@ class _Arguments:
     trackio_static_space_id = False
 
     def __init__(self, context: StageContext, options: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        self.run_name, self.project = options["run_name"], options["project"]
+        self.run_name = options["run_name"]
+        self.project = options["project"]
         self.output_dir = str(context.checkpoints)
         self._settings = dict(settings)
 
@@ -112,7 +113,9 @@ class _Runs:
     def __init__(self, context: StageContext, callbacks: list[Any], arguments: Any) -> None:
         from transformers import TrainerControl
 
-        self.context, self.callbacks, self.control = context, callbacks, TrainerControl()
+        self.context = context
+        self.callbacks = callbacks
+        self.control = TrainerControl()
         self.arguments = {callback: self._arguments_for(callback, arguments) for callback in callbacks}
 
     def _arguments_for(self, callback: Any, arguments: Any) -> Any:

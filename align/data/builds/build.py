@@ -332,7 +332,8 @@ class _RowReader:
     """Reads a row by its number among all rows; caches the last shard."""
 
     def __init__(self, folder: Path, rows: list[int]) -> None:
-        self.folder, self.ends = folder, np.cumsum(rows)
+        self.folder = folder
+        self.ends = np.cumsum(rows)
         self.shard = -1
         self.cached_rows: list[Any] = []
 
