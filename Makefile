@@ -20,7 +20,7 @@ QUICK := tests/test_venv_setup.py tests/test_errors.py tests/test_installed.py t
 export HF_HUB_DISABLE_TELEMETRY = 1
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help quickstart smoke setup browser slurm slurm-stop check docs docs-serve dist test test-quick test-slow test-avx2 test-gpu gpu-evidence bench clean
+.PHONY: help quickstart smoke setup browser sandbox slurm slurm-stop check docs docs-serve dist test test-quick test-slow test-avx2 test-gpu gpu-evidence bench clean
 help:
 	@echo "make quickstart  set up, then take a 135M chat model through SFT, RM, DPO and PPO"
 	@echo "make test        set up, then run the tests (make test-slow: those that take minutes, too)"
@@ -31,6 +31,7 @@ help:
 	@echo "make smoke       every stage on a tiny model"
 	@echo "make dist        the source distribution and the wheel, checked"
 	@echo "make browser     Debian's Chromium and its driver, for the tests that open pages; without it they are skipped"
+	@echo "make sandbox     Debian's bubblewrap, in which verifiers run programs; without it they use Landlock"
 	@echo "make slurm       Debian's Slurm, and a cluster of two nodes on this machine, to try \`align run --on slurm\`; make slurm-stop ends it"
 	@echo "make check       ruff, mypy --strict, import-linter, counts of style, the documentation's strict build"
 	@echo "make docs        the documentation site, into site/: open site/index.html"
@@ -54,6 +55,14 @@ browser:
 	  { $$SUDO timeout 120 apt-get update $$APT && $$SUDO env DEBIAN_FRONTEND=noninteractive timeout 600 \
 	    apt-get install $$APT --no-install-recommends chromium chromium-driver; } >/dev/null \
 	  || echo "NOTE: Chromium cannot be installed here, so the tests that open pages in it are skipped."; fi
+
+# Never an error: without bubblewrap, programs run in a sandbox of Landlock.
+sandbox:
+	@if command -v bwrap >/dev/null; then bwrap --version; \
+	else SUDO=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); APT="-q -y -o Acquire::Retries=1 -o Acquire::http::Timeout=20"; \
+	  { $$SUDO timeout 120 apt-get update $$APT && $$SUDO env DEBIAN_FRONTEND=noninteractive timeout 300 \
+	    apt-get install $$APT --no-install-recommends bubblewrap; } >/dev/null \
+	  || echo "NOTE: bubblewrap cannot be installed here, so the tests that need it are skipped."; fi
 
 slurm:
 	@if ! PATH="$$PATH:/usr/sbin:/sbin" command -v slurmctld >/dev/null; then \
