@@ -2,11 +2,11 @@
 
 trl's rule is its own function. The others are written here from their descriptions:
 
-- verl, verl/utils/reward_score: ``gsm8k`` reads the last 300 characters, takes the last ``#### N`` (or, ``flexible``,
+- verl, verl/utils/reward_score: ``gsm8k`` reads the last 300 characters, reads the last ``#### N`` (or, ``flexible``,
   the last number), removes commas and compares texts; ``math_verify`` compares all that math-verify extracts from the
   response, as an expression or in LaTeX, with the boxed reference.
 - lighteval 0.13: ``expr_gold_metric`` of GSM8K and the metrics of MATH use the same extraction, with boxes first;
-  ``gpqa_instruct_metric`` takes the letter after "answer", else any letter that stands by itself, the last one; ``exact
+  ``gpqa_instruct_metric`` reads the letter after "answer", else any letter that stands by itself, the last one; ``exact
   match`` and ``quasi exact match`` compare texts, the latter without case, punctuation and articles (HELM).
 - Programs: HumanEval's harness, verl's ``prime_code`` and lighteval's LiveCodeBench metric execute program and tests in
   one Python process. Here that process is in align's sandbox, so that the corpus can be run.

@@ -1,6 +1,6 @@
 """Several processes of one program, among which the calls of its functions alternate.
 
-A function that answers from what an earlier call left behind, such as the argument of ``encode`` for the result of
+A function that answers from what an earlier call stored, such as the argument of ``encode`` for the result of
 ``decode``, gives another result in a process that has not seen that call. An object of the program's class stays in the
 process that made it, and so do the calls of its methods.
 """
