@@ -14,18 +14,16 @@ from safetensors.torch import load_file
 
 from align.capacity import estimate_training
 from align.config.runtime import Runtime
-from align.data.rows import user, write_rows
 from align.errors import UserError
-from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.stages import rl as stage
 from align.stages.rl import ReportUpdates
 from align.store.artifacts import Artifact, Kind
 from tests.support.inference.fake_chat import FakeChat, completion
 from tests.support.judges import by_word
+from tests.support.stages.rollout_contexts import BASE, context_maker
 from tests.support.training.harness import events
 
-BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
 SCORED = BASE | {"score": "gsm8k_answer"}
 KINDS = ["grpo", "rloo", "online_dpo", "rejection"]
 
@@ -109,35 +107,7 @@ def test_stage_without_critic_needs_no_memory_for_its_head():
 @pytest.fixture
 def make_context(tmp_path, tiny_model, tiny_reward):
     """A context whose inputs are the tiny models and eight prompts."""
-    for name, model in (("sft", tiny_model), ("reward", tiny_reward)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model").symlink_to(model)
-    (tmp_path / "data").mkdir()
-    checks = json.dumps({"answer": "72"})
-    rows = [{"id": str(i), "source": "test", "prompt": [user(f"say {'x' * i}")], "checks": checks} for i in range(8)]
-    write_rows(tmp_path / "data" / "train.parquet", rows)
-    write_rows(tmp_path / "data" / "test.parquet", rows[:4])
-
-    def make(kind: str, attempt: str, **values) -> StageContext:
-        options = BASE | {"rollout_batch": 16, "samples_per_prompt": 4, "num_mini_batches": 1}
-        options |= {"updates": 2, "max_tokens": 6, "max_prompt_tokens": 64, "precision": "float32"}
-        if kind == "rejection":
-            options["truncated"] = "learn"
-        config = config_of(kind, **(options | values))
-        kinds = {"policy": ("sft", Kind.POLICY), "reward": ("reward", Kind.REWARD), "prompts": ("data", Kind.PROMPTS)}
-        inputs = {
-            field: Artifact(stage, kind, tmp_path / stage, {}) if getattr(config, field) else None
-            for field, (stage, kind) in kinds.items()
-        } | {"ptx": None}
-        folder = tmp_path / attempt
-        for name in ("out", "checkpoints"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        runtime = Runtime(engine={"name": "transformers"}, threads=1)
-        return StageContext(
-            kind, config, inputs, 5, runtime, folder / "out", folder / "checkpoints", folder / "events.jsonl"
-        )
-
-    return make
+    return context_maker(tmp_path, tiny_model, tiny_reward)
 
 
 LORA = {"method": "lora", "rank": 4, "alpha": 8}

@@ -55,6 +55,10 @@ class FakeChat:
         self.stopped.wait()
         raise ConnectionError
 
+    def refuse(self, body: dict[str, Any]) -> Reply:
+        """Close the connection without an answer."""
+        raise ConnectionError
+
     def prompts(self) -> list[str]:
         """Last message of every request, in the order of arrival."""
         return [body["messages"][-1]["content"] for body in self.bodies]
