@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from align.config.user_paths import user_path
-from align.models.checkpoints.files import weight_files
+from align.models.checkpoints.files import CONFIG, read_optional, weight_files
 from align.models.pretrained import stored_tensors
 from align.pipeline.process_limits import usable_cores
 from align.store.json_files import write_text_atomically
@@ -70,12 +70,15 @@ def with_stored_names(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the weights of a live model under ``names``, the names of the tensors in the files of ``model_dir``.
 
-    transformers computes with all experts of a layer as one tensor (E, ...), and stores a tensor for each expert.
-    One layer at a time is converted, so memory stays bounded.
+    A head that vLLM refuses is skipped. transformers computes with all experts of a layer as one tensor (E, ...), and
+    stores a tensor for each expert. One layer at a time is converted, so memory stays bounded.
     """
     layer = ""
     waiting: dict[str, torch.Tensor] = {}
+    refuses_head = read_optional(model_dir / CONFIG).get("model_type") in WITHOUT_HEAD
     for name, tensor in weights:
+        if name == HEAD and refuses_head:
+            continue
         if name in names or name == HEAD:
             yield name, tensor
             continue

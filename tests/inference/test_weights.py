@@ -37,9 +37,13 @@ def test_engines_get_a_tied_head_by_its_name(model_type: str, tmp_path: Path) ->
     assert torch.equal(weights[HEAD], load_policy(folder).get_output_embeddings().weight)
 
 
-def test_engines_get_no_head_that_they_refuse() -> None:
+def test_engines_get_no_head_that_they_refuse(tmp_path: Path) -> None:
     assert not needs_tied_head(family_config("gemma2"))
     assert not needs_tied_head(family_config("llama"))
+    folder = write_family("gemma2", tmp_path / "model")
+    live = list(merged_weights(load_policy(folder)))
+    assert HEAD in dict(live)
+    assert HEAD not in dict(with_stored_names(live, folder, weight_names(folder)))
 
 
 def test_experts_are_converted_layer_by_layer(tmp_path: Path) -> None:
