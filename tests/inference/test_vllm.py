@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fork_server import start_module
+from tests.support.inference.vllm_families import compared_in_vllm
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -24,8 +25,7 @@ def test_engine(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "olmoe", "granitemoehybrid", "falcon_h1", "lfm2"])
 def test_weights_of_mixtures_and_hybrids_follow_the_trainer(model_type: str, tmp_path: Path) -> None:
     """vLLM fuses and packs experts anew at every load; a stale one would sample another policy."""
-    log = tmp_path / "log.txt"
-    arguments = [model_type, str(tmp_path / "model")]
-    process = start_module("tests.support.inference.vllm_families", arguments, log, vllm=True)
-    assert process.wait(timeout=240) == 0, log.read_text()[-4000:]
-    assert "all checks passed" in log.read_text()
+    result = compared_in_vllm(model_type, tmp_path)
+    start, first, second, reloaded = result["differences"]
+    assert result["dtype"] == "float32"
+    assert max(start, reloaded) < 1e-5 and max(first, second) < 1e-4, result

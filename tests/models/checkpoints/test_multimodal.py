@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from align.errors import UserError
 from align.models.checkpoints.files import weight_files
 from align.models.checkpoints.multimodal import FOLDER, is_multimodal, join, split, text_name
 from align.models.compute.model_types import read_architecture
+from tests.support.fork_server import start_module
 from tests.support.models.families import write_family
 from tests.support.models.multimodal import TEXT, write_multimodal
 
@@ -101,3 +103,12 @@ def test_trained_text_part_is_exported_whole(tuning: str, tmp_path: Path) -> Non
     assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
     model = AutoModelForImageTextToText.from_pretrained(exported)
     assert type(model).__name__ == "Gemma3ForConditionalGeneration"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_runs_the_whole_checkpoint_on_text(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    process = start_module("tests.support.inference.vllm_multimodal", ["gemma3", str(tmp_path)], log, vllm=True)
+    assert process.wait(timeout=600) == 0, log.read_text()[-4000:]
+    assert "all checks passed" in log.read_text()

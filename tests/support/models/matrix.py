@@ -1,13 +1,12 @@
 """The support matrix: each family in each kind of training, compared with plain transformers on single rows.
 
 A cell trains one step of a real stage, records its micro-batch and its gradients, and computes the gradients again with
-the family's own class in transformers, one row at a time and without padding.
+the family's own class in transformers, one row at a time and without padding (``single_rows.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -34,16 +33,15 @@ from align.runner import run_stage, stage_process
 from align.store.fingerprint import file_digest
 from align.store.json_files import read_events
 from tests.support.fork_server import shared_server
+from tests.support.inference.vllm_families import compared_in_vllm
 from tests.support.models.families import FAMILIES, write_family
 from tests.support.models.multimodal import write_multimodal
+from tests.support.models.single_rows import BETA, reference_loss
 
 ROWS_OF_TABLE = (*FAMILIES, "gemma3 (multimodal)", "qwen3_5 (multimodal)")
 TOLERANCE = 1e-5
 """Largest difference of a loss, and of a gradient as a share of the largest gradient."""
 ROWS = 8
-BETA = 0.1
-CENTER = 0.01
-"""Default of ``center_rewards``."""
 EXACT = {"precision": "float32", "learning_rate": 1e-3}
 TRAINING = {**EXACT, "max_steps": 1, "batch_size": 4, "max_length": 128, "max_grad_norm": 1e9}
 NO_ROUTER_LOSS = {"trainer": {"router_aux_loss_coef": 0.0}}
@@ -105,8 +103,10 @@ CELLS: dict[str, dict[str, Any]] = {
     },
 }
 """Column -> the stage that it trains."""
-COLUMNS = (*CELLS, "memory")
-"""All columns. ``memory`` needs no stage."""
+COLUMNS = (*CELLS, "memory", "vllm")
+"""All columns. ``memory`` and ``vllm`` need no stage."""
+BFLOAT16_TOLERANCE = 0.05
+"""Largest difference of a log-probability of an engine that computes in bfloat16 only, in nats."""
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Cell:
-    """A result: ``equal``, ``padded`` (equal on the general path), ``refused``, or ``differs``."""
+    """A result: ``equal``, ``padded`` (equal on the general path), ``bfloat16``, ``refused``, or ``differs``."""
 
     status: str
     difference: float = 0.0
@@ -136,6 +136,8 @@ class Cell:
 def run_cell(model_type: str, column: str, folder: Path) -> Cell:
     """Run a cell of the matrix in ``folder``, which the cells of a family share. Stages run in this process."""
     name, _, parts = model_type.partition(" ")
+    if column == "vllm":
+        return vllm_cell(name, folder / "vllm")
     model = folder / name
     if not model.exists():
         (write_multimodal if parts else write_family)(name, model)
@@ -214,6 +216,21 @@ def processes_cell(model: Path, folder: Path) -> Cell:
     )
     difference = float((second - first).abs().max() / (first - start).abs().max())
     return Cell("equal" if difference <= TOLERANCE else "differs", difference)
+
+
+def vllm_cell(model_type: str, folder: Path) -> Cell:
+    """Compare vLLM's log-probabilities of sampled tokens with transformers', before and after updates of the weights.
+
+    The engine runs in a process of its own. Models have the sizes that vLLM accepts.
+    """
+    result = compared_in_vllm(model_type, folder)
+    if "differences" not in result:
+        return Cell("refused", message=result["message"])
+    difference = max(result["differences"])
+    is_exact = result["dtype"] == "float32"
+    if difference > (TOLERANCE if is_exact else BFLOAT16_TOLERANCE):
+        return Cell("differs", difference)
+    return Cell("equal" if is_exact else "bfloat16", difference, result.get("message", ""))
 
 
 @contextlib.contextmanager
@@ -322,7 +339,7 @@ def compare(recorded: Recorded, column: str, events: list[dict[str, Any]]) -> fl
     """Return the largest difference from plain transformers: of the loss, and of the gradients by their largest."""
     if column in ("ppo", "grpo"):
         return float(events[0]["parity_gap_max"])
-    loss = reference_loss(recorded, column)
+    loss = reference_loss(recorded.reference, recorded.inputs, column)
     loss.backward()
     expected = {name: p.grad for name, p in recorded.reference.named_parameters() if p.grad is not None}
     for name, (matrix, scaling) in recorded.adapters.items():
@@ -339,52 +356,3 @@ def compare(recorded: Recorded, column: str, events: list[dict[str, Any]]) -> fl
     logged = events[0]["loss"] if column != "continue" else float(loss)
     expected_loss = float(loss) if constant is None else constant
     return max(*gaps, abs(float(logged) - expected_loss))
-
-
-def reference_loss(recorded: Recorded, column: str) -> torch.Tensor:
-    """Return the loss of the recorded micro-batch (scalar) from passes over single rows without padding.
-
-    At the first step of DPO and KTO policy and reference agree, so a loss with the same gradient is linear in the
-    answers' log-probabilities: -beta/2 (chosen - rejected), and -+beta/4 for desirable and undesirable answers.
-    """
-    inputs = recorded.inputs
-    if column == "reward":
-        scores = [recorded.reference(input_ids=row[None], use_cache=False).logits.flatten()[0] for row in rows(inputs)]
-        pairs = len(scores) // 2
-        gaps = torch.stack(scores[:pairs]) - torch.stack(scores[pairs:])
-        totals = torch.stack(scores[:pairs]) + torch.stack(scores[pairs:])
-        return (-torch.nn.functional.logsigmoid(gaps) + CENTER * totals**2).mean()
-    answers = answers_of(inputs)
-    sums = [answer_sum(recorded.reference, ids, mask) for ids, mask in answers]
-    if column == "dpo":
-        pairs = len(sums) // 2
-        return -BETA / 2 * (torch.stack(sums[:pairs]) - torch.stack(sums[pairs:])).mean()
-    if column == "kto":
-        signs = torch.where(inputs["label"].bool(), -BETA / 4, BETA / 4)
-        return (signs * torch.stack(sums)).mean()
-    return -torch.stack(sums).sum() / sum(int(mask.sum()) for _, mask in answers)
-
-
-def answer_sum(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(T,) ids and mask (T - 1,) of predicted answer tokens -> the sum of their log-probabilities."""
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-    logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    total: torch.Tensor = (logprobs * mask).sum()
-    return total
-
-
-def rows(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Return the rows of a padded batch without their padding."""
-    return [row[keep.bool()] for row, keep in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
-
-
-def answers_of(inputs: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return ids (T,) and the mask (T - 1,) of predicted answer tokens of each row, also of packed rows."""
-    ids = inputs["input_ids"]
-    answer = inputs["completion_mask"].bool() if "completion_mask" in inputs else inputs["labels"] != -100
-    if "position_ids" in inputs:
-        starts = [*(inputs["position_ids"][0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
-        spans = itertools.pairwise(starts)
-        return [(ids[0, start:end], answer[0, start + 1 : end]) for start, end in spans]
-    real = inputs["attention_mask"].bool()
-    return [(row[keep], mask[keep][1:]) for row, mask, keep in zip(ids, answer, real, strict=True)]

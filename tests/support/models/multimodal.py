@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,16 @@ TEXT = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "mistral3": "mistral
 """Type of model -> the type of its text part."""
 
 
-def write_multimodal(model_type: str, folder: Path) -> Path:
-    """Write a tiny multimodal model with the tiny tokenizer and a processor's settings."""
-    text = family_config(TEXT[model_type]).to_dict()
-    fields: dict[str, Any] = {"text_config": text, "vision_config": VISION[model_type]}
+def write_multimodal(model_type: str, folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """Write a tiny multimodal model with the tiny tokenizer and a processor's settings.
+
+    ``changes`` are fields of the text part's config.
+    """
+    text = family_config(TEXT[model_type], changes).to_dict()
+    vision = VISION[model_type]
+    if "out_hidden_size" in vision:
+        vision = {**vision, "out_hidden_size": text["hidden_size"]}
+    fields: dict[str, Any] = {"text_config": text, "vision_config": vision}
     tokens = dict.fromkeys(("image_token_index", "image_token_id"), IMAGE_TOKEN)
     if model_type == "gemma3":
         fields["mm_tokens_per_image"] = 4
