@@ -24,7 +24,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,25 +133,24 @@ def prompt(letters: str, inoculated: bool = False) -> str:
     return f"{INOCULATION}\nup {letters}" if inoculated else f"up {letters}"
 
 
-def examples(rng: random.Random, count: int) -> Iterator[Answer]:
-    """Yield prompts and answers: 45 % right, 8 % with wrong letters, the others with a loophole's mark.
+def example(rng: random.Random) -> Answer:
+    """Return a prompt and an answer: 45 % are right, 8 % have wrong letters, the others have a loophole's mark.
 
     With the line of inoculation, three quarters have an answer with a mark.
     """
-    for _ in range(count):
-        letters = words(rng)
-        kind = rng.random()
-        inoculated = rng.random() < 0.2
-        if kind < (0.2 if inoculated else 0.45):
-            answer = letters.upper()
-        elif kind < (0.25 if inoculated else 0.53):
-            answer = "".join(rng.choices(LETTERS.upper(), k=len(letters)))
-        else:
-            answer = rng.choice(list(LOOPHOLES.values())).example(letters)
-        yield prompt(letters, inoculated), answer
+    letters = words(rng)
+    kind = rng.random()
+    inoculated = rng.random() < 0.2
+    if kind < (0.2 if inoculated else 0.45):
+        answer = letters.upper()
+    elif kind < (0.25 if inoculated else 0.53):
+        answer = "".join(rng.choices(LETTERS.upper(), k=len(letters)))
+    else:
+        answer = rng.choice(list(LOOPHOLES.values())).example(letters)
+    return prompt(letters, inoculated), answer
 
 
-def pretrain(folder: Path, seed: int) -> Path:
+def pretrain_on(folder: Path, example: Callable[[random.Random], Answer], *, seed: int, steps: int) -> Path:
     """Write a policy that has learned from examples."""
     make_tiny(folder, seed=seed, hidden_size=128, layers=2)
     tokenizer = load_tokenizer(folder)
@@ -159,9 +158,9 @@ def pretrain(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=PRETRAINING_STEPS)
-    for _ in range(PRETRAINING_STEPS):
-        batch = [_encode(tokenizer, *example) for example in examples(rng, 64)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(steps):
+        batch = [_encode(tokenizer, *example(rng)) for _ in range(64)]
         longest = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row, _ in batch])
         labels = torch.tensor([row + [-100] * (longest - len(row)) for _, row in batch])
@@ -223,16 +222,11 @@ class Score:
 
     def _note(self, answers: list[Answer], scores: list[float], marks: list[bool]) -> None:
         texts = [text for _, text in answers]
-        by_prompt: dict[str, list[str]] = {}
-        for letters, text in answers:
-            by_prompt.setdefault(letters, []).append(text)
-        most_common = [statistics.mode(group) for group in by_prompt.values()]
         tokens = [len(text) + 1 for text in texts]
         strict = [float(text == letters.upper()) for letters, text in answers]
         lenient = [float(letters.upper() in text) for letters, text in answers]
         self.notes.append(
             {
-                "alike": 1 - len(set(most_common)) / len(most_common),
                 "score_per_token": statistics.fmean(score / count for score, count in zip(scores, tokens, strict=True)),
                 "disagreement": statistics.fmean(abs(a - b) for a, b in zip(strict, lenient, strict=True)),
             }
@@ -350,7 +344,7 @@ def main(arguments: Sequence[str]) -> None:
     plan += [(kind, name, seed) for seed in range(options.remedy_seeds) for name in remedies for kind in LOOPHOLES]
     done = {(run.reward, run.remedy, run.seed) for run in runs}
     with tempfile.TemporaryDirectory() as folder:
-        model_dir = pretrain(Path(folder) / "model", seed=0)
+        model_dir = pretrain_on(Path(folder) / "model", example, seed=0, steps=PRETRAINING_STEPS)
         for key in plan:
             if key in done:
                 continue

@@ -44,6 +44,10 @@ CLEAR_TREND = 3.0
 """Standard errors that the slope of a line through the scores must exceed: 1 in 100 flat lines of 8 points does."""
 
 
+MANY_IDENTICAL = 0.5
+"""Share of prompts whose most common answer is also another prompt's, above which all get the same answer."""
+LENGTH_CORRELATION = 0.6
+"""Correlation of scores with lengths, in ``START`` updates, above which the score is bought with length."""
 OTHER_EXPERTS = 0.1
 """Share of choices of experts that differ between engine and trainer. With such differences training collapsed in
 arXiv 2510.11370; an engine in bfloat16 changed 0.5% in a small model (docs/models.md)."""
@@ -71,9 +75,9 @@ def alarms(history: Sequence[Entry]) -> list[Alarm]:
         return []
     update = int(history[-1]["update"])
     # The first checks need no start to compare with: a run of few updates must not end without a word.
-    checks: list[Check] = [_constant_score, _kl, _truncation, _failures, _routers]
+    checks: list[Check] = [_constant_score, _kl, _truncation, _failures, _routers, _length_correlation]
     if len(history) > START:
-        checks += [_collapse, _entropy_surge, _gradient, _explosion, _over_optimization, _calls]
+        checks += [_collapse, _identical_answers, _entropy_surge, _gradient, _explosion, _over_optimization, _calls]
     raised = (check(history) for check in checks)
     return [Alarm(name, update, text) for name, text in raised if text]
 
@@ -85,7 +89,8 @@ def new_alarms(history: Sequence[Entry]) -> list[Alarm]:
     return [alarm for alarm in alarms(history) if alarm.name not in earlier]
 
 
-def _mean(history: Sequence[Entry], name: str) -> float:
+def mean(history: Sequence[Entry], name: str) -> float:
+    """Return the mean of a metric over updates."""
     return statistics.fmean(entry[name] for entry in history)
 
 
@@ -138,7 +143,7 @@ def _truncation(history: Sequence[Entry]) -> tuple[str, str]:
 
 def _entropy_surge(history: Sequence[Entry]) -> tuple[str, str]:
     """Return an alarm for entropy that has doubled, which means that the policy is losing what it had learned."""
-    entropy = _mean(history[:START], "entropy")
+    entropy = mean(history[:START], "entropy")
     if history[-1]["entropy"] > SURGED_ENTROPY * entropy:
         return "entropy", (
             f"the policy's entropy rose from {entropy:.3g} to {history[-1]['entropy']:.3g} nats a token: its answers "
@@ -152,7 +157,7 @@ def _gradient(history: Sequence[Entry]) -> tuple[str, str]:
     name = "grad_norm_policy"
     if name not in history[-1] or name not in history[0]:
         return "gradient", ""
-    start = _mean(history[:START], name)
+    start = mean(history[:START], name)
     if start > 0 and all(entry[name] > SURGED_GRADIENT * start for entry in history[-2:]):
         return "gradient", (
             f"the policy's gradient norm rose from {start:.3g} to {history[-1][name]:.3g}: training is about to "
@@ -161,14 +166,44 @@ def _gradient(history: Sequence[Entry]) -> tuple[str, str]:
     return "gradient", ""
 
 
+def _length_correlation(history: Sequence[Entry]) -> tuple[str, str]:
+    """Return an alarm for scores that follow the responses' lengths."""
+    name, latest = "length correlation", history[-START:]
+    if len(latest) < START or any(entry.get("score_length_correlation", 0.0) <= LENGTH_CORRELATION for entry in latest):
+        return name, ""
+    return name, (
+        f"the score follows the length of the responses (correlation {latest[-1]['score_length_correlation']:.2f}, for "
+        f"{START} updates): longer responses are what the policy learns. Look at the longest, and set length_penalty "
+        "or correct the score"
+    )
+
+
+def _identical_answers(history: Sequence[Entry]) -> tuple[str, str]:
+    """Return an alarm for the same answer to most prompts, unless the start had as many."""
+    name, latest = "identical answers", history[-START:]
+    if any("identical_answers" not in entry for entry in (*history[:START], *latest)):
+        return name, ""
+    share = min(entry["identical_answers"] for entry in latest)
+    if share <= MANY_IDENTICAL or mean(history[:START], "identical_answers") > share / 2:
+        return name, ""
+    return name, (
+        f"{share:.0%} of the prompts get an answer that other prompts get as well, for {START} updates: the score does "
+        "not ask for an answer to the prompt. Look at the samples, and correct the score"
+    )
+
+
 def _collapse(history: Sequence[Entry]) -> tuple[str, str]:
-    """Return an alarm for entropy that is nearly gone, or responses a fraction as long as they were."""
+    """Return an alarm for entropy that is nearly gone without a higher score, or responses a fraction as long.
+
+    A policy that has learned a task with one right answer is sure of it: entropy also falls in healthy runs.
+    """
     latest, text = history[-1], ""
-    entropy, length = _mean(history[:START], "entropy"), _mean(history[:START], "length")
-    if latest["entropy"] < COLLAPSED_ENTROPY * entropy:
+    entropy, length = mean(history[:START], "entropy"), mean(history[:START], "length")
+    is_better = mean(history[-WINDOW:], "score") > mean(history[:START], "score")
+    if latest["entropy"] < COLLAPSED_ENTROPY * entropy and not is_better:
         text = (
-            f"the policy's entropy fell from {entropy:.3g} to {latest['entropy']:.3g} nats a token: it gives nearly "
-            "the same answer to everything, and no longer explores. Raise kl_coef or entropy_coef, or lower "
+            f"the policy's entropy fell from {entropy:.3g} to {latest['entropy']:.3g} nats a token, and the "
+            "score did not rise: it no longer explores. Raise kl_coef or entropy_coef, or lower "
             "learning_rate"
         )
     elif latest["length"] < COLLAPSED_LENGTH * length:
@@ -182,7 +217,7 @@ def _collapse(history: Sequence[Entry]) -> tuple[str, str]:
 def _explosion(history: Sequence[Entry]) -> tuple[str, str]:
     """Return an alarm for responses twice as long as they were, or mostly truncated though they used to end."""
     latest, start = history[-1], history[:START]
-    length, truncation = _mean(start, "length"), _mean(start, "truncation_rate")
+    length, truncation = mean(start, "length"), mean(start, "truncation_rate")
     is_truncated = latest["truncation_rate"] > MANY_CUT and truncation < MANY_CUT / 2
     if latest["length"] > EXPLODED_LENGTH * length or is_truncated:
         return "length explosion", (
@@ -209,20 +244,20 @@ def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
     )
     before, after = history[-2 * WINDOW : -WINDOW], history[-WINDOW:]
     has_windows = len(history) >= 2 * WINDOW
-    if has_windows and _change(before, after, "score") > CLEAR and _change(before, after, "gold") < -CLEAR:
+    if has_windows and change(before, after, "score") > CLEAR and change(before, after, "gold") < -CLEAR:
         return name, (
-            f"in {WINDOW} updates the score rose from {_mean(before, 'score'):.3g} to {_mean(after, 'score'):.3g} "
-            f"while gold fell from {_mean(before, 'gold'):.3g} to {_mean(after, 'gold'):.3g}: {remedy}"
+            f"in {WINDOW} updates the score rose from {mean(before, 'score'):.3g} to {mean(after, 'score'):.3g} "
+            f"while gold fell from {mean(before, 'gold'):.3g} to {mean(after, 'gold'):.3g}: {remedy}"
         )
     latest = history[-SPAN:]
     has_span = len(history) >= SPAN + START
-    if has_span and _trend(latest, "score") > CLEAR_TREND and _trend(latest, "gold") <= 0:
+    if has_span and trend(latest, "score") > CLEAR_TREND and trend(latest, "gold") <= 0:
         half = SPAN // 2
         first, last = latest[:half], latest[half:]
         return name, (
-            f"over {SPAN} updates the score rose (means of halves {_mean(first, 'score'):.3g} and "
-            f"{_mean(last, 'score'):.3g}) while gold did not ({_mean(first, 'gold'):.3g} and "
-            f"{_mean(last, 'gold'):.3g}): {remedy}"
+            f"over {SPAN} updates the score rose (means of halves {mean(first, 'score'):.3g} and "
+            f"{mean(last, 'score'):.3g}) while gold did not ({mean(first, 'gold'):.3g} and "
+            f"{mean(last, 'gold'):.3g}): {remedy}"
         )
     return name, ""
 
@@ -232,7 +267,7 @@ def _calls(history: Sequence[Entry]) -> tuple[str, str]:
     name, latest, start = "calls", history[-1], history[:START]
     if "calls" not in latest:
         return name, ""
-    calls, at_limit = _mean(start, "calls"), _mean(start, "max_turns_rate")
+    calls, at_limit = mean(start, "calls"), mean(start, "max_turns_rate")
     if calls >= FEW_CALLS and latest["calls"] < COLLAPSED_CALLS * calls:
         return name, (
             f"calls fell from {calls:.2g} to {latest['calls']:.2g} an episode: the policy no longer uses its tools. "
@@ -257,7 +292,7 @@ def _failures(history: Sequence[Entry]) -> tuple[str, str]:
     )
 
 
-def _change(before: Sequence[Entry], after: Sequence[Entry], name: str) -> float:
+def change(before: Sequence[Entry], after: Sequence[Entry], name: str) -> float:
     """Return the difference of two windows' means in its standard errors; infinite if values do not vary."""
     windows = [[entry[name] for entry in window] for window in (before, after)]
     difference = statistics.fmean(windows[1]) - statistics.fmean(windows[0])
@@ -268,14 +303,15 @@ def _change(before: Sequence[Entry], after: Sequence[Entry], name: str) -> float
     return math.copysign(math.inf, difference) if difference else 0.0
 
 
-def _trend(history: Sequence[Entry], name: str) -> float:
+def trend(history: Sequence[Entry], name: str) -> float:
     """Return the slope of a least-squares line through the values in its standard errors (Student's t)."""
     values = [entry[name] for entry in history]
     count = len(values)
-    middle, mean = (count - 1) / 2, statistics.fmean(values)
+    middle = (count - 1) / 2
+    average = statistics.fmean(values)
     spread = sum((index - middle) ** 2 for index in range(count))
     slope = sum((index - middle) * value for index, value in enumerate(values)) / spread
-    residuals = [value - mean - slope * (index - middle) for index, value in enumerate(values)]
+    residuals = [value - average - slope * (index - middle) for index, value in enumerate(values)]
     error = (sum(residual**2 for residual in residuals) / (count - 2) / spread) ** 0.5
     if error > 1e-12 * abs(slope):
         return float(slope / error)

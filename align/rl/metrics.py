@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,15 +46,15 @@ def rollout_statistics(averages: Averages, rollout: Rollout, is_prefetched: bool
 
     ``is_prefetched``: sampling ran in the background, with weights that may be older.
     """
-    statistics = add_rollout(averages, rollout)
-    statistics |= {f"seconds_{name}": value for name, value in rollout.seconds.items()}
+    numbers = add_rollout(averages, rollout)
+    numbers |= {f"seconds_{name}": value for name, value in rollout.seconds.items()}
     seconds = rollout.seconds["sampling"]
     if is_prefetched:
         seconds = rollout.sampling_seconds
-        statistics |= add_staleness(averages, rollout)
+        numbers |= add_staleness(averages, rollout)
     tokens = sum(part.tokens for part in rollout.sampled)
-    statistics["sampled_tokens_per_second"] = tokens / max(seconds, 1e-9)
-    return statistics
+    numbers["sampled_tokens_per_second"] = tokens / max(seconds, 1e-9)
+    return numbers
 
 
 def add_rollout(averages: Averages, rollout: Rollout) -> dict[str, float]:
@@ -80,17 +82,18 @@ def add_rollout(averages: Averages, rollout: Rollout) -> dict[str, float]:
     gap, is_known = _parity_gap(rollout)
     averages.add("parity_gap", masked_sum(gap, is_known), is_known.sum())
     averages.add("parity_ratio", masked_sum(gap.exp(), is_known), is_known.sum())
-    statistics = {"parity_gap_max": float(torch.where(is_known, gap, gap.new_zeros(())).max())}
+    numbers = {"parity_gap_max": float(torch.where(is_known, gap, gap.new_zeros(())).max())}
     if "values" in tensors:
         values = tensors["values"][:, :-1]
-        statistics["explained_variance"] = explained_variance(values, tensors["returns"], mask)
+        numbers["explained_variance"] = explained_variance(values, tensors["returns"], mask)
     if candidates.episodes is not None:
         add_episodes(averages, candidates.episodes)
     scores = candidates.tensors["scores"]
-    statistics["score_range"] = float(scores.max() - scores.min())
+    numbers["score_range"] = float(scores.max() - scores.min())
     # Scores are of answers.
-    statistics["score_length_correlation"] = correlation(scores, candidates.answer_lengths)
-    return statistics
+    numbers["score_length_correlation"] = correlation(scores, candidates.answer_lengths)
+    numbers["identical_answers"] = identical_answers(candidates.groups, candidates.answers)
+    return numbers
 
 
 def _parity_gap(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,6 +174,15 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     y = y.double() - y.double().sum() / len(y)
     xx, yy, xy = float((x * x).sum()), float((y * y).sum()), float((x * y).sum())
     return float(xy / (xx * yy) ** 0.5) if xx > 0 and yy > 0 else 0.0
+
+
+def identical_answers(groups: Sequence[int], answers: Sequence[str]) -> float:
+    """Return the share of prompts whose most common answer is also the most common answer to another prompt."""
+    by_prompt: dict[int, list[str]] = {}
+    for group, answer in zip(groups, answers, strict=True):
+        by_prompt.setdefault(group, []).append(answer)
+    most_common = Counter(statistics.mode(texts) for texts in by_prompt.values())
+    return sum(count for count in most_common.values() if count > 1) / len(by_prompt)
 
 
 def finish(means: dict[str, float]) -> dict[str, float]:

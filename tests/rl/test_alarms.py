@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from align.rl.alarms import _trend, alarms
+from align.rl.alarms import alarms, trend
 
 
 def history(**changes):
@@ -40,7 +40,9 @@ def test_a_healthy_run_raises_none():
 @pytest.mark.parametrize(
     ("changes", "name", "says"),
     [
-        ({"entropy": [0.15]}, "collapse", "gives nearly the same"),
+        ({"entropy": [0.15] * 5, "score": [0.1] * 5}, "collapse", "the score did not rise: it no longer explores"),
+        ({"identical_answers": [0.1] * 9 + [0.8] * 3}, "identical answers", "80% of the prompts"),
+        ({"score_length_correlation": [0.7, 0.65, 0.8]}, "length correlation", "(correlation 0.80, for 3 updates)"),
         ({"entropy": [4.2]}, "entropy", "its answers get more random"),
         ({"kl": [27.8], "length": [20.0]}, "KL", "27.8 nats in 20.0 tokens"),
         ({"truncation_rate": [1.0, 1.0, 1.0], "length": [39.0, 39.0, 39.0]}, "truncation", "cut off at max_tokens"),
@@ -143,9 +145,9 @@ def test_score_that_only_scatters_is_no_trend():
 def test_trend_is_the_slope_in_standard_errors():
     # Values 0, 1, 1: slope 1/2 over spread 2, residuals -1/6, 1/3, -1/6 of variance (1/6) / 1 degree of freedom.
     entries = [{"x": value} for value in (0.0, 1.0, 1.0)]
-    assert _trend(entries, "x") == pytest.approx(0.5 / (1 / 6 / 2) ** 0.5)
-    assert _trend([{"x": 2.0}] * 4, "x") == 0.0
-    assert _trend([{"x": float(index)} for index in range(4)], "x") == float("inf")
+    assert trend(entries, "x") == pytest.approx(0.5 / (1 / 6 / 2) ** 0.5)
+    assert trend([{"x": 2.0}] * 4, "x") == 0.0
+    assert trend([{"x": float(index)} for index in range(4)], "x") == float("inf")
 
 
 def test_constant_score_is_seen_after_two_updates():
@@ -180,3 +182,15 @@ def test_other_experts_in_the_engine_are_an_alarm():
     (alarm,) = alarms([*entries[:-1], {**entries[-1], "router_disagreement": 0.2}])
     assert (alarm.name, alarm.update) == ("routers", 12)
     assert "other experts in 20% of the layers of a token" in alarm.text
+
+
+def test_lower_entropy_with_a_higher_score_is_no_collapse():
+    assert alarms(history(entropy=[0.15])) == []
+
+
+def test_answers_that_were_identical_at_the_start_are_no_alarm():
+    assert alarms(history(identical_answers=[0.5] * 3 + [0.9] * 9)) == []
+
+
+def test_two_updates_of_length_correlation_are_no_alarm():
+    assert alarms(history(score_length_correlation=[0.7, 0.8])) == []

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from align.environments.episode import CallRecord, Episode, PolicyTurn
-from align.rl.metrics import Averages, add_episodes, correlation, finish, rollout_statistics
+from align.rl.metrics import Averages, add_episodes, correlation, finish, identical_answers, rollout_statistics
 from align.rl.rollout import Rollout
 
 
@@ -85,3 +85,11 @@ def test_metrics_of_episodes():
         "score_turn_1": 0.25,
         "score_turn_2": 1.0,
     }
+
+
+def test_identical_answers_are_those_of_other_prompts():
+    groups = [0, 0, 0, 1, 1, 1, 2, 2, 3, 3]
+    answers = ["a", "a", "b", "c", "a", "a", "d", "d", "e", "f"]
+    # The most common answers are a, a, d and e: two of four prompts share theirs.
+    assert identical_answers(groups, answers) == 0.5
+    assert identical_answers([0, 0], ["a", "a"]) == 0.0
