@@ -4,7 +4,8 @@
 
 The checkpoint answers held-out questions greedily. Then its prompt is continued with a changed thought, and it writes
 only the answer. If the thought carries the answer, a changed thought changes the answer, and another question's
-thought leads to that question's answer. Both stages must be finished. The row's answer is its column ``answer``.
+thought leads to that question's answer. Both stages must be finished. The rows need a column ``answer``. Their column
+``task``, or else their source, groups them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ANSWER_TOKENS = 16
 class Question:
     """A held-out question with the checkpoint's own thought and answer."""
 
-    source: str
+    task: str
     right: str
     thought: Lines
     """Lines of the thought without its marks."""
@@ -62,11 +63,11 @@ def shuffle(thought: Lines, generator: random.Random) -> Lines:
 
 
 def donors(questions: Sequence[Question]) -> list[Question]:
-    """Return for each question the next question of the same source whose own answer is another answer."""
+    """Return for each question the next question of the same task whose own answer is another answer."""
     found = []
     for index, question in enumerate(questions):
         others = [*questions[index + 1 :], *questions[:index]]
-        same = [other for other in others if other.source == question.source]
+        same = [other for other in others if other.task == question.task]
         found.append(next((other for other in same if other.own != question.own), question))
     return found
 
@@ -93,17 +94,17 @@ def strip_marks(thought: str) -> Lines:
 
 
 def table(conditions: Sequence[Condition]) -> list[str]:
-    """Return the lines of a Markdown table, with a line for each source of the questions and each condition."""
+    """Return the lines of a Markdown table, with a line for each task and each condition."""
     lines = ["| questions | thought | right | as with the own thought | answer of the thought's question |"]
     lines.append("| --- | --- | --- | --- | --- |")
-    for source in sorted({question.source for condition in conditions for question in condition.questions}):
+    for task in sorted({question.task for condition in conditions for question in condition.questions}):
         for condition in conditions:
             rows = list(zip(condition.questions, condition.answers, condition.donors, strict=True))
-            rows = [row for row in rows if row[0].source == source]
+            rows = [row for row in rows if row[0].task == task]
             right = rate([answer == question.right for question, answer, _ in rows])
             unchanged = rate([answer == question.own for question, answer, _ in rows])
             foreign = rate([answer == donor.own for _, answer, donor in rows])
-            lines.append(f"| {source}, {len(rows)} | {condition.name} | {right} | {unchanged} | {foreign} |")
+            lines.append(f"| {task}, {len(rows)} | {condition.name} | {right} | {unchanged} | {foreign} |")
     return lines
 
 
@@ -146,7 +147,8 @@ class Responder:
         for row, (response,) in zip(rows, generate(self.engine, self.reader, prompts, sampling), strict=True):
             answer = response.answer_text
             thought = strip_marks(answer.thought)
-            questions.append(Question(str(row["source"]), str(row["answer"]).strip(), thought, answer.strip()))
+            task = str(row.get("task") or row["source"])
+            questions.append(Question(task, str(row["answer"]).strip(), thought, answer.strip()))
         return questions
 
     def render(self, row: dict[str, Any]) -> list[int]:
@@ -174,7 +176,9 @@ def measure(folder: Path, data: Path, options: argparse.Namespace) -> tuple[list
     """
     from align.data.rows import read_rows
 
-    rows = read_rows(data / "test.parquet")[: options.prompts]
+    rows = read_rows(data / "test.parquet")
+    random.Random(0).shuffle(rows)  # rows may be in the order of their sources
+    rows = rows[: options.prompts]
     responder = Responder(folder, options)
     questions = responder.think(rows)
     places = [index for index, question in enumerate(questions) if question.thought and question.own]

@@ -13,6 +13,13 @@ RANKS = ("smallest", "second smallest", "third smallest", "second largest", "lar
 """Names of the ranks of five numbers, in order of size."""
 
 
+def questions(count: int = 3000, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield sums and ranks in turn, with the column ``task``: a stage that reads the first rows gets both."""
+    for record, other in zip(sums(count // 2, seed=seed), ranks(count // 2, seed=seed), strict=True):
+        yield record | {"task": "sum"}
+        yield other | {"task": "rank"}
+
+
 def sums(count: int = 1500, terms: int = 5, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Yield sums and differences of ``terms`` numbers; their thoughts have every partial result, from 0 to 99."""
     return _distinct(count, seed, lambda generator: _make_sum(generator, terms))

@@ -55,7 +55,7 @@ def test_reason_trains_with_and_without_thoughts(tmp_path: Path) -> None:
         evaluate=answers | {"thinking_budget": 8},
     )
     rows = read_rows(run.artifacts["data"].path / "train.parquet")
-    assert {row["source"] for row in rows} == {"examples.steps:sums", "examples.steps:ranks"}
+    assert {row["task"] for row in rows[:8]} == {"sum", "rank"}  # the rows that SFT reads have both
     assert all(row["completion"][0]["content"].endswith(f"</think>\n\n{row['answer']}") for row in rows)
     assert metrics(run, "sft")["thought_rows"] == 8 and "thought_rows" not in metrics(run, "direct_sft")
     assert metrics(run, "grpo")["episodes"] == metrics(run, "direct_grpo")["episodes"] == 4

@@ -21,7 +21,7 @@ def test_shuffled_thought_ends_with_another_line():
     assert truncate(lines) == ["a", "b"] and truncate(["a"]) == []
 
 
-def test_foreign_thought_is_of_the_same_source_with_another_answer():
+def test_foreign_thought_has_the_task_and_another_answer():
     # The first and the last sum have the same answer; no other rank has another answer than its own.
     assert [donor.own for donor in donors(QUESTIONS)] == ["4", "9", "3", "4"]
     thoughts, owners = make_thoughts(QUESTIONS)["foreign"]
