@@ -20,7 +20,7 @@ from align.errors import UserError
 
 SHELLS = ("bash", "zsh", "fish")
 YAML = ("PIPELINE", "RECIPE", "SUITE", "SWEEP", "RUN")
-FILES = ("CHECKPOINT", "BUILD", "MODEL", "FILE", "PATH", "A", "B")
+FILES = ("CHECKPOINT", "BUILD", "DATA", "SPEC", "MODEL", "FILE", "PATH", "A", "B")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -273,6 +273,9 @@ COMMANDS: dict[str, Command] = {
     "rollout": _imported(
         "rollout", "play episodes of a stage's environment with a checkpoint and print them; nothing is trained"
     ),
+    "score": _imported(
+        "score", "score stored rows or responses again, compare two scores, or --validate a score before training"
+    ),
     "report": _imported(
         "report", "write the report of a run, by name or by pipeline file; --open opens it in a browser"
     ),

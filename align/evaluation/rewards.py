@@ -5,16 +5,19 @@ The same for every stage that scores: sample, synthesize, evaluate and those tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from align.config.base import PrecisionSetting
+from align.config.runtime import Runtime
 from align.config.scores import MetricFunction, RewardEntry
 from align.data.ensembles import RewardScorer
 from align.data.rows import Row
 from align.data.scoring import Part, Scorer, WeightedSum, function_scorer
 from align.judges.checkpoint import CheckpointJudge
-from align.judges.client import JudgmentCaches, checkpoint_judge, stage_judge
+from align.judges.client import Judge, JudgmentCaches, checkpoint_judge, stage_judge
 from align.judges.criteria_scorer import CriteriaScorer, criteria_by, criteria_scorer
 from align.judges.grades import GradeScorer
 from align.judges.scorer import JudgeScorer
@@ -38,11 +41,15 @@ class LateScorer:
     load: Callable[[], Scorer]
     _scorer: Scorer | None = field(default=None, init=False)
 
-    def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
-        """Return one score per response."""
+    def open(self) -> Scorer:
+        """Return the reward model's scorer, which is loaded now if it was not."""
         if self._scorer is None:
             self._scorer = self.load()
-        return self._scorer.score(rows, responses, truncated)
+        return self._scorer
+
+    def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
+        """Return one score per response."""
+        return self.open().score(rows, responses, truncated)
 
     def close(self) -> None:
         """Free the reward model; another score would load it again."""
@@ -68,8 +75,29 @@ def open_rewards(context: StageContext, load_reward: LoadReward, processes: int 
         return (Part(FUNCTION, 1.0, function_scorer(score, label=score.rpartition(":")[2])),)
     artifacts = iter(context.inputs.get(REWARD_INPUTS) or ())
     checkpoints = iter(context.inputs.get(JUDGE_INPUTS) or ())
+
+    def open_judge(entry: RewardEntry, place: str) -> JudgeScorer:
+        assert entry.judge is not None
+        checkpoint = None if entry.judge.model is None else next(checkpoints)
+        return _open_judge(context, entry, place, checkpoint, processes)
+
+    return open_entries(score, RewardSources(lambda _: load_reward(next(artifacts)), open_judge))
+
+
+@dataclass(frozen=True)
+class RewardSources:
+    """Sources of what a list of rewards needs in addition to its entries."""
+
+    load_reward: Callable[[RewardEntry], Scorer]
+    """Returns the scorer of an entry ``reward``; called in the order of the list."""
+    open_judge: Callable[[RewardEntry, str], JudgeScorer]
+    """Returns the scorer of an entry with a judge, given its place in messages; called in the order of the list."""
+
+
+def open_entries(entries: Sequence[RewardEntry], sources: RewardSources) -> tuple[Part, ...]:
+    """Return the parts of a list of rewards; raises as ``open_rewards`` does."""
     parts = []
-    for index, entry in enumerate(score):
+    for index, entry in enumerate(entries):
         place = f"score[{index}]"
         scorer: Scorer
         if entry.function is not None:
@@ -84,12 +112,11 @@ def open_rewards(context: StageContext, load_reward: LoadReward, processes: int 
                 steps=entry.steps,
             )
         elif entry.judge is not None:
-            checkpoint = None if entry.judge.model is None else next(checkpoints)
-            scorer = _open_judge(context, entry, place, checkpoint, processes)
+            scorer = sources.open_judge(entry, place)
         elif entry.verifier is not None:
             scorer = open_verifier(entry, place)
         else:
-            scorer = load_reward(next(artifacts))
+            scorer = sources.load_reward(entry)
         parts.append(Part(entry.label, entry.weight, scorer))
     # Last, so a misspelled function costs no request.
     for part in parts:
@@ -110,6 +137,18 @@ def _open_judge(
     else:
         backend = CheckpointJudge(checkpoint, context.runtime, context.precision, place, context.fail_at_once)
         judge = checkpoint_judge(entry.judge, backend, checkpoint.stage, caches, processes)
+    return _judge_scorer(entry, judge, place)
+
+
+def open_server_judge(entry: RewardEntry, caches: JudgmentCaches, place: str) -> JudgeScorer:
+    """Return the scorer of an entry whose judge is a server. Raises ``UserError`` if its key is not set."""
+    assert entry.judge is not None
+    return _judge_scorer(entry, stage_judge(entry.judge, caches, place, 1), place)
+
+
+def _judge_scorer(entry: RewardEntry, judge: Judge, place: str) -> JudgeScorer:
+    """Return the scorer that grades, or that asks about the entry's criteria."""
+    assert entry.judge is not None
     if entry.criteria is None:
         return GradeScorer(entry.judge, judge, place)
     return criteria_by(judge, entry, place)
@@ -144,13 +183,17 @@ def load_late(context: StageContext) -> LoadReward:
     """Return a function that loads a reward stage's checkpoint when it scores for the first time."""
 
     def load(artifact: Artifact) -> Scorer:
-        def load_model() -> Scorer:
-            from align.models.compute.processes import device_of, use_threads
-            from align.models.reward import RewardModel
-
-            use_threads(context.runtime)
-            return RewardScorer(RewardModel(artifact.model, device_of(context.runtime), context.precision))
-
-        return LateScorer(load_model)
+        return LateScorer(lambda: load_checkpoint(artifact.model, context.runtime, context.precision))
 
     return load
+
+
+def load_checkpoint(folder: Path, runtime: Runtime, setting: PrecisionSetting) -> Scorer:
+    """Return the scorer of a reward model's checkpoint."""
+    from align.models.compute.precision import resolve_precision
+    from align.models.compute.processes import device_of, use_threads
+    from align.models.reward import RewardModel
+
+    use_threads(runtime)
+    device = device_of(runtime)
+    return RewardScorer(RewardModel(folder, device, resolve_precision(setting, device)))

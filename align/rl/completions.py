@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import shorten
+from align.evaluation.score_validation.references import reference_of
 from align.models.chat.render import token_texts
-from align.rl.reference_scores import reference_of
 from align.rl.rollout import COMPONENT, Rollout
 from align.rl.step_rewards import STEP_REWARDS
 from align.store.json_files import write_text_atomically

@@ -1,6 +1,6 @@
-"""Score the rows' own reference answers before the first update: a reward that rejects them cannot teach the task.
+"""Score the rows' own reference answers by the reward models of a stage, before the first update.
 
-Judges and other scorers that wait for a server are skipped, because their answers cost money or time.
+Other rewards are validated before a model is loaded (``align.evaluation.score_validation``).
 """
 
 from __future__ import annotations
@@ -8,15 +8,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from align.data.rows import Row
 from align.data.scoring import WeightedSum
 from align.errors import shorten
+from align.evaluation.score_validation.probing import kind_of
+from align.evaluation.score_validation.references import reference_of
 from align.pipeline.context import StageContext
 
 REFERENCE_ROWS = 32
-"""Rows whose references are scored; few, because a reward may be slow."""
+"""Rows whose references are scored; few, because a reward model may be slow."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,15 @@ class ReferenceScores:
         if len({*self.scores, *self.empty_scores}) > 1:
             return None
         return (
-            f"the reward scores {self.scores[0]:g} for every reference answer and for an empty one, so it cannot tell "
-            f"a right answer. Example: reference {shorten(repr(self.answers[0]))}. Check the column that it compares "
-            "with, and how it reads the answer"
+            f"the reward model scores {self.scores[0]:g} for every reference answer and for an empty one, so it cannot "
+            f"tell a right answer. Example: reference {shorten(repr(self.answers[0]))}. Train it again"
         )
 
 
 def note_reference_scores(context: StageContext, scorer: WeightedSum | None, rows: Sequence[Row]) -> dict[str, float]:
-    """Note how the rows' references score, and return their mean as a metric; warn if the reward rejects them all.
+    """Note how the reward models score the rows' references, and return the mean; warn if they reject them all.
 
-    Episodes are left to their environment, of which a reward reads only the last turn.
+    Nothing is scored in episodes, of which a reward model reads only the last turn.
     """
     scored = None
     if scorer is not None and context.config.environment is None:
@@ -69,26 +69,17 @@ def note_reference_scores(context: StageContext, scorer: WeightedSum | None, row
 
 
 def score_references(scorer: WeightedSum, rows: Sequence[Row]) -> ReferenceScores | None:
-    """Score the references of the first rows that have one; None without any, and if all parts wait for servers."""
-    local = replace(scorer, parts=tuple(part for part in scorer.parts if not getattr(part.scorer, "waits", False)))
-    referenced = [(row, answer) for row in rows if (answer := reference_of(row))][:REFERENCE_ROWS]
-    if not local.parts or not referenced:
+    """Score the references of the first rows that have one; None without any, and without a reward model."""
+    models = replace(scorer, parts=tuple(part for part in scorer.parts if kind_of(part) == "model"))
+    references = [(row, reference_of(row)) for row in rows]
+    referenced = [(row, answer) for row, answer in references if answer is not None][:REFERENCE_ROWS]
+    if not models.parts or not referenced:
         return None
     scored_rows = [row for row, _ in referenced]
     answers = [answer for _, answer in referenced]
     finished = [False] * len(answers)
     return ReferenceScores(
         answers,
-        list(map(float, local.score(scored_rows, answers, finished))),
-        list(map(float, local.score(scored_rows, [""] * len(answers), finished))),
+        list(map(float, models.score(scored_rows, answers, finished))),
+        list(map(float, models.score(scored_rows, [""] * len(answers), finished))),
     )
-
-
-def reference_of(row: Row) -> str | None:
-    """Return a row's reference answer: its completion, its better answer, or its column ``answer``."""
-    for name in ("completion", "chosen"):
-        messages: Any = row.get(name)
-        if messages:
-            return str(messages[-1].get("content") or "") or None
-    answer = row.get("answer")
-    return None if answer in (None, "") else str(answer)

@@ -26,7 +26,8 @@ from align.data.scoring import Part, Scorer, WeightedSum, function_scorer
 from align.environments.player import open_player
 from align.environments.user_models import check_user_rows, playing_processes
 from align.errors import UserError
-from align.evaluation.rewards import open_rewards, score_facts
+from align.evaluation.rewards import LateScorer, open_rewards, score_facts
+from align.evaluation.score_validation.stage import validate_stage_score
 from align.inference.engine import open_engine
 from align.inference.protocol import RolloutEngine
 from align.inference.servers.server_client import EngineLost
@@ -78,6 +79,9 @@ def run(context: StageContext) -> dict[str, Any]:
     prompts, validation_prompts = _read_prompts(context)
     if config.environment is not None:
         check_user_rows(config.environment, [*prompts, *(validation_prompts or ())], context.name)
+    parts = _open_parts(context)
+    # One process validates: a judge is asked once.
+    validation_facts = broadcast(lambda: validate_stage_score(context, parts, prompts))
     tokenizer = load_tokenizer(source)
     check_stage_room(context, tokenizer)
     # A rollout is used once, so a server's outage may fail episodes: the update continues.
@@ -89,8 +93,8 @@ def run(context: StageContext) -> dict[str, Any]:
     frozen = 0 if config.train_router else freeze_routers(policy)
     lint_prompts(context, tokenizer, policy, {"train": Split(prompts)}, config.max_prompt_tokens)
     reward_models = _load_reward_models(context)
-    scorer = _open_scorer(context, reward_models)
-    reference_facts = note_reference_scores(context, scorer, prompts)
+    scorer = _make_scorer(context, reward_models, parts)
+    reference_facts = validation_facts | note_reference_scores(context, scorer, prompts)
     if reward_models and getattr(config, "critic_source", None) == "reward":
         check_same_vocabulary(context.name, tokenizer, reward_models[0].tokenizer, ("the policy", "the reward model"))
     tasks = None if config.evaluate is None else TaskEvaluations(context, tokenizer)
@@ -317,26 +321,32 @@ def _load_reward_model(context: StageContext, artifact: Artifact) -> RewardModel
     return RewardModel(artifact.model, device=device, precision=context.precision, share_beginnings=True)
 
 
-def _open_scorer(context: StageContext, reward_models: list[RewardModel]) -> WeightedSum | None:
-    """Return the sum of ``reward`` and ``score``; None if only an environment scores.
-
-    Functions and judges are checked now, before the engine starts.
-    """
-    config: RolloutFields = context.config
-    parts: list[Part] = []
-    if reward_models:
-        members: tuple[Scorer, ...] = tuple(map(RewardScorer, reward_models))
-        ensemble = Ensemble(members, config.ensemble, config.uncertainty_weight)
-        parts.append(Part("reward", config.reward_weight, members[0] if len(members) == 1 else ensemble))
+def _open_parts(context: StageContext) -> list[Part]:
+    """Return the parts of ``score``, before a model is loaded: functions and judges are checked now."""
 
     def load(artifact: Artifact) -> Scorer:
         model = _load_reward_model(context, artifact)
         model.round_weights()  # no critic starts from it
         return RewardScorer(model)
 
-    for part in open_rewards(context, load, world_size()):
-        # score_weight is the weight of a single function; a list has its own weights, and score_weight 1.
-        parts.append(replace(part, weight=config.score_weight * part.weight))
+    parts = open_rewards(context, lambda artifact: LateScorer(lambda: load(artifact)), world_size())
+    # score_weight is the weight of a single function; a list has its own weights, and score_weight 1.
+    return [replace(part, weight=context.config.score_weight * part.weight) for part in parts]
+
+
+def _make_scorer(
+    context: StageContext, reward_models: list[RewardModel], score_parts: list[Part]
+) -> WeightedSum | None:
+    """Return the sum of ``reward`` and ``score``, with all reward models loaded; None if only an environment scores."""
+    config: RolloutFields = context.config
+    parts: list[Part] = []
+    if reward_models:
+        members: tuple[Scorer, ...] = tuple(map(RewardScorer, reward_models))
+        ensemble = Ensemble(members, config.ensemble, config.uncertainty_weight)
+        parts.append(Part("reward", config.reward_weight, members[0] if len(members) == 1 else ensemble))
+    for part in score_parts:
+        scorer = part.scorer.open() if isinstance(part.scorer, LateScorer) else part.scorer
+        parts.append(replace(part, scorer=scorer))
     return WeightedSum(tuple(parts), isinstance(config.score, list)) if parts else None
 
 

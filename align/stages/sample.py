@@ -17,6 +17,7 @@ from align.data.steps.pairs import make_pairs
 from align.environments.user_models import check_user_rows
 from align.errors import UserError
 from align.evaluation.rewards import load_late, open_score, score_facts
+from align.evaluation.score_validation.stage import validate_stage_score
 from align.inference.protocol import Response, Sampling
 from align.inference.thoughts import ThoughtReader, check_stage_room, generate
 from align.models.chat.render import render_prompt
@@ -59,6 +60,9 @@ def run(context: StageContext) -> dict[str, Any]:
         for split_rows in rows.values():
             check_user_rows(environment, split_rows, context.name)
     scorer = _open_scorer(context)
+    validation_facts: dict[str, Any] = {}
+    if scorer is not None:
+        validation_facts = validate_stage_score(context, scorer.parts, _read_rows(context, "train"))
     tokenizer = load_tokenizer(context.artifact("policy").model)
     TemplateSettings.of(context.config).apply(tokenizer, f"stages.{context.name}.")
     check_stage_room(context, tokenizer)
@@ -68,7 +72,7 @@ def run(context: StageContext) -> dict[str, Any]:
     else:
         results, facts = sample_episodes(context, tokenizer, scorer, rows)
     metrics = _write(context, results)
-    return metrics | ({} if scorer is None else score_facts(scorer.parts)) | facts
+    return metrics | validation_facts | ({} if scorer is None else score_facts(scorer.parts)) | facts
 
 
 def _sample_responses(

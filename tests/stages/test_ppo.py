@@ -22,11 +22,11 @@ from align.models.reward import RewardModel
 from align.pipeline.context import StageContext
 from align.pipeline.stop_signal import CAN_STOP, Stopped, clear_request, request_stop
 from align.rl.checkpoint import DRAFT
-from align.stages.rl import ReportUpdates, _open_scorer, _read_prompts, run
+from align.stages.rl import ReportUpdates, _make_scorer, _open_parts, _read_prompts, run
 from align.store.artifacts import Artifact, Kind
 from tests.support.training.harness import events
 
-BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
+BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3, "score_validation": {"rows": 0}}
 
 
 @pytest.mark.parametrize(
@@ -226,10 +226,11 @@ def test_run_on_a_verifiable_function_alone(make_context):
 def test_scores_of_model_and_function_have_configured_weights(make_context):
     fields = {"reward": "reward", "reward_weight": 0.5}
     context = make_context("one", **fields, score="gsm8k_answer", score_weight=2.0)
-    scorer = _open_scorer(context, [object()])
+    scorer = _make_scorer(context, [object()], _open_parts(context))
     assert [(part.name, part.weight) for part in scorer.parts] == [("reward", 0.5), ("function", 2.0)]
     score = [{"function": "gsm8k_answer", "weight": 3.0}, {"function": "gold"}]
-    scorer = _open_scorer(make_context("list", **fields, score=score), [object()])
+    context = make_context("list", **fields, score=score)
+    scorer = _make_scorer(context, [object()], _open_parts(context))
     weights = [(part.name, part.weight) for part in scorer.parts]
     assert weights == [("reward", 0.5), ("gsm8k_answer", 3.0), ("gold", 1.0)]
     assert scorer.names == ["reward", "gsm8k_answer", "gold"]

@@ -15,6 +15,7 @@ from align.config.base import PrecisionSetting, stage_input
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.options import OWNED, OWNED_BY_ROLLOUTS, TrainerOptions
 from align.config.runtime.launch import LaunchConfig
+from align.config.score_validation import ScoreValidation
 from align.config.scores import Score, reward_names, score_identities
 from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.stages.lint import LintSettings
@@ -143,8 +144,10 @@ class RolloutFields(TrainerOptions):
     """Further options of transformers' ``TrainingArguments`` and of ``align.rl.arguments``. They are checked."""
     lint: LintSettings = LintSettings()
     """Checks of the prompts' tokens to skip before the first update (docs/lint.md)."""
+    score_validation: ScoreValidation = ScoreValidation()
+    """Validation of ``score`` on reference, empty and wrong answers before a model is loaded (docs/rewards.md)."""
 
-    identified: ClassVar[frozenset[str]] = frozenset({"score", "gold", "lint", "environment"})
+    identified: ClassVar[frozenset[str]] = frozenset({"score", "gold", "lint", "environment", "score_validation"})
     has_token_credit: ClassVar[bool] = False
     """True for a method whose tokens have separate advantages, so that scores of steps have an effect."""
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from align.config.base import Config, PrecisionSetting, stage_input
 from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking
 from align.config.environment import EnvironmentConfig, take_episode_tokens
+from align.config.score_validation import ScoreValidation
 from align.config.scores import Score, score_identities
 from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
@@ -67,8 +68,10 @@ class SampleConfig(Config):
     """Most prompts per split: ``{train: 600, test: 100}``."""
     precision: PrecisionSetting = "auto"
     """Type of the matrix products; ``auto`` measures which one this device multiplies faster in."""
+    score_validation: ScoreValidation = ScoreValidation()
+    """Validation of ``score`` on reference, empty and wrong answers before the engine starts (docs/rewards.md)."""
 
-    identified: ClassVar[frozenset[str]] = frozenset({"score", "environment"})
+    identified: ClassVar[frozenset[str]] = frozenset({"score", "environment", "score_validation"})
     keyed_when_set: ClassVar[frozenset[str]] = TEMPLATE_FIELDS | {"environment", "thinking_budget"}
 
     @model_validator(mode="after")

@@ -1,0 +1,1 @@
+"""Validation of a score on answers whose order is known, before a stage learns from it."""
