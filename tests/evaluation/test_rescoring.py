@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from align.config.validation import validate_plain
 from align.config.verifiers import EnvironmentVerifier
 from align.data.final_answers import split_thought
 from align.data.scoring import Part, WeightedSum
@@ -16,7 +17,7 @@ def responses(*texts: str) -> list[StoredResponse]:
 
 
 def verifier(kind: str) -> Part:
-    return Part(kind, 1.0, open_verifier(EnvironmentVerifier(**{kind: "answer"}), "score"))
+    return Part(kind, 1.0, open_verifier(validate_plain(EnvironmentVerifier, {kind: "answer"}), "score"))
 
 
 def test_reasons_have_the_name_of_their_reward_among_several() -> None:
