@@ -14,6 +14,7 @@ Layout below ``<root>``:
 ``cache/``                     files that only save time
 ``sweeps/<name>/``             the trials of a sweep
 ``jobs/<name>/``               the jobs of a run on a cluster
+``annotations/<set>/``         pairs and the verdicts of annotators
 =============================  =====================================================================================
 """
 
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
+from align.store.annotations import ANNOTATIONS
 from align.store.artifacts import OUTPUT, Artifact, Kind
 from align.store.json_files import sync_folder
 from align.store.leases import LEASES, RUNS, DamagedRun, RunLeases, Stages, read_runs, write_run
@@ -52,7 +54,7 @@ SWEEPS = "sweeps"
 JOBS = "jobs"
 FETCHED = ".fetched"
 """Suffix of the folder into which an artifact is downloaded."""
-NO_KINDS = ("locks", RUNS, "cache", LEASES, REPORTS, SWEEPS, JOBS)
+NO_KINDS = ("locks", RUNS, "cache", LEASES, REPORTS, SWEEPS, JOBS, ANNOTATIONS)
 """Folders of a store that hold no artifacts."""
 
 
