@@ -21,7 +21,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -43,6 +43,7 @@ ANNOTATIONS = "annotations"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 Side = Literal["a", "b"]
 Verdict = Literal["better", "much_better", "tie", "both_bad"]
+Scores = Annotated[tuple[float, float], Field(strict=False)]
 DECISIVE = ("better", "much_better")
 """Verdicts that prefer one of the answers."""
 
@@ -63,7 +64,7 @@ class Pair(_Line):
     b: str
     systems: tuple[str, str] | None = Field(None, strict=False)
     """Names of what wrote ``a`` and ``b``."""
-    scores: dict[str, tuple[float, float]] = Field({}, strict=False)
+    scores: dict[str, Scores] = {}
     """Scores of ``a`` and ``b`` by the name of a reward model."""
     gold: Literal["a", "b", "tie", "both_bad"] | None = None
     """The right verdict of a question that checks annotators."""
@@ -145,7 +146,7 @@ def check_name(name: str, place: str) -> str:
 
 def now() -> str:
     """Return the current time, UTC, as ISO 8601."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
 
 
 def new_id() -> str:

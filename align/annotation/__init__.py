@@ -1,0 +1,1 @@
+"""Human annotation of pairs of answers: questions, sessions, statistics, exchange with Label Studio."""

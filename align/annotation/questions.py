@@ -1,0 +1,136 @@
+"""The next question for an annotator: overlap, hidden duplicates, gold questions, and active choice.
+
+Every choice follows from the journal and from hashes, so a session that resumes, on any machine, asks what it would
+have asked.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from align.errors import UserError
+from align.store.annotations import Answer, Pair, Settings, Side
+from align.store.fingerprint import digest
+
+GAP = 10
+"""Questions between a pair and its hidden duplicate, while there are other questions."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A pair as an annotator sees it."""
+
+    pair: Pair
+    left: Side
+    repeat: bool = False
+    active: bool = False
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """The answers on the left and on the right."""
+        return (self.pair.a, self.pair.b) if self.left == "a" else (self.pair.b, self.pair.a)
+
+
+def share_of(*words: str) -> float:
+    """Return a number in [0, 1) that depends on the words only."""
+    return int(digest(list(words))[:13], 16) / 16**13
+
+
+class QuestionQueue:
+    """The questions of one annotator of a set.
+
+    ``name`` is the set's. Raises ``UserError`` if the order needs scores that the pairs do not have.
+    """
+
+    def __init__(self, name: str, pairs: Mapping[str, Pair], settings: Settings, annotator: str) -> None:
+        self.name, self.pairs, self.settings, self.annotator = name, pairs, settings, annotator
+        ranks = rank_pairs(list(pairs.values()), settings.order, f"annotations {name}")
+        # Each annotator has another order, so two who start at once rarely answer the same pair.
+        self._order = sorted(pairs, key=lambda pair: (ranks[pair], share_of("order", name, annotator, pair)))
+
+    def is_shared(self, pair: Pair) -> bool:
+        """Return True for a pair that every annotator answers: a share of all pairs, and gold questions."""
+        return pair.gold is not None or share_of("overlap", self.name, pair.id) < self.settings.overlap
+
+    def next(self, answers: Sequence[Answer], skipped: Collection[str] = ()) -> Question | None:
+        """Return the next question, or None if nothing is left. ``skipped`` are pairs to leave for another session."""
+        own = [answer for answer in answers if answer.annotator == self.annotator]
+        repeat = self._due_repeat(own, skipped, GAP)
+        if repeat is not None:
+            return self._ask(repeat, repeat=True)
+        answered = {answer.pair for answer in own}
+        taken = {answer.pair for answer in answers if answer.annotator != self.annotator}
+        remaining = [self.pairs[name] for name in self._order if name not in answered and name not in skipped]
+        gold = [pair for pair in remaining if pair.gold is not None]
+        if gold and len(own) % self.settings.gold_every == self.settings.gold_every - 1:
+            return self._ask(gold[0])
+        for pair in remaining:
+            if pair.gold is None and (pair.id not in taken or self.is_shared(pair)):
+                return self._ask(pair)
+        if gold:
+            return self._ask(gold[0])
+        repeat = self._due_repeat(own, skipped, 1)
+        return None if repeat is None else self._ask(repeat, repeat=True)
+
+    def count(self, answers: Sequence[Answer]) -> tuple[int, int]:
+        """Return the number of pairs that the annotator has answered, and of those that they have or may get."""
+        own = {answer.pair for answer in answers if answer.annotator == self.annotator}
+        taken = {answer.pair for answer in answers if answer.annotator != self.annotator}
+        open_pairs = {name for name, pair in self.pairs.items() if name not in taken or self.is_shared(pair)}
+        return len(own & self.pairs.keys()), len((own | open_pairs) & self.pairs.keys())
+
+    def _ask(self, pair: Pair, repeat: bool = False) -> Question:
+        is_flipped = share_of("left", self.name, self.annotator, pair.id) < 0.5
+        # A duplicate has the other order, so consistency does not come from the position.
+        left: Side = "b" if is_flipped != repeat else "a"
+        is_active = self.settings.order != "random" and pair.gold is None
+        return Question(pair, left, repeat, is_active)
+
+    def _due_repeat(self, own: Sequence[Answer], skipped: Collection[str], gap: int) -> Pair | None:
+        """Return the oldest pair whose duplicate is due: ``gap`` other answers after its first answer."""
+        repeated = {answer.pair for answer in own if answer.repeat}
+        firsts = [answer for answer in own if not answer.repeat]
+        places = {answer.id: place for place, answer in enumerate(own)}
+        for answer in firsts:
+            if answer.pair in repeated or answer.pair in skipped or answer.pair not in self.pairs:
+                continue
+            is_old = len(own) - 1 - places[answer.id] >= gap
+            if is_old and share_of("repeat", self.name, self.annotator, answer.pair) < self.settings.duplicates:
+                return self.pairs[answer.pair]
+        return None
+
+
+def rank_pairs(pairs: Sequence[Pair], order: str, place: str) -> dict[str, float]:
+    """Return a number for each pair by which questions are sorted: 0 for ``random``.
+
+    ``closeness`` is the mean distance of the two scores, ``disagreement`` minus the spread of the models' margins. Both
+    are in units of each model's typical margin. Pairs without the scores come last.
+    """
+    if order == "random":
+        return {pair.id: 0.0 for pair in pairs}
+    fewest = 2 if order == "disagreement" else 1
+    if not any(len(pair.scores) >= fewest for pair in pairs):
+        needed = "scores of two reward models" if fewest == 2 else "scores"
+        raise UserError(f"{place}: --order {order} needs pairs with {needed}, and none has them; use --order random.")
+    scales = _typical_margins(pairs)
+    ranks = {}
+    for pair in pairs:
+        margins = [(a - b) / scales[model] for model, (a, b) in pair.scores.items()]
+        if len(margins) < fewest:
+            ranks[pair.id] = float("inf")
+        elif order == "closeness":
+            ranks[pair.id] = statistics.fmean(map(abs, margins))
+        else:
+            ranks[pair.id] = -statistics.pstdev(margins)
+    return ranks
+
+
+def _typical_margins(pairs: Sequence[Pair]) -> dict[str, float]:
+    """Return each model's median distance of two scores; 1 if it is 0."""
+    margins: dict[str, list[float]] = {}
+    for pair in pairs:
+        for model, (a, b) in pair.scores.items():
+            margins.setdefault(model, []).append(abs(a - b))
+    return {model: statistics.median(values) or 1.0 for model, values in margins.items()}

@@ -1,0 +1,102 @@
+"""A session of one annotator: ask, answer, undo. The terminal and later a page drive it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.annotation.questions import Question, QuestionQueue
+from align.store.annotations import (
+    DECISIVE,
+    AnnotationSet,
+    Answer,
+    AnswerWriter,
+    Side,
+    Verdict,
+    find_set,
+    new_id,
+    now,
+)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An annotator's reply to a question; ``choice`` is the better side of the screen, None for tie and both bad."""
+
+    verdict: Verdict
+    choice: str | None = None
+    tags: Sequence[str] = ()
+    rewrite: str = ""
+    comment: str = ""
+    seconds: float = 0.0
+
+
+class Session:
+    """Questions and answers of an annotator in a set that has pairs.
+
+    Raises ``UserError`` for a set or a name that cannot be used.
+    """
+
+    def __init__(self, root: Path, name: str, annotator: str) -> None:
+        self.annotations: AnnotationSet = find_set(root, name)
+        self.writer = AnswerWriter(self.annotations, annotator)
+        self.annotator = annotator
+        self.queue = QuestionQueue(name, self.annotations.pairs(), self.annotations.settings(), annotator)
+        self.skipped: set[str] = set()
+        self._again: Question | None = None
+
+    def next(self) -> Question | None:
+        """Return the next question, the one whose answer was undone first; None if nothing is left."""
+        if self._again is not None:
+            return self._again
+        return self.queue.next(self.annotations.answers(), self.skipped)
+
+    def answer(self, question: Question, reply: Reply) -> Answer:
+        """Write an answer to the journal, and return it. Raises ``ValueError`` for a choice that the verdict lacks."""
+        if (reply.choice in ("left", "right")) != (reply.verdict in DECISIVE):
+            raise ValueError(f"the verdict {reply.verdict} does not fit the choice {reply.choice}")
+        answer = Answer(
+            id=new_id(),
+            pair=question.pair.id,
+            annotator=self.annotator,
+            time=now(),
+            left=question.left,
+            verdict=reply.verdict,
+            preferred=None if reply.choice is None else side_of(question, reply.choice),
+            tags=list(reply.tags),
+            rewrite=reply.rewrite,
+            comment=reply.comment,
+            seconds=round(reply.seconds, 2),
+            repeat=question.repeat,
+            active=question.active,
+        )
+        self.writer.write(answer)
+        self._again = None
+        return answer
+
+    def skip(self, question: Question) -> None:
+        """Leave a question for another session."""
+        self.skipped.add(question.pair.id)
+        self._again = None
+
+    def undo(self) -> Question | None:
+        """Withdraw the annotator's last answer, and return its question, which is asked again; None without answers."""
+        own = [answer for answer in self.annotations.answers() if answer.annotator == self.annotator]
+        own = [answer for answer in own if answer.pair in self.queue.pairs]
+        if not own:
+            return None
+        last = own[-1]
+        self.writer.undo(last)
+        self._again = Question(self.queue.pairs[last.pair], last.left, last.repeat, last.active)
+        return self._again
+
+    def count(self) -> tuple[int, int]:
+        """Return the number of pairs answered, and of those that the annotator has or may get."""
+        return self.queue.count(self.annotations.answers())
+
+
+def side_of(question: Question, choice: str) -> Side:
+    """Return the answer that was shown on a side of the screen."""
+    other: Side = "b" if question.left == "a" else "a"
+    return question.left if choice == "left" else other
