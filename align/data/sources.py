@@ -17,6 +17,7 @@ from typing import Any
 
 from align.config.recipe.record_mapping import RecordMapping
 from align.config.recipe.source_settings import (
+    AnnotationsSource,
     ArtifactSource,
     EmbeddedSource,
     FilesSource,
@@ -34,6 +35,7 @@ from align.config.user_functions import function_identity, load_function
 from align.config.user_paths import matching_paths, user_path
 from align.config.validation import nearest, suggest
 from align.data import checkers
+from align.data.annotated import annotation_identity, read_annotations
 from align.data.families import embedded, gym_tasks
 from align.data.formats import DETECTION_RECORDS, Detection, SourceFormat, detect
 from align.data.formats.columns import label_rule
@@ -88,6 +90,8 @@ def _records(source: Source, base: Path, inputs: Sequence[Path], seed: int) -> I
     elif isinstance(source, GymSource):
         tasks = gym_tasks.generate(source.named_tasks, source.count, source.seed, source.label)
         yield from ((f"reasoning_gym: row {number}", row) for number, row in enumerate(tasks, 1))
+    elif isinstance(source, AnnotationsSource):
+        yield from read_annotations(source, base)
     else:
         folder = source_folder(source, base, inputs)
         # The store checks the inputs of a stage; an artifact that is named by its folder is checked here.
@@ -306,8 +310,8 @@ def identity(source: Source, base: Path, inputs: Sequence[Path] = ()) -> dict[st
     """Return digests, commits and versions that decide the source's records, by name; the same on every machine.
 
     Files by sha256 (their folder does not matter), the Hub by commit, a Python generator by the digest of its source
-    file, artifacts by their key. A stage's key includes its inputs anyway; a recipe built without a stage needs them
-    here. Raises ``UserError`` for a missing file or artifact.
+    file, annotations by the digest of their journal, artifacts by their key. A stage's key includes its inputs anyway;
+    a recipe built without a stage needs them here. Raises ``UserError`` for a missing file or artifact.
     """
     if isinstance(source, FilesSource):
         return _digests(find_files(source.paths, base))
@@ -320,6 +324,8 @@ def identity(source: Source, base: Path, inputs: Sequence[Path] = ()) -> dict[st
     if isinstance(source, GymSource):
         require_extra("reasoning_gym", "gym", f"{source.label}:")
         return {"reasoning-gym": importlib.metadata.version("reasoning-gym")}
+    if isinstance(source, AnnotationsSource):
+        return annotation_identity(source, base)
     folder = source_folder(source, base, inputs)
     return {"artifact" if isinstance(source, ArtifactSource) else f"input {source.index}": artifact_key(folder)}
 

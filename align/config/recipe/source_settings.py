@@ -258,8 +258,38 @@ class InputSource(SourceConfig):
         return f"input {self.index}" if self.split == "all" else f"input {self.index} {self.split}"
 
 
+class AnnotationsSource(SourceConfig):
+    """A set of annotations in the store (``align annotate``): verdicts of people on pairs of answers.
+
+    For kind ``preferences`` a row is a pair with its margin, for ``unpaired`` an answer with a label, for
+    ``instructions`` an answer that an annotator wrote.
+    """
+
+    type: Literal["annotations"]
+    set: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
+    """Name of the set: ``helpful-1``."""
+    store: UserPath | None = None
+    """Folder of the store with the set; by default ``$ALIGN_STORE``, else ``store`` in the current folder."""
+    annotators: list[str] | None = Field(None, min_length=1)
+    """Pseudonyms whose answers count; all by default."""
+    format: ClassVar[Literal["rows"]] = "rows"
+    options: ClassVar[FormatOptions] = FormatOptions()
+
+    identified: ClassVar[frozenset[str]] = frozenset({"store"})
+
+    def _origin(self) -> str:
+        return f"annotations {self.set}"
+
+
 Source = Annotated[
-    EmbeddedSource | GymSource | FilesSource | HubSource | PythonSource | ArtifactSource | InputSource,
+    EmbeddedSource
+    | GymSource
+    | FilesSource
+    | HubSource
+    | PythonSource
+    | ArtifactSource
+    | InputSource
+    | AnnotationsSource,
     Field(discriminator="type"),
 ]
 

@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from align.config.recipe.recipe import Recipe
-from align.config.recipe.source_settings import labels
+from align.config.recipe.source_settings import AnnotationsSource, labels
+from align.data.annotated import annotation_ledger
 from align.data.builds.build_files import finish
 from align.data.builds.ledger import Counts, describe_empty_split, make_ledger
 from align.data.builds.shards import (
@@ -84,6 +85,7 @@ class Build:
                 "part": source.part,
                 "license": self._license(source),
                 "identity": identity(source, self.base, self.inputs),
+                **self._annotators(source),
             }
             for name, source in zip(labels(self.recipe.sources), self.recipe.sources, strict=True)
         ]
@@ -111,6 +113,12 @@ class Build:
             if not splits[name] and name != self.recipe.empty_split:
                 raise UserError(describe_empty_split(name, ledger))
         return ledger
+
+    def _annotators(self, source: Any) -> dict[str, Any]:
+        """Return who annotated and when, by pseudonym, for a source of annotations."""
+        if not isinstance(source, AnnotationsSource):
+            return {}
+        return {"annotators": annotation_ledger(source, self.base)}
 
     def _license(self, source: Any) -> str | None:
         """Return the license that the recipe states, or the license in the ledger of the artifact that is read."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from align.config.recipe.format_options import KINDS, Form, FormatOptions, ReadingOptions, formats_for
 from align.config.recipe.record_mapping import RecordMapping
+from align.data.annotated import ANNOTATION, annotated_drafts
 from align.data.formats import answers, records
 from align.data.formats.columns import LabelRule, kept_fields, kept_sources, read_checks
 from align.data.formats.detection import fitting
@@ -138,7 +139,8 @@ def _convert(
     if missing_groups(mapped.fields, form):
         raise BadRecord(where, describe_unrecognized(mapped.fields, form, fitting(mapped.fields)))
     if source.is_own:
-        return complete_rows(dict(record), kind, check)
+        drafts = annotated_drafts(record, kind) if ANNOTATION in record else [dict(record)]
+        return [row for draft in drafts for row in complete_rows(draft, kind, check)]
     # The tracked record collects the fields that a converter reads. What is left is reported as unused.
     tracked = TrackedRecord(parse_conversations(mapped.fields))
     rows: list[Row | Dropped] = []
