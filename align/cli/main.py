@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -276,6 +277,9 @@ COMMANDS: dict[str, Command] = {
     "score": _imported(
         "score", "score stored rows or responses again, compare two scores, or --validate a score before training"
     ),
+    "annotate": _imported(
+        "annotate", "choose the better of two answers in the terminal; --report shows agreement and when to stop"
+    ),
     "report": _imported(
         "report", "write the report of a run, by name or by pipeline file; --open opens it in a browser"
     ),
@@ -368,12 +372,33 @@ def _run_command(arguments: Sequence[str] | None, output: GuardedStream) -> int:
             from align.patches.huggingface_hub import go_offline
 
             go_offline()
-        return COMMANDS[options.command].run(options)
+        with _exported_store(getattr(options, "store", None)):
+            return COMMANDS[options.command].run(options)
     except (UserError, StageFailed, Stopped) as error:
         print("\n".join(printable(line) for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _exported_store(store: str | None) -> Iterator[None]:
+    """Set ``$ALIGN_STORE`` to the folder of ``--store``: recipes find their sets of annotations by it.
+
+    A variable with the address of a bucket stays, since it does not name a folder.
+    """
+    before = os.environ.get("ALIGN_STORE")
+    if not store or "://" in store or "://" in (before or ""):
+        yield
+        return
+    os.environ["ALIGN_STORE"] = os.path.abspath(os.path.expanduser(store))
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("ALIGN_STORE", None)
+        else:
+            os.environ["ALIGN_STORE"] = before
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ COPIED = {"index.md": "README.md", "development.md": "CONTRIBUTING.md", "changel
 """Pages that are files of the repository's root."""
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Start": ("index", "getting_started", "concepts", "tasks", "pipelines", "python", "commands"),
-    "Data": ("data", "data_*", "synthesis", "lint"),
+    "Data": ("data", "data_*", "synthesis", "annotation", "lint"),
     "Training": ("methods", "methods_*", "models", "thinking", "rewards", "environments", "ppo", "ppo_*", "rl", "rl_*"),
     "Evaluation": ("evaluation", "evaluation_*", "reporting"),
     "Running at scale": ("cluster", "slurm", "ray", "distributed", "scaling", "gpu"),
