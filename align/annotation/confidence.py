@@ -59,7 +59,8 @@ def log_capital(values: Floats, candidates: Floats, alpha: float) -> Floats:
     gaps = values[:, None] - candidates
     logs_above = np.cumsum(np.log1p(above * gaps), axis=0)
     logs_below = np.cumsum(np.log1p(-below * gaps), axis=0)
-    return np.log(0.5) + np.maximum(logs_above, logs_below)
+    capital: Floats = np.log(0.5) + np.maximum(logs_above, logs_below)
+    return capital
 
 
 def confidence_sequence(values: Sequence[float] | Floats, alpha: float = ALPHA, steps: int = STEPS) -> RunningInterval:

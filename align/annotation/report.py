@@ -39,7 +39,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Annotator:
-    """What one annotator did."""
+    """Statistics of one annotator."""
 
     answers: int
     seconds: float

@@ -47,7 +47,7 @@ class Session:
         self._again: Question | None = None
 
     def next(self) -> Question | None:
-        """Return the next question, the one whose answer was undone first; None if nothing is left."""
+        """Return the next question, or the question whose answer was undone; None if no question is left."""
         if self._again is not None:
             return self._again
         return self.queue.next(self.annotations.answers(), self.skipped)

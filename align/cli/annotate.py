@@ -147,7 +147,7 @@ def _report(options: argparse.Namespace, store: Store) -> int:
 
 @dataclass
 class _Notes:
-    """What an annotator wrote before the verdict."""
+    """Tags and texts that an annotator wrote before the verdict."""
 
     tags: tuple[str, ...] = ()
     rewrite: str = ""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from align.cli.parser import (
     add_assignments,
     add_executor,
     add_store,
+    exported_store,
     find_command,
     import_late,
     load,
@@ -372,33 +372,13 @@ def _run_command(arguments: Sequence[str] | None, output: GuardedStream) -> int:
             from align.patches.huggingface_hub import go_offline
 
             go_offline()
-        with _exported_store(getattr(options, "store", None)):
+        with exported_store(getattr(options, "store", None)):
             return COMMANDS[options.command].run(options)
     except (UserError, StageFailed, Stopped) as error:
         print("\n".join(printable(line) for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
-
-
-@contextlib.contextmanager
-def _exported_store(store: str | None) -> Iterator[None]:
-    """Set ``$ALIGN_STORE`` to the folder of ``--store``: recipes find their sets of annotations by it.
-
-    A variable with the address of a bucket stays, since it does not name a folder.
-    """
-    before = os.environ.get("ALIGN_STORE")
-    if not store or "://" in store or "://" in (before or ""):
-        yield
-        return
-    os.environ["ALIGN_STORE"] = os.path.abspath(os.path.expanduser(store))
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("ALIGN_STORE", None)
-        else:
-            os.environ["ALIGN_STORE"] = before
 
 
 if __name__ == "__main__":

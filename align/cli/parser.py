@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from align.errors import UserError, printable
@@ -104,6 +106,26 @@ def add_store(parser: argparse.ArgumentParser) -> None:
         help="the store: a folder or s3://bucket/prefix (default: $ALIGN_STORE, else ./store)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+
+
+@contextlib.contextmanager
+def exported_store(store: str | None) -> Iterator[None]:
+    """Set ``$ALIGN_STORE`` to the folder of ``--store``: recipes find their sets of annotations by it.
+
+    A variable with the address of a bucket stays, since it does not name a folder.
+    """
+    before = os.environ.get("ALIGN_STORE")
+    if not store or "://" in store or "://" in (before or ""):
+        yield
+        return
+    os.environ["ALIGN_STORE"] = os.path.abspath(os.path.expanduser(store))
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("ALIGN_STORE", None)
+        else:
+            os.environ["ALIGN_STORE"] = before
 
 
 def add_executor(parser: argparse.ArgumentParser, work: str) -> None:

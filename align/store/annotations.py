@@ -45,7 +45,7 @@ Side = Literal["a", "b"]
 Verdict = Literal["better", "much_better", "tie", "both_bad"]
 Scores = Annotated[tuple[float, float], Field(strict=False)]
 DECISIVE = ("better", "much_better")
-"""Verdicts that prefer one of the answers."""
+"""Verdicts that prefer an answer."""
 
 
 class _Line(BaseModel):
@@ -120,7 +120,7 @@ class Undo(_Line):
 
 
 class Settings(_Line):
-    """How the questions of a set are selected."""
+    """Settings that select the questions of a set."""
 
     overlap: float = Field(0.2, ge=0, le=1)
     """Share of the pairs that every annotator answers."""
