@@ -7,8 +7,9 @@ from align.store.artifacts import VERSION as __version__
 if TYPE_CHECKING:
     from align.api import Pipeline, Run, Scorecard
     from align.environments.results import EnvironmentFailed
+    from align.store.rollouts import open_rollouts, rollout_rows
 
-__all__ = ["EnvironmentFailed", "Pipeline", "Run", "Scorecard", "__version__"]
+__all__ = ["EnvironmentFailed", "Pipeline", "Run", "Scorecard", "__version__", "open_rollouts", "rollout_rows"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from align.environments import results
 
         return results.EnvironmentFailed
+    if name in ("open_rollouts", "rollout_rows"):
+        from align.store import rollouts
+
+        return getattr(rollouts, name)
     raise AttributeError(f"module 'align' has no attribute {name!r}")

@@ -40,7 +40,7 @@ FIELDS: dict[str, Any] = {
     "learning_rate": 3e-4,
     "kl_coef": 0.01,
     "updates": 400,
-    "completions": 0,
+    "rollouts": {"keep": 0.0},
 }
 SELECT = {"easy": 0.95, "hard": 0.05, "easy_share": 0.1, "hard_share": 0.1}
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -54,7 +54,7 @@ FIELDS: dict[str, Any] = {
     "learning_rate": 5e-4,
     "kl_coef": 0.01,
     "updates": UPDATES,
-    "completions": 0,
+    "rollouts": {"keep": 0.0},
 }
 OPTIONS = {"use_cpu": True, "probe_parity": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 Answer = tuple[str, str]

@@ -9,8 +9,9 @@ import pytest
 
 from align import Pipeline
 from align.report.page.metric_series import group_by_panel, read_events
-from align.report.scorecard.rollouts import read_rollouts
+from align.report.scorecard.stored_rollouts import read_rollouts
 from examples import rewards
+from tests.support.stored_rollouts import stored_rows
 
 
 @pytest.mark.usefixtures("stages_in_process")
@@ -30,11 +31,11 @@ def test_grpo_on_two_rewards_with_known_answers(tmp_path: Path) -> None:
     record = run.artifacts["grpo"].record["metrics"]
     assert {"score_exact_answer_last", "score_brevity_last"} <= record.keys()
     folder = run.artifacts["grpo"].path
-    lines = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    lines = stored_rows(folder / "rollouts")
     for line in lines:
         brevity = rewards.brevity([{}], [line["response"]], limit=60)[0]
-        assert line["score_brevity"] == pytest.approx(brevity)
-        assert line["score"] == pytest.approx(line["score_exact_answer"] + 0.2 * brevity)
+        assert line["scores"]["brevity"] == pytest.approx(brevity)
+        assert line["score"] == pytest.approx(line["scores"]["exact_answer"] + 0.2 * brevity)
     # The curves of the rewards stand beside the score's.
     titles = [title for title, _ in group_by_panel(read_events(folder).series)]
     first = titles.index("score")
@@ -43,7 +44,7 @@ def test_grpo_on_two_rewards_with_known_answers(tmp_path: Path) -> None:
     assert {"score", "score_exact_answer", "score_brevity"} <= card["metrics"].keys()
     page = (run.artifacts["report"].path / "report.html").read_text(encoding="utf-8")
     assert "score_exact_answer" in page and "score_brevity" in page
-    assert read_rollouts(folder / "completions.jsonl")
+    assert read_rollouts(folder / "rollouts")
 
 
 def test_the_functions_of_the_example_say_what_is_right() -> None:

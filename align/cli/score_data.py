@@ -21,8 +21,10 @@ from align.runner.open_store import open_store
 from align.store.record import RECORD, read_artifact
 from align.store.store import Store
 
-SAMPLES, COMPLETIONS = "samples.jsonl", "completions.jsonl"
-"""Files with responses: those of a ``sample`` stage, and those of a stage that learns from its rollouts."""
+SAMPLES = "samples.jsonl"
+"""File with the responses of a ``sample`` stage."""
+ROLLOUT_COLUMNS = ("update", "prompt_id", "prompt", "response", "score", "finished", "thought_end")
+"""Columns of stored rollouts that are read."""
 SIDES = ("completion", "chosen", "rejected")
 
 
@@ -63,12 +65,14 @@ def _read(word: str, store: str | None, split: str, rows_from: str | None) -> Sc
         folder = path if path.is_dir() else find_build(word, store).folder
     else:
         folder = find_artifact(word, store).path
-    for name in (SAMPLES, COMPLETIONS):
-        if (folder / name).is_file():
-            joined = _JoinedRows.read(rows_from, store) or _JoinedRows.of_artifact(folder, store)
-            return _read_file(folder / name, split, joined)
+    has_rollouts = any((folder / "rollouts").glob("*.parquet"))
+    if (folder / SAMPLES).is_file() or has_rollouts:
+        joined = _JoinedRows.read(rows_from, store) or _JoinedRows.of_artifact(folder, store)
+        if (folder / SAMPLES).is_file():
+            return _read_file(folder / SAMPLES, split, joined)
+        return _read_rollouts(folder, split, joined)
     if not is_build(folder):
-        raise UserError(f"{word}: has neither rows (train or test Parquet files) nor {SAMPLES} or {COMPLETIONS}.")
+        raise UserError(f"{word}: has neither rows (train or test Parquet files) nor {SAMPLES} nor rollouts.")
     if not shards(folder, split):
         raise UserError(f"{word}: has no {split} split.")
     build_rows = list(rows(folder, split))
@@ -137,6 +141,24 @@ def _read_file(path: Path, split: str, joined: _JoinedRows | None) -> ScoreData:
     if not any(_texts(record) is not None for _, record in records):
         converted = _convert_records(path)
         return ScoreData(str(path), converted, [response for row in converted for response in _responses_of(row)])
+    return _score_data(str(path), records, split, joined)
+
+
+def _read_rollouts(folder: Path, split: str, joined: _JoinedRows | None) -> ScoreData:
+    """Read the rollouts that a stage stored."""
+    from align.store.rollouts import ROLLOUTS, open_rollouts, rollout_rows
+
+    records = []
+    for number, row in enumerate(rollout_rows(open_rollouts(folder / ROLLOUTS), ROLLOUT_COLUMNS), start=1):
+        columns = {name: value for name, value in row.items() if value is not None}
+        records.append((f"{folder}: rollout {number}", {"id": columns.pop("prompt_id", str(number)), **columns}))
+    return _score_data(str(folder), records, split, joined)
+
+
+def _score_data(
+    name: str, records: Sequence[tuple[str, Mapping[str, Any]]], split: str, joined: _JoinedRows | None
+) -> ScoreData:
+    """Return the rows and responses of records, each with its place."""
     data_rows: list[Row] = []
     responses: list[StoredResponse] = []
     for number, (place, record) in enumerate(records, start=1):
@@ -148,7 +170,7 @@ def _read_file(path: Path, split: str, joined: _JoinedRows | None) -> ScoreData:
         row = _row_of(record, number, joined)
         data_rows.append(row)
         responses += _stored(record, row, texts)
-    return ScoreData(str(path), data_rows, responses)
+    return ScoreData(name, data_rows, responses)
 
 
 def _row_of(record: Mapping[str, Any], number: int, joined: _JoinedRows | None) -> Row:

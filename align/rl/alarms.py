@@ -288,7 +288,7 @@ def _failures(history: Sequence[Entry]) -> tuple[str, str]:
         return "failures", ""
     return "failures", (
         f"the environment, or the user that is simulated in it, failed in {rate:.0%} of the episodes: nothing is "
-        "learned from these. completions.jsonl has the reason of each as `failure`"
+        "learned from these. The stored rollouts have the reason of each as `failure`"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class RolloutInputs:
     ptx_dataset: Rows | None = None
     episodes: EnvironmentPlayer | None = None
     """Plays episodes in an environment, instead of single responses."""
+    replay: Path | None = None
+    """Folder of stored rollouts to learn from; ``engine`` may then be None."""
 
 
 def refuse_rollout(rollout: Rollout, method: str, config: RolloutFields) -> None:
@@ -71,6 +74,8 @@ def refuse_plugins(trainer: Any) -> None:
 
 def refuse_inputs(trainer: Any, inputs: RolloutInputs) -> None:
     """Raise ``UserError`` if the engine or the episodes cannot do what ``max_staleness`` and ``in_flight`` say."""
+    if inputs.replay is not None:
+        return
     name, args, prefetcher = trainer.objective.name, trainer.args, trainer.prefetcher
     staleness = args.drift.max_staleness
     if staleness and args.world_size > 1 and not prefetcher.shared_engine:

@@ -25,11 +25,12 @@ class Rollout:
     """B responses, right-padded to T tokens. ``tensors`` holds, once computed, under these names:
 
     (B,): ``finished`` (EOS was reached), ``scores``, its components as ``score_<name>`` (NaN if a response lacks a
-    metric), ``gold``; (B, T): ``response_mask``, ``weights_update`` (update before which the policy had the weights
-    that sampled the token), ``sampler_logprobs``, ``logprobs``, ``ref_logprobs``, ``entropy``, ``kl``, ``rewards``,
-    ``advantages`` (whitened if the settings say so), ``raw_advantages``, ``returns``, ``learn_mask`` (tokens that the
-    loss includes); (B, T+1): ``values``; with thoughts also (B,): ``thought_tokens``, ``thought_end`` (characters
-    before the answer), ``open_thought`` (the response ends inside its thought), (B, T): ``forced``.
+    metric), ``gold``, ``place`` (number among all responses that were sampled for the update); (B, T):
+    ``response_mask``, ``weights_update`` (update before which the policy had the weights that sampled the token),
+    ``sampler_logprobs``, ``logprobs``, ``ref_logprobs``, ``entropy``, ``kl``, ``rewards``, ``advantages`` (whitened if
+    the settings say so), ``raw_advantages``, ``returns``, ``learn_mask`` (tokens that the loss includes); (B, T+1):
+    ``values``; with thoughts also (B,): ``thought_tokens``, ``thought_end`` (characters before the answer),
+    ``open_thought`` (the response ends inside its thought), (B, T): ``forced``.
     """
 
     update: int
@@ -44,7 +45,7 @@ class Rollout:
     episodes: list[Episode] | None = None
     """Turns, calls and scores of each response, if an environment gave the prompts."""
     explanations: list[dict[str, Any]] = field(default_factory=list)
-    """Reasons of judges for the scores of the first responses, by reward; empty without any."""
+    """Reasons of judges for the scores, by reward; empty without any."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time by phase of the update."""
     candidates: Rollout | None = None
@@ -200,31 +201,51 @@ def make_rollout(
     flat = [(group, index, response) for group, index in enumerate(indices) for response in responses[group]]
     if any(not response.token_ids for _, _, response in flat):
         raise RuntimeError("the engine returned an empty response; even one that ends at once has its end token")
-    token_ids = [list(response.token_ids) for _, _, response in flat]
-    episodes = [response for _, _, response in flat if isinstance(response, Episode)]
-    lengths = list(map(len, token_ids))
-    # The environment's tokens, and those that closed a thought by force, were not sampled.
-    mask = pad_rows([response.mask for _, _, response in flat], max(lengths), torch.bool)
-    rollout = Rollout(
-        update=update,
+    return rollout_of(
+        [response for _, _, response in flat],
+        update,
+        weights_update,
         rows=[prompts.rows[index] for _, index, _ in flat],
         groups=[group for group, _, _ in flat],
         prompts=[prompts.token_ids[index] for _, index, _ in flat],
+    )
+
+
+def rollout_of(
+    responses: Sequence[Any],
+    update: int,
+    weights_update: int,
+    *,
+    rows: list[Row],
+    groups: list[int],
+    prompts: list[list[int]],
+) -> Rollout:
+    """Return a rollout of responses or episodes; ``rows``, ``groups`` and ``prompts`` are of each response."""
+    token_ids = [list(response.token_ids) for response in responses]
+    episodes = [response for response in responses if isinstance(response, Episode)]
+    width = max(map(len, token_ids))
+    # The environment's tokens, and those that closed a thought by force, were not sampled.
+    mask = pad_rows([response.mask for response in responses], width, torch.bool)
+    rollout = Rollout(
+        update=update,
+        rows=rows,
+        groups=groups,
+        prompts=prompts,
         responses=token_ids,
-        texts=[response.text for _, _, response in flat],
+        texts=[response.text for response in responses],
         tensors={
-            "finished": torch.tensor([response.finished for _, _, response in flat]),
+            "finished": torch.tensor([response.finished for response in responses]),
             "response_mask": mask,
             "weights_update": torch.full(mask.shape, weights_update),
-            "sampler_logprobs": pad_rows([response.logprobs for _, _, response in flat], max(lengths)),
+            "sampler_logprobs": pad_rows([response.logprobs for response in responses], width),
         },
     )
-    rollout.tensors |= _thoughts([response for _, _, response in flat], mask)
+    rollout.tensors |= _thoughts(responses, mask)
     if episodes:
         rollout.episodes = episodes
         # The environment may have begun each episode with its own prompt.
         rollout.prompts = [episode.prompt_ids for episode in episodes]
-        rollout.tensors["weights_update"] = _weights_updates(episodes, mask.shape[1], weights_update)
+        rollout.tensors["weights_update"] = _weights_updates(episodes, width, weights_update)
         _add_episode_scores(rollout, episodes)
     return rollout
 

@@ -57,6 +57,8 @@ def begin(trainer: Any, resume_from_checkpoint: str | bool | None) -> None:
     sharded.prepare(trainer, clip=lambda: clip_parts(trainer))
     if checkpoint is not None:
         load_checkpoint(trainer, checkpoint)
+    if trainer.is_world_process_zero():
+        trainer.recorder.rewind(trainer.update)
     handler = trainer.callback_handler
     for name in ("model", "optimizer", "lr_scheduler"):
         setattr(handler, name, getattr(trainer, name))

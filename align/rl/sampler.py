@@ -97,6 +97,7 @@ class RolloutSampler:
         if local is not None:
             self.score(local)
         rollout = join_rollouts([part for part in all_gather(local) if part is not None])
+        rollout.tensors["place"] = torch.arange(len(rollout))
         rollout.seconds = {"sampling": sampled - started, "scoring": time.perf_counter() - sampled}
         return rollout
 
@@ -113,7 +114,7 @@ class RolloutSampler:
             if steps is not None:
                 rollout.tensors[STEP_REWARDS] = place_steps(rollout, steps, self.prompts.reader.tokenizer)
             if hasattr(self.scorer, "explain"):
-                rollout.explanations = explain(rollout, self.scorer, self.config.completions)
+                rollout.explanations = explain(rollout, self.scorer)
         if rollout.episodes is not None:
             add_environment_scores(rollout)
         if self.gold is not None:
@@ -306,13 +307,11 @@ def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> 
     return parts.steps if isinstance(parts, StepParts) else None
 
 
-def explain(rollout: Rollout, scorer: AnyScorer, count: int) -> list[dict[str, Any]]:
-    """Return the reasons of judges for the scores of the first ``count`` responses, and nothing for the others."""
-    answers: list[str] = [*rollout.answers[:count]]
-    explanations = explanations_of(scorer, rollout.rows[:count], answers)
-    if not any(explanations):
-        return []
-    return explanations + [{} for _ in range(len(rollout) - len(explanations))]
+def explain(rollout: Rollout, scorer: AnyScorer) -> list[dict[str, Any]]:
+    """Return the reasons of judges for the scores of the responses; empty without any."""
+    answers: list[str] = [*rollout.answers]
+    explanations = explanations_of(scorer, rollout.rows, answers)
+    return explanations if any(explanations) else []
 
 
 def add_environment_scores(rollout: Rollout) -> None:

@@ -38,9 +38,11 @@ from align.rl.pools import make_pools
 from align.rl.prefetch import RolloutPrefetcher
 from align.rl.prompts import Prompts, make_ptx
 from align.rl.refusals import RolloutInputs, refuse_inputs, refuse_options, refuse_plugins, refuse_rollout
+from align.rl.replay import ReplaySampler, make_sampler
 from align.rl.rewards import KLPenalty, make_controller
 from align.rl.rollout import Rollout
-from align.rl.sampler import ParityProbe, RolloutSampler
+from align.rl.rollout_tables import RolloutRecorder
+from align.rl.sampler import ParityProbe
 from align.rl.update_log import UpdateLog
 from align.rl.update_steps import make_optimizer, measure_passes, micro_batch_loss
 from align.rl.validation import make_best, make_validation
@@ -92,19 +94,18 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
         refuse_plugins(self)
         shard_model(self)
-        self.engine = inputs.engine
         self.prompts = Prompts(inputs.train_dataset, processing_class, config.max_prompt_tokens, config.inoculate)
         self.prompts.pools = make_pools(config, len(self.prompts))
-        scorers = (inputs.scorer, inputs.gold)
-        self.sampler = RolloutSampler(self.prompts, inputs.engine, *scorers, args, episodes=inputs.episodes)
+        self.sampler = make_sampler(self.prompts, inputs, args)
+        self.engine = self.sampler.engine
         self.validation = make_validation(args, inputs.eval_dataset, processing_class)
         self.best = self.validation or make_best(args)
         self.ptx = make_ptx(config, inputs.ptx_dataset, processing_class)
         self.buffer = RolloutBuffer(objective, args, form, int(processing_class.pad_token_id), self.ptx)
-        self.probe = ParityProbe(inputs.engine, self.prompts, args)
+        self.probe = ParityProbe(self.engine, self.prompts, args)
         drift = args.drift
         self.prefetcher = RolloutPrefetcher(
-            inputs.engine, self.sampler.sample_local, drift.max_staleness, config.updates, drift.in_flight
+            self.engine, self.sampler.sample_local, drift.max_staleness, config.updates, drift.in_flight
         )
         refuse_inputs(self, inputs)
         self.kl_controller = make_controller(drift.kl_controller, drift.kl_coef, drift.kl_target, drift.kl_horizon)
@@ -112,6 +113,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         self.totals = {"episodes": 0, "tokens": 0}
         self.alarms: list[Alarm] = []
         self.stopped: str | None = None  # reason why the run ended before its last update, if it did
+        self.recorder = RolloutRecorder(args, processing_class, objective.name, notify)
         self.update_log = UpdateLog(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:  # type: ignore[override]
@@ -151,9 +153,14 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         return self.stopped is not None or bool(self.control.should_training_stop)
 
     def sample(self, update: int) -> Rollout:
-        """Give the engine the policy's weights, validate if it is time, and return scored responses to learn from."""
-        started = time.perf_counter()
+        """Return scored responses to learn from: sampled with the policy's weights, or stored rollouts to replay.
+
+        A policy that samples is also probed, validated and evaluated if it is time.
+        """
         self.report_phase("sampling")
+        if isinstance(self.sampler, ReplaySampler):
+            return self._select(self.sampler.replay(update))
+        started = time.perf_counter()
         # 1. Give the engine the current weights. A pool that samples in the background writes them now, and its servers
         # load them once the running rollouts are done.
         with full_model(self.model) as model:
@@ -181,9 +188,12 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         refuse_rollout(candidates, self.objective.name, self.config)
         if self.validation is not None or self.tasks is not None:
             candidates.seconds["validating"] = validated - synchronized
-        # Some methods learn from a part of the responses, and may ask for more of them.
         if self.prompts.pools is not None:
             self.prompts.pools.observe(candidates)
+        return self._select(candidates)
+
+    def _select(self, candidates: Rollout) -> Rollout:
+        """Return the responses that the method learns from, maybe after sampling more of them."""
         rollout = self.objective.select(candidates, self.sampler)
         rollout.seconds = candidates.seconds
         return rollout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import TrainerCallback
@@ -40,13 +41,14 @@ class MethodTrainer(RLTrainer):
         processing_class: Any,
         scorer: AnyScorer | None,
         *,
-        engine: Any,
+        engine: Any = None,
         options: Mapping[str, Any],
         reward_model: Any = None,
         gold: AnyScorer | None = None,
         eval_dataset: Rows | None = None,
         ptx_dataset: Rows | None = None,
         episodes: EnvironmentPlayer | None = None,
+        replay: Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
         notify: Callable[[str], None] = logger.warning,
     ) -> None:
@@ -58,7 +60,7 @@ class MethodTrainer(RLTrainer):
             form,
             args,
             processing_class,
-            inputs=RolloutInputs(train_dataset, scorer, engine, gold, eval_dataset, ptx_dataset, episodes),
+            inputs=RolloutInputs(train_dataset, scorer, engine, gold, eval_dataset, ptx_dataset, episodes, replay),
             callbacks=callbacks,
             notify=notify,
         )
@@ -88,6 +90,7 @@ class PPOTrainer(MethodTrainer):
         eval_dataset: Prompts for validations.
         ptx_dataset: Rows with ``prompt`` and ``completion`` messages for ``ptx_coef``.
         episodes: Plays episodes in an environment instead of sampling single responses.
+        replay: Folder of stored rollouts to learn from instead of sampling. ``engine`` and ``scorer`` may then be None.
         callbacks: Callbacks of the Trainer.
         notify: Called with each alarm; by default it logs a warning.
     """

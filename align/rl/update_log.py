@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from align.rl import completions, metrics
+from align.rl import metrics
 from align.rl.alarms import CONSTANT_SCORE, new_alarms
 from align.rl.rollout import Rollout
+from align.rl.rollout_tables import example
 
 
 class UpdateLog:
@@ -31,7 +31,7 @@ class UpdateLog:
         self._learning_started = 0.0
 
     def begin(self, rollout: Rollout, kl_coef: float) -> None:
-        """Note the metrics that are known before learning, and save some of the responses."""
+        """Note the metrics that are known before learning, and write down the rollout."""
         trainer, args = self.trainer, self.trainer.args
         statistics = metrics.rollout_statistics(trainer.objective.averages, rollout, args.drift.max_staleness > 0)
         self._metrics = (
@@ -39,10 +39,9 @@ class UpdateLog:
         )
         if trainer.prompts.pools is not None:
             self._metrics |= trainer.prompts.pools.shares()
-        self._example = completions.example(rollout.candidates or rollout)
-        count = args.config.completions
-        if count and trainer.is_world_process_zero():
-            completions.write(Path(str(args.output_dir)), rollout, count, trainer.processing_class)
+        self._example = example(rollout.candidates or rollout)
+        if trainer.is_world_process_zero():
+            trainer.recorder.write(rollout)
         self._learned = 0
         self._learning_started = time.perf_counter()
 

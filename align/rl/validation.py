@@ -17,7 +17,6 @@ import torch
 from align.errors import UserError
 from align.models.checkpoints.sharding import full_model
 from align.rl import checkpoint
-from align.rl.completions import write_validation
 from align.rl.prompts import Prompts
 from align.rl.rollout import COMPONENT, Rollout
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from align.rl.arguments import RolloutArguments
 
 FOLDER = "best-"
-FOLLOWED = 4
-"""Held-out prompts whose responses are written down at every validation, at most."""
 
 
 class BestPolicy:
@@ -88,14 +85,10 @@ class Validation(BestPolicy):
     def run(self, rollout: Rollout, update: int, model: Any) -> dict[str, float]:
         """Summarize measured responses of ``model`` after ``update`` updates, and save its weights if it is the best.
 
-        The responses to the first prompts are written down (``completions.py``).
-
         Returns means over all processes as ``eval_<measure>``, the KL in nats per response (k1). Scores are means over
         the episodes that did not fail; there are none if all failed.
         """
         means = _means(rollout)
-        if self.args.should_save:
-            write_validation(self.folder, rollout, update, min(FOLLOWED, self.args.config.completions))
         if self._is_best(means):
             self._replace(model, update, means)
         return {f"eval_{name}": value for name, value in means.items()}

@@ -29,6 +29,7 @@ from align.store.store import Store
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from pyarrow.dataset import Dataset
 
 
 @dataclass
@@ -81,6 +82,30 @@ class Run:
         rows = self.log_history(stage)
         names = dict.fromkeys(name for row in rows for name in row)
         return data_frame(rows, {"step": None, **names}, f"run.log_history({stage!r})").set_index("step")
+
+    def rollouts(self, stage: str | None = None, *, validations: bool = False) -> Dataset:
+        """Return the responses that a stage sampled as a dataset of pyarrow, which reads nothing yet.
+
+        Args:
+            stage: Name of a stage that samples, by default the run's last stage with stored rollouts; for a stage of a
+                loop, its last round is read.
+            validations: Return the responses to the held-out prompts instead.
+
+        Raises:
+            UserError: for a stage without stored rollouts.
+        """
+        from align.store import rollouts
+
+        name = rollouts.VALIDATIONS if validations else rollouts.ROLLOUTS
+        artifacts = list(reversed(self.artifacts.values())) if stage is None else [self.artifact(stage)]
+        for artifact in artifacts:
+            if rollouts.rollout_files(artifact.path / name):
+                return rollouts.open_rollouts(artifact.path / name)
+        missing = f"no stage has {name}" if stage is None else f"stage '{stage}' has no {name}"
+        setting = "eval_updates" if validations else "rollouts.keep"
+        raise UserError(
+            f"run: {missing}. Stages that sample store them with {setting}; run such a stage again with --rebuild."
+        )
 
     def scorecard(self, stage: str | None = None) -> Scorecard:
         """Return the scorecard of an evaluation, by default of the run's last evaluation.

@@ -20,6 +20,8 @@ from align.config.runtime.launch import rank, world_size
 from align.config.stages.best_of_n import OnlineDpoConfig, RejectionConfig
 from align.config.stages.policy_gradient import GrpoConfig, PpoConfig, RlooConfig
 from align.config.stages.rl import RolloutFields
+from align.config.stages.stored_rollouts import ReplayFolder
+from align.config.user_paths import user_path
 from align.data.ensembles import Ensemble, RewardScorer
 from align.data.rows import read_rows
 from align.data.scoring import Part, Scorer, WeightedSum, function_scorer
@@ -40,12 +42,14 @@ from align.models.reward import RewardModel
 from align.models.tuning.apply import engine_source, load_for_tuning, notice
 from align.pipeline.context import StageContext
 from align.rl.checkpoint import last_checkpoint
-from align.rl.completions import gather
 from align.rl.reference_scores import note_reference_scores
+from align.rl.replay import ReplayEngine, StoredUpdates
+from align.rl.rollout_tables import merge
 from align.rl.run import continue_prompts, keep_rollout_state, summarize
 from align.rl.trainer import RLTrainer
 from align.rl.trainers import BestOfNTrainer, GRPOTrainer, OnlineDPOTrainer, PPOTrainer, RLOOTrainer
 from align.store.artifacts import Artifact
+from align.store.rollouts import ROLLOUTS
 from align.training.arguments import parallel_options
 from align.training.input_checks import check_model, check_same_vocabulary
 from align.training.kept_state import OwnSettings, continued_facts, refuse_no_steps, restore_checkpoint
@@ -75,17 +79,21 @@ def run(context: StageContext) -> dict[str, Any]:
     use_threads(context.runtime)
     config: RolloutFields = context.config
     source = context.artifact("policy").model
+    replay = _open_replay(context)
     # All checks come before the engine, because its start may last minutes.
     prompts, validation_prompts = _read_prompts(context)
-    if config.environment is not None:
+    if config.environment is not None and replay is None:
         check_user_rows(config.environment, [*prompts, *(validation_prompts or ())], context.name)
-    parts = _open_parts(context)
-    # One process validates: a judge is asked once.
-    validation_facts = broadcast(lambda: validate_stage_score(context, parts, prompts))
+    # Stored rollouts have their scores.
+    parts = [] if replay else _open_parts(context)
+    validation_facts: dict[str, Any] = {}
+    if replay is None:
+        # One process validates: a judge is asked once.
+        validation_facts = broadcast(lambda: validate_stage_score(context, parts, prompts))
     tokenizer = load_tokenizer(source)
     check_stage_room(context, tokenizer)
     # A rollout is used once, so a server's outage may fail episodes: the update continues.
-    player = open_player(context, load_tokenizer(source), outage_fails_episodes=True)
+    player = None if replay else open_player(context, load_tokenizer(source), outage_fails_episodes=True)
     context.phase("loading models")
     policy = load_for_tuning(source, config.tuning)
     check_model(context.name, policy, tokenizer)
@@ -93,12 +101,14 @@ def run(context: StageContext) -> dict[str, Any]:
     frozen = 0 if config.train_router else freeze_routers(policy)
     lint_prompts(context, tokenizer, policy, {"train": Split(prompts)}, config.max_prompt_tokens)
     reward_models = _load_reward_models(context)
-    scorer = _make_scorer(context, reward_models, parts)
+    scorer = None if replay else _make_scorer(context, reward_models, parts)
     reference_facts = validation_facts | note_reference_scores(context, scorer, prompts)
     if reward_models and getattr(config, "critic_source", None) == "reward":
         check_same_vocabulary(context.name, tokenizer, reward_models[0].tokenizer, ("the policy", "the reward model"))
     tasks = None if config.evaluate is None else TaskEvaluations(context, tokenizer)
-    engine = _open_engine(context, source, 0 if tasks is None else tasks.tasks.max_length)
+    engine: RolloutEngine | ReplayEngine = ReplayEngine()
+    if replay is None:
+        engine = _open_engine(context, source, 0 if tasks is None else tasks.tasks.max_length)
     try:
         trainer = _make_trainer(
             context,
@@ -110,6 +120,7 @@ def run(context: StageContext) -> dict[str, Any]:
             processing_class=tokenizer,
             engine=engine,
             episodes=player,
+            replay=replay,
         )
         trainer.tasks = tasks
         _report_phases(context, trainer)
@@ -128,7 +139,7 @@ def run(context: StageContext) -> dict[str, Any]:
         # Every process participates, because sharded weights are gathered; the first process writes.
         trainer.save_model(str(context.output / "model"))
         if rank() == 0:
-            gather(context.checkpoints, context.output)
+            merge(context.checkpoints, context.output)
         usage = {} if scorer is None else score_facts(scorer.parts)
         usage |= {} if player is None else player.user_usage()
         if frozen:
@@ -138,6 +149,19 @@ def run(context: StageContext) -> dict[str, Any]:
         engine.close()
         if player is not None:
             player.close()
+
+
+def _open_replay(context: StageContext) -> Path | None:
+    """Return the folder of the stored rollouts that the stage learns from, after checking them; None if it samples."""
+    config: RolloutFields = context.config
+    if config.replay is None:
+        return None
+    if isinstance(config.replay, ReplayFolder):
+        folder = user_path(config.replay.folder)
+    else:
+        folder = context.artifact("replay").path / ROLLOUTS
+    StoredUpdates(folder, config, f"stages.{context.name}.replay")
+    return folder
 
 
 def _open_engine(context: StageContext, source: Path, task_length: int) -> RolloutEngine:
@@ -310,6 +334,9 @@ class ReportUpdates(TrainerCallback):
 
 
 def _load_reward_models(context: StageContext) -> list[RewardModel]:
+    config: RolloutFields = context.config
+    if config.replay is not None and getattr(config, "critic_source", None) != "reward":
+        return []  # stored rollouts have their scores
     artifacts = context.inputs["reward"] or []
     if not isinstance(artifacts, list):
         artifacts = [artifacts]

@@ -26,6 +26,7 @@ from align.models.compute.processes import use_threads
 from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext
 from align.stages.sample_episodes import LateEngine, SampledSplit, sample_episodes
+from align.stages.sample_rollouts import SampledRollouts
 from align.store.fingerprint import digest
 from align.store.json_files import read_entry, write_entry
 from align.synthesis.selection import write_lines, write_table
@@ -89,6 +90,7 @@ def _sample_responses(
     sampler.engine.close()
     # Close the engine before scoring, so a reward model has the device to itself.
     _score(scorer, context, splits, samples)
+    sampler.rollouts.finish(samples)
     results = [_result(context, prompts, samples[prompts.split]) for prompts in splits]
     return results, {"engine": sampler.engine_name, **sampler.speed()}
 
@@ -123,6 +125,7 @@ class _ChunkSampler:
     def __init__(self, context: StageContext, tokenizer: Any, total: int) -> None:
         self.context, self.total = context, total
         self.reader = ThoughtReader(tokenizer)
+        self.rollouts = SampledRollouts(context, tokenizer)
         self.engine = LateEngine(context)
         self.engine_name = "none"
         self.done = self.tokens = self.new_tokens = 0
@@ -143,7 +146,7 @@ class _ChunkSampler:
             }
         )
         lines = read_entry(path, key, self.context.warn)
-        if lines is None:
+        if lines is None or not self.rollouts.has_chunk(prompts.split, start):
             samples = self._sample(prompts, start, sampling)
             # Write each chunk immediately, so a kill loses at most the chunk that is being sampled.
             write_entry(path, key, [self.engine_name, *samples])
@@ -175,6 +178,8 @@ class _ChunkSampler:
         started = time.perf_counter()
         responses = generate(engine, self.reader, prompts.prompts[chunk], sampling, self._report)
         self.seconds += time.perf_counter() - started
+        rows = zip(prompts.rows[chunk], prompts.prompts[chunk], responses, strict=True)
+        self.rollouts.write_chunk(prompts.split, start, rows)
         samples = [
             {
                 "id": row["id"],

@@ -11,6 +11,7 @@ from align.environments.player import play_in_parts
 from align.inference.engine import open_engine
 from align.inference.protocol import RolloutEngine
 from align.pipeline.context import StageContext
+from align.stages.sample_rollouts import SampledRollouts
 from align.synthesis.episodes import EpisodeParts, Policy, episode_rates, report_failures
 from align.synthesis.pairing import pair_responses
 from align.synthesis.selection import PromptResponses, score_all
@@ -90,6 +91,9 @@ def sample_episodes(
         score_all(prompts, scorer)
         if config.cut_off_score is not None:
             _score_cut_off(prompts, config.cut_off_score)
+    rollouts = SampledRollouts(context, tokenizer)
+    for split, prompts in responses.items():
+        rollouts.write_episodes(split, prompts)
     results = [_result(context, split, prompts) for split, prompts in responses.items()]
     return results, {"engine": parts.engine_name, **parts.speed(), **usage}
 

@@ -1,7 +1,8 @@
 """Kinds of artifacts: the files that a stage's folder holds once its record is written.
 
 Torch-free. An artifact is a folder; its kind says which files a later stage may rely on. A trained checkpoint may also
-have ``state/``, the trainer's state for ``continue_from``:
+have ``state/``, the trainer's state for ``continue_from``, and the artifact of a stage that samples ``rollouts/`` and
+``validations/``, its responses (``align.store.rollouts``):
 
 =================  =====================================================================================
 kind               files

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from align.data.rows import Row
+from align.data.scoring import FAILED
 from align.errors import UserError, shorten
 
 NO_ANSWER, UNPARSABLE, UNEQUAL = "no_answer", "unparsable", "unequal"
@@ -15,6 +17,10 @@ TIMED_OUT, CRASHED = "timed_out", "crashed"
 REASONS = (NO_ANSWER, UNPARSABLE, UNEQUAL, TIMED_OUT, CRASHED)
 """Reasons of a score below 1: there is no answer, or several; it cannot be read; it is another answer than the
 reference; the limit of time was reached; the program, or the process that compares, ended without a result."""
+
+
+REPORTED = (*REASONS, FAILED)
+"""Reasons that metrics of rewards may count: those of verifiers, and the failed calls of a function."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,16 @@ RIGHT = Verdict(1.0)
 
 class BadReference(ValueError):
     """A reference that a verifier cannot read: a mistake in the data, not in the answer."""
+
+
+def reasons_in(scores: Mapping[str, float]) -> dict[str, str]:
+    """Return the reason of each reward that gave one: ``math_timed_out`` of 1 is ``{"math": "timed_out"}``."""
+    reasons = {}
+    for metric, value in scores.items():
+        reason = next((reason for reason in REPORTED if metric == reason or metric.endswith(f"_{reason}")), "")
+        if reason and value == 1:
+            reasons[metric[: -len(reason)].rstrip("_") or "score"] = reason
+    return reasons
 
 
 def equal_or(is_right: bool) -> Verdict:

@@ -18,6 +18,7 @@ from align.errors import UserError
 from align.runner.open_store import open_store
 from tests.support.records import put_record
 from tests.support.stages.broken_rewards import MODULE, problem_rows
+from tests.support.stored_rollouts import write_lines
 
 Run = Callable[..., int]
 KEY = "a" * 64
@@ -111,10 +112,10 @@ def test_samples_get_the_columns_of_their_prompts(
 def test_rows_of_a_build_complete_rollouts(
     score: Run, build: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rollouts = tmp_path / "completions.jsonl"
     prompt = problem_rows()[2]["prompt"]
-    rollouts.write_text(json.dumps({"update": 1, "prompt": prompt, "response": "1,080", "score": 0.0}) + "\n")
-    assert score(rollouts, "--with", "{number: answer}", "--rows", str(build), "--json") == 0
+    line = {"update": 1, "prompt": prompt, "response": "1,080", "score": 0.0, "finished": True}
+    write_lines(tmp_path / "ppo" / "rollouts", [line])
+    assert score(tmp_path / "ppo", "--with", "{number: answer}", "--rows", str(build), "--json") == 0
     assert json.loads(capsys.readouterr().out)["scores"][0]["mean"] == 1.0
 
 

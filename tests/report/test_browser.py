@@ -15,6 +15,7 @@ from align.store.artifacts import Kind
 from tests.support.report.browser import console, needs_browser, open_page, requests, resize
 from tests.support.report.example_episodes import episode_line, play
 from tests.support.report.example_run import HOSTILE, write_artifact
+from tests.support.stored_rollouts import write_lines
 
 pytestmark = needs_browser
 
@@ -159,7 +160,7 @@ def test_tokens_of_the_environment_are_gray(driver, tmp_path):
     call = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
     script = [call, CallResult(HOSTILE, "raised"), "2", Scores(0.5, {}, [0.0, 0.5])]
     line = episode_line(play(prompt, script), prompt)
-    (ppo.path / "completions.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    write_lines(ppo.path / "rollouts", [line])
     page = write_report([ppo], None, tmp_path / "r.html")
     resize(driver, 390, 844)
     open_page(driver, page)
@@ -190,8 +191,7 @@ def test_held_out_prompts_are_followed_through_the_updates(driver, tmp_path):
         {"update": update, "prompt": HOSTILE, "response": f"{HOSTILE} {update}", "score": update / 10, "tokens": 3}
         for update in (0, 2, 4)
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (ppo.path / "validations.jsonl").write_text(text, encoding="utf-8")
+    write_lines(ppo.path / "validations", lines)
     page = write_report([ppo], None, tmp_path / "r.html")
     open_page(driver, page)
     assert first(driver, "#shown").text == "1 of 1 prompts"

@@ -34,7 +34,7 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 
 @pytest.fixture(scope="module")
 def check(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
-    return make_check(make_stage, tiny_model, tmp_path_factory, same_files=("completions.jsonl",))
+    return make_check(make_stage, tiny_model, tmp_path_factory, same_rollouts=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

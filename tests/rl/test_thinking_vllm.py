@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fork_server import start_module
+from tests.support.stored_rollouts import stored_rows
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,9 +32,5 @@ def test_forced_tokens_are_in_no_number(tiny_model: Path, tmp_path: Path) -> Non
         assert entry["parity_gap_max"] < 1e-3
     # Before the first step the policy is the reference; afterwards it has moved.
     assert entries[0]["kl"] == 0 and entries[1]["kl"] != 0
-    lines = [
-        json.loads(line)
-        for path in sorted((tmp_path / "run" / "completions").iterdir())
-        for line in path.read_text().splitlines()
-    ]
-    assert len(lines) == 4 and all(line["thought_tokens"] >= 6 for line in lines if not line["open_thought"])
+    rows = stored_rows(tmp_path / "run" / "rollouts")
+    assert rows and all(row["thought_tokens"] >= 6 for row in rows if not row["open_thought"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +10,10 @@ import torch
 from align.errors import UserError
 from align.models.loading import load_tokenizer
 from align.rl.checkpoint import last_checkpoint
-from align.rl.completions import gather
 from align.rl.rollout import Rollout
 from align.rl.validation import Validation, make_validation
 from tests.support.rl.runs import KillAt, Killed, outcome
-from tests.support.rl.trainers import ROWS
+from tests.support.stored_rollouts import stored_rows
 
 HELD_OUT = [{"id": f"h{i}", "prompt": [{"role": "user", "content": f"tell {'z' * i}"}]} for i in range(6)]
 FIELDS = {"eval_dataset": HELD_OUT, "eval_updates": 2, "updates": 5}
@@ -149,19 +147,13 @@ def test_failed_episodes_count_in_no_score():
 def test_validations_write_answers_to_the_same_prompts(make_trainer, tmp_path):
     trainer = make_trainer(**FIELDS, learning_rate=1e-2, gold=lambda rows, texts: [0.25] * len(texts))
     trainer.train()
-    gather(tmp_path / "run", tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "validations.jsonl").read_text().splitlines()]
-    assert [line["update"] for line in lines] == [0] * 4 + [2] * 4 + [4] * 4 + [5] * 4
-    assert [line["prompt"] for line in lines] == [row["prompt"] for row in HELD_OUT[:4]] * 4
-    assert lines[0].keys() == {"update", "prompt", "response", "score", "gold", "kl", "tokens", "finished"}
-    assert lines[0]["kl"] == 0.0 and any(line["kl"] != 0.0 for line in lines[-4:])
-    assert [line["response"] for line in lines[:4]] != [line["response"] for line in lines[-4:]]
-
-
-def test_no_answers_are_written_without_completions(make_trainer, tmp_path):
-    make_trainer(**FIELDS | {"updates": 1}, completions=0).train()
-    gather(tmp_path / "run", tmp_path)
-    assert not list(tmp_path.glob("*.jsonl"))
+    rows = stored_rows(tmp_path / "run" / "validations")
+    assert [row["update"] for row in rows] == [0] * 6 + [2] * 6 + [4] * 6 + [5] * 6
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in HELD_OUT] * 4
+    assert [row["prompt_id"] for row in rows] == [row["id"] for row in HELD_OUT] * 4
+    assert {row["gold"] for row in rows} == {0.25} and not any(row["learned"] for row in rows)
+    assert rows[0]["kl"] == 0.0 and any(row["kl"] != 0.0 for row in rows[-6:])
+    assert [row["response"] for row in rows[:6]] != [row["response"] for row in rows[-6:]]
 
 
 def test_wrong_settings_are_refused(make_trainer):
@@ -176,18 +168,3 @@ def test_fewer_prompts_than_processes_are_the_users_error(tiny_model, tmp_path):
     args = SimpleNamespace(config=config, world_size=3, output_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"2 prompts to validate on, 0 longer prompts were skipped, for 3 processes"):
         make_validation(args, HELD_OUT[:2], load_tokenizer(tiny_model))
-
-
-def test_sampled_responses_are_written_down(make_trainer, tmp_path):
-    make_trainer(updates=2, completions=3, gold=lambda rows, texts: [0.25] * len(texts)).train()
-    files = sorted((tmp_path / "run" / "completions").iterdir())
-    assert [file.name for file in files] == ["000001.jsonl", "000002.jsonl"]
-    lines = [json.loads(line) for line in files[1].read_text().splitlines()]
-    assert len(lines) == 3
-    assert lines[0].keys() == {"update", "prompt", "response", "score", "gold", "kl", "tokens", "finished", "by_token"}
-    for line in lines:  # text, KL, value, advantage of each token
-        assert [len(line["by_token"]), {len(token) for token in line["by_token"]}] == [line["tokens"], {4}]
-        assert sum(token[1] for token in line["by_token"]) == pytest.approx(line["kl"], abs=1e-3)
-        assert len({token[2] for token in line["by_token"]}) > 1 or line["tokens"] == 1
-    assert lines[0]["update"] == 2 and lines[0]["gold"] == 0.25
-    assert lines[0]["prompt"] in [row["prompt"] for row in ROWS]

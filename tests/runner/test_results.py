@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from align import Pipeline, Run
+from align import Pipeline, Run, open_rollouts, rollout_rows
 from align.errors import UserError
 from align.runner.runner import COLUMNS
 from tests.support.finished_runs import PROMPTS, STEPS, publish_run
+from tests.support.stored_rollouts import write_lines
 
 pandas = pytest.importorskip("pandas")
 
@@ -97,8 +98,23 @@ def test_a_stage_of_a_loop_is_its_last_round(run: Run) -> None:
     assert looped.metrics("train") == run.metrics("sft")
 
 
+def test_rollouts_are_a_dataset_of_the_stage(run: Run, tmp_path: Path) -> None:
+    stage = Run(run.store, {"ppo": replace(run.artifact("sft"), stage="ppo", path=tmp_path)})
+    write_lines(tmp_path / "rollouts", [{"update": 1, "prompt": "p", "response": "r", "score": 0.5}])
+    write_lines(tmp_path / "validations", [{"update": 0, "prompt": "p", "response": "held out"}])
+    assert stage.rollouts("ppo").to_table(columns=["score"]).to_pydict() == {"score": [0.5]}
+    assert stage.rollouts().count_rows() == 1  # of the last stage with rollouts
+    with pytest.raises(UserError, match="no stage has rollouts. Stages that sample store them"):
+        run.rollouts()
+    (row,) = rollout_rows(stage.rollouts("ppo", validations=True))
+    assert (row["response"], row["prompt"], row["score"]) == ("held out", "p", None)
+    assert [row["response"] for row in rollout_rows(open_rollouts(tmp_path / "rollouts"))] == ["r"]
+    with pytest.raises(UserError, match=r"stage 'sft' has no rollouts.*rollouts\.keep; run such a stage again"):
+        run.rollouts("sft")
+
+
 def test_a_stage_that_is_not_there_is_refused(run: Run) -> None:
-    for call in (run.metrics, run.curves, run.log_history, run.scorecard):
+    for call in (run.metrics, run.curves, run.log_history, run.scorecard, run.rollouts):
         with pytest.raises(UserError, match="no finished stage 'stf'. Did you mean 'sft'"):
             call("stf")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from align.pipeline.registry import STAGES
 from tests.support.environments.buttons import FORMAT, make_presser
 from tests.support.rl.stages import COMMON, KINDS, make_stage
 from tests.support.stages.vowels import share
+from tests.support.stored_rollouts import stored_rows
 
 ENVIRONMENT: dict[str, Any] = {
     "class": "tests.support.environments.buttons:Buttons",
@@ -27,7 +27,7 @@ ENVIRONMENT: dict[str, Any] = {
 
 def fields(**changes: Any) -> dict[str, Any]:
     """Return the fields that a stage has with an environment, which knows ``max_tokens`` and scores."""
-    return {"environment": ENVIRONMENT | changes, "score": None, "max_tokens": 60, "updates": 1, "completions": 4}
+    return {"environment": ENVIRONMENT | changes, "score": None, "max_tokens": 60, "updates": 1}
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,10 @@ def test_a_stage_learns_from_episodes(kind: str, presser: Path, tmp_path: Path) 
     context = make_stage(kind, tmp_path, presser, **fields(), eval_updates=1)
     metrics = STAGES[kind].runner()(context)
     assert metrics["turns_last"] > 1 and metrics["calls_last"] > 0
-    lines = [json.loads(line) for line in (tmp_path / "output" / "completions.jsonl").read_text().splitlines()]
-    assert len(lines) == 4
+    lines = stored_rows(tmp_path / "output" / "rollouts")
+    assert len(lines) == metrics["episodes"]
     for line in lines:
-        assert len(line["sampled"]) == line["tokens"] == len(line["by_token"])
+        assert len(line["response_mask"]) == line["tokens"] == len(line["token_texts"])
         roles = [message["role"] for message in line["messages"]]
         assert roles[:2] == ["user", "assistant"] and line["turns"] == roles.count("assistant")
     assert any(line["calls"] for line in lines)
@@ -53,7 +53,7 @@ def test_a_stage_learns_from_episodes(kind: str, presser: Path, tmp_path: Path) 
 def test_a_score_adds_to_that_of_the_environment(presser: Path, tmp_path: Path) -> None:
     context = make_stage("grpo", tmp_path, presser, **fields() | {"score": "tests.support.stages.vowels:share"})
     STAGES["grpo"].runner()(context)
-    lines = [json.loads(line) for line in (tmp_path / "output" / "completions.jsonl").read_text().splitlines()]
+    lines = stored_rows(tmp_path / "output" / "rollouts")
     # The environment gives whole and half points, the function the share of vowels in the last turn.
     shares = share([], [line["response"] for line in lines])
     assert any(shares)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from align.stages.rl import ReportUpdates
 from align.verifiers.sandbox import isolation
 from tests.support.inference.fake_chat import FakeChat, completion
 from tests.support.stages.rollout_contexts import context_maker
+from tests.support.stored_rollouts import stored_rows
 from tests.support.training.harness import events
 
 LORA = {"method": "lora", "rank": 4, "alpha": 8}
@@ -123,8 +123,8 @@ def test_hanging_verifier_is_counted_and_resumes_exactly(make_context: Maker, mo
     metrics = run(whole)
     points = [point for point in events(whole, "metrics") if "score" in point]
     assert all(point["score_regex_timed_out"] > 0 for point in points) and metrics["episodes"] == 16
-    line = json.loads((whole.output / "completions.jsonl").read_text().splitlines()[0])
-    assert line["score_regex"] == 0.0 and "score_regex_timed_out" in line
+    row = stored_rows(whole.output / "rollouts")[0]
+    assert row["scores"]["regex"] == 0.0 and "regex_timed_out" in row["scores"]
 
     class Killed(BaseException):
         pass

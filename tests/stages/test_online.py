@@ -22,6 +22,7 @@ from align.store.artifacts import Artifact, Kind
 from tests.support.inference.fake_chat import FakeChat, completion
 from tests.support.judges import by_word
 from tests.support.stages.rollout_contexts import BASE, context_maker
+from tests.support.stored_rollouts import stored_rows
 from tests.support.training.harness import events
 
 SCORED = BASE | {"score": "gsm8k_answer"}
@@ -136,8 +137,9 @@ def test_a_killed_stage_goes_on_to_the_same_weights(make_context, monkeypatch, k
     assert {"score", "score_reward", "score_function", "gold", "kl", "entropy"} <= points[0].keys()
     assert expected["episodes"] == 32 and expected["gold_last"] == 0.0 and expected["parity_gap_last"] < 1e-4
     assert (uninterrupted.output / "adapter" / "adapter_config.json").is_file()
-    lines = [json.loads(line) for line in (uninterrupted.output / "completions.jsonl").read_text().splitlines()]
-    assert {line["update"] for line in lines} == {1, 2} and all(line["by_token"] for line in lines)
+    rows = stored_rows(uninterrupted.output / "rollouts")
+    assert len(rows) == 32 and {row["update"] for row in rows} == {1, 2}
+    assert all(row["token_kl"] for row in rows if row["learned"])
 
     def kill(self, args, state, control, **kwargs):
         if state.global_step == 1:  # the second update is sampled and measured
@@ -189,9 +191,9 @@ def test_killed_stage_with_rewards_repeats_no_request(make_context, monkeypatch)
         assert point["score_judge_unreadable"] == 0.0
     assert any("test_score_judge" in point for point in points)
     assert {f"score_{name}_last" for name in names} <= metrics.keys()
-    line = json.loads((whole.output / "completions.jsonl").read_text().splitlines()[0])
-    assert line["score_open_characters"] == len(line["response"])
-    assert ("score_open_vowels" in line) == any(letter in line["response"] for letter in "aeiou")
+    row = stored_rows(whole.output / "rollouts")[0]
+    assert row["scores"]["open_characters"] == len(row["response"])
+    assert ("open_vowels" in row["scores"]) == any(letter in row["response"] for letter in "aeiou")
 
     def kill(self, args, state, control, **kwargs):
         if state.global_step == 1:
@@ -223,21 +225,22 @@ def test_checkpoint_judges_the_responses_of_a_policy(make_context):
     assert point["score_judge_unreadable"] == 1.0 and point["score"] == pytest.approx(point["score_vowels"])
 
 
-def test_completions_have_the_reasons_of_a_judge(make_context):
+def test_rollouts_have_the_reasons_of_a_judge(make_context):
     fake = FakeChat(by_word)
     judge = {"endpoint": {"url": fake.url, "model": "good-model"}}
     score = [{"criteria": ["It has an e", "It has an a"], "judge": judge}]
-    context = make_context("grpo", "criteria", score=score, tuning=LORA, completions=3)
+    context = make_context("grpo", "criteria", score=score, tuning=LORA, score_validation={"floor": 0.0})
     metrics = STAGES["grpo"].runner()(context)
     fake.stop()
     assert metrics["judges"]["criteria"]["requests"] == len(fake.bodies)
-    lines = [json.loads(line) for line in (context.output / "completions.jsonl").read_text().splitlines()]
-    answered = [line for line in lines if not line["score_criteria_no_answer"]]
-    assert answered and all("explanation" not in line for line in lines if line not in answered)
-    for line in answered:
-        verdicts = [letter in line["response"] for letter in "ea"]
-        assert [item["satisfied"] for item in line["explanation"]["criteria"]] == verdicts
-        assert line["score"] == sum(verdicts) / 2 == line["score_criteria_satisfied"]
+    rows = stored_rows(context.output / "rollouts")
+    answered = [row for row in rows if not row["scores"]["criteria_no_answer"]]
+    assert answered and all(row["explanation"] is None for row in rows if row not in answered)
+    assert {row["reasons"]["criteria"] for row in rows if row not in answered} <= {"no_answer"}
+    for row in answered:
+        verdicts = [letter in row["response"] for letter in "ea"]
+        assert [item["satisfied"] for item in row["explanation"]["criteria"]] == verdicts
+        assert row["score"] == sum(verdicts) / 2 == row["scores"]["criteria_satisfied"]
 
 
 @pytest.mark.parametrize(

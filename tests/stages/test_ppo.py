@@ -24,6 +24,7 @@ from align.pipeline.stop_signal import CAN_STOP, Stopped, clear_request, request
 from align.rl.checkpoint import DRAFT
 from align.stages.rl import ReportUpdates, _make_scorer, _open_parts, _read_prompts, run
 from align.store.artifacts import Artifact, Kind
+from tests.support.stored_rollouts import stored_rows
 from tests.support.training.harness import events
 
 BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3, "score_validation": {"rows": 0}}
@@ -154,15 +155,19 @@ def test_run_trains_on_a_reward_model_and_reports_every_update(make_context):
 
 def test_scores_of_steps_are_placed_and_recorded(make_context):
     entry = {"function": "tests.support.rewards:score_pieces", "steps": "e"}
-    context = make_context("run", score=[entry, {"function": "gsm8k_answer"}], tuning=LORA, completions=8)
+    context = make_context("run", score=[entry, {"function": "gsm8k_answer"}], tuning=LORA)
     metrics = run(context)
     assert metrics["score_score_pieces_last"] > 0
-    lines = [json.loads(line) for line in (context.output / "completions.jsonl").read_text().splitlines()]
-    assert len(lines) == 16
-    for line in lines:
-        pieces = [len(piece.strip()) for piece in line["response"].split("e") if piece.strip()]
-        assert line["score_score_pieces_steps"] == len(pieces)
-        assert line["score"] == sum(pieces) == sum(reward for _, reward in line["step_rewards"])
+    rows = stored_rows(context.output / "rollouts")
+    assert len(rows) == 16
+    for row in rows:
+        pieces = [len(piece.strip()) for piece in row["response"].split("e") if piece.strip()]
+        assert row["scores"]["score_pieces_steps"] == len(pieces)
+        assert row["score"] == sum(pieces) == sum(row["step_rewards"])
+    replayed = make_context("replayed", score=[entry], tuning=LORA, replay={"folder": str(context.output / "rollouts")})
+    run(replayed)
+    weights = [load_file(each.output / "model" / "model.safetensors") for each in (context, replayed)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
 def test_phases_of_an_update_have_counts(make_context, monkeypatch):
@@ -186,7 +191,6 @@ def test_an_ensemble_supervised_text_and_the_best_policy_kept(make_context):
         eval_updates=1,
         eval_prompts=3,
         keep="best",
-        completions=2,
         tuning=LORA,
     )
     metrics = run(context)
@@ -198,8 +202,9 @@ def test_an_ensemble_supervised_text_and_the_best_policy_kept(make_context):
     assert trained[0]["score_reward_spread"] == 0.0  # the same model twice
     best = max((point for point in points if "validation_score" in point), key=lambda point: point["validation_score"])
     assert (metrics["kept"]["update"], metrics["kept"]["score"]) == (best["step"], best["validation_score"])
-    lines = [json.loads(line) for line in (context.output / "completions.jsonl").read_text().splitlines()]
-    assert [line["update"] for line in lines] == [1, 1, 2, 2]
+    rows = stored_rows(context.output / "rollouts")
+    assert {row["update"] for row in rows} == {1, 2} and len(rows) == metrics["episodes"]
+    assert {"reward", "reward_spread", "function"} <= rows[0]["scores"].keys()
 
 
 def test_prompts_that_choose_the_policy_are_held_back_from_train(make_context, tmp_path):

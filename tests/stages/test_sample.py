@@ -22,6 +22,8 @@ from align.pipeline.context import StageContext
 from align.stages import sample
 from align.stages.sample import run
 from align.store.artifacts import Artifact, Kind
+from align.store.rollouts import ROLLOUTS, open_rollouts
+from tests.support.stored_rollouts import stored_rows
 
 
 def flat_score(rows: list[dict[str, Any]], responses: list[str]) -> list[float]:
@@ -145,6 +147,49 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_result(
     assert calls == [("train", 0), ("train", 2), ("train", 4), ("train", 4), ("test", 0), ("test", 2)]
     name = "samples.jsonl"
     assert (parts.output / name).read_text() == (uninterrupted.output / name).read_text()
+    tables = [open_rollouts(context.output / ROLLOUTS).to_table() for context in (uninterrupted, parts)]
+    assert len(tables[0]) == 24 and tables[1].equals(tables[0])
+
+
+def test_rollouts_have_tokens_and_scores_of_all_samples(tiny_model: Path, tmp_path: Path) -> None:
+    context = _context(tmp_path, tiny_model)
+    run(context)
+    lines = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
+    rows = stored_rows(context.output / ROLLOUTS)
+    for line in lines:
+        own = [row for row in rows if (row["split"], row["prompt_id"]) == (line["split"], line["id"])]
+        assert [row["index"] for row in own] == [0, 1, 2]
+        assert [row["response"] for row in own] == line["texts"]
+        assert [row["score"] for row in own] == pytest.approx(line["scores"])
+        assert [row["tokens"] for row in own] == line["tokens"]
+        assert {tuple(row["prompt_ids"]) for row in own} == {tuple(own[0]["prompt_ids"])}
+        for row in own:
+            assert row["prompt"] == line["prompt"]
+            assert len(row["token_ids"]) == len(row["sampler_logprobs"]) == len(row["token_texts"]) == row["tokens"]
+            assert all(value < 0 for value in row["sampler_logprobs"]) and all(row["response_mask"])
+    assert len(rows) == 3 * len(lines) and {row["update"] for row in rows} == {None}
+
+
+def test_rollouts_of_a_share_or_beyond_the_limit_change_no_result(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "SAMPLE_CHUNK", 2)
+    contexts = {"whole": {}, "share": {"keep": 0.5}, "none": {"keep": 0.0}, "full": {"max_gb": 3e-5}}
+    counts = {}
+    for name, rollouts in contexts.items():
+        context = _context(tmp_path / name, tiny_model, rollouts=rollouts)
+        run(context)
+        counts[name] = len(stored_rows(context.output / ROLLOUTS))
+        samples = (context.output / "samples.jsonl").read_text()
+        assert samples == (tmp_path / "whole" / "output" / "samples.jsonl").read_text()
+        calls: list[Any] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(sample._ChunkSampler, "_sample", lambda *args, calls=calls: calls.append(args))
+            run(context)
+        assert not calls, "what was sampled is not sampled again to store it"
+    assert counts["whole"] == 24 and counts["none"] == 0
+    assert 0 < counts["share"] < 24 and 0 < counts["full"] < 24
+    assert "the rollouts reached rollouts.max_gb 3e-05" in (tmp_path / "full" / "events.jsonl").read_text()
 
 
 def test_responses_changed_between_attempts_are_sampled_again(tiny_model: Path, tmp_path: Path) -> None:

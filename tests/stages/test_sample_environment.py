@@ -20,12 +20,14 @@ from align.inference.endpoint_client import EndpointLost
 from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
+from align.rl.rollout_tables import read_episode
 from align.stages import sample_episodes
 from align.stages.sample import run
 from align.store.artifacts import Artifact, Kind
 from align.training.rows import encode_pairs
 from tests.support.environments.buttons import FORMAT, make_presser
 from tests.support.inference.fake_chat import FakeChat, completion
+from tests.support.stored_rollouts import stored_rows
 from tests.support.training.harness import context as stage_context
 
 BUTTONS = "tests.support.environments.buttons"
@@ -84,6 +86,10 @@ def test_pairs_are_whole_episodes_that_dpo_can_train_on(presser: Path, tmp_path:
         # How the environment begins, which is not the row's own prompt.
         assert line["prompt"] == [user("go")]
         assert len(line["episodes"]) == len(line["scores"]) == 3
+        own = [row for row in stored_rows(context.output / "rollouts") if row["prompt_id"] == line["id"]]
+        assert [row["messages"] for row in own] == [episode["messages"] for episode in line["episodes"]]
+        assert [row["score"] for row in own] == pytest.approx(line["scores"])
+        assert all(row["response_mask"].count(True) == sum(read_episode(row).mask) > 0 for row in own)
     pairs = read_rows(context.output / "train.parquet")
     assert metrics["train_pairs"] == len(pairs) > 0 and metrics["train_turns"] > 1 and metrics["train_calls"] > 0
     calls = 0

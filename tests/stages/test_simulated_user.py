@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from align.store.artifacts import Artifact, Kind
 from tests.support.environments.buttons import FORMAT, make_presser
 from tests.support.inference.fake_chat import FakeChat, completion
 from tests.support.rl.stages import KINDS, make_stage
+from tests.support.stored_rollouts import stored_rows
 
 ENVIRONMENT: dict[str, Any] = {
     "class": "tests.support.environments.buttons:Buttons",
@@ -45,21 +45,21 @@ def server() -> Iterator[FakeChat]:
 def make(kind: str, folder: Path, model: Path, user: dict[str, Any], **fields: Any) -> StageContext:
     """A stage of one update, whose user says what ``user`` says; a checkpoint that plays it is ``model``."""
     environment = ENVIRONMENT | {"user": {"prompt": "ab", "max_tokens": 8} | user}
-    common = {"score": None, "max_tokens": 80, "updates": 1, "rollout_batch": 16, "completions": 16}
+    common = {"score": None, "max_tokens": 80, "updates": 1, "rollout_batch": 16}
     context = make_stage(kind, folder, model, environment=environment, **common | fields)
     speaker = Artifact("sft", Kind.POLICY, folder / "policy", {"key": "sft"})
     return replace(context, inputs=context.inputs | {USER_INPUT: speaker if "model" in user else None})
 
 
-def completions(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "output" / "completions.jsonl").read_text().splitlines()]
+def rollouts(folder: Path) -> list[dict[str, Any]]:
+    return stored_rows(folder / "output" / "rollouts")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stage_learns_from_conversations_with_a_checkpoint(kind: str, presser: Path, tmp_path: Path) -> None:
     metrics = STAGES[kind].runner()(make(kind, tmp_path, presser, {"model": "sft"}, eval_updates=1))
     assert metrics["turns_last"] > 1 and "user" not in metrics
-    roles = [[message["role"] for message in line["messages"]] for line in completions(tmp_path)]
+    roles = [[message["role"] for message in line["messages"]] for line in rollouts(tmp_path)]
     assert any(role.count("user") > 1 for role in roles)
     assert not list((tmp_path / "checkpoints" / "episodes").glob("*.jsonl"))
 
@@ -89,7 +89,7 @@ def test_a_server_plays_the_user_and_its_use_is_counted(server: FakeChat, presse
         roles = [message["role"] for message in body["messages"]]
         assert roles[:3] == ["system", "user", "assistant"] and roles[-1] == "user"
         assert [message["content"] for message in body["messages"][:3]] == ["ab", GREETING, "go"]
-    said = [message for line in completions(tmp_path) for message in line["messages"] if message["role"] == "user"]
+    said = [message for line in rollouts(tmp_path) for message in line["messages"] if message["role"] == "user"]
     assert {"role": "user", "content": "go on"} in said
 
 
@@ -105,7 +105,7 @@ def test_a_server_that_goes_away_loses_no_update(
     endpoint = {"url": server.url, "model": "good-model", "retries": 1}
     metrics = STAGES["grpo"].runner()(make("grpo", tmp_path, presser, {"endpoint": endpoint}))
     assert metrics["updates"] == 1 and 0 < metrics["failure_rate_last"] <= 1
-    failures = {line["failure"] for line in completions(tmp_path)} - {""}
+    failures = {line["failure"] for line in rollouts(tmp_path)} - {""}
     assert failures
     assert all("user: the endpoint" in text and "status 500" in text for text in failures)
 

@@ -17,6 +17,7 @@ from align.data.checkers import gsm8k_answer
 from align.environments.sources import open_environment
 from align.errors import StageFailed, UserError
 from align.verifiers.scorer import open_verifier
+from align.verifiers.verdict import reasons_in
 from align.verifiers.workers import Comparison, Worker
 from tests.support.environments.opened import TOOLS
 
@@ -213,3 +214,8 @@ def test_metric_and_environment_use_the_same_verifier() -> None:
     scores = environment.score([{"role": "assistant", "content": "It is 5."}])
     assert scores.total == 1.0 and scores.parts["unequal"] == 0.0
     assert config.identity() != config.model_copy(update={"score": EnvironmentVerifier(exact="answer")}).identity()
+
+
+def test_reasons_are_the_metrics_of_one():
+    scores = {"math": 0.0, "math_timed_out": 1.0, "math_unequal": 0.0, "unequal": 1.0, "style": 1.0, "f_failed": 1.0}
+    assert reasons_in(scores) == {"math": "timed_out", "score": "unequal", "f": "failed"}

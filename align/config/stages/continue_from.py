@@ -19,7 +19,7 @@ DATA = ("data", "prompts", "max_rows", "max_prompts")
 """Fields for the rows, which may be other ones."""
 EVALUATED = ("eval_rows", "eval_prompts", "eval_steps", "eval_updates", "evaluate")
 """Fields of evaluations during training."""
-OBSERVED = ("save_steps", "save_updates", "completions", "lint", *EVALUATED)
+OBSERVED = ("save_steps", "save_updates", "rollouts", "lint", *EVALUATED)
 """Fields that only observe training."""
 TOTAL_SCHEDULES = ("linear", "cosine", "cosine_with_min_lr")
 """Schedules of the learning rate whose every step depends on the number of steps."""

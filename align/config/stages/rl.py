@@ -6,6 +6,7 @@ single method have a separate file. Torch-free.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,6 +20,7 @@ from align.config.score_validation import ScoreValidation
 from align.config.scores import Score, reward_names, score_identities
 from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.stages.lint import LintSettings
+from align.config.stages.stored_rollouts import ReplayFolder, StoredRollouts
 from align.config.stages.training import sharding_objection
 from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.config.tuning import FullTuning, Tuning
@@ -34,7 +36,7 @@ class RolloutFields(TrainerOptions):
     """AdamW's epsilon, unless ``trainer`` sets another."""
 
     keyed_when_set: ClassVar[frozenset[str]] = frozenset(
-        {"continue_from", "environment", "inoculate", "thinking_budget", "train_router"}
+        {"continue_from", "environment", "inoculate", "replay", "thinking_budget", "train_router"}
     )
 
     policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
@@ -135,9 +137,11 @@ class RolloutFields(TrainerOptions):
     """For ``keep: best`` by score: maximum KL to the reference of the saved policy, in nats per response."""
     on_alarm: Literal["warn", "stop"] = "warn"
     """Warn, or stop the run, on a collapse, exploding lengths, or a score that rises while gold falls."""
-    completions: int = Field(8, ge=0)
-    """Responses of each update to save in ``completions.jsonl``; 0 for none. Those to as many held-out prompts, at most
-    4, are saved in ``validations.jsonl`` at every validation."""
+    replay: stage_input(Kind.POLICY) | ReplayFolder | None = None  # type: ignore[valid-type]
+    """Stage whose stored rollouts this stage learns from, or ``{folder: PATH}``, instead of sampling. No engine and no
+    reward starts; with the same settings the weights are equal bit for bit (docs/rollouts.md)."""
+    rollouts: StoredRollouts = StoredRollouts()
+    """Parquet files of all responses with their tokens, scores and measurements: ``{keep: 1.0, max_gb: 2}``."""
     save_updates: int = Field(1, ge=1)
     """Updates between checkpoints. A killed stage repeats at most this many."""
     trainer: dict[str, Any] = Field(default_factory=dict)
@@ -148,6 +152,7 @@ class RolloutFields(TrainerOptions):
     """Validation of ``score`` on reference, empty and wrong answers before a model is loaded (docs/rewards.md)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"score", "gold", "lint", "environment", "score_validation"})
+    retired: ClassVar[Mapping[str, Any]] = {"completions": 8}
     has_token_credit: ClassVar[bool] = False
     """True for a method whose tokens have separate advantages, so that scores of steps have an effect."""
 
@@ -174,8 +179,9 @@ class RolloutFields(TrainerOptions):
         return None if self.evaluate is None else self.evaluate.best_metric
 
     def fields_outside_key(self) -> set[str]:
-        """Return ``identified``, and ``evaluate``, whose settings and files are identities."""
-        return {*super().fields_outside_key(), "evaluate"}
+        """Return ``identified``, ``rollouts``, and fields with identities: ``evaluate``, and a folder to replay."""
+        replayed = {"replay"} if isinstance(self.replay, ReplayFolder) else set()
+        return {*super().fields_outside_key(), "evaluate", "rollouts", *replayed}
 
     @property
     def steps_per_update(self) -> int:
@@ -304,6 +310,17 @@ class RolloutFields(TrainerOptions):
         return self
 
     @model_validator(mode="after")
+    def _check_replay(self) -> Self:
+        if self.replay is None:
+            return self
+        if self.continue_from is not None:
+            raise ValueError("replay begins with the first update, and continue_from after it; remove one of them.")
+        for name in ("eval_updates", "evaluate"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"replay learns without an engine, and {name} needs one; remove {name}.")
+        return self
+
+    @model_validator(mode="after")
     def _check_batch_sizes(self) -> Self:
         if self.rollout_batch % self.samples_per_prompt:
             self._refuse_batch_size(self.rollout_batch, "samples_per_prompt", self.samples_per_prompt)
@@ -343,4 +360,5 @@ class RolloutFields(TrainerOptions):
 
         gold = {} if self.gold is None else {"gold": function_identity(self.gold)}
         environment = {} if self.environment is None else {"environment": self.environment.identity()}
-        return score_identities(self.score) | gold | environment
+        replay = {"replay": self.replay.identity(base)} if isinstance(self.replay, ReplayFolder) else {}
+        return score_identities(self.score) | gold | environment | replay

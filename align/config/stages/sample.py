@@ -12,6 +12,7 @@ from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Think
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.score_validation import ScoreValidation
 from align.config.scores import Score, score_identities
+from align.config.stages.stored_rollouts import StoredRollouts
 from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
@@ -66,6 +67,8 @@ class SampleConfig(Config):
     """One pair per prompt (best and worst response), or every two responses with different scores."""
     max_prompts: SplitCounts = SplitCounts()
     """Most prompts per split: ``{train: 600, test: 100}``."""
+    rollouts: StoredRollouts = StoredRollouts()
+    """Parquet files of all responses with their tokens and scores: ``{keep: 1.0, max_gb: 2}``."""
     precision: PrecisionSetting = "auto"
     """Type of the matrix products; ``auto`` measures which one this device multiplies faster in."""
     score_validation: ScoreValidation = ScoreValidation()
@@ -93,6 +96,10 @@ class SampleConfig(Config):
         take_episode_tokens(self)
         check_stage_budget(self)
         return self
+
+    def fields_outside_key(self) -> set[str]:
+        """Return ``identified`` and ``rollouts``, on which no result depends."""
+        return {*super().fields_outside_key(), "rollouts"}
 
     def identities(self, base: Path) -> dict[str, str]:
         """Return the identities of all that scores, and of the environment."""

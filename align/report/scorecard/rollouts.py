@@ -1,4 +1,4 @@
-"""Rollouts on the page: the responses that stages have written down, and episodes as conversations.
+"""Rollouts on the page: episodes as conversations, and the lines of JSON files.
 
 A missing file has no lines, and damaged lines are skipped. No line is trusted: texts come from a model and its
 environment. The number of lines is bounded, each text is cut, and so is the whole. The page escapes them. Torch-free.
@@ -9,20 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from align.data.final_answers import AnswerText, split_thought
 from align.report.page.number_format import number
 
 MAX_ROLLOUTS = 48
 """Responses of a stage on the page."""
-MAX_VALIDATIONS = 8
-"""Validations of a stage on the page, side by side."""
 
 Line = dict[str, Any]
-Entry = TypeVar("Entry")
 
 
 def read_lines(path: Path, fields: Set[str]) -> Iterator[Line]:
@@ -40,17 +37,6 @@ def read_lines(path: Path, fields: Set[str]) -> Iterator[Line]:
         return
 
 
-def read_rollouts(path: Path) -> list[Line]:
-    """Return at most :data:`MAX_ROLLOUTS` lines of a ``completions.jsonl``, evenly from its first to its last.
-
-    The responses of an update to one prompt stay together.
-    """
-    lines = read_lines(path, {"prompt", "response"})
-    groups = [list(islice(group, MAX_ROLLOUTS)) for _, group in groupby(lines, _prompt_of_update)]
-    largest = max(map(len, groups), default=1)
-    return [line for group in _evenly(groups, MAX_ROLLOUTS // largest) for line in group]
-
-
 def read_episodes(path: Path) -> list[Line]:
     """Return the first :data:`MAX_ROLLOUTS` episodes of a stage that samples in an environment, as lines of rollouts.
 
@@ -59,31 +45,6 @@ def read_episodes(path: Path) -> list[Line]:
     """
     lines = (line for prompt in read_lines(path, {"prompt", "episodes"}) for line in _episode_lines(prompt))
     return list(islice(lines, MAX_ROLLOUTS))
-
-
-def read_validations(path: Path) -> list[list[Line]]:
-    """Return the responses to each prompt of a ``validations.jsonl``, in the order of the updates.
-
-    At most :data:`MAX_VALIDATIONS` updates are read, evenly from the first to the last.
-    """
-    lines = read_lines(path, {"update", "prompt", "response"})
-    updates = [list(group) for _, group in groupby(lines, lambda line: str(line["update"]))]
-    by_prompt: dict[int, list[Line]] = {}
-    for answers in _evenly(updates, MAX_VALIDATIONS):
-        # Every validation has the same prompts in the same order.
-        for index, line in enumerate(answers):
-            by_prompt.setdefault(index, []).append(line)
-    return list(by_prompt.values())
-
-
-def _prompt_of_update(line: Line) -> str:
-    return json.dumps([line.get("update"), line["prompt"]])
-
-
-def _evenly(entries: Sequence[Entry], count: int) -> list[Entry]:
-    """Return at most ``count`` entries, evenly from the first to the last."""
-    count = min(count, len(entries))
-    return [entries[round(index * (len(entries) - 1) / max(1, count - 1))] for index in range(count)]
 
 
 def _episode_lines(prompt: Line) -> Iterator[Line]:

@@ -11,16 +11,17 @@ from align.report.page.assets import AssetWriter, Figure
 from align.report.page.metric_series import Events
 from align.report.scorecard import conclusions, decision, reward_models, score_plots, tuning_methods, win_rates
 from align.report.scorecard import scorecard_tables as tables
-from align.report.scorecard.rollouts import read_episodes, read_rollouts, read_validations
+from align.report.scorecard.rollouts import read_episodes
 from align.report.scorecard.samples import page_json, page_samples, read_samples, response_lengths
 from align.report.scorecard.scorecard_tables import PROMPTS
+from align.report.scorecard.stored_rollouts import read_rollouts, read_validations
 from align.store.artifacts import Artifact, Kind
+from align.store.rollouts import ROLLOUTS, VALIDATIONS
 
 Card = dict[str, Any]
 
 MAX_TASK_FIGURES = 12
-SCORECARD, SAMPLES, ROLLOUTS = "scorecard.json", "samples.jsonl", "completions.jsonl"
-VALIDATIONS = "validations.jsonl"
+SCORECARD, SAMPLES = "scorecard.json", "samples.jsonl"
 
 
 def load_scorecard(artifacts: Sequence[Artifact], scorecard: Card | None) -> tuple[Card | None, str]:
@@ -48,7 +49,9 @@ def _rollouts_of(artifact: Artifact) -> list[dict[str, Any]]:
     # Without an environment there are no episodes to look for in a file that may be large.
     plays = artifact.kind != Kind.SCORECARD and (artifact.record.get("config") or {}).get("environment") is not None
     episodes = read_episodes(artifact.path / SAMPLES) if plays else []
-    return read_rollouts(artifact.path / ROLLOUTS) + episodes
+    # A stage that samples data stores rollouts, too; its page has pairs.
+    learned = read_rollouts(artifact.path / ROLLOUTS) if artifact.kind == Kind.POLICY else []
+    return learned + episodes
 
 
 def evaluation_sections(

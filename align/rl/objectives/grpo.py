@@ -141,13 +141,15 @@ def _is_flat(rollout: Rollout) -> torch.Tensor:
 
 def resample(rollout: Rollout, sampler: RolloutSampler, rounds: int) -> Rollout:
     """Return ``rollout`` with groups without variance replaced, as far as ``rounds`` of sampling yield others."""
-    selected, resampled = rollout, []
+    selected = rollout
+    resampled: list[Rollout] = []
     for number in range(rounds):
         flat = _groups(selected, varying=False)
         if not flat:
             break
         # Rounds are numbered by update, so a resumed run draws the same prompts and seeds again.
         extra = _sample_more(sampler, rollout, rounds * rollout.update + number, len(flat))
+        extra.tensors["place"] += len(rollout) + sum(len(part) for part in resampled)
         resampled.append(extra)
         # As many flat groups go as varying groups came, so the number of prompts stays the same.
         varying = set(_groups(extra, varying=True))

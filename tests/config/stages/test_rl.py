@@ -42,6 +42,20 @@ def test_the_default_is_no_part_of_the_key() -> None:
     assert settings(in_flight="continue")["in_flight"] == "continue"
 
 
+def test_stored_rollouts_are_no_part_of_the_key() -> None:
+    def settings(**fields: Any) -> dict[str, Any]:
+        config = PpoConfig(**FIELDS, **fields)
+        chosen: dict[str, Any] = settings_for_key(config, config.model_dump(exclude=config.fields_outside_key()))
+        return chosen
+
+    assert settings(rollouts={"keep": 0.5, "max_gb": 0.1}) == settings()
+    # Keys still count the field that stored rollouts replaced.
+    assert settings()["completions"] == 8 and "rollouts" not in settings()
+    for rollouts in ({"keep": 1.5}, {"keep": -0.1}, {"max_gb": 0.0}, {"gb": 1.0}):
+        with pytest.raises(ValidationError, match=next(iter(rollouts))):
+            PpoConfig(**FIELDS, rollouts=rollouts)
+
+
 @pytest.mark.parametrize(
     ("rollouts", "objection"),
     [

@@ -19,6 +19,7 @@ from align.store.artifacts import Kind
 from tests.support.report.example_card import SETTINGS, reward_report
 from tests.support.report.example_episodes import episode_line, play
 from tests.support.report.example_run import HOSTILE
+from tests.support.stored_rollouts import write_lines
 
 
 class Page(HTMLParser):
@@ -149,7 +150,7 @@ def test_a_hostile_episode_is_text_of_bounded_size(make_artifact, tmp_path):
     script = [HOSTILE + call, CallResult(result, "raised"), malformed, "end", Scores(0.5, {}, [0.0, 0.0, 0.5])]
     line = episode_line(play(prompt, script), prompt)
     line |= {"by_token": line["by_token"][:9], "sampled": line["sampled"][:9], "failure": HOSTILE}
-    (ppo.path / "completions.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    write_lines(ppo.path / "rollouts", [line])
     text = write_report([ppo], None, tmp_path / "r.html").read_text(encoding="utf-8")
     page = Page(text)
     assert len(text) < 200_000

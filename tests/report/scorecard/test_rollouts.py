@@ -11,7 +11,7 @@ from align.report.scorecard.rollouts import (
     episode_view,
     is_episode,
     read_episodes,
-    read_rollouts,
+    read_lines,
 )
 from align.report.scorecard.samples import page_samples
 from tests.support.report.example_episodes import episode_line, play
@@ -125,9 +125,9 @@ def test_damaged_and_foreign_lines_are_no_episodes_or_harmless(tmp_path):
     harmless = {"turns": "many", "turn_scores": 5, "stop": None, "failure": None, "calls": [{}], "sampled": "no"}
     page = page_samples([], None, {"ppo": [line | harmless]})
     assert "s" not in page["items"][0]["answers"]["ppo"][0]["heat"]
-    path = tmp_path / "completions.jsonl"
+    path = tmp_path / "samples.jsonl"
     path.write_text('{"prompt": "p", "response": ' + "[" * 100_000 + "\n" + json.dumps(line) + "\n", encoding="utf-8")
-    assert read_rollouts(path) == [line]
+    assert list(read_lines(path, {"prompt", "response"})) == [line]
 
 
 def test_episodes_of_sampling_stage_show_scores(tmp_path):

@@ -1,12 +1,11 @@
 """Samples of the page: order across tasks, room for numbers by token, rollouts of training, damaged files."""
 
-import json
-
 from align.report.page.templates import load_template
-from align.report.scorecard.rollouts import read_rollouts, read_validations
 from align.report.scorecard.samples import HUNDREDTHS, page_json, page_samples, read_samples, response_lengths
+from align.report.scorecard.stored_rollouts import read_rollouts, read_validations
 from tests.support.report.example_card import POLICIES, full_card
 from tests.support.report.example_run import prompt_samples, task_samples
+from tests.support.stored_rollouts import write_lines
 
 
 def test_a_change_counts_as_a_share_of_its_task_s_largest():
@@ -82,13 +81,15 @@ def test_pairs_of_reward_models_have_columns_by_side():
     assert response_lengths([pair], ["sft"]) == {}
 
 
+def rollout(update, prompt, response, score=0.5):
+    return {"update": update, "prompt": prompt, "response": response, "score": score, "tokens": 1, "finished": True}
+
+
 def test_rollouts_are_spread_over_the_updates(tmp_path):
-    path = tmp_path / "completions.jsonl"
-    rest = {"prompt": [{"role": "user", "content": "q"}], "score": 1.0, "tokens": 1, "finished": True,
-            "by_token": [["r", 0.5, -0.25, 1.0]]}  # fmt: skip
-    lines = [{"update": update, "response": f"r{update}", **rest} for update in range(1, 201)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rollouts = read_rollouts(path)
+    prompt = [{"role": "user", "content": "q"}]
+    lines = [rollout(update, prompt, f"r{update}") for update in range(1, 201)]
+    lines = [line | {"by_token": [["r", 0.5, -0.25, 1.0]]} for line in lines]
+    rollouts = read_rollouts(write_lines(tmp_path / "rollouts", lines))
     assert len(rollouts) == 48
     assert (rollouts[0]["update"], rollouts[-1]["update"]) == (1, 200)
     page = page_samples([], None, {"ppo": rollouts})
@@ -98,24 +99,18 @@ def test_rollouts_are_spread_over_the_updates(tmp_path):
     assert page["tasks"] == {"rollouts ppo": {"title": "rollouts of ppo", "metric": "score", "key": "score"}}
 
 
-def rollout(update, prompt, response, score=0.5):
-    return {"update": update, "prompt": prompt, "response": response, "score": score, "tokens": 1, "finished": True}
-
-
-def write_jsonl(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
 def test_responses_of_an_update_to_one_prompt_are_one_item(tmp_path):
     lines = [
-        rollout(update, prompt, f"{prompt}{number}", number)
+        rollout(update, prompt, f"{prompt}{number}", number) | {"group": group, "round": 0}
         for update in range(1, 31)
-        for prompt in "ab"
+        for group, prompt in enumerate("ab")
         for number in range(4)
     ]
-    rollouts = read_rollouts(write_jsonl(tmp_path / "completions.jsonl", lines))
-    assert len(rollouts) == 48 and rollouts[-4:] == lines[-4:]
+    rollouts = read_rollouts(write_lines(tmp_path / "rollouts", lines))
+    assert len(rollouts) == 48
+    assert rollouts[-4:] == [
+        {name: line[name] for name in line if name not in ("group", "round")} for line in lines[-4:]
+    ]
     items = page_samples([], None, {"grpo": rollouts})["items"]
     assert len(items) == 12
     assert [turn["text"] for turn in items[0]["prompt"]] == ["a"]
@@ -127,19 +122,25 @@ def test_responses_of_an_update_to_one_prompt_are_one_item(tmp_path):
 
 def test_validation_items_follow_a_prompt_through_the_updates(tmp_path):
     lines = [
-        rollout(update, prompt, f"{prompt}{update}", update / 100)
-        for update in range(0, 101, 5)
-        for prompt in ("p", "p")
+        rollout(update, prompt, f"{prompt}{update}", update / 100) for update in range(0, 101, 5) for prompt in "pqrst"
     ]
-    validations = read_validations(write_jsonl(tmp_path / "validations.jsonl", lines))
+    validations = read_validations(write_lines(tmp_path / "validations", lines))
     page = page_samples([], None, {}, {"ppo": validations})
-    first, second = page["items"]
+    assert len(page["items"]) == 4  # the first prompts
+    first, second, *_ = page["items"]
     assert len(first["columns"]) == 8
     assert (first["columns"][0], first["columns"][-1]) == ("before training", "after update 100")
     assert first["answers"]["after update 100"][0]["text"] == "p100" and first["score"]["after update 100"] == 1.0
     assert (first["source"], second["source"]) == ("prompt 1", "prompt 2")
     assert page["tasks"]["validation ppo"]["title"] == "validation of ppo, by update"
     assert read_validations(tmp_path / "none") == []
+
+
+def test_damaged_files_of_rollouts_are_skipped(tmp_path):
+    folder = write_lines(tmp_path / "rollouts", [rollout(1, "p", "r")])
+    (folder / "000002.parquet").write_bytes(b"PAR1, and then something else")
+    (folder / ".000003.parquet.draft").write_bytes(b"half a file")
+    assert [line["response"] for line in read_rollouts(folder)] == ["r"]
 
 
 def test_damaged_lines_are_left_out(tmp_path):

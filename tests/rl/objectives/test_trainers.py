@@ -14,7 +14,7 @@ from tests.support.rl.trainers import METHODS, share_of_vowels, updates, weights
 LORA = LoraTuning(rank=8, alpha=16)
 LEARNING = {
     "updates": 8, "rollout_batch": 64, "samples_per_prompt": 8, "per_device_train_batch_size": 16, "max_tokens": 8,
-    "learning_rate": 5e-3, "temperature": 0.5, "completions": 0, "num_epochs": 2, "num_mini_batches": 2,
+    "learning_rate": 5e-3, "temperature": 0.5, "rollouts": {"keep": 0.0}, "num_epochs": 2, "num_mini_batches": 2,
 }  # fmt: skip
 WAYS = {
     "grpo": ("grpo", {}),

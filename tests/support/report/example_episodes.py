@@ -1,4 +1,4 @@
-"""Lines of ``completions.jsonl`` about episodes, as a stage with an environment writes them."""
+"""Lines of the report page about episodes, as it reads them from stored rollouts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def play(prompt: list[dict[str, Any]], script: list[Any], max_turns: int = 4, ha
 
 
 def episode_line(episode: Episode, prompt: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """Return the line of an episode (``align/rl/completions.py``)."""
+    """Return the line of an episode (``align.report.scorecard.stored_rollouts``)."""
     texts = [chr(token) if token != EOS else "" for token in episode.token_ids]
     return {
         "update": 1,

@@ -12,6 +12,7 @@ from typing import Any
 
 from align.store.artifacts import Artifact, Kind
 from tests.support.report.example_card import ITEMS, PROMPTS, full_card
+from tests.support.stored_rollouts import write_lines
 
 HOSTILE = (
     '<script>document.title="PWNED"</script><img src=x onerror="document.title=\'PWNED\'">'
@@ -149,7 +150,7 @@ def make_full_run(root: Path) -> tuple[list[Artifact], dict]:
     (artifacts[2].path / "ledger.json").write_text(json.dumps({"task": "answers", **levels}), encoding="utf-8")
     rollout = {"update": 1, "prompt": [{"role": "user", "content": "roll"}], "response": "a b", "score": 0.5, "kl": 0.3,
                "tokens": 2, "finished": True, "by_token": [["a", 0.1, 0.2, -0.3], [" b", 0.2, 0.1, 0.4]]}  # fmt: skip
-    (artifacts[5].path / "completions.jsonl").write_text(json.dumps(rollout) + "\n", encoding="utf-8")
+    write_lines(artifacts[5].path / "rollouts", [rollout])
     card = full_card()
 
     def samples() -> Iterator[dict[str, Any]]:

@@ -66,7 +66,7 @@ SETTINGS = {
     "max_tokens": 8,
     "learning_rate": 5e-3,
     "temperature": 0.5,
-    "completions": 0,
+    "rollouts": {"keep": 0.0},
 }
 
 

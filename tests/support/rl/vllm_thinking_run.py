@@ -26,7 +26,7 @@ def main(policy: Path, folder: Path) -> None:
     engine = open_engine(policy, runtime, precision="float32", max_length=128, seed=7, warn=print)
     trainer_class, config = METHODS["grpo"]
     fields = {"samples_per_prompt": 4, "max_tokens": 24, "thinking_budget": 6, "tuning": LoraTuning(rank=4, alpha=8)}
-    fields |= {"probe_parity": True, "probe_updates": 1, "completions": 2}
+    fields |= {"probe_parity": True, "probe_updates": 1}
     trainer = trainer_class(
         model=load_policy(policy),
         **settings(config, **(options_in(folder) | fields)),

@@ -21,6 +21,11 @@ def share(rows: list[dict[str, Any]], responses: list[str]) -> list[float]:
     return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in responses]
 
 
+def has_vowel(rows: list[dict[str, Any]], responses: list[str]) -> list[float]:
+    """Return 1 for a response with a vowel, else 0: many groups score alike."""
+    return [float(any(c in "aeiou" for c in text)) for text in responses]
+
+
 def never() -> Any:
     """Hang in native code."""
     for _ in range(20):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from align.pipeline.context import StageContext
+from align.store.rollouts import ROLLOUTS, open_rollouts
 from tests.support.training.kills import Kill, Killed, armed, assert_same, run, run_killed
 
 Check = Callable[..., dict[str, Any]]
@@ -44,12 +45,12 @@ def make_check(
     make_stage: Callable[..., StageContext],
     model: Path,
     folders: pytest.TempPathFactory,
-    same_files: tuple[str, ...] = (),
+    same_rollouts: bool = False,
 ) -> Check:
     """Return ``check(kind, kills, **fields)``: a stage killed at each of them ends as the one that ran through.
 
-    That one runs once for the same fields; its metrics are returned. ``same_files`` are files of the output that are
-    compared as text.
+    That one runs once for the same fields; its metrics are returned. ``same_rollouts`` also compares
+    the stored rollouts, row by row.
     """
     runs: dict[str, tuple[StageContext, dict[str, Any]]] = {}
 
@@ -61,9 +62,11 @@ def make_check(
         uninterrupted, expected = runs[name]
         stage = make_stage(kind, folders.mktemp("killed"), model, **fields)
         assert_same(uninterrupted, stage, expected, run_killed(stage, sequence))
-        for file in same_files:
-            texts = [(each.output / file).read_text(encoding="utf-8") for each in (uninterrupted, stage)]
-            assert texts[0] == texts[1]
+        if same_rollouts:
+            expected_table, table = (
+                open_rollouts(each.output / ROLLOUTS).to_table() for each in (uninterrupted, stage)
+            )
+            assert len(table) and table.equals(expected_table)
         return expected
 
     return check
