@@ -45,7 +45,10 @@ class QuestionQueue:
     """
 
     def __init__(self, name: str, pairs: Mapping[str, Pair], settings: Settings, annotator: str) -> None:
-        self.name, self.pairs, self.settings, self.annotator = name, pairs, settings, annotator
+        self.name = name
+        self.pairs = pairs
+        self.settings = settings
+        self.annotator = annotator
         ranks = rank_pairs(list(pairs.values()), settings.order, f"annotations {name}")
         # Each annotator has another order, so two who start at once rarely answer the same pair.
         self._order = sorted(pairs, key=lambda pair: (ranks[pair], share_of("order", name, annotator, pair)))

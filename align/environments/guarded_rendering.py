@@ -22,7 +22,9 @@ from align.models.chat.render import explain_refusal
 
 Message = Mapping[str, Any]
 
-MARK, NAME_START, NAME_END = "\ufdd0", "\ufdd1", "\ufdd2"
+MARK = "\ufdd0"
+NAME_START = "\ufdd1"
+NAME_END = "\ufdd2"
 """Noncharacters of Unicode, which are not allowed in exchanged text; in messages they are replaced."""
 UNUSABLE = re.compile("[\ud800-\udfff\ufdd0-\ufdef]")
 REPLACEMENT = "\ufffd"

@@ -31,7 +31,9 @@ from align.environments.results import ERRORS, EnvironmentFailed, Scores, Step, 
 from align.pipeline.stop_signal import die_with_parent
 
 COMMAND = struct.Struct("!cQ")
-FORK, KILL, REAP = b"F", b"K", b"R"
+FORK = b"F"
+KILL = b"K"
+REAP = b"R"
 STATUS = struct.Struct("!i")
 LAST_SECONDS = 2.0
 """Time for a process to end by itself after its connection is closed, so its exit status is known."""
@@ -42,7 +44,8 @@ FAILED = "failed"
 RESULTS = {"step": Step, "score": Scores}
 """Methods whose result is not a JSON value, and its type."""
 PR_SET_CHILD_SUBREAPER = 36
-ROUNDS, PAUSE = 50, 0.01
+ROUNDS = 50
+PAUSE = 0.01
 """Maximum number of searches for new processes, and the seconds between two: each may have started others."""
 
 

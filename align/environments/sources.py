@@ -31,7 +31,8 @@ from align.errors import UserError
 from align.judges.criteria_scorer import CriteriaScorer, environment_criteria
 from align.verifiers.scorer import VerifierScorer, open_verifier
 
-MESSAGES, RESPONSE = "messages", "response"
+MESSAGES = "messages"
+RESPONSE = "response"
 """Parameters of a function or method that scores: the whole conversation, or the policy's last turn."""
 
 

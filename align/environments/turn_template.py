@@ -19,7 +19,10 @@ from align.errors import UserError
 from align.models.chat.named_templates import templates_with_tools, training_templates
 from align.models.chat.render import require_chat_template
 
-QUESTION, NEXT, RESULT, TEXT = "Qanat", "Xylem", "Vortex", "Zephyrus"
+QUESTION = "Qanat"
+NEXT = "Xylem"
+RESULT = "Vortex"
+TEXT = "Zephyrus"
 """Rare words of the probes. All other text in a rendering is the template's."""
 ASKED: list[Message] = [{"role": "user", "content": QUESTION}]
 FIELD = "the model stage's chat_template field"

@@ -261,7 +261,8 @@ def kl_values(
         sampled from other weights than the policy's.
     """
     responses = [response for samples in response_set.responses for response in samples]
-    logprobs, ref_logprobs = _zero_forced(logprobs, responses), _zero_forced(ref_logprobs, responses)
+    logprobs = _zero_forced(logprobs, responses)
+    ref_logprobs = _zero_forced(ref_logprobs, responses)
     estimates = [sequence_kl(values, ref_values) for values, ref_values in zip(logprobs, ref_logprobs, strict=True)]
     gap = 0.0
     for response, values in zip(responses, logprobs, strict=True):

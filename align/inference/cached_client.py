@@ -22,7 +22,8 @@ from align.inference.requests import Answer, Request, RequestCache
 MILLION = 1_000_000
 CALL_FORM = 2
 """Size of a call or a tool's schema in a prompt, at most, relative to its JSON's size."""
-TURN_TOKENS, TEMPLATE_TOKENS = 16, 64
+TURN_TOKENS = 16
+TEMPLATE_TOKENS = 64
 """Tokens that a chat template may add to a message, and to a conversation (a default system prompt)."""
 
 Progress = Callable[[int, int, int], None]
@@ -114,7 +115,8 @@ class Usage:
         if answer.error:
             self.failed += 1
             return
-        prompt, completion = answer.prompt_tokens or 0, answer.completion_tokens or 0
+        prompt = answer.prompt_tokens or 0
+        completion = answer.completion_tokens or 0
         self.uncounted += answer.prompt_tokens is None or answer.completion_tokens is None
         if copied:
             self.copied += 1
@@ -294,7 +296,8 @@ class CachedClient:
     def usage_of_stage(self, backend: Backend, name: str = "model") -> Usage:
         """Return the usage of a model by all attempts and processes of the stage, as the folder of its cache has it."""
         self.cache.sync()
-        usage, prices = Usage(), self.prices.get(name)
+        usage = Usage()
+        prices = self.prices.get(name)
         # Open the cache again, since this process has not read what the others have written meanwhile.
         for request, answer in RequestCache(self.cache.folder).asked():
             if request.model == backend.identity:

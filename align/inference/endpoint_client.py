@@ -25,12 +25,16 @@ from align.inference.rate_limits import RateLimit
 from align.inference.requests import Answer, Request
 from align.inference.servers.server_client import Reply, ReplyTooLong, Transport
 
-COMPLETIONS, MODELS = "/chat/completions", "/models"
+COMPLETIONS = "/chat/completions"
+MODELS = "/models"
 RETRIED_STATUSES = frozenset({408, 409, 425, 429})
 """Statuses that may pass, next to all from 500 on."""
-FIRST_WAIT, MAX_BACKOFF, MAX_WAIT = 1.0, 60.0, 600.0
+FIRST_WAIT = 1.0
+MAX_BACKOFF = 60.0
+MAX_WAIT = 600.0
 """Seconds before the first retry, doubled each time; their limit; the limit of what Retry-After may ask for."""
-MAX_REPLY_BYTES, MAX_MODELS_BYTES = 16 << 20, 4 << 20
+MAX_REPLY_BYTES = 16 << 20
+MAX_MODELS_BYTES = 4 << 20
 """Bytes of one answer, and of the list of models."""
 MODELS_SECONDS = 10
 MAX_QUOTE = 200
@@ -60,7 +64,9 @@ class _AttemptFailed(Exception):
     ) -> None:
         """``wait`` is what the server asks for, in seconds. Without ``is_usable`` it answered, but not readably."""
         super().__init__(problem)
-        self.wait, self.is_reached, self.is_usable = wait, is_reached, is_usable
+        self.wait = wait
+        self.is_reached = is_reached
+        self.is_usable = is_usable
 
 
 class Endpoint:
@@ -79,7 +85,9 @@ class Endpoint:
         With ``drop``, a request that the server refuses as such, or never answers readably, becomes an ``Answer`` with
         ``error`` instead of ending the run. ``place`` is the settings' place in the YAML, for messages.
         """
-        self.config, self.drop, self.place = config, drop, place
+        self.config = config
+        self.drop = drop
+        self.place = place
         self.identity = config.identity()
         self.rate_limit = RateLimit(config)
         self.retried = 0
@@ -247,7 +255,8 @@ class Endpoint:
 
     async def _read(self, transport: Transport, request: Request, reply: Reply) -> Answer:
         """Return the answer in a reply. Raises ``_AttemptFailed`` for errors that may pass, else ``UserError``."""
-        status, quote = reply.status, self._quote(reply.data)
+        status = reply.status
+        quote = self._quote(reply.data)
         endpoint = f"{self.place}: {self.config.url}"
         if status == 200:
             try:
@@ -338,7 +347,8 @@ def read_completion(completion: Any) -> Answer:
 def _read_call(call: Any) -> dict[str, Any]:
     """Return a call of a tool. Raises ``TypeError`` if name or arguments are missing."""
     function = call["function"]
-    name, arguments = function["name"], function.get("arguments")
+    name = function["name"]
+    arguments = function.get("arguments")
     if isinstance(arguments, dict):  # some servers send the object itself
         arguments = json.dumps(arguments)
     if not isinstance(name, str) or not isinstance(arguments, str | None):

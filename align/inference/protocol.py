@@ -61,9 +61,11 @@ class Sampling:
 
     def request_seed(self, prompt: int, sample: int) -> int:
         """Return the seed of one response, from ``seed`` and the response's index: batching does not change it."""
-        seed, index = self.seed, prompt
+        seed = self.seed
+        index = prompt
         if self.seeds is not None:
-            seed, index = self.seeds[prompt], 0
+            seed = self.seeds[prompt]
+            index = 0
         text = f"{seed}/{index}/{sample}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1  # non-negative int64
 
@@ -232,7 +234,8 @@ class Watchdog:
 
     def __init__(self, engine: str, timeout: float | None = None, on_hang: OnHang | None = None) -> None:
         """``timeout`` is seconds without progress, by default ``EngineConfig``'s timeout."""
-        self.engine, self.on_hang = engine, on_hang
+        self.engine = engine
+        self.on_hang = on_hang
         self.timeout: float = EngineConfig().timeout if timeout is None else timeout
         self._progress = 0
 
@@ -258,7 +261,8 @@ class Watchdog:
 
     def _wait(self, call: str, ended: threading.Event) -> None:
         tick = min(self.timeout / TICKS, MAX_TICK_SECONDS)
-        seconds, last_progress = 0.0, self._progress
+        seconds = 0.0
+        last_progress = self._progress
         while seconds < self.timeout:
             began = time.monotonic()
             if ended.wait(tick):
@@ -267,7 +271,8 @@ class Watchdog:
             seconds += min(time.monotonic() - began, 2 * tick)
             # Any progress since the last look restarts the count.
             if self._progress != last_progress:
-                seconds, last_progress = 0.0, self._progress
+                seconds = 0.0
+                last_progress = self._progress
             self._arm_backstop()
         self._report_hang(call, seconds)
 

@@ -36,7 +36,8 @@ class Replier:
         model = load_policy(folder)
         require_finite(model, folder)
         self.model = model.to(device).requires_grad_(False)
-        self.temperature, self.max_tokens = temperature, max_tokens
+        self.temperature = temperature
+        self.max_tokens = max_tokens
         self.generator = torch.Generator().manual_seed(random.SystemRandom().getrandbits(62))
 
     def reply(self, turns: list[dict[str, str]]) -> Iterator[str]:

@@ -18,7 +18,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-KEY, KEY_FILE, HOSTS = "ALIGN_SERVER_KEY", "ALIGN_SERVER_KEY_FILE", "ALIGN_SERVER_HOSTS"
+KEY = "ALIGN_SERVER_KEY"
+KEY_FILE = "ALIGN_SERVER_KEY_FILE"
+HOSTS = "ALIGN_SERVER_HOSTS"
 """Environment variables: the key itself or a file with it, and further names that clients may call the server by."""
 MIN_CHARACTERS = 16
 """Shortest key that is accepted; ``new_key`` makes 64 hex digits."""

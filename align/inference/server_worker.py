@@ -16,7 +16,9 @@ from align.inference.weights import combine, digest_all
 from align.patches.vllm import count_calls, draw_once_per_row, flatten_rotary, repack_experts, use_cpu_norms
 
 WORKER = f"{__name__}.WeightsKeeper"
-LOAD, REPORT, NAME = "align_load_weights", "align_report_weights", "align_name_weights"
+LOAD = "align_load_weights"
+REPORT = "align_report_weights"
+NAME = "align_name_weights"
 """Methods of ``WeightsKeeper`` for ``/collective_rpc``."""
 WEIGHT_METHODS = (
     *("load_model", "reload_weights", "start_weight_update", "start_draft_weight_update", "update_weights"),

@@ -69,7 +69,9 @@ class VllmSession(Session):
 
     def __init__(self, engine: VllmEngine, temperature: float, top_p: float) -> None:
         _refuse_second(engine.session)
-        self.engine, self.temperature, self.top_p = engine, temperature, top_p
+        self.engine = engine
+        self.temperature = temperature
+        self.top_p = top_p
         self.steps = engine.steps
         self.cache_use = CacheUse()
         self._keys: dict[str, int] = {}
@@ -137,7 +139,9 @@ class PoolSession(Session):
     def __init__(self, pool: PoolEngine, temperature: float, top_p: float) -> None:
         """Raises as ``PoolEngine.generate`` if no server is ready or one holds other weights."""
         _refuse_second(pool.session)
-        self.pool, self.temperature, self.top_p = pool, temperature, top_p
+        self.pool = pool
+        self.temperature = temperature
+        self.top_p = top_p
         pool.check_weights()
         pool.await_ready()
         self.dispatcher = Dispatcher(pool, COMPLETIONS, [], pool.batch_size)
@@ -184,7 +188,8 @@ class PoolSession(Session):
 
     def _build_responses(self, turns_by_index: dict[int, ServedTurn]) -> list[tuple[int, Response]]:
         """Return the turns that came back, with the update of their weights if the pool was told it."""
-        requests, turns = [self._requests.pop(index) for index in turns_by_index], list(turns_by_index.values())
+        requests = [self._requests.pop(index) for index in turns_by_index]
+        turns = list(turns_by_index.values())
         for request, turn in zip(requests, turns, strict=True):
             self.cache_use.count(len(request.prompt), turn.cached_tokens)
         responses = self.pool.members[0].engine.build_responses([turn.sample for turn in turns], 1)
@@ -231,7 +236,9 @@ class LockstepSession(Session):
     is_lockstep = True
 
     def __init__(self, engine: BatchEngine, temperature: float, top_p: float) -> None:
-        self.engine, self.temperature, self.top_p = engine, temperature, top_p
+        self.engine = engine
+        self.temperature = temperature
+        self.top_p = top_p
         self._requests: dict[int, TurnRequest] = {}
         """Turns for the next batch, by key."""
         self._is_closed = False
@@ -302,7 +309,8 @@ class RollingUpdate:
     """Sends the weights that a pool was offered to its servers, one at a time. Use it from the session's thread."""
 
     def __init__(self, pool: PoolEngine, dispatcher: Dispatcher) -> None:
-        self.pool, self.dispatcher = pool, dispatcher
+        self.pool = pool
+        self.dispatcher = dispatcher
         self._loads: dict[Member, Future[None]] = {}
         """Servers that read weights, or have done so since the last look."""
         self._threads: ThreadPoolExecutor | None = None

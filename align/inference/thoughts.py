@@ -28,7 +28,8 @@ _OPENED = re.compile(rf"(?:<(?:{_NAMES})>|\[THINK\])\s*\Z")
 _OPENING = re.compile(rf"<(?P<tag>{_NAMES})>|\[THINK\]|<\|channel\|>analysis")
 PROMPT_END = 24
 """Tokens at the end of a prompt in which an opening mark is looked for."""
-THOUGHT, ANSWER = "A thought of mine.", "An answer of mine."
+THOUGHT = "A thought of mine."
+ANSWER = "An answer of mine."
 """Texts by which the place between a thought and an answer is looked for."""
 
 

@@ -55,7 +55,8 @@ class ScoringEndpoint(Endpoint):
     def parse(self, request: Request, reply: Any) -> Answer:
         """Return the positions in a reply's JSON. Raises ``ValueError`` for anything else."""
         message = request.messages[0]
-        prompt, start = json.loads(message["content"]), int(message["role"])
+        prompt = json.loads(message["content"])
+        start = int(message["role"])
         try:
             choice = reply["choices"][0]
             usage = reply.get("usage") or {}

@@ -48,7 +48,8 @@ class TransformersEngine:
         require_cache(self.model, str(model_dir), "Sample with vLLM instead: `runtime: {engine: {name: vllm}}`.")
         # ``logits_to_keep`` hands the head a slice, for which torch's CPU product copies the head once a sequence.
         self.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-        self.device, self.dtype = device, dtype
+        self.device = device
+        self.dtype = dtype
         self.batch_size = batch_size
         self.eos = int(self.tokenizer.eos_token_id)
         self.pad = int(self.tokenizer.pad_token_id)

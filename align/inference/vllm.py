@@ -47,7 +47,8 @@ from align.patches.vllm import (
 )
 from align.pipeline.process_limits import resume_collections
 
-WEIGHTS, CACHE = "weights", "kv_cache"
+WEIGHTS = "weights"
+CACHE = "kv_cache"
 """vLLM's tags of the memory that sleeps."""
 
 
@@ -97,7 +98,8 @@ def _preserve_global_state() -> Iterator[None]:
     # The trainer's draws must not depend on the engine that samples for it.
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    grad = torch.is_grad_enabled()
+    dtype = torch.get_default_dtype()
     try:
         with keep_thread_count():
             yield
@@ -136,7 +138,8 @@ class VllmEngine:
         # A change of weights must bring all of these.
         self.names = weight_names(model_dir)
         self.model_dir = model_dir
-        self.dtype, self.max_length = dtype, max_length
+        self.dtype = dtype
+        self.max_length = max_length
         self.compiles = config.compile
         memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": config.sleep}
         memory["enable_prefix_caching"] = True
@@ -333,7 +336,8 @@ class SleepMode:
     """
 
     def __init__(self, llm: Any, enabled: bool) -> None:
-        self.llm, self.enabled = llm, enabled
+        self.llm = llm
+        self.enabled = enabled
         self.asleep: list[str] = []
         """Tags that sleep."""
 

@@ -82,7 +82,8 @@ def why_model_unsupported(model_dir: Path, device: torch.device, dtype: torch.dt
     backend: Any = getattr(importlib.import_module("vllm.v1.attention.backends.cpu_attn"), "CPUAttentionBackend", None)
     if not hasattr(backend, "get_supported_head_sizes"):
         raise VllmChanged("get_supported_head_sizes")
-    sizes, size = backend.get_supported_head_sizes(), config.get_head_size()
+    sizes = backend.get_supported_head_sizes()
+    size = config.get_head_size()
     if not sizes or size in sizes:
         return None
     return f"vLLM on a CPU has no attention for heads of {size} numbers, only of {', '.join(map(str, sizes))}"
@@ -309,7 +310,8 @@ class Adapter:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
         prompt = self.weights[f"{name}.self_attn.llama_adapter.prompt"]
         gate = self.weights[f"{name}.self_attn.llama_adapter.gate"]
-        size, sizes = attention.head_dim, [attention.q_size, attention.kv_size, attention.kv_size]
+        size = attention.head_dim
+        sizes = [attention.q_size, attention.kv_size, attention.kv_size]
         # Queries of the sequence attend to keys and values of the adapter's prompt, which have no positions.
         queries, keys, _ = attention.qkv_proj(hidden)[0].split(sizes, dim=-1)
         queries, _ = attention.rotary_emb(positions, queries.contiguous(), keys.contiguous())

@@ -50,7 +50,8 @@ def with_tied_head(weights: Iterable[tuple[str, torch.Tensor]], tied: bool) -> I
     The head has the embeddings' shape (V, H). vLLM's CPU backend keeps a packed copy of the head: without the head
     under its own name the sampler continues with the old one, silently.
     """
-    embedding, has_head = None, False
+    embedding = None
+    has_head = False
     for name, tensor in weights:
         has_head = has_head or name == HEAD
         if name in EMBEDDINGS:
@@ -177,7 +178,8 @@ class WeightsFolder:
 
     def __init__(self, spec: Any) -> None:
         """``spec`` is the servers' ``ServerSpec``."""
-        self.spec, self.version = spec, 0
+        self.spec = spec
+        self.version = 0
         self.owner = secrets.token_hex(8)
         """Prefix of this run's version names: another run may give weights to the same server."""
         self.digests: dict[int, str] = {}
@@ -210,7 +212,8 @@ class WeightsFolder:
         Each tensor has the shape that the checkpoint gives its name.
         Raises ``ValueError`` when a tensor is missing; the version then does not exist.
         """
-        spec, version = self.spec, self.version + 1
+        spec = self.spec
+        version = self.version + 1
         folder = self.path_of(version)
         draft = folder.with_name(f"{folder.name}.partial")
         draft.mkdir()

@@ -138,7 +138,8 @@ def read_decisions(text: str, criteria: Sequence[Criterion]) -> list[Decision] |
 def _read_decision(entry: Any) -> Decision | None:
     if not isinstance(entry, dict) or entry.keys() != {"reason", "satisfied"}:
         return None
-    reason, satisfied = entry["reason"], entry["satisfied"]
+    reason = entry["reason"]
+    satisfied = entry["satisfied"]
     if not isinstance(reason, str) or not isinstance(satisfied, str) or satisfied not in ANSWERS:
         return None
     return Decision(ANSWERS[satisfied], reason)

@@ -108,7 +108,8 @@ def _constant_score(history: Sequence[Entry]) -> tuple[str, str]:
 def _kl(history: Sequence[Entry]) -> tuple[str, str]:
     """Return an alarm for a policy that is further from its reference than learning explains."""
     latest = history[-1]
-    kl, length = latest.get("kl", 0.0), max(latest["length"], 1.0)
+    kl = latest.get("kl", 0.0)
+    length = max(latest["length"], 1.0)
     if kl > LEAST_KL and kl / length > KL_PER_TOKEN:
         return "KL", (
             f"the KL to the reference is {kl:.3g} nats in {length:.1f} tokens: the policy has left the language that "
@@ -168,7 +169,8 @@ def _gradient(history: Sequence[Entry]) -> tuple[str, str]:
 
 def _length_correlation(history: Sequence[Entry]) -> tuple[str, str]:
     """Return an alarm for scores that follow the responses' lengths."""
-    name, latest = "length correlation", history[-START:]
+    name = "length correlation"
+    latest = history[-START:]
     if len(latest) < START or any(entry.get("score_length_correlation", 0.0) <= LENGTH_CORRELATION for entry in latest):
         return name, ""
     return name, (
@@ -180,7 +182,8 @@ def _length_correlation(history: Sequence[Entry]) -> tuple[str, str]:
 
 def _identical_answers(history: Sequence[Entry]) -> tuple[str, str]:
     """Return an alarm for the same answer to most prompts, unless the start had as many."""
-    name, latest = "identical answers", history[-START:]
+    name = "identical answers"
+    latest = history[-START:]
     if any("identical_answers" not in entry for entry in (*history[:START], *latest)):
         return name, ""
     share = min(entry["identical_answers"] for entry in latest)
@@ -197,8 +200,10 @@ def _collapse(history: Sequence[Entry]) -> tuple[str, str]:
 
     A policy that has learned a task with one right answer is sure of it: entropy also falls in healthy runs.
     """
-    latest, text = history[-1], ""
-    entropy, length = mean(history[:START], "entropy"), mean(history[:START], "length")
+    latest = history[-1]
+    text = ""
+    entropy = mean(history[:START], "entropy")
+    length = mean(history[:START], "length")
     is_better = mean(history[-WINDOW:], "score") > mean(history[:START], "score")
     if latest["entropy"] < COLLAPSED_ENTROPY * entropy and not is_better:
         text = (
@@ -216,8 +221,10 @@ def _collapse(history: Sequence[Entry]) -> tuple[str, str]:
 
 def _explosion(history: Sequence[Entry]) -> tuple[str, str]:
     """Return an alarm for responses twice as long as they were, or mostly truncated though they used to end."""
-    latest, start = history[-1], history[:START]
-    length, truncation = mean(start, "length"), mean(start, "truncation_rate")
+    latest = history[-1]
+    start = history[:START]
+    length = mean(start, "length")
+    truncation = mean(start, "truncation_rate")
     is_truncated = latest["truncation_rate"] > MANY_CUT and truncation < MANY_CUT / 2
     if latest["length"] > EXPLODED_LENGTH * length or is_truncated:
         return "length explosion", (
@@ -242,7 +249,8 @@ def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
         "the policy exploits what the reward model overrates. Keep an earlier checkpoint (keep: best), raise kl_coef, "
         "or train the reward model on this policy's responses"
     )
-    before, after = history[-2 * WINDOW : -WINDOW], history[-WINDOW:]
+    before = history[-2 * WINDOW : -WINDOW]
+    after = history[-WINDOW:]
     has_windows = len(history) >= 2 * WINDOW
     if has_windows and change(before, after, "score") > CLEAR and change(before, after, "gold") < -CLEAR:
         return name, (
@@ -253,7 +261,8 @@ def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
     has_span = len(history) >= SPAN + START
     if has_span and trend(latest, "score") > CLEAR_TREND and trend(latest, "gold") <= 0:
         half = SPAN // 2
-        first, last = latest[:half], latest[half:]
+        first = latest[:half]
+        last = latest[half:]
         return name, (
             f"over {SPAN} updates the score rose (means of halves {mean(first, 'score'):.3g} and "
             f"{mean(last, 'score'):.3g}) while gold did not ({mean(first, 'gold'):.3g} and "
@@ -264,10 +273,13 @@ def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
 
 def _calls(history: Sequence[Entry]) -> tuple[str, str]:
     """Return an alarm for episodes that no longer call tools, or mostly call them until ``max_turns`` ends them."""
-    name, latest, start = "calls", history[-1], history[:START]
+    name = "calls"
+    latest = history[-1]
+    start = history[:START]
     if "calls" not in latest:
         return name, ""
-    calls, at_limit = mean(start, "calls"), mean(start, "max_turns_rate")
+    calls = mean(start, "calls")
+    at_limit = mean(start, "max_turns_rate")
     if calls >= FEW_CALLS and latest["calls"] < COLLAPSED_CALLS * calls:
         return name, (
             f"calls fell from {calls:.2g} to {latest['calls']:.2g} an episode: the policy no longer uses its tools. "

@@ -116,7 +116,8 @@ class RolloutBuffer:
 
     def load(self, mini_batch: MiniBatch) -> list[MicroBatch]:
         """Return this process's micro-batches of an optimizer step."""
-        rollout, count = mini_batch.rollout, len(mini_batch.micro_batches)
+        rollout = mini_batch.rollout
+        count = len(mini_batch.micro_batches)
         texts = [] if self.ptx is None else self.ptx.draw(mini_batch.step, self.config.ptx_rows, self.args.seed)
         micro_batches = []
         # Every process has as many micro-batches: DDP and sharded models make their passes together.

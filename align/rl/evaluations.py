@@ -1,13 +1,46 @@
-"""Validations and tasks during a run: measures of the policy that the engine holds, before it learns further."""
+"""Weights for the engine, and measures of the policy that it then holds: probes, tasks and validations."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from align.evaluation.training_tasks import LiveModel
 from align.models.checkpoints.conversion import plain_of
+from align.models.checkpoints.sharding import full_model
+from align.models.tuning.peft_layers import merged_weights
 from align.rl.update_steps import measure_passes
 from align.training.held_out import scoring
+
+
+def prepare_engine(trainer: Any, update: int) -> dict[str, float]:
+    """Give the engine the policy's weights, then probe, evaluate and validate it if it is time; return the seconds.
+
+    A pool that samples in the background writes the weights now, and its servers load them once the running rollouts
+    are done.
+    """
+    started = time.perf_counter()
+    # Sharded weights are gathered for the engine, and freed again when it has them.
+    with full_model(trainer.model) as model:
+        trainer.prefetcher.set_weights(update, merged_weights(model.policy))
+        is_probing = trainer.probe.is_due(update)
+        is_validating = trainer.validation is not None and update % int(trainer.config.eval_updates or 1) == 0
+        is_evaluating = trainer.tasks is not None and trainer.tasks.is_due(update)
+        if is_probing or is_validating or is_evaluating:
+            trainer.prefetcher.wait()  # they ask the engine themselves, about these weights
+        if is_probing:
+            with trainer.accelerator.autocast():
+                trainer.probe.run(model.policy)
+        synchronized = time.perf_counter()
+        if is_evaluating and evaluate_tasks(trainer, update):
+            # Drop the prefixes that the engine has cached for the tasks: rollouts must not depend on them.
+            trainer.prefetcher.set_weights(update, merged_weights(model.policy))
+    if is_validating:
+        validate(trainer, update)
+    seconds = {"sync": synchronized - started}
+    if trainer.validation is not None or trainer.tasks is not None:
+        seconds["validating"] = time.perf_counter() - synchronized
+    return seconds
 
 
 def validate(trainer: Any, update: int) -> None:

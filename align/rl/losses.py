@@ -206,7 +206,8 @@ def pair_loss(
     margins = _margins(drift, sides)
     is_decided = sides.view(-1, 2).ne(0).all(dim=1)
     if kind == "sigmoid":
-        right, wrong = functional.logsigmoid(beta * margins), functional.logsigmoid(-beta * margins)
+        right = functional.logsigmoid(beta * margins)
+        wrong = functional.logsigmoid(-beta * margins)
         # Label smoothing assumes that this share of the pairs has swapped labels.
         per_pair = -(1 - label_smoothing) * right - label_smoothing * wrong
     elif kind == "ipo":

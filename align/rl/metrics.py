@@ -35,7 +35,8 @@ class Averages:
             return {}
         # One reduction for all names, in the order in which they were added, which is the same in every process.
         totals = reduce(torch.tensor(list(self._sums.values()), dtype=torch.float64))
-        names, self._sums = list(self._sums), {}
+        names = list(self._sums)
+        self._sums = {}
         return {
             name: float(total / count) if count else 0.0 for name, (total, count) in zip(names, totals, strict=True)
         }
@@ -65,7 +66,8 @@ def add_rollout(averages: Averages, rollout: Rollout) -> dict[str, float]:
     candidates = rollout.candidates or rollout
     _add_scores(averages, candidates)
     tensors = rollout.tensors
-    mask, responses = tensors["response_mask"], len(rollout)
+    mask = tensors["response_mask"]
+    responses = len(rollout)
     tokens = mask.sum()
     k3 = estimate_kl(tensors["logprobs"], tensors["ref_logprobs"], "k3")
     averages.add("kl", tensors["kl"].sum(), responses)
@@ -123,7 +125,8 @@ def add_staleness(averages: Averages, rollout: Rollout) -> dict[str, float]:
 
 
 def _add_scores(averages: Averages, candidates: Rollout) -> None:
-    tensors, responses = candidates.tensors, len(candidates)
+    tensors = candidates.tensors
+    responses = len(candidates)
     averages.add("score", tensors["scores"].sum(), responses)
     averages.add("score_square", (tensors["scores"].double() ** 2).sum(), responses)
     for name in (name for name in tensors if name.startswith(COMPONENT)):
@@ -172,7 +175,9 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     """Return the Pearson correlation of ``x`` and ``y``, (B,) each; 0 if either does not vary."""
     x = x.double() - x.double().sum() / len(x)
     y = y.double() - y.double().sum() / len(y)
-    xx, yy, xy = float((x * x).sum()), float((y * y).sum()), float((x * y).sum())
+    xx = float((x * x).sum())
+    yy = float((y * y).sum())
+    xy = float((x * y).sum())
     return float(xy / (xx * yy) ** 0.5) if xx > 0 and yy > 0 else 0.0
 
 

@@ -211,7 +211,8 @@ class PolicyAndReference(nn.Module):
         # The head is the largest matrix: it runs on the states before response tokens only, not on prompts or padding.
         hidden = states[batch["positions"][:, :-1][mask]]  # (N, H)
         head = model.get_output_embeddings()
-        targets, temperature = batch["targets"][mask], self._temperature(batch)
+        targets = batch["targets"][mask]
+        temperature = self._temperature(batch)
         logprobs, entropy = token_logprobs(hidden, head, targets, temperature, logit_transform(model))
         return _scatter(logprobs, mask), _scatter(entropy, mask)
 
@@ -219,7 +220,8 @@ class PolicyAndReference(nn.Module):
         """Return the sampling temperature; 1 for the tokens of a batch's ``supervised`` rows, (N, 1)."""
         if self.temperature == 1.0 or "supervised" not in batch:
             return self.temperature
-        mask, supervised = batch["response_mask"], int(batch["supervised"])
+        mask = batch["response_mask"]
+        supervised = int(batch["supervised"])
         rows = torch.full((len(mask), 1), self.temperature, device=mask.device)
         rows[len(mask) - supervised :] = 1.0
         return rows.expand_as(mask)[mask][:, None]
@@ -231,7 +233,8 @@ class PolicyAndCritic(PolicyAndReference):
     def __init__(self, policy: Any, critic: Critic, temperature: float, critic_detach: bool = True) -> None:
         """``critic_detach``: do not propagate the value loss of a head on the policy's trunk into the trunk."""
         super().__init__(policy, temperature)
-        self.critic, self.critic_detach = critic, critic_detach
+        self.critic = critic
+        self.critic_detach = critic_detach
         if critic.trunk is not None:
             self.frozen_layers |= _frozen_layers(policy, critic.trunk)
         self._disable_dropout()

@@ -81,7 +81,8 @@ def _lay_out(
     rows = group_members(groups) if share else [[i] for i in range(len(groups))]
     prefix_length = common_prefix([prompts[row[0]] for row in rows]) if share else 0
     prefix = line.add(prompts[rows[0][0]][:prefix_length]) if prefix_length else None
-    prompt_ends, starts = [0] * len(responses), [0] * len(responses)
+    prompt_ends = [0] * len(responses)
+    starts = [0] * len(responses)
     for row in rows:
         rest = prompts[row[0]][prefix_length:]
         is_alone = len(row) == 1  # one sequence is cheaper than two that attend to each other

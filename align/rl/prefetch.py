@@ -44,7 +44,10 @@ class RolloutPrefetcher:
         """``sample(update, weights_update)`` returns this process's part of an update's rollout, sampled from
         ``engine`` with the weights that it holds, which the policy had before ``weights_update``; None if other
         processes sample all of it. It may run at any time, so it must not communicate with other processes."""
-        self.engine, self._sample, self.staleness, self.updates = engine, sample, staleness, updates
+        self.engine = engine
+        self._sample = sample
+        self.staleness = staleness
+        self.updates = updates
         self.in_flight = in_flight
         self._rollouts: dict[int, Future[Rollout | None]] = {}
         """Rollouts that were begun and not yet returned, by update."""

@@ -76,7 +76,9 @@ def refuse_inputs(trainer: Any, inputs: RolloutInputs) -> None:
     """Raise ``UserError`` if the engine or the episodes cannot do what ``max_staleness`` and ``in_flight`` say."""
     if inputs.replay is not None:
         return
-    name, args, prefetcher = trainer.objective.name, trainer.args, trainer.prefetcher
+    name = trainer.objective.name
+    args = trainer.args
+    prefetcher = trainer.prefetcher
     staleness = args.drift.max_staleness
     if staleness and args.world_size > 1 and not prefetcher.shared_engine:
         raise UserError(

@@ -71,7 +71,8 @@ class StoredUpdates:
 
     def __init__(self, folder: Path, config: RolloutFields, place: str) -> None:
         """Check the files. Raises ``UserError``, which begins with ``place``, if the stage cannot learn from them."""
-        self.folder, self.place = folder, place
+        self.folder = folder
+        self.place = place
         if not rollout_files(folder):
             raise UserError(
                 f"{place}: {folder} has no rollouts. Name a stage that learned from its own samples and stored them."
@@ -87,7 +88,8 @@ class StoredUpdates:
                 "the stage again with `rollouts: {keep: 1.0}`."
             )
         for name in SHAPES:
-            stored, own = settings.get(name), getattr(config, name)
+            stored = settings.get(name)
+            own = getattr(config, name)
             if stored != own:
                 raise UserError(
                     f"{self.place}: the rollouts in {self.folder} were sampled with {name} {stored}, and this stage "

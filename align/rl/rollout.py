@@ -80,7 +80,8 @@ class Rollout:
     @property
     def answer_lengths(self) -> torch.Tensor:
         """Tokens after the thoughts, without an environment's, (B,)."""
-        tensors, lengths = self.tensors, self.tensors["response_mask"].sum(dim=1)
+        tensors = self.tensors
+        lengths = self.tensors["response_mask"].sum(dim=1)
         if not self.has_thoughts:
             return lengths
         return lengths + tensors["forced"].sum(dim=1) - tensors["thought_tokens"]
@@ -107,8 +108,10 @@ class Rollout:
         The batch then also has ``ptx``, the number of texts; ``supervised``, the number of last rows that are learned
         by SFT's loss; and ``without_ptx``, a batch of only the responses.
         """
-        prompts, responses = [self.prompts[i] for i in indices], [self.responses[i] for i in indices]
-        groups, masks = self._prompt_numbers(indices), self._masks(indices)
+        prompts = [self.prompts[i] for i in indices]
+        responses = [self.responses[i] for i in indices]
+        groups = self._prompt_numbers(indices)
+        masks = self._masks(indices)
         batch = pack(prompts, responses, groups, pad_id, form, masks=masks)
         if not texts:
             return batch

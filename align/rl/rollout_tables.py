@@ -82,7 +82,8 @@ def merge(checkpoints: Path, output: Path) -> None:
 
 def example(rollout: Rollout) -> str:
     """Return the first response of a rollout with its score, and its row's reference answer if there is one."""
-    reference, score = reference_of(rollout.rows[0]), float(rollout.tensors["scores"][0])
+    reference = reference_of(rollout.rows[0])
+    score = float(rollout.tensors["scores"][0])
     prefix = "" if reference is None else f"reference {shorten(repr(reference))}, "
     return f"{prefix}response {shorten(repr(rollout.texts[0]))}, score {score:g}."
 
@@ -117,7 +118,8 @@ def validation_table(rollout: Rollout, update: int, token_texts: TokenTexts) -> 
 
 def _sampled_columns(rollout: Rollout, number: int, update: int, token_texts: TokenTexts) -> pa.Table:
     """Return the columns that follow from sampling and scoring; ``number`` counts the rounds of sampling."""
-    tensors, count = rollout.tensors, len(rollout)
+    tensors = rollout.tensors
+    count = len(rollout)
     columns: dict[str, Any] = {
         "update": [update] * count,
         "round": [number] * count,
@@ -232,7 +234,8 @@ def _without_columns(episode: Episode) -> dict[str, Any]:
 def read_episode(row: dict[str, Any]) -> Episode:
     """Return the episode of a row, as it was played."""
     content = dict(row["episode"])
-    ids, logprobs = row["token_ids"], row["sampler_logprobs"]
+    ids = row["token_ids"]
+    logprobs = row["sampler_logprobs"]
     start = 0
     turns = []
     observations = []

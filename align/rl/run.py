@@ -72,7 +72,8 @@ def begin(trainer: Any, resume_from_checkpoint: str | bool | None) -> None:
 
 def end(trainer: Any) -> TrainOutput:
     """Log the metrics of the entire run, tell the callbacks that it is over, and validate the last policy."""
-    args, handler = trainer.args, trainer.callback_handler
+    args = trainer.args
+    handler = trainer.callback_handler
     trainer.control = handler.on_epoch_end(args, trainer.state, trainer.control)
     trainer.save()
     responses = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -192,7 +193,8 @@ def keep_rollout_state(context: StageContext, trainer: Any) -> int:
     """Write ``state/`` of a trained stage from the first process, and return its bytes there."""
     if rank():
         return 0
-    args, prompts = trainer.args, trainer.prompts
+    args = trainer.args
+    prompts = trainer.prompts
     steps = int(trainer.state.global_step)
 
     def passed(start: int) -> list[int]:

@@ -154,9 +154,11 @@ class RolloutSampler:
         if not local_range:
             return None
         part = slice(local_range.start, local_range.stop)
-        local_indices, samples = indices[part], self.config.samples_per_prompt
+        local_indices = indices[part]
+        samples = self.config.samples_per_prompt
         responses = self._respond(self.prompts, local_indices, seeds[part], samples, update, weights_update)
-        count, expected = sum(map(len, responses)), len(local_indices) * self.config.samples_per_prompt
+        count = sum(map(len, responses))
+        expected = len(local_indices) * self.config.samples_per_prompt
         if count != expected:
             raise RuntimeError(f"engine {self.engine.name} returned {count} responses; expected {expected}")
         return make_rollout(self.prompts, local_indices, responses, update, weights_update)
@@ -260,7 +262,8 @@ class ParityProbe:
         def compare(engine: RolloutEngine) -> Parity:
             # A server refuses more tokens than the run's responses may have.
             max_tokens = min(PROBE_TOKENS, self.config.max_tokens)
-            prompts, temperature = self.prompts.token_ids[:4], self.config.temperature
+            prompts = self.prompts.token_ids[:4]
+            temperature = self.config.temperature
             return probe(engine, policy, prompts, temperature=temperature, max_tokens=max_tokens)
 
         # Read the count before the probe, so a server that comes back during it is probed next time.
@@ -278,7 +281,8 @@ class ParityProbe:
 
     def pop_metrics(self) -> dict[str, float]:
         """Return the metrics of a probe that has run since the last call."""
-        metrics, self.metrics = self.metrics, {}
+        metrics = self.metrics
+        self.metrics = {}
         return metrics
 
 

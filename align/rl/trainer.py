@@ -22,15 +22,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from align.config.stages.rl import RolloutFields
-from align.models.checkpoints.sharding import full_model, reshard
+from align.models.checkpoints.sharding import reshard
 from align.models.compute.precision import cast_frozen_to_bf16, low_residual
-from align.models.tuning.peft_layers import merged_weights
 from align.rl import checkpoint, run
 from align.rl.alarms import Alarm
 from align.rl.arguments import RolloutArguments
 from align.rl.buffer import MicroBatch, MiniBatch, RolloutBuffer
 from align.rl.clipping import clip_gradients
-from align.rl.evaluations import evaluate_tasks, validate
+from align.rl.evaluations import prepare_engine
 from align.rl.model import PolicyAndReference
 from align.rl.objectives import Objective, Step
 from align.rl.packing import Form
@@ -160,34 +159,12 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         self.report_phase("sampling")
         if isinstance(self.sampler, ReplaySampler):
             return self._select(self.sampler.replay(update))
-        started = time.perf_counter()
-        # 1. Give the engine the current weights. A pool that samples in the background writes them now, and its servers
-        # load them once the running rollouts are done.
-        with full_model(self.model) as model:
-            # Sharded weights are gathered for the engine, and freed again when it has them.
-            self.prefetcher.set_weights(update, merged_weights(model.policy))
-            is_probing = self.probe.is_due(update)
-            is_validating = self.validation is not None and update % int(self.config.eval_updates or 1) == 0
-            is_evaluating = self.tasks is not None and self.tasks.is_due(update)
-            if is_probing or is_validating or is_evaluating:
-                self.prefetcher.wait()  # they ask the engine themselves, about these weights
-            if is_probing:
-                with self.accelerator.autocast():
-                    self.probe.run(model.policy)
-            synchronized = time.perf_counter()
-            if is_evaluating and evaluate_tasks(self, update):
-                # Drop the prefixes that the engine has cached for the tasks: rollouts must not depend on them.
-                self.prefetcher.set_weights(update, merged_weights(model.policy))
-        # 2. Validate these weights, before anything is learned in this update.
-        if is_validating:
-            validate(self, update)
-        validated = time.perf_counter()
-        # 3. Wait for the rollout of this update. With max_staleness it was started earlier, with older weights.
-        candidates = self.sampler.gather_rollouts(self.prefetcher.get(update), validated)
-        candidates.seconds["sync"] = synchronized - started
+        # 1. Give the engine the current weights; probe, evaluate and validate them before anything is learned.
+        seconds = prepare_engine(self, update)
+        # 2. Wait for the rollout of this update. With max_staleness it was started earlier, with older weights.
+        candidates = self.sampler.gather_rollouts(self.prefetcher.get(update), time.perf_counter())
+        candidates.seconds |= seconds
         refuse_rollout(candidates, self.objective.name, self.config)
-        if self.validation is not None or self.tasks is not None:
-            candidates.seconds["validating"] = validated - synchronized
         if self.prompts.pools is not None:
             self.prompts.pools.observe(candidates)
         return self._select(candidates)
@@ -233,7 +210,8 @@ class RLTrainer(Trainer):  # type: ignore[misc]
 
     def learn(self, mini_batch: MiniBatch) -> None:
         """Make one optimizer step: forward, loss and backward of each micro-batch, then clip and step."""
-        handler, model = self.callback_handler, self.model_wrapped
+        handler = self.callback_handler
+        model = self.model_wrapped
         self.control = handler.on_step_begin(self.args, self.state, self.control)
         micro_batches = self.buffer.load(mini_batch)
         step = self._describe_step(micro_batches)

@@ -32,7 +32,8 @@ class UpdateLog:
 
     def begin(self, rollout: Rollout, kl_coef: float) -> None:
         """Note the metrics that are known before learning, and write down the rollout."""
-        trainer, args = self.trainer, self.trainer.args
+        trainer = self.trainer
+        args = self.trainer.args
         statistics = metrics.rollout_statistics(trainer.objective.averages, rollout, args.drift.max_staleness > 0)
         self._metrics = (
             statistics | {"kl_coef": kl_coef} | trainer.sampler.cache_statistics | trainer.probe.pop_metrics()
@@ -63,7 +64,8 @@ class UpdateLog:
 
     def write(self) -> None:
         """Log the metrics of the update, and raise the alarms that are new in it."""
-        trainer, args = self.trainer, self.trainer.args
+        trainer = self.trainer
+        args = self.trainer.args
         # Each process's loss is multiplied by the number of processes, as DDP averages gradients.
         loss = float(trainer.reduce(self._loss)) / args.world_size
         self._loss -= self._loss

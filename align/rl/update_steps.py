@@ -48,7 +48,8 @@ def _forward(trainer: Any, micro_batch: MicroBatch, step: Step) -> tuple[Batch, 
     The critic's backward pass may be over before the policy's forward pass, which halves activations. That is not
     possible if they share a trunk, or under DDP, which expects one backward pass for each forward pass.
     """
-    model, world_size = trainer.model_wrapped, trainer.args.world_size
+    model = trainer.model_wrapped
+    world_size = trainer.args.world_size
     if micro_batch.outputs is not None:
         return micro_batch.outputs, 0.0  # kept from measuring
     critic = getattr(trainer.model, "critic", None)

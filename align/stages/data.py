@@ -106,7 +106,8 @@ def resolved_recipe(config: DataConfig, base: Path) -> Recipe:
     recipe = _recipe(config, base)
     if config.max_rows is not None:
         recipe = recipe.model_copy(update={"max_rows": config.max_rows})
-    files, origin = config.files, "files"
+    files = config.files
+    origin = "files"
     if files is None and recipe.files_variable and os.environ.get(recipe.files_variable):
         origin = f"${recipe.files_variable}"
         files = [part for part in os.environ[recipe.files_variable].split(os.pathsep) if part]

@@ -78,7 +78,8 @@ def run(context: StageContext) -> dict[str, Any]:
     # After the linter, since the teacher's passes are the expensive part.
     targets.prepare()
     trainer.measure, trainer.teacher, trainer.top_tokens = targets.measure, targets.teacher, targets.top_tokens["train"]
-    trainer.sft_weight, trainer.on_policy = config.sft_weight, config.on_policy
+    trainer.sft_weight = config.sft_weight
+    trainer.on_policy = config.on_policy
     if targets.teacher is None:
         trainer.label_sampled = targets.label_sampled
     engine = _engine(context) if config.on_policy else None
@@ -116,7 +117,8 @@ class _TeacherTargets:
         vocabulary: int,
     ) -> None:
         config: DistillConfig = context.config
-        self.context, self.splits = context, splits
+        self.context = context
+        self.splits = splits
         self.measure = Measure(config.divergence, config.jsd_beta, config.temperature, config.top_k)
         self.collator = AnswerCollator(tokenizer.pad_token_id)
         self.top_tokens: dict[str, list[TopTokens]] = {name: [] for name in splits}

@@ -32,8 +32,10 @@ def run(context: StageContext) -> dict[str, Any]:
     prepared = prepare_policy(context, encode_unpaired, UnpairedCollator, unpair)
     prepared.lint()
     desirable = _check_labels(context, [bool(row["label"]) for row in prepared.train.rows])
-    seed, point = context.seed % 2**32, config.loss == "kto"
-    reference, groups = Reference(context, prepared), {}
+    seed = context.seed % 2**32
+    point = config.loss == "kto"
+    reference = Reference(context, prepared)
+    groups = {}
     for split, encoded in prepared.splits.items():
         # The reference point pairs a prompt with another row's answer, so batches are fixed before training.
         groups[split] = fixed_groups(encoded.lengths, config.micro_batch, config.batch_size, seed)

@@ -91,11 +91,13 @@ def _refuse_base(config: ModelConfig) -> None:
 
 def _pinned_base(config: ModelConfig, settings: Path, base: Path) -> dict[str, Any]:
     base_of_adapter = read_base(settings)
-    name, revision = config.base_model, config.base_revision
+    name = config.base_model
+    revision = config.base_revision
     if name is None:
         if base_of_adapter is None:
             raise UserError(f"base_model: {settings} names no base; write it here.")
-        name, revision = base_of_adapter.name, revision or base_of_adapter.revision
+        name = base_of_adapter.name
+        revision = revision or base_of_adapter.revision
     try:
         source = resolve(name, revision, base)
     except UserError as error:
@@ -181,7 +183,8 @@ def _text_part(folder: Path, context: StageContext) -> Iterator[Path]:
     if context.config.trust_remote_code or not multimodal.is_multimodal(folder):
         yield folder
         return
-    text, rest = context.output / "text", context.output / multimodal.FOLDER
+    text = context.output / "text"
+    rest = context.output / multimodal.FOLDER
     for part in (text, rest):
         shutil.rmtree(part, ignore_errors=True)  # of an attempt that was killed
     multimodal.split(folder, text, rest)

@@ -65,7 +65,8 @@ class PreparedPolicy:
         sequences = [
             [*row["prompt_ids"], *row.get("chosen_ids", row.get("completion_ids", []))] for row in self.train.rows
         ]
-        tuning, seed = self.context.config.tuning, self.context.seed
+        tuning = self.context.config.tuning
+        seed = self.context.seed
         model = apply_tuning(self.model, tuning, seed, tokenizer=self.tokenizer, rows=sequences)
         _reduce_work(self.context, model)
         return model
@@ -84,7 +85,8 @@ def prepare_policy(
     config: PreferenceFields = context.config
     tokenizer, model = load_model(context, "policy")
     use_blockwise_head()
-    linted, splits = {}, {}
+    linted = {}
+    splits = {}
     for split, stored in read_splits(context).items():
         rows = rows_of(stored)
         check_thoughts(context.name, tokenizer, rows)
@@ -100,7 +102,8 @@ class Reference:
     """The stage's reference: the policy before its first step, or another stage's checkpoint, loaded if needed."""
 
     def __init__(self, context: StageContext, prepared: PreparedPolicy) -> None:
-        self.context, self.prepared = context, prepared
+        self.context = context
+        self.prepared = prepared
         self.checkpoint: Artifact | None = context.inputs.get("reference")
         if self.checkpoint is not None:
             # Check before any computation, because another vocabulary would make every log-probability meaningless.

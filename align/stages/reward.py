@@ -32,7 +32,8 @@ def run(context: StageContext) -> dict[str, Any]:
     config: RewardConfig = context.config
     tokenizer, model = load_model(context, reward=True)
     prepared = prepare(context, tokenizer)
-    train, test = prepared.splits["train"], prepared.splits["test"]
+    train = prepared.splits["train"]
+    test = prepared.splits["test"]
     # Scores are compared and subtracted, which bfloat16's three digits would blur.
     score_in_float32(model)
     sequences = [prepared.sequences(row)[0] for row in train.rows]
@@ -45,7 +46,8 @@ def run(context: StageContext) -> dict[str, Any]:
         train_dataset=Dataset.from_list(train.rows),
         processing_class=tokenizer,
     )
-    trainer.row_lengths, trainer.head_learning_rate = train.lengths, config.head_rate
+    trainer.row_lengths = train.lengths
+    trainer.head_learning_rate = config.head_rate
     linted = {name: Split(prepared.stored_rows[name], prepared.splits[name]) for name in prepared.splits}
     lint_stage(context, trainer, linted, kind=prepared.lint)
     metrics = fit(trainer, context, lambda split: prepared.held_out(trainer, split))

@@ -283,7 +283,8 @@ def _validation_split(config: RolloutFields) -> str:
 def _read_prompts(context: StageContext) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Return rows with prompts to learn from, and rows to validate on if the config asks for it."""
     config: RolloutFields = context.config
-    rows, validation = _read_rows(context, "prompts", "train"), None
+    rows = _read_rows(context, "prompts", "train")
+    validation = None
     if config.eval_updates and _validation_split(config) == "test":
         validation = _read_rows(context, "prompts", "test")[: config.eval_prompts]
     elif config.eval_updates:
@@ -326,7 +327,8 @@ class ReportUpdates(TrainerCallback):
         if "score" not in logs:
             # Validations and the closing summary have no score, because they are not updates.
             return
-        update, tokens = int(logs["update"]), int(logs["tokens"])
+        update = int(logs["update"])
+        tokens = int(logs["tokens"])
         points = {name: float(value) for name, value in logs.items() if name not in ("update", "total_flos")}
         self.context.log(update, **points)
         shown = {name: float(logs[name]) for name in ("score", "gold", "kl") if name in logs}

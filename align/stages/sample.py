@@ -123,7 +123,8 @@ class _ChunkSampler:
     """Samples chunks of responses, or reads an earlier attempt's chunks; the first new chunk starts the engine."""
 
     def __init__(self, context: StageContext, tokenizer: Any, total: int) -> None:
-        self.context, self.total = context, total
+        self.context = context
+        self.total = total
         self.reader = ThoughtReader(tokenizer)
         self.rollouts = SampledRollouts(context, tokenizer)
         self.engine = LateEngine(context)
@@ -271,7 +272,8 @@ def _open_scorer(context: StageContext) -> WeightedSum | None:
 
 def _result(context: StageContext, prompts: SplitPrompts, samples: list[dict[str, Any]]) -> SampledSplit:
     """Return a split's samples as lines, and its pairs."""
-    config, lines = context.config, []
+    config = context.config
+    lines = []
     for row, sample in zip(prompts.rows, samples, strict=True):
         columns = kept_columns(row)
         row_columns = {"row": columns} if columns else {}

@@ -42,7 +42,8 @@ class LateEngine:
     def open(self) -> RolloutEngine:
         """Return the engine."""
         if self._engine is None:
-            context, config = self.context, self.context.config
+            context = self.context
+            config = self.context.config
             context.phase("starting the engine")
             self._engine = open_engine(
                 context.artifact("policy").model,
@@ -68,7 +69,8 @@ def sample_episodes(
 
     Raises ``UserError`` if the environment does not fit the policy, or if every episode fails.
     """
-    config, engine = context.config, LateEngine(context)
+    config = context.config
+    engine = LateEngine(context)
     total = config.n * sum(map(len, rows.values()))
     policy = Policy(tokenizer, context.artifact("policy").weights, engine.open, config.max_prompt_tokens)
     parts = EpisodeParts(context, policy, total)

@@ -35,8 +35,10 @@ class SampledRollouts:
     """Writes the responses of a stage ``sample``, up to ``rollouts.max_gb``; further files have no rows."""
 
     def __init__(self, context: StageContext, tokenizer: Any) -> None:
-        self.context, self.config = context, context.config.rollouts
-        self.folder, self.output = context.checkpoints / ROLLOUTS, context.output / ROLLOUTS
+        self.context = context
+        self.config = context.config.rollouts
+        self.folder = context.checkpoints / ROLLOUTS
+        self.output = context.output / ROLLOUTS
         self.settings = {"stage": "sample", "keep": self.config.keep, "temperature": context.config.temperature}
         self.token_texts = TokenTexts(tokenizer)
         self._has_warned = False

@@ -81,7 +81,8 @@ def read_tests(reference: Any) -> ProgramTests:
             return ProgramTests(cases=tuple(zip(map(_text, inputs), map(_text, outputs), strict=True)))
         if "test" in reference:
             test = reference["test"]
-            setup, entry_point = reference.get("setup") or "", reference.get("entry_point")
+            setup = reference.get("setup") or ""
+            entry_point = reference.get("entry_point")
             return ProgramTests((), tuple(test) if isinstance(test, list) else (str(test),), str(setup), entry_point)
     raise BadReference(
         "has no tests. Write a list of asserts, a list of {input, output}, {inputs: [...], outputs: [...]}, or "

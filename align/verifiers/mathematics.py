@@ -147,7 +147,8 @@ def _boxes(answer: str) -> list[str]:
     for match in deque(_BOX.finditer(answer), maxlen=MOST_BOXES):
         if match.start() < end:  # a box inside a box
             continue
-        depth, end = 1, match.end()
+        depth = 1
+        end = match.end()
         limit = min(len(answer), end + LONGEST + 1)
         while end < limit and depth:
             depth += {"{": 1, "}": -1}.get(answer[end], 0)

@@ -12,8 +12,11 @@ from align.data.rows import Row
 from align.data.scoring import FAILED
 from align.errors import UserError, shorten
 
-NO_ANSWER, UNPARSABLE, UNEQUAL = "no_answer", "unparsable", "unequal"
-TIMED_OUT, CRASHED = "timed_out", "crashed"
+NO_ANSWER = "no_answer"
+UNPARSABLE = "unparsable"
+UNEQUAL = "unequal"
+TIMED_OUT = "timed_out"
+CRASHED = "crashed"
 REASONS = (NO_ANSWER, UNPARSABLE, UNEQUAL, TIMED_OUT, CRASHED)
 """Reasons of a score below 1: there is no answer, or several; it cannot be read; it is another answer than the
 reference; the limit of time was reached; the program, or the process that compares, ended without a result."""

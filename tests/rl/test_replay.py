@@ -24,7 +24,11 @@ REPLAYS: dict[str, dict[str, Any]] = {
     # The critic, the KL controller and the running scale of the scores have a state.
     "ppo": {"num_mini_batches": 2},
     # Groups without variance are replaced by further rounds of sampling.
-    "grpo": {"score": "tests.support.stages.vowels:has_vowel", "temperature": 0.5},
+    "grpo": {
+        "score": "tests.support.stages.vowels:has_vowel",
+        "score_validation": {"rows": 0},
+        "temperature": 0.5,
+    },
     "rloo": {},
     "online_dpo": {},
     "rejection": {},

@@ -73,8 +73,8 @@ class Check:
         if self.name != "reference" or not self.floor or self.passed < LENIENT_FLOOR * self.total:
             return None
         for form in FORMS:
-            results = [result for result, probe in zip(self.results, probes, strict=True) if form in probe.forms]
-            results = [result for result in results if result is not None]
+            of_form = [result for result, probe in zip(self.results, probes, strict=True) if form in probe.forms]
+            results = [result for result in of_form if result is not None]
             if len(results) >= MIN_ROWS and sum(results) < LENIENT_FLOOR * len(results):
                 return form
         return None
@@ -132,7 +132,8 @@ class Report:
         return f"{text}. {self._example(failed[0])}"
 
     def _example(self, index: int) -> str:
-        probe, scores = self.probes[index], self.scores
+        probe = self.probes[index]
+        scores = self.scores
         reason = f" ({scores.reasons[index]})" if scores.reasons[index] else ""
         numbers = [f"the reference {excerpt(probe.reference)} scores {scores.reference[index]:g}{reason}"]
         numbers.append(f"an empty answer {scores.empty[index]:g}")

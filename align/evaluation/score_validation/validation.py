@@ -11,7 +11,7 @@ from align.config.scores import RewardEntry
 from align.data.rows import Row
 from align.data.scoring import Part
 from align.errors import UserError
-from align.evaluation.score_validation.checks import MIN_ROWS, Report, check_part, check_sum, check_verifier
+from align.evaluation.score_validation.checks import MIN_ROWS, Check, Report, check_part, check_sum, check_verifier
 from align.evaluation.score_validation.probing import ProbeScores, kind_of, score_probes
 from align.evaluation.score_validation.references import Probe, choose_probes, refuse_missing_reference, select_probes
 
@@ -43,7 +43,7 @@ class Validation:
         """Return the titles, and the cells of each report: its checks as passed/total."""
         rows = [list(TITLES)]
         for report in self.reports:
-            checks = {check.name: check for check in report.checks}
+            checks: dict[str, Check] = {check.name: check for check in report.checks}
             cells = [report.name, str(len(report.probes))]
             for name in COLUMNS:
                 check = checks.get(name)
@@ -54,7 +54,7 @@ class Validation:
 
     def lines(self) -> list[str]:
         """Return the table as sentences, a line per report, and the notes."""
-        texts = []
+        texts: list[str] = []
         for _, *cells in self.table()[1:]:
             report = self.reports[len(texts)]
             shown = [f"{title} {cell}" for title, cell in zip(TITLES[2:], cells[1:], strict=True) if cell != "-"]
@@ -178,7 +178,8 @@ class _Validator:
 
     def _report(self, item: _Scored, is_single: bool) -> Report:
         """Report one reward. A weight of 0 has no effect, so it is not refused."""
-        part, kind = item.part, kind_of(item.part)
+        part = item.part
+        kind = kind_of(item.part)
         floor = self.settings.floor if part.weight else 0.0
         if kind == "verifier" and part.weight >= 0:
             return check_verifier(part.name, item.probes, item.scores, floor)

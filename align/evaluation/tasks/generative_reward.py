@@ -132,7 +132,8 @@ class RewardBench2Task(Task):
 
     def questions(self, index: int) -> list[list[Message]]:
         """Return what a judge is asked about a prompt: one ranking, or a rating of each good and each bad answer."""
-        item, order = self.comparisons[index], self._orders[index]
+        item = self.comparisons[index]
+        order = self._orders[index]
         answers = [*item.chosen, *item.rejected]
         if order is not None:
             return [ranking_prompt(item.prompt, [answers[number] for number in order])]
@@ -156,7 +157,8 @@ class RewardBench2Task(Task):
 
     def read_scores(self, index: int, texts: Sequence[str]) -> Scores:
         """Return a judge's scores of a prompt's answers, from its replies to ``questions(index)``."""
-        item, order = self.comparisons[index], self._orders[index]
+        item = self.comparisons[index]
+        order = self._orders[index]
         if order is None:
             grades = [read_grade(text) for text in texts]
             ratings = [UNREAD_RATING if grade is None else grade for grade in grades]

@@ -82,7 +82,8 @@ class ProgramTask(SampledTask):
     def make_item(self, id: str, record: TaskRecord) -> Item:
         """Return the item of a problem, with its tests."""
         if isinstance(self._config, HumanevalConfig):
-            beginning, entry_point = record.text("prompt"), record.text("entry_point")
+            beginning = record.text("prompt")
+            entry_point = record.text("entry_point")
             tests = {"test": [record.text("test")], "setup": beginning, "entry_point": entry_point}
             prompt = f"{self._config.instruction}\n\n```python\n{beginning.rstrip()}\n```"
             return Item(id, self.kind, [user(prompt)], {"tests": tests, "beginning": beginning})

@@ -92,7 +92,9 @@ class Dispatcher:
         on_progress: Progress | None = None,
     ) -> None:
         """``concurrency`` is how many requests a server of the ``PoolEngine`` has in flight at most."""
-        self.pool, self.path, self.concurrency = pool, path, concurrency
+        self.pool = pool
+        self.path = path
+        self.concurrency = concurrency
         self.on_progress = on_progress
         self.requests = dict(enumerate(requests))
         """By index; ``poll`` drops those whose reply it has returned."""
@@ -126,7 +128,8 @@ class Dispatcher:
 
     def submit(self, request: ServerRequest) -> int:
         """Send one more request, or queue it if no server has room. Returns its index."""
-        index, self.count = self.count, self.count + 1
+        index = self.count
+        self.count = self.count + 1
         self.requests[index] = request
         self.remaining += 1
         self.pending.append([index])
@@ -149,7 +152,8 @@ class Dispatcher:
         # Also read the replies that have arrived meanwhile, without waiting.
         while self.remaining and not self.replies.empty():
             self._advance(0)
-        replies, self.results = self.results, {}
+        replies = self.results
+        self.results = {}
         for index in replies:
             del self.requests[index]
         return replies
@@ -256,7 +260,8 @@ class Dispatcher:
     # ---- replies ----
 
     def _on_reply(self, arrived: ServerReply) -> None:
-        state, index = arrived.state, arrived.index
+        state = arrived.state
+        index = arrived.index
         if arrived.epoch != state.epoch:
             return  # the server was lost since, and its requests went to others
         if index is None:

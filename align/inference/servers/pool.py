@@ -46,8 +46,11 @@ class PoolEngine:
         Named servers are given the checkpoint's weights. Raises ``UserError`` when one is unfit and ``EngineLost`` when
         one does not start or answer. Servers that are lost later on are reported to ``warn``.
         """
-        self.spec, self.warn, self.watchdog = spec, warn, watchdog
-        self.dtype, self.batch_size = spec.dtype, spec.config.batch_size
+        self.spec = spec
+        self.warn = warn
+        self.watchdog = watchdog
+        self.dtype = spec.dtype
+        self.batch_size = spec.config.batch_size
         self.folder = WeightsFolder(spec)
         self.members = [Member(number) for number in range(spec.pool.servers or len(spec.pool.addresses))]
         self.version = 0

@@ -216,7 +216,8 @@ class RayEngine:
         while waiting or in_flight:
             # 1. Give every idle engine a share.
             while waiting and idle:
-                actor, share = idle.pop(0), waiting.pop(0)
+                actor = idle.pop(0)
+                share = waiting.pop(0)
                 in_flight[start(actor, *share)] = (actor, share)
             # 2. Take the first result.
             (reference, *_), _ = self.ray.wait(list(in_flight), num_returns=1)

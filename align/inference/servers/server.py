@@ -26,7 +26,9 @@ from align.inference.servers.server_options import NcclSender, ServerSpec, check
 from align.inference.servers.server_process import GRACE_SECONDS, Placement, ServerLaunch, start_server
 from align.inference.weights import WeightsFolder, with_stored_names, with_tied_head
 
-COMPLETIONS, RPC, RESET = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
+COMPLETIONS = "/v1/completions"
+RPC = "/collective_rpc"
+RESET = "/reset_prefix_cache"
 MAX_LOGPROB = 1e-3
 """A log-probability is at most 0, but for the rounding of float32."""
 
@@ -49,14 +51,19 @@ class ServerEngine:
         A server that was running already holds whatever it was given last. Raises ``UserError`` when it is unfit, and
         ``EngineLost`` when none starts, or when ``cancelled`` is set meanwhile.
         """
-        self.spec, self.folder, self.number = spec, folder, number
-        self.dtype, self.batch_size = spec.dtype, spec.config.batch_size
-        self.tokenizer, self.eos = spec.tokenizer, spec.eos
+        self.spec = spec
+        self.folder = folder
+        self.number = number
+        self.dtype = spec.dtype
+        self.batch_size = spec.config.batch_size
+        self.tokenizer = spec.tokenizer
+        self.eos = spec.eos
         self.held_weights: list[dict[str, Any]] = []
         """Each worker's report when the server was started or given weights last; empty before."""
         self.sent_versions = 0
         """Versions that went over NCCL."""
-        pool, timeout = spec.pool, spec.config.timeout
+        pool = spec.pool
+        timeout = spec.config.timeout
         if pool.addresses:
             self.client = Client(pool.addresses[number], timeout, read_key(pool))
             check_server(self.client, spec)
@@ -236,7 +243,8 @@ class ServerEngine:
         Raises ``BadReply`` when it cannot read the folder, or reads other tensors there than were written.
         """
         folder = self.folder.path_of(version)
-        name, digest = self.folder.name_of(version), self.folder.digests[version]
+        name = self.folder.name_of(version)
+        digest = self.folder.digests[version]
         # 1. The worker hashes the files before it loads them, and refuses other ones.
         try:
             reports = self._call_workers(LOAD, path=str(folder), version=name, digest=digest)

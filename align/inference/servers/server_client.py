@@ -71,7 +71,8 @@ class Transport:
         uses_proxies: bool = False,
     ) -> None:
         """``key`` goes only into the Authorization header. ``socket_path`` is a Unix socket to connect to."""
-        self.base_url, self._key = base_url, key
+        self.base_url = base_url
+        self._key = key
         idle = max_connections if keeps_connections else 0
         limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=idle)
         common = {"Content-Type": "application/json", **(headers or {})}
@@ -133,7 +134,8 @@ async def _read_body(response: httpx.Response, max_bytes: int) -> bytes:
 
 def root_cause(error: BaseException) -> BaseException:
     """Return the operating system's error that httpx and httpcore have wrapped, or ``error`` if there is none."""
-    cause, system_error = error, None
+    cause = error
+    system_error = None
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:
             system_error = cause
@@ -192,8 +194,12 @@ class Client:
         ``server`` is the ``LocalServer`` behind ``address`` if this run started it; error messages describe it.
         """
         parts = urlsplit(address)
-        self.address, self.host, self.port = address.rstrip("/"), parts.hostname or "", parts.port or 80
-        self.timeout, self.server, self._key = timeout, server, key
+        self.address = address.rstrip("/")
+        self.host = parts.hostname or ""
+        self.port = parts.port or 80
+        self.timeout = timeout
+        self.server = server
+        self._key = key
         is_unix = self.address.startswith(UNIX)
         self._transport = Transport(
             "http://localhost" if is_unix else self.address,

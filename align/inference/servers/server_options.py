@@ -196,8 +196,11 @@ def _mismatches(client: Client, spec: ServerSpec, info: Any) -> list[str]:
     return mismatches
 
 
-INIT, WORKERS = "/init_weight_transfer_engine", "/get_world_size"
-START, UPDATE, FINISH = "/start_weight_update", "/update_weights", "/finish_weight_update"
+INIT = "/init_weight_transfer_engine"
+WORKERS = "/get_world_size"
+START = "/start_weight_update"
+UPDATE = "/update_weights"
+FINISH = "/finish_weight_update"
 SERVER_OPTIONS = ["--weight-transfer-config", '{"backend": "nccl"}']
 
 
@@ -254,7 +257,9 @@ class NcclSender:
 
         Raises ``UserError`` where vLLM is missing, or too old, on this side.
         """
-        self.device, self.dtype, self.watchdog = device, dtype, watchdog
+        self.device = device
+        self.dtype = dtype
+        self.watchdog = watchdog
         self.source = TensorSource()
         try:
             from vllm.distributed.weight_transfer import WeightTransferTrainerFactory

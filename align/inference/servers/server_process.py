@@ -105,7 +105,9 @@ class LocalServer:
         All ``folders`` are removed if this process is killed. ``key_file`` holds the server's key
         (``server_guard.py``).
         """
-        self.log, self._ended, self._key_file = folders[0] / "server.log", False, key_file
+        self.log = folders[0] / "server.log"
+        self._ended = False
+        self._key_file = key_file
         # Isolated mode: the guard must start whatever the working directory or PYTHONPATH holds.
         guard = [sys.executable, "-I", "-c", GUARD, str(os.getpid()), os.pathsep.join(map(str, folders))]
         guard.append(str(GRACE_SECONDS))
@@ -258,7 +260,8 @@ def start_server(launch: ServerLaunch, cancelled: threading.Event | None = None)
     """
     closed = socket_folder(launch.folders[0])
     folders = launch.folders if closed in launch.folders else [*launch.folders, closed]
-    path, key_file = closed / "server.sock", closed / "server.key"
+    path = closed / "server.sock"
+    key_file = closed / "server.key"
     # Both live only as long as the server; no other process needs them.
     key = new_key()
     write_key(key, key_file)

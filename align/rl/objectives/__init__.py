@@ -105,7 +105,8 @@ class Objective(ABC):
         self, loss: torch.Tensor, outputs: Batch, batch: Batch, step: Step, aggregation: Aggregation
     ) -> torch.Tensor:
         """Return a surrogate minus the entropy bonus, plus the KL penalty if it is in the loss; a scalar."""
-        config, mask = self.config, batch["learn_mask"]
+        config = self.config
+        mask = batch["learn_mask"]
         if config.entropy_coef:
             loss = loss - config.entropy_coef * aggregate(outputs["entropy"], mask, step.count, aggregation)
         if step.penalty.in_loss:

@@ -34,7 +34,8 @@ class PPOObjective(Objective):
 
     def advantages(self, rollout: Rollout, penalty: KLPenalty) -> None:
         """Add rewards per token, advantages by the critic, and returns, all (B, T), in float32 on the CPU."""
-        config, tensors = self.config, rollout.tensors
+        config = self.config
+        tensors = rollout.tensors
         mask = tensors["response_mask"]
         scores = self.adjusted_scores(rollout, scale=self.scale)
         early_rewards = self._early_rewards(rollout)
@@ -125,7 +126,8 @@ class PPOObjective(Objective):
         At the rollout's weights the gradient of the KL term equals the gradient of the KL (k2). It is an approximation
         after steps away from them.
         """
-        config, mask = self.config, batch["learn_mask"]
+        config = self.config
+        mask = batch["learn_mask"]
         weights = self._importance_weights(batch)
         terms = policy_loss(
             outputs["logprobs"],

@@ -32,7 +32,9 @@ MOST_ITEMS = 100_000
 """Items that are read from an iterator, which may have no end."""
 SYNTAX_ERROR = 3
 """Exit code of a program that is not valid Python."""
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_CAPBSET_DROP = 1, 38, 24
+PR_SET_PDEATHSIG = 1
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAPBSET_DROP = 24
 
 # ---- limits of the process ----
 
@@ -58,12 +60,19 @@ DENIED = {
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "setxattrat": (463, 463),
     "removexattrat": (466, 466), "file_setattr": (469, 469), "truncate": (76, 45),
 }  # fmt: skip
-CLONE, CLONE3, PRCTL, PRLIMIT, FCNTL = (56, 220), (435, 435), (157, 167), (302, 261), (72, 25)
-F_SETOWN, F_SETOWN_EX = 8, 15
+CLONE = (56, 220)
+CLONE3 = (435, 435)
+PRCTL = (157, 167)
+PRLIMIT = (302, 261)
+FCNTL = (72, 25)
+F_SETOWN = 8
+F_SETOWN_EX = 15
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE_THREAD = 0x10000
-ALLOW, KILL_PROCESS = 0x7FFF0000, 0x80000000
-EPERM, ENOSYS = 0x00050001, 0x00050026
+ALLOW = 0x7FFF0000
+KILL_PROCESS = 0x80000000
+EPERM = 0x00050001
+ENOSYS = 0x00050026
 
 
 def confine(task: dict[str, Any]) -> None:
@@ -147,7 +156,11 @@ def filter_system_calls(libc: ctypes.CDLL, is_required: bool) -> None:
             raise OSError(f"no filter of system calls for {machine}")
         return
     column = list(AUDIT_ARCH).index(machine)
-    LOAD, JEQ, JGE, JSET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+    LOAD = 0x20
+    JEQ = 0x15
+    JGE = 0x35
+    JSET = 0x45
+    RETURN = 0x06
     code = [
         (LOAD, 0, 0, 4), (JEQ, 1, 0, AUDIT_ARCH[machine]), (RETURN, 0, 0, KILL_PROCESS),
         (LOAD, 0, 0, 0), (JGE, 0, 1, 0x40000000), (RETURN, 0, 0, KILL_PROCESS),
@@ -287,7 +300,8 @@ class Remote:
     """An object of the program's own, seen from its tests: its attributes are asked for, and it is equal to nothing."""
 
     def __init__(self, channel: Channel, number: int) -> None:
-        self._channel, self._number = channel, number
+        self._channel = channel
+        self._number = number
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return ask(self._channel, {"handle": self._number, "attribute": None, "is_call": True}, arguments, keywords)
