@@ -21,6 +21,7 @@ from align.config.validation import suggest
 from align.data.rows import Message
 from align.errors import UserError, printable, redact, shorten
 from align.inference.cached_client import Sink
+from align.inference.completions import read_completion
 from align.inference.rate_limits import RateLimit
 from align.inference.requests import Answer, Request
 from align.inference.servers.server_client import Reply, ReplyTooLong, Transport
@@ -39,8 +40,6 @@ MAX_MODELS_BYTES = 4 << 20
 MODELS_SECONDS = 10
 MAX_QUOTE = 200
 """Characters of a server's error that a message quotes."""
-MAX_TOKENS = 2**40
-"""Token counts above are treated as nonsense: they would overflow a cost."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
@@ -315,56 +314,6 @@ class Endpoint:
         if self._key:
             text = text.replace(self._key, "***")
         return printable(_CONTROL.sub(" ", redact(text))).strip()
-
-
-def read_completion(completion: Any) -> Answer:
-    """Return the answer in a chat completion. Raises ``ValueError`` for anything else."""
-    try:
-        choice = completion["choices"][0]
-        content = choice["message"].get("content")
-        if isinstance(content, list):  # some servers send parts
-            content = "".join(part["text"] for part in content if part.get("type") == "text")
-        if not isinstance(content, (str, type(None))):
-            raise TypeError("content is no text")
-        tool_calls = [_read_call(call) for call in choice["message"].get("tool_calls") or ()]
-        is_refused = bool(choice["message"].get("refusal"))
-        usage = completion.get("usage") or {}
-        prompt_tokens = _token_count(usage.get("prompt_tokens"))
-        completion_tokens = _token_count(usage.get("completion_tokens"))
-        reason = choice.get("finish_reason")
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
-    return Answer(
-        text=_clean_text(content or ""),
-        finished=reason != "length",
-        refused=is_refused or reason == "content_filter",
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        tool_calls=tool_calls,
-    )
-
-
-def _read_call(call: Any) -> dict[str, Any]:
-    """Return a call of a tool. Raises ``TypeError`` if name or arguments are missing."""
-    function = call["function"]
-    name = function["name"]
-    arguments = function.get("arguments")
-    if isinstance(arguments, dict):  # some servers send the object itself
-        arguments = json.dumps(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, str | None):
-        raise TypeError("a tool call has no name or arguments")
-    return {"id": str(call.get("id") or ""), "name": _clean_text(name), "arguments": _clean_text(arguments or "{}")}
-
-
-def _clean_text(text: str) -> str:
-    """Return a text without halves of surrogates, which fit no Parquet file."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _token_count(value: Any) -> int | None:
-    """Return a number of tokens, or None for anything else."""
-    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_TOKENS
-    return value if is_count else None
 
 
 def _wire_message(message: Message) -> Message:

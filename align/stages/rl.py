@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from align.config.runtime.launch import rank, world_size
 from align.config.stages.best_of_n import OnlineDpoConfig, RejectionConfig
@@ -48,6 +48,7 @@ from align.rl.rollout_tables import merge
 from align.rl.run import continue_prompts, keep_rollout_state, summarize
 from align.rl.trainer import RLTrainer
 from align.rl.trainers import BestOfNTrainer, GRPOTrainer, OnlineDPOTrainer, PPOTrainer, RLOOTrainer
+from align.stages.update_reports import ReportUpdates, validation_split
 from align.store.artifacts import Artifact
 from align.store.rollouts import ROLLOUTS
 from align.training.arguments import parallel_options
@@ -188,7 +189,7 @@ def _facts(context: StageContext, trainer: RLTrainer) -> dict[str, Any]:
     """Keep the trainer's state, and return the numbers of prompts, of updates before this stage, and of its bytes."""
     facts: dict[str, Any] = {"prompts": len(trainer.prompts)}
     if trainer.validation is not None:
-        facts[f"{_validation_split(context.config)}_prompts"] = len(trainer.validation.prompts)
+        facts[f"{validation_split(context.config)}_prompts"] = len(trainer.validation.prompts)
     continued = continued_facts(context)
     facts["continued_from_update"] = 0
     if continued is not None:
@@ -275,64 +276,16 @@ def _read_rows(context: StageContext, field: str, split: str) -> list[dict[str, 
     return rows
 
 
-def _validation_split(config: RolloutFields) -> str:
-    """Return the name of the split in metrics: prompts that select the policy are not from the ``test`` split."""
-    return "test" if config.keep == "last" else "validation"
-
-
 def _read_prompts(context: StageContext) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Return rows with prompts to learn from, and rows to validate on if the config asks for it."""
     config: RolloutFields = context.config
     rows = _read_rows(context, "prompts", "train")
     validation = None
-    if config.eval_updates and _validation_split(config) == "test":
+    if config.eval_updates and validation_split(config) == "test":
         validation = _read_rows(context, "prompts", "test")[: config.eval_prompts]
     elif config.eval_updates:
         rows, validation = hold_back_validation(context, rows, config.eval_prompts)
     return rows[: config.max_prompts], validation
-
-
-class ReportUpdates(TrainerCallback):
-    """Reports one point of the curves and one progress event per update."""
-
-    def __init__(self, context: StageContext) -> None:
-        self.context = context
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Report the updates that are to come; rates count from here, so the first update is part of them."""
-        if not state.is_world_process_zero:
-            return
-        config: RolloutFields = self.context.config
-        done = state.global_step // config.steps_per_update
-        tokens = [int(entry["tokens"]) for entry in state.log_history if "tokens" in entry]
-        self.context.progress(done, config.updates, unit="updates", tokens=tokens[-1] if tokens else 0)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Report ``logs``: it has ``score`` after an update, ``eval_kl`` after a validation, else run totals."""
-        if not state.is_world_process_zero or not logs:
-            return
-        if "eval_kl" in logs:
-            split = _validation_split(self.context.config)
-            metrics = {name.replace("eval", split, 1): float(value) for name, value in logs.items() if "eval_" in name}
-            self.context.log(int(logs["update"]), **metrics)
-        if "score" not in logs:
-            # Validations and the closing summary have no score, because they are not updates.
-            return
-        update = int(logs["update"])
-        tokens = int(logs["tokens"])
-        points = {name: float(value) for name, value in logs.items() if name not in ("update", "total_flos")}
-        self.context.log(update, **points)
-        shown = {name: float(logs[name]) for name in ("score", "gold", "kl") if name in logs}
-        self.context.progress(update, self.context.config.updates, unit="updates", tokens=tokens, **shown)
 
 
 def _load_reward_models(context: StageContext) -> list[RewardModel]:

@@ -19,7 +19,8 @@ from align.config.endpoint import EndpointConfig
 from align.errors import UserError
 from align.inference import endpoint_client
 from align.inference.cached_client import CachedClient
-from align.inference.endpoint_client import Endpoint, EndpointLost, read_completion
+from align.inference.completions import read_completion
+from align.inference.endpoint_client import Endpoint, EndpointLost
 from align.inference.requests import Request, RequestCache
 from tests.support.inference.fake_chat import FakeChat, completion, echo
 

@@ -65,7 +65,7 @@ def test_killed_run_stores_the_rollouts_of_a_whole_run(make_trainer, tmp_path, k
     assert tables[1].equals(tables[0]) and len(tables[0]) == 4 * 8
 
 
-def test_share_of_prompts_is_followed_and_no_file_without_a_share(make_trainer, tmp_path):
+def test_share_of_prompts_is_stored(make_trainer, tmp_path):
     trainer = make_trainer(updates=4, rollouts={"keep": 0.5})
     trainer.train()
     rows = stored_rows(tmp_path / "run" / ROLLOUTS)

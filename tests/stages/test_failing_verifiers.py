@@ -17,7 +17,7 @@ from align.inference.endpoint_client import EndpointLost
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.stages import rl as stage
-from align.stages.rl import ReportUpdates
+from align.stages.update_reports import ReportUpdates
 from align.verifiers.sandbox import isolation
 from tests.support.inference.fake_chat import FakeChat, completion
 from tests.support.stages.rollout_contexts import context_maker

@@ -17,7 +17,7 @@ from align.config.runtime import Runtime
 from align.errors import UserError
 from align.pipeline.registry import STAGES
 from align.stages import rl as stage
-from align.stages.rl import ReportUpdates
+from align.stages.update_reports import ReportUpdates
 from align.store.artifacts import Artifact, Kind
 from tests.support.inference.fake_chat import FakeChat, completion
 from tests.support.judges import by_word

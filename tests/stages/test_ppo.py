@@ -22,7 +22,8 @@ from align.models.reward import RewardModel
 from align.pipeline.context import StageContext
 from align.pipeline.stop_signal import CAN_STOP, Stopped, clear_request, request_stop
 from align.rl.checkpoint import DRAFT
-from align.stages.rl import ReportUpdates, _make_scorer, _open_parts, _read_prompts, run
+from align.stages.rl import _make_scorer, _open_parts, _read_prompts, run
+from align.stages.update_reports import ReportUpdates
 from align.store.artifacts import Artifact, Kind
 from tests.support.stored_rollouts import stored_rows
 from tests.support.training.harness import events

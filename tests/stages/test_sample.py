@@ -170,7 +170,7 @@ def test_rollouts_have_tokens_and_scores_of_all_samples(tiny_model: Path, tmp_pa
     assert len(rows) == 3 * len(lines) and {row["update"] for row in rows} == {None}
 
 
-def test_rollouts_of_a_share_or_beyond_the_limit_change_no_result(
+def test_limits_of_stored_rollouts_change_no_result(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "SAMPLE_CHUNK", 2)

@@ -264,10 +264,8 @@ class EvaluateConfig(Config):
         for name, function in zip(names, self.metric_functions, strict=True):
             if name in (*PROMPT_METRICS, *self.reward_metrics):
                 source = f"function: {function.function}" if function.function else f"{function.verifier}: ..."
-                raise ValueError(
-                    f"'{name}' is a metric of its own, so a function needs another name: "
-                    f"metrics: [{{{source}, name: my_{name}}}]"
-                )
+                remedy = f"metrics: [{{{source}, name: my_{name}}}]"
+                raise ValueError(f"'{name}' is a metric of its own, so a function needs another name: {remedy}")
             if names.count(name) > 1:
                 raise ValueError(f"metrics: two metrics are called '{name}'; give one of them another name.")
         return self
