@@ -118,7 +118,9 @@ def exported_store(store: str | None) -> Iterator[None]:
     if not store or "://" in store or "://" in (before or ""):
         yield
         return
-    os.environ["ALIGN_STORE"] = os.path.abspath(os.path.expanduser(store))
+    # The command itself refuses a name that no folder can have.
+    with contextlib.suppress(ValueError):
+        os.environ["ALIGN_STORE"] = os.path.abspath(os.path.expanduser(store))
     try:
         yield
     finally:

@@ -16,15 +16,14 @@ import torch
 
 from align.config.user_functions import function_identity
 from align.data import checkers, event_loop
+from align.data.ensembles import Ensemble, combine
 from align.data.families.embedded import generate
 from align.data.final_answers import AnswerText
 from align.data.scoring import (
-    Ensemble,
     FunctionScorer,
     Part,
     ScoreFailed,
     WeightedSum,
-    combine,
     function_scorer,
     plain_value,
 )

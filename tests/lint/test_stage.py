@@ -131,7 +131,14 @@ def test_prompts_of_ppo(tiny_model: Path, tmp_path: Path) -> None:
     folder.mkdir()
     write_rows(folder / "train.parquet", with_control_token())
     config = STAGES["ppo"].config_class()(
-        policy="model", prompts="data", score="gold", learning_rate=1e-3, updates=1, rollout_batch=4, max_tokens=4
+        policy="model",
+        prompts="data",
+        score="gold",
+        score_validation={"rows": 0},
+        learning_rate=1e-3,
+        updates=1,
+        rollout_batch=4,
+        max_tokens=4,
     )
     stage = context(tmp_path, config, tiny_model, Artifact("data", Kind.PROMPTS, folder, {}), "policy")
     stage.inputs.update(prompts=stage.inputs.pop("data"), reward=None, ptx=None)

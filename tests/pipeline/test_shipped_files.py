@@ -195,7 +195,14 @@ def test_what_the_readme_and_the_guides_show_is_accepted(tmp_path: Path) -> None
     pages = ["README.md", "docs/getting_started.md", "docs/pipelines.md", "docs/ppo.md", "docs/rewards.md"]
     rewarded = {"policy": "sft", "prompts": "data", "learning_rate": 1e-5}
     evaluated = {"policies": ["sft"], "prompts": "data", "reference": "sft"}
-    fields = {"score": ("grpo", rewarded), "environment": ("grpo", rewarded), "metrics": ("evaluate", evaluated)}
+    scored = {**rewarded, "score": "gold"}
+    fields = {
+        "score": ("grpo", rewarded),
+        "environment": ("grpo", rewarded),
+        "metrics": ("evaluate", evaluated),
+        "score_validation": ("grpo", scored),
+        "rollouts": ("grpo", scored),
+    }
     pipelines: list[Pipeline] = []
     runtimes: list[Runtime] = []
     recipes: list[Recipe] = []

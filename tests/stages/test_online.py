@@ -214,7 +214,7 @@ def test_killed_stage_with_rewards_repeats_no_request(make_context, monkeypatch)
 def test_checkpoint_judges_the_responses_of_a_policy(make_context):
     judge = {"model": "judge", "max_tokens": 4, "max_unreadable": 0.99}
     score = [{"judge": judge, "weight": 0.5}, {"function": VOWELS}]
-    context = make_context("grpo", "checkpoint", score=score, tuning=LORA, updates=1)
+    context = make_context("grpo", "checkpoint", score=score, tuning=LORA, updates=1, rollout_batch=8)
     policy = context.inputs["policy"]
     context.inputs["score.judge.model"] = [replace(policy, stage="judge")]
     metrics = STAGES["grpo"].runner()(context)

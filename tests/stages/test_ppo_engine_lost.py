@@ -88,6 +88,7 @@ def raw(tiny_model: Path) -> dict[str, Any]:
         "policy": "policy",
         "prompts": "prompts",
         "score": "tests.support.stages.vowels:share",
+        "score_validation": {"rows": 0},
         "learning_rate": 1e-3,
         "updates": UPDATES,
         "rollout_batch": 8,

@@ -121,11 +121,11 @@ def test_a_killed_checkpoint_run_comes_to_the_same_bytes(
     killed = make_context(tmp_path / "killed", tiny_model, **config)
     real, calls = TransformersEngine.generate, []
 
-    def dies_third(self: Any, *arguments: Any) -> Any:
+    def dies_third(self: Any, *arguments: Any, **options: Any) -> Any:
         calls.append(len(arguments[0]))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(self, *arguments)
+        return real(self, *arguments, **options)
 
     monkeypatch.setattr(TransformersEngine, "generate", dies_third)
     with pytest.raises(KeyboardInterrupt):

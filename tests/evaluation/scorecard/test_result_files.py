@@ -15,6 +15,8 @@ def test_missing_metric_is_absent_only_from_that_systems_samples(tmp_path):
     plan = SimpleNamespace(
         rows=[{"id": "1", "source": "words", "prompt": [user("x")]}],
         systems=[SimpleNamespace(name=name, policy=SimpleNamespace(tokenizer=None)) for name in names],
+        scorer=None,
+        programs=[],
     )
     answer = ResponseSet("transformers", [[Response([7], [-1.0], True, "y")]])
     # A reward's own metric is there only where every response has it.

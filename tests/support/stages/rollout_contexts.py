@@ -13,7 +13,7 @@ from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind
 
-BASE: dict[str, Any] = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
+BASE: dict[str, Any] = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3, "score_validation": {"rows": 0}}
 SMALL: dict[str, Any] = {
     "rollout_batch": 16,
     "samples_per_prompt": 4,
@@ -44,7 +44,7 @@ def context_maker(folder: Path, policy: Path, reward: Path) -> Callable[..., Sta
         config = STAGES[kind].config_class()(**(options | fields))
         kinds = {"policy": ("sft", Kind.POLICY), "reward": ("reward", Kind.REWARD), "prompts": ("data", Kind.PROMPTS)}
         inputs = {
-            field: Artifact(stage, artifact_kind, folder / stage, {}) if getattr(config, field) else None
+            field: Artifact(stage, artifact_kind, folder / stage, {"key": stage}) if getattr(config, field) else None
             for field, (stage, artifact_kind) in kinds.items()
         } | {"ptx": None}
         outputs = folder / attempt
