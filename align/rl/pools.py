@@ -11,13 +11,13 @@ run chooses the same prompts. Every process sees all scores and chooses alike.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
 from align.config.stages.policy_gradient import SelectConfig
 from align.config.stages.rl import RolloutFields
-from align.rl.rollout import Rollout
 
 Pool = Literal["easy", "hard", "between"]
 ROUNDING = 1e-6
@@ -68,11 +68,11 @@ class PromptPools:
         self._chosen = chosen
         return chosen
 
-    def observe(self, rollout: Rollout) -> None:
-        """Note the scores of the rollout that answers the last choice."""
+    def observe(self, groups: Sequence[int], scores: torch.Tensor) -> None:
+        """Note the scores (B,) of the responses to the last choice; ``groups`` are their places in it."""
         sums = dict.fromkeys(range(len(self._chosen)), 0.0)
         sizes = dict.fromkeys(sums, 0)
-        for group, score in zip(rollout.groups, rollout.tensors["scores"].tolist(), strict=True):
+        for group, score in zip(groups, scores.tolist(), strict=True):
             sums[group] += score
             sizes[group] += 1
         for group, prompt in enumerate(self._chosen):

@@ -166,7 +166,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         candidates.seconds |= seconds
         refuse_rollout(candidates, self.objective.name, self.config)
         if self.prompts.pools is not None:
-            self.prompts.pools.observe(candidates)
+            self.prompts.pools.observe(candidates.groups, candidates.tensors["scores"])
         return self._select(candidates)
 
     def _select(self, candidates: Rollout) -> Rollout:

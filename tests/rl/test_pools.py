@@ -8,7 +8,6 @@ import torch
 from align.config.stages.policy_gradient import SelectConfig
 from align.rl import GrpoConfig, GRPOTrainer, RlooConfig
 from align.rl.pools import PromptPools, learned_advantages
-from align.rl.rollout import Rollout
 from tests.support.rl.arguments import settings
 from tests.support.rl.runs import KillAt, Killed, outcome
 from tests.support.rl.trainers import ROWS, make_engine, options_in, share_of_vowels
@@ -22,7 +21,7 @@ def observe(pools, scores):
     """Give the prompts of the last choice these scores, in groups of two."""
     groups = [group for group in range(len(scores)) for _ in range(2)]
     values = torch.tensor([scores[group] for group in groups])
-    pools.observe(Rollout(0, [], groups, [], [], [], {"scores": values}))
+    pools.observe(groups, values)
 
 
 def pools_of(scores, **fields):
