@@ -211,7 +211,10 @@ def encode_value(name: str, value: Any) -> Any:
     if isinstance(value, str):
         return to_text(value)
     if isinstance(value, Mapping):
-        return list(value.items())
+        return [(encode_value("", key), encode_value("", item)) for key, item in value.items()]
+    # Texts of tokens may be halves of characters; numbers need no look.
+    if isinstance(value, list | tuple) and any(isinstance(item, str) for item in value):
+        return [encode_value("", item) for item in value]
     return value
 
 
