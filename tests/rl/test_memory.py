@@ -95,8 +95,9 @@ def test_the_count_is_what_is_there(make_trainer, tiny_model, tiny_reward, monke
     counted = ppo_memory(sizes, [sizes], tuning=tuning, critic=critic, precision=precision)
     counted = replace(counted, engine=2 * sizes.parameters)
     assert weigh.found == {name: asdict(counted)[name] for name in weigh.found}
-    # Nothing of size is left over: rotary tables, the rollout, the micro-batch with the masks of its groups.
-    assert weigh.others - before < 34_000
+    # Nothing of size is left over: rotary tables, the rollout with its stored columns, and the micro-batch with
+    # the masks of its groups.
+    assert weigh.others - before < 37_000
 
 
 def found_for(tiny_model: Any, **fields: Any) -> Estimate:
