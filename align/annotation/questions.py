@@ -58,7 +58,7 @@ class QuestionQueue:
         return pair.gold is not None or share_of("overlap", self.name, pair.id) < self.settings.overlap
 
     def next(self, answers: Sequence[Answer], skipped: Collection[str] = ()) -> Question | None:
-        """Return the next question, or None if nothing is left. ``skipped`` are pairs to leave for another session."""
+        """Return the next question, or None if all are answered. ``skipped`` are pairs to leave for another session."""
         own = [answer for answer in answers if answer.annotator == self.annotator]
         repeat = self._due_repeat(own, skipped, GAP)
         if repeat is not None:

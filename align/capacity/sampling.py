@@ -28,9 +28,6 @@ MAX_SEQUENCES = 1 << 20
 """Greatest number of sequences at a time that is tried."""
 
 
-# ---- loads ----
-
-
 @dataclass(frozen=True)
 class UserLoad:
     """A checkpoint that plays the user of episodes: transformers samples it in the stage's own process."""

@@ -163,7 +163,7 @@ class TerminalSession:
         self.session, self.source, self.output, self.clock = session, source, output, clock
 
     def run(self) -> int:
-        """Ask until nothing is left or the annotator quits; return exit code 0. Every answer is on disk at once."""
+        """Ask until all are answered or the annotator quits; return exit code 0. Every answer is on disk at once."""
         self._print(HELP)
         try:
             while (question := self.session.next()) is not None:

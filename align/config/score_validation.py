@@ -14,7 +14,7 @@ class ScoreValidation(Config):
     """
 
     floor: float = Field(0.9, ge=0, le=1)
-    """Share of rows that must pass a check. 0 only shows the table, and refuses nothing."""
+    """Share of rows that must pass a check. 0 only shows the table, and never refuses."""
     rows: int = Field(32, ge=0, le=10_000)
     """Rows to validate on, spread over the data, plus up to 6 for each form of answer (``1,080``, ``-4``, ``3/4``);
     0 for no validation."""

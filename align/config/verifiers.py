@@ -32,7 +32,7 @@ class SandboxConfig(Config):
     """Command that isolates a program, or the permission to run it without isolation. The level is not in the key."""
 
     command: list[str] | None = Field(None, min_length=1)
-    """Command before that of Python: ``[docker, run, --rm, -i, --network=none, python:3.11-slim, timeout, '60']``."""
+    """Command before Python's: ``[docker, run, --rm, -i, --network=none, python:3.11-slim, timeout, '60']``."""
     unsafe: bool = False
     """Run programs without isolation if there is neither bubblewrap nor Landlock: only for programs you trust."""
 

@@ -191,15 +191,15 @@ class DirectJudge:
         return [sink.answers[request.key] for request in requests]
 
     def recall(self, requests: Sequence[Request]) -> list[Answer]:
-        """See ``Judge``; nothing is kept."""
+        """See ``Judge``; no answer is kept."""
         return [NOT_ASKED] * len(requests)
 
     def usage(self) -> dict[str, Any]:
-        """Return nothing: nobody counts."""
+        """Return no counts."""
         return {}
 
     def close(self) -> None:
-        """See ``Judge``; a server needs nothing."""
+        """See ``Judge``; a server needs no weights."""
 
 
 @dataclass
@@ -210,7 +210,7 @@ class DirectSink:
 
     @contextlib.asynccontextmanager
     async def reserve(self, request: Request) -> AsyncIterator[None]:
-        """Reserve nothing: there is no budget."""
+        """Skip the reservation: there is no budget."""
         yield
 
     def record(self, answered: list[tuple[Request, Answer]]) -> None:
@@ -218,7 +218,7 @@ class DirectSink:
         self.answers |= {request.key: answer for request, answer in answered}
 
     def record_lost(self, request: Request) -> None:
-        """Count nothing."""
+        """Skip the count."""
 
 
 def stage_judge(config: RewardJudge, caches: JudgmentCaches, place: str, processes: int = 1) -> CachedJudge:

@@ -120,7 +120,7 @@ def read_decisions(text: str, criteria: Sequence[Criterion]) -> list[Decision] |
     """Return a judge's decisions in the order of the criteria; None if its reply has another form.
 
     The reply is one JSON object, by itself or in a fenced block, after the judge's own thoughts. A reply that also
-    quotes another object, for example one that the response shows, has another form.
+    quotes another object, for example an object that the response shows, has another form.
     """
     answer = split_thought(text).strip()
     block = _FENCED.fullmatch(answer)

@@ -114,7 +114,7 @@ class CriteriaScorer(JudgeScorer):
         ]
 
     def _judge(self, rows: Sequence[Row], responses: Sequence[str], ask: Ask) -> tuple[list[Judgment], list[Answer]]:
-        """Return the judgments, and replies that cannot be read, one for each response without a readable reply."""
+        """Return the judgments, and replies that cannot be read, a reply for each response without a readable reply."""
         criteria = [self._criteria(row) for row in rows]
         # Texts of rows, such as reference answers, were not sampled and are split here.
         answers = [text if isinstance(text, AnswerText) else split_thought(text) for text in responses]
@@ -163,7 +163,7 @@ class CriteriaScorer(JudgeScorer):
             return weighted_share(judgment.criteria, [decision.is_satisfied for decision in judgment.decisions])
         if judgment.is_empty:
             return 0.0
-        # The lowest score, so a response gains nothing by confusing the judge.
+        # The lowest score, so a response does not profit from confusing the judge.
         return lowest_score(judgment.criteria) if self.fallback is None else self.fallback
 
 

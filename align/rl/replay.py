@@ -63,7 +63,7 @@ class ReplayEngine:
         """Ignore the policy's weights."""
 
     def close(self) -> None:
-        """Free nothing."""
+        """Have no effect."""
 
 
 class StoredUpdates:

@@ -302,7 +302,7 @@ def rollout_files(folder: Path) -> list[Path]:
 
 
 def open_rollouts(folder: str | Path) -> ds.Dataset:
-    """Return the files of a folder as a dataset of pyarrow, which reads nothing yet.
+    """Return the files of a folder as a dataset of pyarrow, which is read later.
 
     The run may still write: the dataset has the files that are complete now. A missing folder is an empty dataset.
     """

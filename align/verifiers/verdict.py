@@ -23,7 +23,7 @@ reference; the limit of time was reached; the program, or the process that compa
 
 
 REPORTED = (*REASONS, FAILED)
-"""Reasons that metrics of rewards may count: those of verifiers, and the failed calls of a function."""
+"""Reasons that metrics of rewards may count: the verifiers' verdicts, and the failed calls of a function."""
 
 
 @dataclass(frozen=True)

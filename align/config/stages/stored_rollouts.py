@@ -29,7 +29,7 @@ class StoredRollouts(Config):
 
 
 class ReplayFolder(Config):
-    """A folder of stored rollouts to learn from, such as that of a run that failed."""
+    """A folder of stored rollouts to learn from, such as a failed run's rollout."""
 
     folder: UserPath
     """Folder ``rollouts`` of a stage, below its artifact or below the ``checkpoints`` of its ``.partial`` folder."""

@@ -27,7 +27,7 @@ Compare = Callable[[float, float], bool]
 LENIENT_FLOOR = 0.5
 """Highest floor of checks that a correct score may fail in some rows: another row's answer may be right, too."""
 MIN_ROWS = 4
-"""Rows below which a share says nothing, so nothing is refused."""
+"""Rows below which a share has no meaning, so no score is refused."""
 TOLERANCE = 1e-6
 CAUSES: dict[CheckName, str] = {
     "twice": "gives the same answer another score the second time. Remove its randomness, or set its temperature to 0",
@@ -248,7 +248,7 @@ def _compare(
 
 
 def _is_highest(scores: Sequence[float]) -> bool:
-    """Return True if the first score, that of the reference, is the highest and not the only one."""
+    """Return True if the first score, the reference's, is the highest and not the only one."""
     return scores[0] >= max(scores) - TOLERANCE and _differ(scores)
 
 

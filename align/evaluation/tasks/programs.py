@@ -1,7 +1,7 @@
 """Tasks whose answers are programs: HumanEval (arXiv 2107.03374) and sets in the layout of MBPP (arXiv 2108.07732).
 
 A program passes if it passes all tests of its problem, in a sandbox (``align.verifiers``). ``pass_at_1`` is the share
-of programs that pass, ``pass_at_k`` the probability that one of k passes, estimated without bias from all samples.
+of programs that pass, ``pass_at_k`` the probability that any of k passes, estimated without bias from all samples.
 
 HumanEval asks for the function in one user turn. An answer that defines the function follows the problem's beginning,
 which has its imports and helpers; any other answer continues that beginning. The tests use the beginning's helpers, not
@@ -107,7 +107,7 @@ class ProgramTask(SampledTask):
         }
 
     def grade(self, item: Item, text: str) -> dict[str, float]:
-        """Return 1 for a program that passes all tests, else 0; and its reason among those of ``counts``."""
+        """Return 1 for a program that passes all tests, else 0; and its reason among the reasons of ``counts``."""
         tests = read_tests(item.data["tests"])
         program = complete_program(item.data["beginning"], text, tests)
         verdict = verify(program, tests, self._sandbox, self._limits) if program else Verdict(0.0, "no_answer")

@@ -107,7 +107,7 @@ class SampledTask(Task):
 
     @abstractmethod
     def grade(self, item: Item, text: str) -> dict[str, float]:
-        """Return the numbers of one answer, by metric; and those of ``counts``, 0 or 1."""
+        """Return the numbers of one answer, by metric; and the metrics of ``counts``, 0 or 1."""
 
     def read_metrics(self) -> dict[str, Metric]:
         """Return the metrics of the task in the order shown."""

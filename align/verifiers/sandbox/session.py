@@ -65,7 +65,7 @@ class Session:
         return True
 
     def receive(self) -> dict[str, Any] | None:
-        """Return the next message; None if there is none in time, a longer one than allowed, or one that is no JSON."""
+        """Return the next message; None if there is none in time, a longer one than allowed, or no JSON."""
         while b"\n" not in self._pending:
             if len(self._pending) > self._most_bytes or not self._read():
                 return None
