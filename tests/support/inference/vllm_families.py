@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.config.runtime import Runtime
+from align.config.runtime import EngineConfig, Runtime
 from align.errors import UserError
 from align.inference.engine import open_engine
 from align.inference.trainer_engine import probe
@@ -66,7 +66,8 @@ def differences(model_dir: Path, dtype: torch.dtype) -> list[float]:
     Raises ``UserError`` if vLLM cannot run the model.
     """
     name = str(dtype).removeprefix("torch.")
-    runtime = Runtime(device="cpu", engine={"name": "vllm", "dtype": name, "cpu_kv_cache_gb": 0.1})
+    choice = EngineConfig.model_validate({"name": "vllm", "dtype": name, "cpu_kv_cache_gb": 0.1})
+    runtime = Runtime(device="cpu", engine=choice)
     options: dict[str, Any] = {"precision": name, "max_length": 128, "seed": 7, "warn": print}
     # As in a stage, a model of the trainer is loaded before the engine, and another after it.
     model = load_policy(model_dir)

@@ -32,6 +32,7 @@ from align.models.tuning.peft_layers import merged_weights
 from align.runner import run_stage, stage_process
 from align.store.fingerprint import file_digest
 from align.store.json_files import read_events
+from tests.support import in_process
 from tests.support.fork_server import shared_server
 from tests.support.inference.vllm_families import compared_in_vllm
 from tests.support.models.families import FAMILIES, write_family
@@ -235,8 +236,8 @@ def vllm_cell(model_type: str, folder: Path) -> Cell:
 
 @contextlib.contextmanager
 def outside_of_this_process(stage: str) -> Iterator[None]:
-    """Run one stage in processes of its own, forked from the server of the tests; the others still run here."""
-    here = run_stage.run_attempt
+    """Run one stage in a separate process, which the fork server of the tests starts. The other stages run here."""
+    here = in_process.run_attempt
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             run_stage,
