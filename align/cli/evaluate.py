@@ -147,7 +147,7 @@ def copy_results(artifact: Path, page: Path | None, folder: Path) -> None:
             shutil.copyfile(artifact / name, folder / name)
     if page is None:
         return
-    from align.cli.run_page import PAGE_FOLDERS
+    from align.runs.run_page import PAGE_FOLDERS
 
     shutil.copyfile(page, folder / page.name)
     for name in PAGE_FOLDERS:

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.cli.run_page import PAGE, RUNNING, Failure, RunOutline, find_failure, stored_outline, write_page
 from align.errors import UserError
 from align.runner.open_store import Opening
+from align.runs.run_page import PAGE, RUNNING, Failure, RunOutline, find_failure, stored_outline, write_page
 from align.store.artifacts import LOG
 from align.store.store import REPORTS, Store
 

@@ -291,6 +291,10 @@ COMMANDS: dict[str, Command] = {
     "export": _imported(
         "export", "write a checkpoint as an ordinary model folder, check its answers and describe it; --push uploads it"
     ),
+    "studio": _imported(
+        "studio",
+        "start the local web application of a store, which shows its runs live; --read-only changes nothing",
+    ),
     "sweep": _imported(
         "sweep",
         "try out a space over a pipeline's fields; unchanged stages are made once, an interrupted sweep goes on",
@@ -328,7 +332,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 LIBRARY_LOGGERS = ("DeepSpeed", "bitsandbytes")
 """Loggers of libraries that warn when they are imported. A stage's log keeps that; a command's output does not."""
-WORKING_COMMANDS = ("run", "sweep", "eval", "export", "data", "push")
+WORKING_COMMANDS = ("run", "studio", "sweep", "eval", "export", "data", "push")
 """Commands that continue when their output cannot be written any more."""
 
 

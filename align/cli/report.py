@@ -16,8 +16,8 @@ from align.cli.parser import add_store, print_json, print_warning
 from align.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from align.cli.run_page import RunOutline
     from align.report.compare.over_seeds import SeedComparison
+    from align.runs.run_page import RunOutline
     from align.store.store import Store
 
 MIN_SECONDS = 1
@@ -37,7 +37,7 @@ SEED = "seed"
 
 def run(options: argparse.Namespace) -> int:
     """Run ``align report``."""
-    from align.cli.run_page import damaged_stages, find_failure, find_run, open_store_of, write_page
+    from align.runs.run_page import damaged_stages, find_failure, find_run, open_store_of, write_page
 
     store = open_store_of([options.run], options.store)
     outline = _latest_run(store) if options.run is None else find_run(options.run, store)
@@ -69,7 +69,7 @@ def _watch(outline: RunOutline, store: Store, folder: Path | None, options: argp
 def _latest_run(store: Store) -> RunOutline:
     """Return the run that the store saw last; raise ``UserError`` if it has none."""
     from align.cli.artifacts import print_damage
-    from align.cli.run_page import stored_outline
+    from align.runs.run_page import stored_outline
 
     runs, damaged = store.survey_runs()
     print_damage(damaged)
@@ -172,14 +172,14 @@ class Watch:
         return page
 
     def _write(self, refresh: int | None = None) -> Path:
-        from align.cli.run_page import find_failure, write_page
+        from align.runs.run_page import find_failure, write_page
 
         failure = find_failure(self.outline, self.store)
         return write_page(self.outline, self.store, failure, self.folder, always=False, refresh=refresh)
 
     def _is_active(self) -> bool:
         """Return True while a stage runs, here or elsewhere, or a job of the run waits in a queue."""
-        from align.cli.status import live_jobs
+        from align.runs.status import live_jobs
 
         if any(self.store.is_locked(kind, key) for kind, key in self.outline.stages.values()):
             return True
@@ -189,7 +189,7 @@ class Watch:
 
     def _is_done(self) -> bool:
         """Return True once every stage but the report has its artifact and none is made again."""
-        from align.cli.run_page import finished_artifacts
+        from align.runs.run_page import finished_artifacts
 
         artifacts = finished_artifacts(self.outline, self.store)
         stages = [name for name, (kind, _) in self.outline.stages.items() if kind != REPORT_KIND]
@@ -197,7 +197,7 @@ class Watch:
 
     def _has_content(self) -> bool:
         """Return True if a stage has begun, which gives the page content."""
-        from align.cli.run_page import find_failure, finished_artifacts
+        from align.runs.run_page import find_failure, finished_artifacts
 
         has_begun = find_failure(self.outline, self.store) is not None
         return has_begun or bool(finished_artifacts(self.outline, self.store))
@@ -205,9 +205,9 @@ class Watch:
 
 def run_compare(options: argparse.Namespace) -> int:
     """Run ``align compare``."""
-    from align.cli.run_page import damaged_stages, finished_artifacts, open_store_of, page_folder
     from align.report.compare.comparison import write_comparison
     from align.report.compare.over_seeds import compare_over_seeds
+    from align.runs.run_page import damaged_stages, finished_artifacts, open_store_of, page_folder
 
     folder = output_folder(options.output)
     store = open_store_of([split_name(word)[1] for word in options.runs], options.store)
@@ -259,7 +259,7 @@ def split_name(word: str) -> tuple[str | None, str]:
 
 def find_runs(words: list[str], store: Store) -> dict[str, RunOutline]:
     """Return the runs that ``words`` name, by the name that the page shows. Raise ``UserError`` for fewer than two."""
-    from align.cli.run_page import find_run
+    from align.runs.run_page import find_run
 
     runs: dict[str, RunOutline] = {}
     for word in words:
@@ -276,7 +276,7 @@ def find_runs(words: list[str], store: Store) -> dict[str, RunOutline]:
 
 def _note(outline: RunOutline, store: Store) -> str:
     """Return a warning about a run that is incomplete, or an empty text."""
-    from align.cli.run_page import find_failure, finished_artifacts
+    from align.runs.run_page import find_failure, finished_artifacts
 
     failure = find_failure(outline, store)
     if failure is not None:

@@ -17,13 +17,13 @@ from rich.console import Console
 
 from align.cli.live_page import LivePage
 from align.cli.parser import print_json
-from align.cli.run_page import STOPPED, Failure, first_missing, outline_of, try_write_page
 from align.errors import StageFailed, UserError, printable
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.listener import ConsoleListener, Listener
 from align.runner.open_store import open_store
 from align.runner.runner import Run, run_pipeline
+from align.runs.run_page import STOPPED, Failure, first_missing, outline_of, try_write_page
 from align.store.artifacts import Artifact
 from align.store.store import Store
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from align.cli.run_page import Failure, outline_of, try_write_page
 from align.clusters import slurm_commands
 from align.clusters.follow import JobResult, SchedulerError, await_inputs, executor_settings, with_threads
 from align.clusters.slurm_submission import Submission
@@ -26,6 +25,7 @@ from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.listener import ConsoleListener
 from align.runner.runner import run_pipeline
+from align.runs.run_page import Failure, outline_of, try_write_page
 from align.store.artifacts import CHECKPOINTS, LOG, Artifact
 from align.store.json_files import DamagedFile, read_sealed, write_sealed
 from align.store.store import Store

@@ -120,10 +120,10 @@ def _try_page(sweep: Sweep, study: Study, store: Store, folder: Path | None) -> 
 
 def _write_page(sweep: Sweep, study: Study, store: Store, folder: Path | None) -> Path | None:
     """Write the page: the trials in a table, and the best of them compared like any runs. None without a done trial."""
-    from align.cli.run_page import damaged_stages, finished_artifacts, stored_outline
     from align.cli.sweep_table import sentences, short_name, trial_rows
     from align.report.compare.comparison import write_comparison
     from align.report.compare.run_table import SweepTrials
+    from align.runs.run_page import damaged_stages, finished_artifacts, stored_outline
     from align.store.store import REPORTS
 
     rows = trial_rows(sweep, study)

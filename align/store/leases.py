@@ -175,12 +175,20 @@ def read_runs(root: Path) -> tuple[dict[str, dict[str, Any]], list[DamagedRun]]:
     damaged = []
     for path in sorted((root / RUNS).glob("*.json")):
         try:
-            run = read_sealed(path, RunRecord)
-            if run.name != path.stem:
-                raise DamagedFile(f"is about the run '{run.name}'")
-            intact[path.stem] = run.model_dump()
-        except DamagedFile as error:
-            damaged.append(DamagedRun(path, str(error)))
+            intact[path.stem] = read_run(path)
+        except DamagedRun as error:
+            damaged.append(error)
         except FileNotFoundError:  # deleted since the folder was listed
             continue
     return intact, damaged
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Return the content of the record of one run. Raises ``DamagedRun``, or ``FileNotFoundError`` without a record."""
+    try:
+        run = read_sealed(path, RunRecord)
+        if run.name != path.stem:
+            raise DamagedFile(f"is about the run '{run.name}'")
+    except DamagedFile as error:
+        raise DamagedRun(path, str(error)) from None
+    return run.model_dump()

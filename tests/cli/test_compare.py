@@ -119,7 +119,7 @@ def test_over_seeds_prints_the_decision_and_every_seed(
     for seed, artifacts in enumerate(runs.values(), start=1):
         artifacts["ppo"].record.update(seed=seed, config={"policy": "sft"})
         artifacts["evaluate"].record["seed"] = seed
-    monkeypatch.setattr("align.cli.run_page.finished_artifacts", lambda outline, store: runs[outline.name])
+    monkeypatch.setattr("align.runs.run_page.finished_artifacts", lambda outline, store: runs[outline.name])
     words = ["compare", "low", "high", "--over", "seed", "--store", example.store, "--output", str(tmp_path / "out")]
     assert main(words) == 0
     out = capsys.readouterr().out

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import yaml
 
-from align.cli import run_page
 from align.cli.main import main
 from align.cli.report import Watch
-from align.cli.run_page import outline_of, stored_outline, write_page
 from align.pipeline.pipeline import Pipeline
+from align.runs import run_page
+from align.runs.run_page import outline_of, stored_outline, write_page
 from align.store.store import Store
 from tests.support import toy
 
@@ -368,9 +368,9 @@ def test_watch_ends_after_a_quiet_while_or_by_the_reader(
     assert page is not None and "data-refresh" not in page.read_text()
     monkeypatch.setattr("align.cli.report.QUIET_SECONDS", 0.0)
     # While Slurm does not answer, nobody knows whether a job of the run waits.
-    monkeypatch.setattr("align.cli.status.live_jobs", lambda *_: ({}, "squeue: timed out"))
+    monkeypatch.setattr("align.runs.status.live_jobs", lambda *_: ({}, "squeue: timed out"))
     assert Watch(outline, Store(store), None, 1.0)._is_active()
-    monkeypatch.setattr("align.cli.status.live_jobs", lambda *_: ({}, ""))
+    monkeypatch.setattr("align.runs.status.live_jobs", lambda *_: ({}, ""))
     capsys.readouterr()
     assert main(["report", "toy", "--watch", "--store", str(store)]) == 0
     out = capsys.readouterr().out

@@ -18,10 +18,10 @@ import yaml
 
 from align import Pipeline
 from align.cli.main import main
-from align.cli.run_page import stored_outline
-from align.cli.status import _stop_processes
 from align.errors import StageFailed
 from align.runner.runner import run_pipeline
+from align.runs.run_page import stored_outline
+from align.runs.status import stop_processes
 from tests.support import toy
 
 
@@ -122,7 +122,7 @@ def test_process_of_same_named_machine_is_kept(store: Path) -> None:
         claim = {"host": socket.gethostname(), "machine": "other-boot pid:[1]", "pid": sleeper.pid}
         fake = SimpleNamespace(is_locked=lambda *_: True, holder_of=lambda *_: claim)
         outline = stored_outline("toy", run.store.runs()["toy"])
-        assert _stop_processes(outline, fake, set()) == []  # type: ignore[arg-type]
+        assert stop_processes(outline, fake, set()) == []  # type: ignore[arg-type]
         assert sleeper.poll() is None
     finally:
         sleeper.kill()

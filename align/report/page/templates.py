@@ -27,7 +27,10 @@ from align.store.json_files import write_text_atomically
 
 FOLDER = Path(__file__).parents[1] / "templates"
 SCRIPTS = ("samples.js", "curves.js", "curve_view.js", "scroll.js", "refresh.js")
-STYLES = ("page.css", "dark.css")
+DARK = "dark.css"
+STYLES = ("page.css", DARK)
+DARK_SCREEN = "@media screen and (prefers-color-scheme: dark) {{\n{}}}"
+"""Media query around the dark colors; print stays light."""
 
 
 def page_shell(title: str) -> dict[str, Any]:
@@ -48,8 +51,11 @@ def page_shell(title: str) -> dict[str, Any]:
 
 def style_sheets(*names: str) -> Markup:
     """Return the style sheets ``names`` as one text for a ``<style>`` element."""
-    text = "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in names)
-    return Markup(text)  # noqa: S704  (our own file)
+    sheets = []
+    for name in names:
+        sheet = (FOLDER / name).read_text(encoding="utf-8")
+        sheets.append(DARK_SCREEN.format(sheet) if name == DARK else sheet)
+    return Markup("\n".join(sheets))  # noqa: S704  (our own files)
 
 
 @cache
