@@ -19,7 +19,7 @@ from align.errors import StageFailed, plain_number
 from align.runner.stage_result import left_result
 from align.runs.run_page import RunOutline
 from align.store.artifacts import CHECKPOINTS, EVENTS
-from align.store.json_files import parse_event
+from align.store.json_files import parse_event, read_tail
 from align.store.locks import is_of_this_machine
 from align.store.record import DamagedRecord
 from align.store.store import Store
@@ -114,11 +114,8 @@ def _left_behind(stage: str, partial: Path) -> StageStatus:
 def last_progress(partial: Path) -> str:
     """Return the last progress in a stage's event file: ``12/40 steps``."""
     try:
-        with (partial / EVENTS).open("rb") as file:
-            # The last progress is near the end: files of long runs have megabytes of events before it.
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - TAIL_BYTES))
-            lines = file.read().splitlines()
+        # The last progress is near the end: files of long runs have megabytes of events before it.
+        lines = read_tail(partial / EVENTS, TAIL_BYTES).splitlines()
     except OSError:
         return ""
     for line in reversed(lines):

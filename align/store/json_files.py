@@ -111,6 +111,14 @@ def read_file(path: Path) -> bytes:
         raise DamagedFile(f"cannot be read ({error.strerror})") from None
 
 
+def read_tail(path: Path, size: int) -> bytes:
+    """Return at most the last ``size`` bytes of a file. Raises ``OSError``."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - size))
+        return file.read(size)
+
+
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the number, from 1 on, and the text of each line of a file of JSON lines, without blank lines."""
     # Not by ``splitlines``: a text may hold U+2028, which separates lines, but ends no line of JSON.

@@ -96,10 +96,28 @@ def stage_curves(events: Events, limit: int) -> tuple[list[Curve], list[str]]:
 
     A single point is not drawn; the record has its value. Panels about episodes do not count towards ``limit``.
     """
+    panels, left_out = _choose_panels(events, limit)
+    return [draw_curve(title, names, events) for title, names in panels], left_out
+
+
+def curve_numbers(events: Events, limit: int = MAX_PANELS) -> dict[str, Any]:
+    """Return a stage's panels as numbers, for a page that draws them itself.
+
+    ``panels`` have a ``title`` and ``lines`` with ``name``, ``x`` and ``y``, and ``low`` and ``high`` if their points
+    average several steps; ``left_out`` has the titles of panels beyond ``limit``.
+    """
+    panels, left_out = _choose_panels(events, limit)
+    numbers = [
+        {"title": title, "lines": [line.numbers() for line in _panel_lines(names, events)]} for title, names in panels
+    ]
+    return {"panels": numbers, "left_out": left_out, "averaged": _steps_per_point(events)}
+
+
+def _choose_panels(events: Events, limit: int) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """Return (title, metrics) of the first ``limit`` panels, and the titles of the others."""
     panels = group_by_panel({name: points for name, points in events.series.items() if len(points[0]) > 1})
     limit += sum(is_episode_panel(title) for title, _ in panels)
-    curves = [draw_curve(title, names, events) for title, names in panels[:limit]]
-    return curves, [title for title, _ in panels[limit:]]
+    return panels[:limit], [title for title, _ in panels[limit:]]
 
 
 def run_curves(by_run: Mapping[str, Events], limit: int) -> tuple[list[Curve], list[str]]:
@@ -140,11 +158,15 @@ class _Line:
 
 def draw_curve(title: str, names: Sequence[str], events: Events) -> Curve:
     """Draw one panel: the metrics ``names`` (training first, then held out) over steps."""
+    return _draw_panel(title, _panel_lines(names, events), METRICS)
+
+
+def _panel_lines(names: Sequence[str], events: Events) -> list[_Line]:
     lines = []
     for index, name in enumerate(names):
         spread = events.spread.get(name, ((), ()))
         lines.append(_Line(name, index, *map(tuple, events.series[name]), *map(tuple, spread)))
-    return _draw_panel(title, lines, METRICS)
+    return lines
 
 
 def draw_run_curves(title: str, by_run: Mapping[str, Events]) -> Curve:

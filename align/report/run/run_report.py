@@ -21,7 +21,7 @@ from align.report.run.stage_costs import pipeline_diagram
 from align.report.run.training_health import measured_changes, training_health
 from align.report.scorecard.sections import evaluation_sections
 from align.store.artifacts import Artifact
-from align.store.json_files import write_text_atomically
+from align.store.json_files import read_tail, write_text_atomically
 
 LOG_TAIL = 6_000
 """Bytes of a failed stage's log on the page."""
@@ -111,9 +111,6 @@ def _failure(failed: dict[str, Any] | None) -> dict[str, Any] | None:
 def _log_tail(log: Path) -> str:
     """Return the last :data:`LOG_TAIL` bytes of ``log`` as text."""
     try:
-        with log.open("rb") as file:
-            end = file.seek(0, 2)
-            file.seek(max(0, end - LOG_TAIL))
-            return file.read().decode("utf-8", errors="replace")
+        return read_tail(log, LOG_TAIL).decode("utf-8", errors="replace")
     except OSError:
         return "(the log cannot be read)"

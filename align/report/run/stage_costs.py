@@ -55,10 +55,11 @@ def device(record: Mapping[str, Any]) -> str:
 
 def stage_rows(artifacts: Sequence[Artifact], events: Mapping[str, Events]) -> list[dict[str, Any]]:
     """Return each stage's numbers, settings as YAML, versions, warnings and notes, as text."""
-    return [_stage_row(artifact, events[artifact.stage]) for artifact in artifacts]
+    return [stage_row(artifact, events[artifact.stage]) for artifact in artifacts]
 
 
-def _stage_row(artifact: Artifact, events: Events) -> dict[str, Any]:
+def stage_row(artifact: Artifact, events: Events) -> dict[str, Any]:
+    """Return one row of ``stage_rows``."""
     record = artifact.record
     tokens = record.get("tokens")
     seconds = record.get("seconds")
@@ -182,24 +183,24 @@ def pipeline_diagram(
     for artifact in artifacts:
         links = artifact.record.get("input_stages", [])
         inputs[artifact.stage] = [stages[link["key"]] for link in links if link.get("key") in stages]
-    boxes = {artifact.stage: _finished_box(artifact, artifact.stage in cached) for artifact in artifacts}
+    boxes = {artifact.stage: finished_box(artifact, artifact.stage in cached) for artifact in artifacts}
     if failed:
         name = str(failed["stage"])
         status = "running" if failed.get("status") == "running" else "failed"
         inputs[name] = [source for source in failed.get("inputs", []) if source in boxes]
-        boxes[name] = _box(name, status, str(failed.get("status") or "failed"))
+        boxes[name] = stage_box(name, status, str(failed.get("status") or "failed"))
         for waiting in map(str, failed.get("pending", [])):
             inputs[waiting] = [name]
-            boxes[waiting] = _box(waiting, "pending", "not run")
+            boxes[waiting] = stage_box(waiting, "pending", "not run")
     for waiting, sources in (pending or {}).items():
         # A stage may be pending both behind the failed one and by itself: keep the first box, and the full inputs.
         status = (states or {}).get(waiting, "pending")
-        boxes.setdefault(waiting, _box(waiting, status, LEGEND[status][1]))
+        boxes.setdefault(waiting, stage_box(waiting, status, LEGEND[status][1]))
         inputs[waiting] = [source for source in sources if source in boxes]
-    return _place_boxes(boxes, inputs)
+    return place_boxes(boxes, inputs)
 
 
-def _place_boxes(boxes: dict[str, dict[str, Any]], inputs: dict[str, list[str]]) -> dict[str, Any]:
+def place_boxes(boxes: dict[str, dict[str, Any]], inputs: dict[str, list[str]]) -> dict[str, Any]:
     """Give each box a column by its inputs and the next free row in it, and draw the arrows between them."""
     columns = _columns(inputs)
     # Columns follow the longest path to a stage, so arrows only ever point to the right.
@@ -232,7 +233,8 @@ def _place_boxes(boxes: dict[str, dict[str, Any]], inputs: dict[str, list[str]])
     }
 
 
-def _finished_box(artifact: Artifact, cached: bool) -> dict[str, Any]:
+def finished_box(artifact: Artifact, cached: bool) -> dict[str, Any]:
+    """Return the box of a finished stage: time and memory, tokens, and the cost of its endpoints."""
     record = artifact.record
     tokens = record.get("tokens")
     cost = endpoint_cost(record)
@@ -240,10 +242,11 @@ def _finished_box(artifact: Artifact, cached: bool) -> dict[str, Any]:
     lines.append(f"{count(tokens)} tokens" if tokens else str(record.get("makes", artifact.kind)))
     if cost is not None:
         lines.append(f"endpoints: {number(cost)}")
-    return _box(artifact.stage, "cached" if cached else "done", *lines)
+    return stage_box(artifact.stage, "cached" if cached else "done", *lines)
 
 
-def _box(name: str, status: str, *lines: str) -> dict[str, Any]:
+def stage_box(name: str, status: str, *lines: str) -> dict[str, Any]:
+    """Return a box without coordinates; ``status`` is a key of ``LEGEND``."""
     return {"name": name, "status": status, "mark": LEGEND[status][0], "lines": lines}
 
 

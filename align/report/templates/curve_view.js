@@ -1,9 +1,9 @@
 // Enlarges a training curve: drag to zoom, a slider to smooth, a switch for a log scale. Everything is drawn from the
-// numbers on the page; names of metrics and runs only ever become text.
+// numbers on the page; names of metrics and runs only ever become text. `curveView.attach(figures, read)` does it for the
+// given figures, whose numbers `read` returns.
 "use strict";
-(function () {
-  const source = document.getElementById("curves-data");
-  if (!source || typeof HTMLDialogElement === "undefined") return;
+const curveView = { attach: function (figures, read) {
+  if (typeof HTMLDialogElement === "undefined") return;
   const NS = "http://www.w3.org/2000/svg";
   const BOX = { left: 70, top: 14 };
   let WIDTH = 0, HEIGHT = 0;  // by the window, so that labels have their size on a phone, too
@@ -75,6 +75,8 @@
     return places.length > 1 ? places : ticks(low, high, 5);
   }
 
+  // One dialog on a page: figures that are drawn again bring a new one.
+  for (const earlier of document.querySelectorAll("dialog.curve-view")) earlier.remove();
   const dialog = html("dialog", "curve-view", document.body);
   const bar = html("div", "curve-bar", dialog);
   const heading = html("h3", "", bar);
@@ -191,7 +193,7 @@
   }
 
   function open(number) {
-    data = data || JSON.parse(source.textContent);
+    data = data || read();
     const curve = data[number];
     view = { curve, x: allSteps(curve.lines), y: [0, 1], log: false };
     const canLog = curve.lines.every((line) => line.y.every((value) => value > 0));
@@ -254,7 +256,7 @@
     zoom(...move);
   });
 
-  for (const figure of document.querySelectorAll("figure.curve")) {
+  for (const figure of figures) {
     const number = Number(figure.dataset.curve);
     const button = html("button", "enlarge", figure, "⤢");
     button.type = "button";
@@ -266,4 +268,8 @@
       if (event.key === "Enter" && event.target === figure) open(number);
     });
   }
+} };
+(function () {
+  const source = document.getElementById("curves-data");
+  if (source) curveView.attach([...document.querySelectorAll("figure.curve")], () => JSON.parse(source.textContent));
 })();

@@ -1,12 +1,10 @@
 // Reads values off the training curves: draws a line over the panel under the pointer and over the other panels of the
-// same stage, and shows the values below each.
+// same stage, and shows the values below each. `curveReader.attach(figures, read)` does it for the given figures, whose
+// numbers `read` returns.
 "use strict";
-(function () {
-  const source = document.getElementById("curves-data");
-  if (!source) return;
+const curveReader = { attach: function (figures, read) {
   const NS = "http://www.w3.org/2000/svg";
   let data = null;  // parsed on first use: a long run has a megabyte of it
-  const figures = [...document.querySelectorAll("figure.curve")];
   const readings = new Map();
 
   const number = (value) => {
@@ -82,7 +80,7 @@
     if (data) for (const each of panelsOfStage(panel)) clear(each);
   }
   function load() {
-    data = data || JSON.parse(source.textContent);
+    data = data || read();
   }
 
   for (const figure of figures) {
@@ -107,5 +105,10 @@
       show(panel, xs[Math.min(xs.length - 1, Math.max(0, point))]);
     });
   }
+} };
+(function () {
+  const source = document.getElementById("curves-data");
+  if (!source) return;
+  curveReader.attach([...document.querySelectorAll("figure.curve")], () => JSON.parse(source.textContent));
   for (const hint of document.querySelectorAll(".reading-hint")) hint.hidden = false;
 })();

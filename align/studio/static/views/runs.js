@@ -36,6 +36,7 @@ function runRow(run) {
 const HEADINGS = ["Run", "State", "Stages", "Now, or what went wrong", "Started", ""];
 
 export async function show(main, parameters) {
+  if (parameters.path.length) return (await import("./run.js")).show(main, parameters);
   const filter = element("input", { type: "search", placeholder: "Name, state or stage", "aria-label": "Filter runs" });
   const count = element("span", { class: "small" });
   const notes = element("div");

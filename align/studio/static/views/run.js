@@ -1,0 +1,289 @@
+// One run: its graph, progress, alarms, and a stage's curves, log and settings. All of it follows the run while it works.
+import { get, path, post, stream } from "../api.js";
+import { address, showConnection } from "../app.js";
+import { ago, drawing, element, moment, problem, replace, update } from "../dom.js";
+import { setKeys } from "../keys.js";
+import { showPanels } from "../panels.js";
+import { stateChip } from "./runs.js";
+
+const CURVE_PAUSE = 4000, LOG_PAUSE = 1500, LOOK_EVERY = 1500;  // ms
+const TABS = ["curves", "log", "settings"];
+
+function confirmed(text, action) {
+  return new Promise((resolve) => {
+    const dialog = element("dialog", { class: "keys" }, element("p", null, text),
+      element("div", { class: "buttons" },
+        element("button", { type: "button", class: "danger", onclick: () => dialog.close("yes") }, action),
+        element("button", { type: "button", onclick: () => dialog.close("") }, "Cancel")));
+    dialog.addEventListener("close", () => { dialog.remove(); resolve(dialog.returnValue === "yes"); });
+    document.body.append(dialog);
+    dialog.showModal();
+  });
+}
+
+// ---- graph ----
+
+function drawGraph(graph, chosen, choose) {
+  const curve = (a) => `M${a.x1} ${a.y1}C${a.x1 + 20} ${a.y1} ${a.x2 - 24} ${a.y2} ${a.x2 - 2} ${a.y2}`;
+  const tip = drawing("defs", null, drawing("marker", { id: "tip", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto" },
+    drawing("path", { d: "M0 0 8 4 0 8z", class: "tip" })));
+  const boxes = graph.boxes.map((box) => {
+    const open = () => choose(box.name);
+    const press = (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); open(); } };
+    return drawing("g", { class: `box ${box.status}${box.name === chosen ? " chosen" : ""}`, tabindex: 0, role: "button", "aria-pressed": String(box.name === chosen), "aria-label": `${box.name}: ${box.lines.join(", ")}`, onclick: open, onkeydown: press },
+      drawing("title", null, box.name),
+      drawing("rect", { x: box.x, y: box.y, width: graph.box_width, height: graph.box_height, rx: 9 }),
+      drawing("text", { x: box.x + 13, y: box.y + 25, class: "name" }, box.short),
+      drawing("text", { x: box.x + graph.box_width - 13, y: box.y + 25, "text-anchor": "end", class: "mark" }, box.mark),
+      box.lines.map((line, index) => drawing("text", { x: box.x + 13, y: box.y + 46 + 18 * index, class: "line" }, line)));
+  });
+  return drawing("svg", { class: "diagram", width: graph.width, height: graph.height, viewBox: `0 0 ${graph.width} ${graph.height}`, role: "group", "aria-label": "Stages and the data between them" },
+    tip, graph.arrows.map((arrow) => drawing("path", { d: curve(arrow), class: "arrow", fill: "none", "stroke-width": 1.4, "marker-end": "url(#tip)" })), boxes);
+}
+
+// ---- parts that change as a whole ----
+
+function progressRows(stages) {
+  return stages.filter((stage) => stage.progress).map((stage) => {
+    const { share, text, phase, seconds_left: left } = stage.progress;
+    const bar = element("progress", { max: 1, "aria-label": `Progress of ${stage.stage}` });
+    if (share !== null) bar.value = share;
+    return element("div", { class: "progress" }, element("b", null, stage.stage), bar,
+      element("span", { class: "num" }, share === null ? "" : `${Math.floor(100 * share)} %`),
+      element("span", { class: "small" }, [text, phase].filter(Boolean).join(" · ") || stage.what),
+      left !== null && element("span", { class: "small num" }, `done about ${new Date(Date.now() + 1000 * left).toTimeString().slice(0, 5)}`));
+  });
+}
+
+function alarmList(stages) {
+  const rows = stages.flatMap((stage) => stage.warnings.map((text) => ({ stage: stage.stage, text })));
+  if (!rows.length) return null;
+  return element("section", { class: "panel" }, element("h2", null, `Alarms and warnings (${rows.length})`),
+    element("ul", { class: "warnings" }, rows.map((row) => element("li", null, "⚠ ", element("b", null, row.stage), " ", row.text))));
+}
+
+function healthTable(health) {
+  if (!health) return null;
+  const head = ["Stage", "Alarms", ...health.columns.map((column) => column.title)];
+  return element("section", { class: "panel" }, element("h2", null, "Health of training"),
+    element("div", { class: "scroll" }, element("table", { class: "health" },
+      element("thead", null, element("tr", null, head.map((text, index) => element("th", { scope: "col" }, text, index > 1 && element("div", { class: "small" }, health.columns[index - 2].healthy))))),
+      element("tbody", null, health.rows.map((row) => element("tr", null, element("th", { scope: "row" }, row.stage),
+        element("td", { class: row.alarms.length ? "bad" : "good" }, row.alarms.length ? row.alarms.join("; ") : "none"),
+        row.cells.map((cell) => element("td", { class: "num" + (cell.ok ? "" : " bad") }, cell.text, cell.ok ? "" : " ✗"))))))));
+}
+
+function stageTable(stages, chosen, choose) {
+  const heads = ["Stage", "State", "Time", "Peak memory", "Tokens", "Speed", "Detail"];
+  const row = (stage) => {
+    const cost = stage.cost || { time: "", memory: "", tokens: "", speed: "" };
+    return element("tr", { class: stage.stage === chosen ? "chosen" : null },
+      element("th", { scope: "row" }, element("button", { type: "button", class: "link", onclick: () => choose(stage.stage) }, stage.stage), element("span", { class: "small" }, stage.kind === stage.stage ? "" : ` ${stage.kind}`)),
+      element("td", null, stateChip(stage.state)),
+      ["time", "memory", "tokens", "speed"].map((name) => element("td", { class: "num" }, cost[name])),
+      element("td", { class: "small" }, stage.what, stage.warnings.length ? ` ⚠ ${stage.warnings.length}` : ""));
+  };
+  return element("section", { class: "panel" }, element("h2", null, "Stages"), element("div", { class: "scroll" },
+    element("table", { class: "stages" }, element("thead", null, element("tr", null, heads.map((text, index) => element("th", { scope: "col", class: index > 1 && index < 6 ? "num" : null }, text)))),
+      element("tbody", null, stages.map(row)))));
+}
+
+function settingsBlock(settings) {
+  return [element("pre", { class: "yaml" }, settings.config),
+    settings.metrics.length ? [element("h4", null, "Numbers in its record"), element("dl", { class: "facts" }, settings.metrics.map(([name, value]) => [element("dt", null, name), element("dd", null, value)]))] : null,
+    settings.facts.length ? [element("h4", null, "Provenance"), element("dl", { class: "facts" }, settings.facts.map(([name, value]) => [element("dt", null, name), element("dd", null, value)]))] : null];
+}
+
+// ---- the page ----
+
+class RunPage {
+  constructor(main, name, query) {
+    this.name = name;
+    this.stage = query.stage || null;
+    this.tab = TABS.includes(query.tab) ? query.tab : "curves";
+    this.run = null;
+    this.loaded = {};
+    this.ended = false;
+    this.head = element("div", { class: "view-head" });
+    this.notice = element("div");
+    this.progress = element("div");
+    this.graph = element("div", { class: "scroll" });
+    this.alarms = element("div");
+    this.stages = element("div");
+    this.tabs = element("div", { class: "tabs", role: "tablist", "aria-label": "Stage" });
+    this.body = element("div", { class: "tab-body" });
+    replace(main, this.head, this.notice, element("section", { class: "panel" }, this.graph, this.progress),
+      element("section", { class: "panel" }, this.tabs, this.body), this.alarms, this.stages);
+  }
+
+  show(run) {
+    this.run = run;
+    const names = run.stages.map((stage) => stage.stage);
+    if (!names.includes(this.stage)) this.stage = this.firstStage();
+    const isActive = run.stages.some((stage) => stage.state === "runs" || stage.state === "waits");
+    const isDone = run.stages.every((stage) => stage.state === "done");
+    document.title = `${run.name} · align studio`;
+    update(this.head, [run.name, run.title, run.description, run.when, run.page, isActive, isDone, ago(run.when)], () => [
+      element("h1", null, element("a", { href: address("runs"), class: "crumb" }, "Runs"), " / ", run.name),
+      element("span", { class: "small" }, run.title !== run.name ? run.title : "", " started ", element("time", { title: moment(run.when) }, ago(run.when))),
+      element("span", { class: "grow" }),
+      run.page && element("a", { href: run.page, target: "_blank", rel: "noopener" }, "Report page"),
+      isActive && element("button", { type: "button", class: "action danger", id: "stop", onclick: () => this.stop() }, "Stop"),
+      !isActive && !isDone && element("button", { type: "button", class: "action", id: "resume", onclick: () => this.resume() }, "Resume"),
+      run.description ? element("p", { class: "small description" }, run.description) : null]);
+    update(this.graph, [run.graph, this.stage], () => drawGraph(run.graph, this.stage, (stage) => this.choose(stage)));
+    update(this.progress, run.stages.map((stage) => stage.progress), () => progressRows(run.stages));
+    update(this.alarms, [run.health, run.stages.map((stage) => stage.warnings)], () => [healthTable(run.health), alarmList(run.stages)]);
+    update(this.stages, [run.stages.map((stage) => [stage.state, stage.what, stage.cost, stage.warnings.length]), this.stage], () => stageTable(run.stages, this.stage, (stage) => this.choose(stage)));
+    this.showTabs();
+    this.load();
+  }
+
+  firstStage() {
+    const stages = this.run.stages;
+    const find = (...states) => stages.find((stage) => states.includes(stage.state));
+    const chosen = find("runs") || find("failed", "damaged", "stopped") || [...stages].reverse().find((stage) => stage.has_curves) || stages[0];
+    return chosen ? chosen.stage : null;
+  }
+
+  current() {
+    return this.run.stages.find((stage) => stage.stage === this.stage);
+  }
+
+  choose(stage, tab = this.tab) {
+    this.stage = stage;
+    this.tab = tab;
+    // The address tells where the reader is, without a new view.
+    history.replaceState(null, "", address("runs", [this.name], { stage, tab: tab === "curves" ? "" : tab }));
+    this.show(this.run);
+  }
+
+  move(by) {
+    const names = this.run.stages.map((stage) => stage.stage);
+    this.choose(names[(names.indexOf(this.stage) + by + names.length) % names.length]);
+  }
+
+  showTabs() {
+    const tabs = this.run.console ? [...TABS, "console"] : TABS;
+    update(this.tabs, [this.stage, this.tab, tabs], () => [
+      element("h2", null, this.stage), tabs.map((tab) => element("button", { type: "button", role: "tab", "aria-selected": String(tab === this.tab), onclick: () => this.choose(this.stage, tab) }, tab))]);
+  }
+
+  // Loads the tab again if its file has changed, and not too often.
+  async load() {
+    const stage = this.current();
+    if (!stage) return;
+    const version = JSON.stringify({ curves: stage.events, log: stage.log, console: this.run.console, settings: stage.state }[this.tab]);
+    const what = `${this.stage} ${this.tab}`;
+    const pause = this.tab === "curves" ? CURVE_PAUSE : LOG_PAUSE;
+    const { loaded } = this;
+    if (loaded.what === what && (loaded.version === version || loaded.busy || Date.now() - loaded.time < pause)) return;
+    const isNew = loaded.what !== what;
+    const turn = this.loaded = { what, version, time: Date.now(), busy: true };
+    if (isNew) replace(this.body, element("p", { class: "small" }, "…"));
+    try {
+      const base = this.tab === "console" ? path("runs", this.name, "console") : path("runs", this.name, "stages", this.stage, this.tab);
+      const value = await get(base);
+      if (this.loaded === turn && !this.ended) this.fill(value, isNew);
+    } catch (error) {
+      if (this.loaded === turn) replace(this.body, problem(error));
+    } finally {
+      turn.busy = false;
+    }
+  }
+
+  fill(value, isNew) {
+    if (this.tab === "curves") this.fillCurves(value);
+    else if (this.tab === "settings") replace(this.body, settingsBlock(value));
+    else this.fillLog(value, isNew);
+  }
+
+  fillCurves(value) {
+    if (!value.panels.length) {
+      replace(this.body, element("p", { class: "small" }, "This stage has no curves yet."));
+      return;
+    }
+    let node = this.body.querySelector(".panels");
+    if (!node) {
+      node = element("div", { class: "panels" });
+      replace(this.body, node, element("p", { class: "small hint" }, "Point at a curve, or press ← → on a focused curve, to read its values. ⤢, a double click or Enter enlarges it."),
+        value.left_out.length ? element("p", { class: "small" }, `Not drawn: ${value.left_out.join(", ")}`) : null,
+        value.averaged > 1 ? element("p", { class: "small" }, `A point is the mean of up to ${value.averaged} logged steps.`) : null);
+    }
+    // A reader who points at a panel keeps it; the next change comes later.
+    if (!showPanels(node, this.stage, value.panels)) this.loaded.version = null;
+  }
+
+  fillLog(value, isNew) {
+    let box = this.body.querySelector("pre.log");
+    if (!box) {
+      box = element("pre", { class: "log", tabindex: 0 });
+      replace(this.body, value.path && element("p", { class: "small" }, element("code", null, value.path), value.is_cut ? " (its end)" : ""), box);
+    }
+    const wasAtEnd = isNew || box.scrollHeight - box.scrollTop - box.clientHeight < 30;
+    replace(box, value.text || "The log is empty.");
+    if (wasAtEnd) box.scrollTop = box.scrollHeight;
+  }
+
+  async act(button, action, text) {
+    const control = document.getElementById(button);
+    if (control) control.disabled = true;
+    replace(this.notice, element("p", { class: "small", role: "status" }, text));
+    try {
+      const answer = await post(path("runs", this.name, action));
+      replace(this.notice, element("p", { class: "done-note", role: "status" }, action === "stop" ? this.stopText(answer) : `The run continues as process ${answer.process}.`));
+      if (!this.ended) this.show(await get(path("runs", this.name)));
+    } catch (error) {
+      replace(this.notice, problem(error));
+    } finally {
+      if (control) control.disabled = false;
+    }
+  }
+
+  stopText({ jobs, processes }) {
+    const ended = [...jobs.map((job) => `job ${job}`), ...processes.map((process) => `process ${process}`)];
+    return ended.length ? `Asked ${ended.join(", ")} to end; finished stages and checkpoints are kept.` : "Nothing of this run waits or runs on this machine.";
+  }
+
+  async stop() {
+    const text = `Stop ${this.name}? Its current stage ends after a checkpoint; finished stages are kept.`;
+    if (await confirmed(text, "Stop the run")) await this.act("stop", "stop", "Stopping …");
+  }
+
+  async resume() {
+    const text = `Resume ${this.name}? align run starts again with the stored pipeline, in a process of its own.`;
+    if (await confirmed(text, "Resume the run")) await this.act("resume", "resume", "Starting …");
+  }
+
+  press(button) {
+    const control = document.getElementById(button);
+    if (control && !control.disabled) control.click();
+  }
+
+  keys() {
+    return [
+      { keys: ["j", "]"], does: "next stage", run: () => this.move(1) },
+      { keys: ["k", "["], does: "previous stage", run: () => this.move(-1) },
+      { keys: ["c"], does: "curves", run: () => this.choose(this.stage, "curves") },
+      { keys: ["l"], does: "log", run: () => this.choose(this.stage, "log") },
+      { keys: ["e"], does: "settings", run: () => this.choose(this.stage, "settings") },
+      { keys: ["x"], does: "stop the run", run: () => this.press("stop") },
+      { keys: ["r"], does: "resume the run", run: () => this.press("resume") },
+      { keys: ["u", "Escape"], does: "all runs", run: () => { location.hash = address("runs"); } },
+    ];
+  }
+}
+
+export async function show(main, parameters) {
+  const page = new RunPage(main, parameters.path[0], parameters.query);
+  const run = await get(path("runs", page.name));
+  page.show(run);
+  setKeys(page.keys());
+  const end = stream(`${path("runs", page.name)}/stream`, {
+    state: (value) => page.show(value),
+    problem: (error) => replace(page.notice, problem(error.error)),
+  }, showConnection);
+  // A file may change for the last time while a load is not due yet.
+  const timer = setInterval(() => page.load(), LOOK_EVERY);
+  return () => { page.ended = true; clearInterval(timer); end(); };
+}
