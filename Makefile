@@ -20,7 +20,11 @@ QUICK := tests/test_venv_setup.py tests/test_errors.py tests/test_installed.py t
 export HF_HUB_DISABLE_TELEMETRY = 1
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help quickstart smoke setup browser sandbox slurm slurm-stop check docs docs-serve dist test test-quick test-slow test-avx2 test-gpu gpu-evidence bench clean
+# Readers of align's exports, in an environment without torch: constraints.txt pins newer packages than they take.
+LOG_READERS := "inspect_ai>=0.3.285,<0.4" "trackio>=0.43,<1" argcomplete filelock ijson packaging psutil pyarrow \
+  pydantic PyYAML regex rich
+
+.PHONY: help quickstart smoke setup browser sandbox log-readers slurm slurm-stop check docs docs-serve dist test test-quick test-slow test-avx2 test-gpu gpu-evidence bench clean
 help:
 	@echo "make quickstart  set up, then take a 135M chat model through SFT, RM, DPO and PPO"
 	@echo "make test        set up, then run the tests (make test-slow: those that take minutes, too)"
@@ -32,6 +36,7 @@ help:
 	@echo "make dist        the source distribution and the wheel, checked"
 	@echo "make browser     Debian's Chromium and its driver, for the tests that open pages; without it they are skipped"
 	@echo "make sandbox     Debian's bubblewrap, in which verifiers run programs; without it they use Landlock"
+	@echo "make log-readers inspect_ai and trackio in .venv-logs, for the tests that open exported logs with them"
 	@echo "make slurm       Debian's Slurm, and a cluster of two nodes on this machine, to try \`align run --on slurm\`; make slurm-stop ends it"
 	@echo "make check       ruff, mypy --strict, import-linter, counts of style, the documentation's strict build"
 	@echo "make docs        the documentation site, into site/: open site/index.html"
@@ -63,6 +68,13 @@ sandbox:
 	  { $$SUDO timeout 120 apt-get update $$APT && $$SUDO env DEBIAN_FRONTEND=noninteractive timeout 300 \
 	    apt-get install $$APT --no-install-recommends bubblewrap; } >/dev/null \
 	  || echo "NOTE: bubblewrap cannot be installed here, so the tests that need it are skipped."; fi
+
+# Never an error: without the two packages, the tests that read logs with them are skipped.
+log-readers: $(RUN_READY)
+	@if [ -e .venv-logs/.ready ]; then echo ".venv-logs is here"; \
+	else { $(BIN)/python -m venv .venv-logs && .venv-logs/bin/python -m pip install -q $(LOG_READERS) \
+	  && touch .venv-logs/.ready; } >/dev/null \
+	|| { rm -rf .venv-logs; echo "NOTE: inspect_ai and trackio cannot be installed here, so tests that need them are skipped."; }; fi
 
 slurm:
 	@if ! PATH="$$PATH:/usr/sbin:/sbin" command -v slurmctld >/dev/null; then \

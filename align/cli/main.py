@@ -291,6 +291,9 @@ COMMANDS: dict[str, Command] = {
     "export": _imported(
         "export", "write a checkpoint as an ordinary model folder, check its answers and describe it; --push uploads it"
     ),
+    "export-log": _imported(
+        "export_log", "write rollouts or evaluated answers as logs of inspect_ai or traces of trackio"
+    ),
     "studio": _imported(
         "studio",
         "start the local web application of a store, which shows its runs live; --read-only changes nothing",
@@ -332,7 +335,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 LIBRARY_LOGGERS = ("DeepSpeed", "bitsandbytes")
 """Loggers of libraries that warn when they are imported. A stage's log keeps that; a command's output does not."""
-WORKING_COMMANDS = ("run", "studio", "sweep", "eval", "export", "data", "push")
+WORKING_COMMANDS = ("run", "studio", "sweep", "eval", "export", "export-log", "data", "push")
 """Commands that continue when their output cannot be written any more."""
 
 
