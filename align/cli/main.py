@@ -298,6 +298,7 @@ COMMANDS: dict[str, Command] = {
         "studio",
         "start the local web application of a store, which shows its runs live; --read-only changes nothing",
     ),
+    "mcp": _imported("mcp", "offer the runs of a store to an assistant over standard input and output"),
     "sweep": _imported(
         "sweep",
         "try out a space over a pipeline's fields; unchanged stages are made once, an interrupted sweep goes on",
