@@ -98,12 +98,17 @@ def import_tasks(path: Path, annotations: AnnotationSet) -> tuple[int, int]:
         raise UserError(f"{path}: no such file.") from None
     except DamagedFile as error:
         raise UserError(f"{path} {error}.") from None
+    return add_tasks(tasks, str(path), annotations)
+
+
+def add_tasks(tasks: Any, source: str, annotations: AnnotationSet) -> tuple[int, int]:
+    """Add the pairs and answers of tasks as ``import_tasks`` does; ``source`` names them in errors."""
     if not isinstance(tasks, list):
-        raise UserError(f"{path}: is not a list of tasks; export the project as JSON, not JSON_MIN.")
+        raise UserError(f"{source}: is not a list of tasks; export the project as JSON, not JSON_MIN.")
     pairs: list[Pair] = []
     answers: list[Answer] = []
     for number, task in enumerate(tasks, start=1):
-        place = f"{path}: task {number}"
+        place = f"{source}: task {number}"
         pair = _read_pair(task, place)
         pairs.append(pair)
         for annotation in task.get("annotations") or []:

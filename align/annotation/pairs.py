@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,19 @@ def read_file_pairs(path: Path) -> list[Pair]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; --pairs is a .jsonl file, an artifact's key or PIPELINE:STAGE.")
+    return parse_pairs(_lines(path), str(path))
+
+
+def parse_pairs(lines: Iterable[tuple[str, Mapping[str, Any]]], source: str) -> list[Pair]:
+    """Return the pairs of lines with their places, as ``read_file_pairs`` reads them; ``source`` names all lines."""
     pairs: dict[str, Pair] = {}
-    for place, line in _lines(path):
+    for place, line in lines:
         pair = _file_pair(line, place)
         if pair.a.strip() == pair.b.strip():
             raise UserError(f"{place}: both answers are equal, so no verdict is possible; remove the line.")
         pairs.setdefault(pair.id, pair)
     if not pairs:
-        raise UserError(f"{path}: has no pairs.")
+        raise UserError(f"{source}: has no pairs.")
     return list(pairs.values())
 
 

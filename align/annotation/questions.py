@@ -62,20 +62,20 @@ class QuestionQueue:
         own = [answer for answer in answers if answer.annotator == self.annotator]
         repeat = self._due_repeat(own, skipped, GAP)
         if repeat is not None:
-            return self._ask(repeat, repeat=True)
+            return self.ask(repeat, repeat=True)
         answered = {answer.pair for answer in own}
         taken = {answer.pair for answer in answers if answer.annotator != self.annotator}
         remaining = [self.pairs[name] for name in self._order if name not in answered and name not in skipped]
         gold = [pair for pair in remaining if pair.gold is not None]
         if gold and len(own) % self.settings.gold_every == self.settings.gold_every - 1:
-            return self._ask(gold[0])
+            return self.ask(gold[0])
         for pair in remaining:
             if pair.gold is None and (pair.id not in taken or self.is_shared(pair)):
-                return self._ask(pair)
+                return self.ask(pair)
         if gold:
-            return self._ask(gold[0])
+            return self.ask(gold[0])
         repeat = self._due_repeat(own, skipped, 1)
-        return None if repeat is None else self._ask(repeat, repeat=True)
+        return None if repeat is None else self.ask(repeat, repeat=True)
 
     def count(self, answers: Sequence[Answer]) -> tuple[int, int]:
         """Return the number of pairs that the annotator has answered, and of those that they have or may get."""
@@ -84,7 +84,8 @@ class QuestionQueue:
         open_pairs = {name for name, pair in self.pairs.items() if name not in taken or self.is_shared(pair)}
         return len(own & self.pairs.keys()), len((own | open_pairs) & self.pairs.keys())
 
-    def _ask(self, pair: Pair, repeat: bool = False) -> Question:
+    def ask(self, pair: Pair, repeat: bool = False) -> Question:
+        """Return a pair as the annotator sees it at its first showing, or as its hidden duplicate."""
         is_flipped = share_of("left", self.name, self.annotator, pair.id) < 0.5
         # A duplicate has the other order, so consistency does not come from the position.
         left: Side = "b" if is_flipped != repeat else "a"

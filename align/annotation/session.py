@@ -1,4 +1,4 @@
-"""A session of one annotator: ask, answer, undo. The terminal and later a page drive it."""
+"""A session of one annotator: ask, answer, undo. The terminal and the studio drive it."""
 
 from __future__ import annotations
 
@@ -52,12 +52,49 @@ class Session:
             return self._again
         return self.queue.next(self.annotations.answers(), self.skipped)
 
-    def answer(self, question: Question, reply: Reply) -> Answer:
-        """Write an answer to the journal, and return it. Raises ``ValueError`` for a choice that the verdict lacks."""
+    def following(self, question: Question) -> Question | None:
+        """Return the question after ``question`` is answered, if nobody else answers meanwhile; None for the last."""
+        answers = self.annotations.answers()
+        answers.append(self._answer_to(question, Reply("tie"), "following"))
+        return self.queue.next(answers, self.skipped)
+
+    def question_of(self, pair: str) -> Question | None:
+        """Return the question about a pair that is asked next: a duplicate if the annotator has answered the pair.
+
+        None for a pair that the set does not have.
+        """
+        if pair not in self.queue.pairs:
+            return None
+        if self._again is not None and self._again.pair.id == pair:
+            return self._again
+        own = [answer for answer in self.annotations.answers() if answer.annotator == self.annotator]
+        return self.queue.ask(self.queue.pairs[pair], repeat=any(answer.pair == pair for answer in own))
+
+    def answer(self, question: Question, reply: Reply, identity: str = "") -> Answer:
+        """Write an answer to the journal, and return it.
+
+        Args:
+            question: What was asked.
+            reply: The verdict.
+            identity: Id of the entry, by default a new one. An answer that the journal has already is not written
+                again, so a caller may repeat a request.
+
+        Raises:
+            ValueError: The verdict has no such choice.
+        """
+        present = [answer for answer in self.annotations.answers() if answer.id == identity] if identity else []
+        if present:
+            return present[0]
         if (reply.choice in ("left", "right")) != (reply.verdict in DECISIVE):
             raise ValueError(f"the verdict {reply.verdict} does not fit the choice {reply.choice}")
-        answer = Answer(
-            id=new_id(),
+        answer = self._answer_to(question, reply, identity or new_id())
+        self.writer.write(answer)
+        self._again = None
+        return answer
+
+    def _answer_to(self, question: Question, reply: Reply, identity: str) -> Answer:
+        return Answer(
+            id=identity,
             pair=question.pair.id,
             annotator=self.annotator,
             time=now(),
@@ -71,9 +108,6 @@ class Session:
             repeat=question.repeat,
             active=question.active,
         )
-        self.writer.write(answer)
-        self._again = None
-        return answer
 
     def skip(self, question: Question) -> None:
         """Leave a question for another session."""

@@ -41,7 +41,10 @@ class View:
     module: str
 
 
-VIEWS = (View("runs", "Runs", "align.studio.runs_view"),)
+VIEWS = (
+    View("runs", "Runs", "align.studio.runs_view"),
+    View("annotate", "Annotate", "align.studio.annotate_view"),
+)
 """The views in the order of the navigation."""
 
 

@@ -21,7 +21,7 @@ SWITCHES = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-default-apps", "--disable-sync",
     "--hide-scrollbars", "--force-prefers-reduced-motion", "--force-device-scale-factor=1",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 )  # fmt: skip
 
 THERE = bool(CHROMIUM and DRIVER and importlib.util.find_spec("selenium"))
