@@ -39,7 +39,7 @@ IDIOMS = {
 comments, and of documents."""
 QUESTION = re.compile(r"^(What|Whether|How|Where|Which|Who|Why|When)\b")
 CAPS = {
-    "files": 586,  # export-log: four files and a command; mcp: three files and a command; a view
+    "files": 588,  # export-log: four files and a command; mcp: three files and a command; two views
     "files over 400 lines": 4,
     "functions over 60 lines": 3,
     "test names over 60 characters": 0,

@@ -44,6 +44,7 @@ class View:
 VIEWS = (
     View("runs", "Runs", "align.studio.runs_view"),
     View("annotate", "Annotate", "align.studio.annotate_view"),
+    View("data", "Data", "align.studio.data_view"),
 )
 """The views in the order of the navigation."""
 
