@@ -93,9 +93,12 @@ def _make_results(log: TranscriptLog) -> EvalResults:
 
 def _make_sample(transcript: Transcript, log: TranscriptLog, identity: str) -> EvalSample:
     from inspect_ai.log import EvalError, EvalSample, EvalSampleLimit
-    from inspect_ai.model import ModelOutput
+    from inspect_ai.model import ChatCompletionChoice, ChatMessageAssistant, ModelOutput
     from inspect_ai.scorer import Score
 
+    # Messages have ids that depend on their place only; inspect's own ids are random.
+    message = ChatMessageAssistant(id="output", content=transcript.response)
+    choice = ChatCompletionChoice(message=message, stop_reason="stop" if transcript.finished else "max_tokens")
     limit = None
     if transcript.stop in LIMITS:
         kind, fact = LIMITS[transcript.stop]
@@ -109,9 +112,7 @@ def _make_sample(transcript: Transcript, log: TranscriptLog, identity: str) -> E
         input=_make_messages(transcript.prompt, "prompt"),
         target=transcript.target,
         messages=_make_messages(transcript.messages, "message"),
-        output=ModelOutput.from_content(
-            f"align/{log.system}", transcript.response, "stop" if transcript.finished else "max_tokens"
-        ),
+        output=ModelOutput(model=f"align/{log.system}", choices=[choice]),
         scores={name: Score(value=value, explanation=transcript.reasons.get(name)) for name, value in score},
         metadata=transcript.facts,
         limit=limit,

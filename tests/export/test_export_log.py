@@ -93,7 +93,7 @@ def evaluation(tmp_path: Path) -> Artifact:
     side = {"text": "good", "scores": {"rm": 1.0}}
     lines.append({"task": "pairs", "id": "p", "prompt": [], "columns": ["chosen"], "responses": {"chosen": [side]}})
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    put_record(folder, kind="evaluate", stage="evaluate", makes="Scorecard", digit="b")
+    put_record(folder, kind="evaluate", stage="evaluate", makes="Scorecard", key="b" * 64)
     return read_artifact(folder)
 
 
