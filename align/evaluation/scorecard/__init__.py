@@ -21,6 +21,8 @@ from align.store.json_files import DamagedFile, parse_object, read_file, validat
 FORMAT = 3
 """Version of the schema that ``scorecard_builder.py`` describes."""
 SCORECARD = "scorecard.json"
+SAMPLES, ITEMS, JUDGMENTS = "samples.jsonl", "items.jsonl", "judgments.jsonl"
+"""Files of an evaluation; ``result_files.py`` describes them."""
 ProgramDescription = tuple[str | None, str]
 """Direction of a program's metric (``higher``, ``lower``, None for a metric that only informs), and its meaning."""
 

@@ -13,6 +13,10 @@
 - ``items.jsonl``: a line per item of every task: ``task``, ``id``, ``source``, ``values``: system → metric → one number
   per sample, without the metrics that leave the item out. For pairs, ``values`` are the reward models':
   ``chosen``, ``rejected``, ``margin``, ``correct``
+- ``judgments.jsonl``, if an endpoint judged answers: a line per judged question: ``task``, ``id``, and either
+  ``system``, ``turn``, ``grade`` and ``text``, or for two systems ``one``, ``other``, ``outcome`` and ``orders``: for
+  both orders the systems as they were ``shown``, the ``verdict`` and the ``text``. Equal answers are a tie without a
+  line
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from align.data.scoring import explanations_of
 from align.environments.episode import Episode, describe_episode, opening
 from align.evaluation.answers import Answers, Episodes, Item, SystemResponses, Turn, Values
 from align.evaluation.comparisons import Column
+from align.evaluation.scorecard import ITEMS, JUDGMENTS, SAMPLES, SCORECARD
 from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult
 from align.evaluation.tasks.environment import SCORE
 from align.inference.protocol import Response
@@ -50,18 +55,23 @@ def write(
     measurements: Measurements,
     token_kl: dict[str, list[list[float]]],
 ) -> None:
-    """Write all three files into ``folder``."""
+    """Write the files into ``folder``."""
     text = json.dumps(card, indent=1, allow_nan=False)
-    write_text_atomically(folder / "scorecard.json", text + "\n")
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+    write_text_atomically(folder / SCORECARD, text + "\n")
+    with (folder / SAMPLES).open("w", encoding="utf-8") as file:
         for line in _prompt_samples(plan, responses, measurements, token_kl):
             file.write(json.dumps(line) + "\n")
         for result in measurements.tasks:
             for line in _task_lines(result, responses):
                 file.write(json.dumps(line) + "\n")
-    with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / ITEMS).open("w", encoding="utf-8") as file:
         for line in _items(plan, measurements):
             file.write(json.dumps(line) + "\n")
+    judgments = [line for result in measurements.tasks for line in result.task.judgments()]
+    if judgments:
+        with (folder / JUDGMENTS).open("w", encoding="utf-8") as file:
+            for line in judgments:
+                file.write(json.dumps(line) + "\n")
 
 
 def _prompt_samples(

@@ -131,6 +131,10 @@ class Task(ABC):
         """Return scored answers that came with the items: per item, side → answers, as ``samples.jsonl`` has them."""
         return []
 
+    def judgments(self) -> list[dict[str, Any]]:
+        """Return the replies of the task's judge, after scoring, as lines of ``judgments.jsonl``."""
+        return []
+
     def extras(self) -> dict[str, Any]:
         """Return results that are no metric of a system, after scoring: ``win_rates``, ``reward_models``.
 

@@ -169,8 +169,13 @@ class JudgedTask(Task):
         self.judge_name = endpoint.model if endpoint is not None else config.judge.reward_field or ""
         self.usage: dict[str, Any] = {}
         """Requests, tokens and cost of the judge, after scoring."""
+        self.judgment_lines: list[dict[str, Any]] = []
         self._data = describe_records(config, inputs.base)
         self.rubric = config.judge.rubric or self.rubric
+
+    def judgments(self) -> list[dict[str, Any]]:
+        """Return the judge's replies; a reward model has none."""
+        return self.judgment_lines
 
     def settings(self) -> dict[str, Any]:
         """Return data, sampling, judge and the digest of its prompt; after scoring also the judge's usage."""
@@ -294,6 +299,17 @@ class GradedTask(JudgedTask):
         replies = client.ask(questions, [name for name, _, _ in places], _is_grade)
         self.usage = client.usage()
         grades = {place: prompts.read_grade(reply.text) for place, reply in zip(places, replies, strict=True)}
+        self.judgment_lines = [
+            {
+                "task": self.name,
+                "id": self.items[index].id,
+                "system": name,
+                "turn": turn + 1,
+                "grade": grades[name, index, turn],
+                "text": reply.text,
+            }
+            for (name, index, turn), reply in zip(places, replies, strict=True)
+        ]
         measured = {}
         for name, per_item in first_samples.items():
             rows = [[grades[name, index, turn] for turn in range(len(turns))] for index, turns in enumerate(per_item)]

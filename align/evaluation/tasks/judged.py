@@ -296,7 +296,24 @@ class ComparedTask(JudgedTask):
             pair_verdicts = [verdict for orders in both for verdict in orders or ()]
             gaps = _length_gaps(sides[first], sides[second])
             contests.append(Contest(first, second, outcomes, gaps, pair_verdicts, both.count(None)))
+        texts = iter(reply.text for reply in replies)
+        self.judgment_lines = [
+            self._judgment_line(place, by_place[place], [next(texts), next(texts)]) for place in differing
+        ]
         return contests
+
+    def _judgment_line(
+        self, place: tuple[str, str, int], verdicts: Sequence[Verdict | None], texts: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return a comparison as a line of ``judgments.jsonl``; ``orders`` has the systems as they were shown."""
+        first, second, index = place
+        orders = [
+            {"shown": shown, "verdict": verdict, "text": text}
+            for shown, verdict, text in zip(([first, second], [second, first]), verdicts, texts, strict=True)
+        ]
+        outcome = prompts.combine_verdicts(*verdicts)
+        pair = {"one": first, "other": second, "outcome": outcome}
+        return {"task": self.name, "id": self.items[index].id, **pair, "orders": orders}
 
     def _judge_by_reward(self, pairs: Sequence[Pair], sides: Sides, context: ScoringContext) -> list[Contest]:
         """Compare scores: the higher one wins; of several turns the higher mean."""

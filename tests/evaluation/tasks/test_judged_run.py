@@ -68,6 +68,9 @@ def test_grades_and_win_rates_of_real_answers(context: StageContext, fake: FakeC
     card = json.loads((context.output / "scorecard.json").read_text(encoding="utf-8"))
     samples = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
     graded = [line for line in samples if line["task"] == "mt"]
+    judgments = [json.loads(line) for line in (context.output / "judgments.jsonl").read_text().splitlines()]
+    # Two turns of four questions by three systems; a reward model judges the other task, without texts.
+    assert len(judgments) == 24 and {line["task"] for line in judgments} == {"mt"}
     for system in ("model", "sft", "best2"):
         # The stand-in's grade is a function of the answer, so each can be checked on what was sampled.
         grades = [

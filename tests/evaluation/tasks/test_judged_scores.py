@@ -96,6 +96,11 @@ def test_each_turn_is_graded_with_conversation_and_references(fake: FakeChat, tm
     settings = task.settings()
     assert settings["usage"]["requests"] == 8 and settings["judge"]["model"] == "good-model"
     assert task.extras() == {}
+    lines = task.judgments()
+    assert [(line["system"], line["turn"], line["grade"], line["text"]) for line in lines[:3]] == [
+        ("sft", 1, 2.0, "Because. [[2]]"), ("sft", 2, 5.0, "Because. [[5]]"), ("sft", 1, 10.0, "Because. [[10]]"),
+    ]  # fmt: skip
+    assert lines[2]["id"] == task.items[1].id and len(lines) == 8
 
 
 def test_an_unreadable_grade_takes_its_turn_and_its_question_out(fake: FakeChat, tmp_path: Path) -> None:
@@ -142,6 +147,24 @@ def test_both_orders_are_asked_and_the_reference_has_no_win_rate(fake: FakeChat,
     assert measured["ppo"].notes["verdicts"] == {"first": 2, "second": 2, "tie": 2, "unreadable": 0, "first_share": 0.5}
     assert "fewer than 10" in measured["ppo"].notes["no_length_control"]
     assert task.settings()["against"] == "reference"
+
+
+def test_judgments_have_the_texts_of_both_orders(fake: FakeChat, tmp_path: Path) -> None:
+    fake.reply = lambda body: completion("Because of A. [[A]]" if "yy" in str(body) else "Neither. [[C]]")
+    task = make_task(tmp_path, judge=endpoint(fake))
+    answers = answers_of(task, constant("sft", "xx", "xx", "xx", "same"), constant("ppo", "xxxx", "x", "yy", "same"))
+    assert task.judgments() == []
+    task.score(answers, FolderContext(tmp_path))
+    lines = task.judgments()
+    assert [line["id"] for line in lines] == [item.id for item in task.items[:3]]
+    assert lines[2] == {
+        "task": task.name, "id": task.items[2].id, "one": "ppo", "other": "sft", "outcome": "disagreement",
+        "orders": [
+            {"shown": ["ppo", "sft"], "verdict": "first", "text": "Because of A. [[A]]"},
+            {"shown": ["sft", "ppo"], "verdict": "first", "text": "Because of A. [[A]]"},
+        ],
+    }  # fmt: skip
+    assert lines[0]["outcome"] == "tie" and lines[0]["orders"][1]["text"] == "Neither. [[C]]"
 
 
 def test_a_judge_that_always_says_a_is_half_and_flagged(fake: FakeChat, tmp_path: Path) -> None:
