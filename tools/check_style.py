@@ -39,7 +39,9 @@ IDIOMS = {
 comments, and of documents."""
 QUESTION = re.compile(r"^(What|Whether|How|Where|Which|Who|Why|When)\b")
 CAPS = {
-    "files": 588,  # export-log: four files and a command; mcp: three files and a command; two views
+    # export-log: four files and a command; mcp: three files and a command; four views, rollouts and
+    # evaluations with six files of queries
+    "files": 590,
     "files over 400 lines": 4,
     "functions over 60 lines": 3,
     "test names over 60 characters": 0,

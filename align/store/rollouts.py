@@ -323,7 +323,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def rollout_rows(
     data: ds.Dataset | pa.Table, columns: Sequence[str] | None = None, **options: Any
 ) -> Iterator[dict[str, Any]]:
-    """Yield responses as dictionaries, with JSON decoded; ``options`` are those of ``Dataset.to_batches``.
+    """Yield responses as dictionaries, with JSON decoded; ``Dataset.to_batches`` gets the ``options``.
 
     Few rows are in memory at a time.
     """

@@ -212,7 +212,7 @@ def _item(sample: Sample, policies: list[str], reference: str, metric: str) -> S
         "task": _task_of(sample),
         "source": str(sample.get("source", "")),
         "prompt": _turns(sample["prompt"]),
-        "answers": {policy: [_answer(response) for response in responses[policy]] for policy in policies},
+        "answers": {policy: [answer_view(response) for response in responses[policy]] for policy in policies},
         "score": {policy: _round(score) for policy, score in scores.items()},
         "change": changes,
     }
@@ -227,7 +227,7 @@ def _rollout_item(stage: str, line: Sample) -> dict[str, Any]:
     if is_episode(line):
         answer, prompt = _episode_answer(line)
     else:
-        answer = _answer({**line, "text": line["response"]})
+        answer = answer_view({**line, "text": line["response"]})
         prompt = _turns(line["prompt"])
     tokens = [token for token in (line.get("by_token") or [])[:MAX_TOKENS] if len(token) > len(TOKEN_NUMBERS)]
     if tokens:
@@ -282,7 +282,7 @@ def _with_columns(items: Sequence[Sample], names: Sequence[str], stage: str) -> 
 def _episode_answer(line: Sample) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Return an episode as an answer, and its prompt; its scores are all that begin with ``score_``."""
     # ``turns`` of an episode is their number, and the text of the last turn is part of the conversation.
-    answer = _answer({name: value for name, value in line.items() if name != "turns"})
+    answer = answer_view({name: value for name, value in line.items() if name != "turns"})
     episode = episode_view(line)
     prompt = episode.pop("prompt") or _turns(line["prompt"])
     scores = {str(name): _round(value) for name, value in line.items() if name.startswith(COMPONENT)}
@@ -294,7 +294,7 @@ def _turns(prompt: Any) -> list[dict[str, str]]:
     return [{"role": str(turn["role"]), "text": _shorten(str(turn.get("content") or ""))} for turn in turns]
 
 
-def _answer(response: Mapping[str, Any]) -> dict[str, Any]:
+def answer_view(response: Mapping[str, Any]) -> dict[str, Any]:
     answer = {key: _round(response[key]) for key in RESPONSE_FIELDS if response.get(key) is not None}
     answer |= _split(response)
     if response.get("scores"):

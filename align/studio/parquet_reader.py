@@ -1,0 +1,109 @@
+"""Reads Parquet files with DuckDB, which may open files of one folder and nothing else.
+
+The database is in memory and has no network: extensions are neither installed nor loaded, external access is limited to
+the folder, and the settings are locked. Values reach a statement as parameters only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from align.errors import UserError, missing_extra
+from align.studio.run_index import file_signature
+
+if TYPE_CHECKING:
+    import duckdb
+
+Result = TypeVar("Result")
+
+MEMORY, THREADS = "512MB", 2
+"""Memory that the queries of all requests share, and threads."""
+MAX_QUERIES = 2
+"""Queries that run at the same time; further ones wait."""
+ATTEMPTS = 8
+"""Attempts at a query whose files were replaced or deleted while it ran."""
+CONFIG = {
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    "allow_community_extensions": False,
+    "python_enable_replacements": False,
+    "memory_limit": MEMORY,
+    "threads": THREADS,
+}
+"""Settings from the beginning; ``_LOCKED`` follows."""
+_LOCKED = (
+    # Nothing is written to a disk: a query that needs more memory fails.
+    "SET GLOBAL temp_directory = ''",
+    # A running stage has thousands of files, whose footers are read once. DuckDB reads one again if its time changed.
+    "SET GLOBAL parquet_metadata_cache = true",
+    "SET GLOBAL enable_external_access = false",
+    "SET GLOBAL lock_configuration = true",
+)
+
+Rows = list[dict[str, Any]]
+
+
+class ParquetReader:
+    """Runs queries over the Parquet files below ``root``; requests may use it from several threads."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._database = _open_database(root)
+        self._slots = threading.BoundedSemaphore(MAX_QUERIES)
+
+    def rows(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any]) -> Rows:
+        """Return the rows of a statement as dictionaries; ``parameters`` are bound."""
+        with self._slots:
+            # A cursor is a connection of its own, as DuckDB asks for in each thread.
+            cursor = self._database.cursor()
+            try:
+                cursor.execute(sql, parameters)
+                names = [column[0] for column in cursor.description or ()]
+                return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+            finally:
+                cursor.close()
+
+    def read(self, list_files: Callable[[], list[Path]], query: Callable[[list[Path]], Result]) -> Result:
+        """Return the result of ``query`` for files that did not change while it ran.
+
+        A running stage replaces and deletes files, and DuckDB opens a file several times during a query. So a query
+        whose files have changed is repeated with the files that are there then. Raises ``UserError`` for files that
+        cannot be read, or that change all the time.
+        """
+        import duckdb
+
+        for _ in range(ATTEMPTS):
+            files = list_files()
+            before = list(map(file_signature, files))
+            problem: Exception | None = None
+            try:
+                result = query(files)
+            except (duckdb.Error, OSError) as error:
+                problem = error
+            if list(map(file_signature, files)) != before or None in before:
+                continue
+            if problem is None:
+                return result
+            raise UserError(f"{self.root}: stored rollouts cannot be read: {problem}") from problem
+        raise UserError(
+            f"{self.root}: the rollouts were replaced {ATTEMPTS} times while they were read. Read them again."
+        )
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._database.close()
+
+
+def _open_database(root: Path) -> duckdb.DuckDBPyConnection:
+    try:
+        import duckdb
+    except ImportError:
+        raise missing_extra("duckdb", "studio", "align studio") from None
+    database = duckdb.connect(":memory:", config=CONFIG)
+    database.execute("SET GLOBAL allowed_directories = ?", [[f"{root}/"]])
+    for statement in _LOCKED:
+        database.execute(statement)
+    return database

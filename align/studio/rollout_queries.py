@@ -1,0 +1,257 @@
+"""Pages of a table of stored rollouts, with a search for words that returns in time.
+
+The files are listed anew for each query, because a running stage adds, replaces and deletes them. A page has at most
+``MAX_LIMIT`` rows, whose texts are cut, so memory does not grow with the number of rollouts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.store.rollouts import rollout_files
+from align.studio.parquet_reader import ParquetReader, Rows
+from align.studio.rollout_filters import PLACE, RolloutFilter, TableQuery, word_pattern
+
+SECONDS = 0.3
+"""Time after which a search for words begins no further files."""
+SEARCH_BYTES = 96 * 2**20
+"""Bytes of the files that a search for words reads at a time."""
+MAX_TEXT = 240
+"""Characters of a text in a table."""
+BEFORE_WORD = 60
+"""Characters before the first word in a text that is cut."""
+FROM = "FROM read_parquet($files, can_have_nan = true)"
+_COLUMNS = (
+    *PLACE,
+    *("prompt_id", "prompt", "response", "score", "scores", "reasons", "gold", "tokens", "finished", "learned", "kl"),
+    *("thought_tokens", "turns", "stop"),
+)
+_SELECTED = ", ".join(f"rollouts.{name}" for name in _COLUMNS)
+
+
+@dataclass(frozen=True)
+class Page:
+    """Rows of a table, and the part of the files that was searched for them."""
+
+    rows: Rows
+    matches: int
+    """Rows that meet the conditions, of those that were searched."""
+    total: int
+    """Rows of all files."""
+    searched: int
+    """Rows that this request searched."""
+    next: str = ""
+    """Place where a search for words continues; empty if it is complete."""
+
+
+@dataclass(frozen=True)
+class RolloutTable:
+    """The table of one folder; ``locate`` returns it, which changes when the stage finishes."""
+
+    reader: ParquetReader
+    locate: Callable[[], Path]
+
+    def files(self) -> list[Path]:
+        """Return the files that are complete now."""
+        return rollout_files(self.locate())
+
+    def page(self, query: TableQuery) -> Page:
+        """Return a page of the table.
+
+        Words are looked for in the texts of all rows, which may need more time than a request has. So a search for
+        words returns after about :data:`SECONDS`; ``next`` is the ``after`` of the next request. The newest updates
+        are searched first, unless the table is sorted by ``update`` in ascending order. With ``sort: update`` a search
+        stops when the page is full; ``offset`` is not used. With another order the pages of all requests must be
+        merged by ``key``.
+        """
+        read_page = self._search if query.has_words else self._scan
+        return self.reader.read(self.files, lambda files: read_page(query, files))
+
+    def _scan(self, query: TableQuery, files: Sequence[Path]) -> Page:
+        total = self.count(files)
+        if query.is_unfiltered and query.by_update and _have_updates(files):
+            needed = self._first_files(files, query)
+            return Page(self._top(needed, query, query.limit, query.offset)[0], total, total, total)
+        rows, matches = self._top(files_of_updates(files, query), query, query.limit, query.offset)
+        return Page(rows, matches, total, total)
+
+    def _first_files(self, files: Sequence[Path], query: TableQuery) -> Sequence[Path]:
+        """Return the files of the first updates that have the rows of a page without conditions."""
+        ordered = sorted(files, key=lambda path: int(path.stem), reverse=query.descending)
+        number = 1
+        while number < len(ordered) and self.count(ordered[:number]) < query.offset + query.limit:
+            number *= 4
+        return ordered[:number]
+
+    def _search(self, query: TableQuery, files: Sequence[Path]) -> Page:
+        deadline = time.monotonic() + SECONDS
+        is_newest_first = query.descending or not query.by_update
+        named = files_of_updates(files, query)
+        ordered = sorted(named, key=lambda path: path.name, reverse=is_newest_first)
+        remaining, skipped = _after(query.after, ordered, is_newest_first)
+        rows: Rows = []
+        matches = 0
+        searched = 0
+        following = ""
+        for batch, upcoming in _batches(remaining):
+            limit = query.limit - len(rows) if query.by_update else query.limit
+            top, count = self._top(batch, query, limit, skipped)
+            rows += top
+            if not skipped:  # the request before has counted these files
+                matches += count
+                searched += self.count(batch)
+            if query.by_update and count > skipped + len(top):
+                following = f"{batch[0].name}:{skipped + len(top)}"
+                break
+            skipped = 0
+            following = f"{upcoming.name}:0" if upcoming else ""
+            is_full = query.by_update and len(rows) == query.limit
+            if is_full or time.monotonic() > deadline:
+                break
+        if not query.by_update:
+            rows = sorted(rows, key=lambda row: _sort_key(row["key"], query.descending))[: query.limit]
+        return Page(rows, matches, self.count(files), searched, following)
+
+    def count(self, files: Sequence[Path]) -> int:
+        """Return the number of rows of files, from their metadata."""
+        if not files:
+            return 0
+        return int(self.reader.rows(f"SELECT count(*) AS n {FROM}", file_parameters(files))[0]["n"])
+
+    def _top(self, files: Sequence[Path], query: TableQuery, limit: int, offset: int) -> tuple[Rows, int]:
+        """Return rows in the order of the query, and the number of rows that meet its conditions.
+
+        The conditions are evaluated once, and the columns of the table are read only for the rows of the page.
+        """
+        if not files:
+            return [], 0
+        parameters = file_parameters(files) | {"limit": limit, "offset": offset}
+        order = query.order("key")
+        sql = f"""
+            WITH hits AS MATERIALIZED (
+                SELECT file_index, file_row_number, {", ".join(PLACE)}, {query.sort_key(parameters)} AS key
+                {FROM} WHERE {query.condition(parameters)}
+            ), top AS (SELECT * FROM hits ORDER BY {order} LIMIT $limit OFFSET $offset)
+            SELECT (SELECT count(*) FROM hits) AS matches, top.key, {_SELECTED}
+            {FROM} AS rollouts JOIN top
+            ON rollouts.file_index = top.file_index AND rollouts.file_row_number = top.file_row_number
+            ORDER BY {query.order("top.key", "top.")}
+        """  # noqa: S608  (made of constants: every value of a request is a parameter)
+        rows = self.reader.rows(sql, parameters)
+        if not rows:
+            return [], self._count_matches(files, query) if offset else 0
+        matches = int(rows[0]["matches"])
+        pattern = {"response": word_pattern(query.response_words), "prompt": word_pattern(query.prompt_words)}
+        return [_table_row(row, pattern) for row in rows], matches
+
+    def _count_matches(self, files: Sequence[Path], query: RolloutFilter) -> int:
+        parameters = file_parameters(files)
+        sql = f"SELECT count(*) AS n {FROM} WHERE {query.condition(parameters)}"
+        return int(self.reader.rows(sql, parameters)[0]["n"])
+
+
+def files_of_updates(files: Sequence[Path], conditions: RolloutFilter) -> list[Path]:
+    """Return the files that may have rows of the updates of the conditions. A file is named by its first update."""
+    if not files or not _have_updates(files):
+        return list(files)
+    first = conditions.first_update or 0
+    last = math.inf if conditions.last_update is None else conditions.last_update
+    ordered = sorted(files, key=lambda path: int(path.stem))
+    following = [*(int(path.stem) for path in ordered[1:]), math.inf]
+    # The last update of a file may also be the first of the next: a validation is repeated by a resumed run.
+    return [path for path, after in zip(ordered, following, strict=True) if int(path.stem) <= last and after >= first]
+
+
+def _have_updates(files: Sequence[Path]) -> bool:
+    """Return True for files that are named by updates; files of a stage that does not learn by prompts."""
+    return all(path.stem.isdecimal() for path in files)
+
+
+def file_parameters(files: Sequence[Path]) -> dict[str, Any]:
+    """Return the parameter of ``FROM``."""
+    return {"files": [str(path) for path in files]}
+
+
+def _after(place: str, ordered: Sequence[Path], is_newest_first: bool) -> tuple[Sequence[Path], int]:
+    """Return the files from a place on, and the matches in the first of them that were on earlier pages."""
+    name, _, skipped = place.rpartition(":")
+    if not name or not skipped.isdecimal():
+        return ordered, 0
+    # The file itself may be gone: a running stage deletes the oldest, and merges them when it ends.
+    remaining = [path for path in ordered if (path.name <= name if is_newest_first else path.name >= name)]
+    is_there = bool(remaining) and remaining[0].name == name
+    return remaining, int(skipped) if is_there else 0
+
+
+def _batches(files: Sequence[Path]) -> Iterator[tuple[Sequence[Path], Path | None]]:
+    """Yield files of together about ``SEARCH_BYTES``, and the file after them."""
+    start = 0
+    size = 0
+    for end, path in enumerate(files, start=1):
+        size += path.stat().st_size
+        if size >= SEARCH_BYTES or end == len(files):
+            yield files[start:end], files[end] if end < len(files) else None
+            start = end
+            size = 0
+
+
+def _sort_key(key: float | None, is_descending: bool) -> tuple[bool, float]:
+    if key is None:
+        return True, 0.0
+    return False, -key if is_descending else key
+
+
+# ---- rows as JSON ----
+
+
+def _table_row(row: Mapping[str, Any], patterns: Mapping[str, re.Pattern[str] | None]) -> dict[str, Any]:
+    """Return a row for the table: its ``id``, numbers that JSON has, and texts that are cut around the first word."""
+    content = {name: finite(value) for name, value in row.items() if name != "matches"}
+    content["scores"] = finite_map(row["scores"])
+    content["id"] = row_id(row)
+    content["prompt"] = excerpt(last_message(row["prompt"]), patterns["prompt"])
+    content["response"] = excerpt(row["response"] or "", patterns["response"])
+    return content
+
+
+def row_id(row: Mapping[str, Any]) -> str:
+    """Return the identity of a row in its folder: update, split, round, group, index."""
+    values = (row[name.strip('"')] for name in PLACE)
+    return "-".join("" if value is None else str(value) for value in values)
+
+
+def finite(value: Any) -> Any:
+    """Return a number as JSON can have it: ``nan`` and infinity become text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def finite_map(values: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the numbers of a mapping as JSON can have them."""
+    return {name: finite(value) for name, value in (values or {}).items()}
+
+
+def last_message(prompt: str | None) -> str:
+    """Return the text of the last message of a stored prompt."""
+    try:
+        messages = json.loads(prompt or '""')
+    except (ValueError, RecursionError):
+        return prompt or ""
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        return str(messages[-1].get("content") or "")
+    return messages if isinstance(messages, str) else str(prompt)
+
+
+def excerpt(text: str, pattern: re.Pattern[str] | None) -> str:
+    """Return the beginning of a text, or the text around the first word of a search."""
+    match = pattern.search(text) if pattern else None
+    start = max(0, match.start() - BEFORE_WORD) if match else 0
+    if start:
+        text = f"…{text[start:]}"
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
