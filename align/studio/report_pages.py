@@ -7,11 +7,14 @@ policy as a header and adds a sandbox: the page has no origin, so its script rea
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
+from align.errors import StageFailed
 from align.runs.run_page import PAGE
 from align.store.store import REPORTS
 from align.studio.context import NotFound, StudioContext, checked_name
@@ -23,6 +26,7 @@ MEDIA_TYPES = {
     ".json": "application/json",
 }
 SCRIPT_HASH = re.compile(rb"script-src ('sha256-[A-Za-z0-9+/]{43}=')")
+SECONDS_TO_WRITE = 600.0
 HEAD_BYTES = 2048
 """Bytes at the beginning of a page that contain its policy."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; {}img-src data:; base-uri 'none'; form-action 'none'; "
@@ -53,6 +57,24 @@ def page_policy(file: Path) -> str:
             match = SCRIPT_HASH.search(page.read(HEAD_BYTES))
         script = b"" if match is None else match[1]
     return POLICY.format(f"script-src {script.decode()}; " if script else "") + SANDBOX
+
+
+def write_report_page(context: StudioContext, run: str) -> str:
+    """Write the page of a run as ``align report`` does, in a process that loads matplotlib; return its address.
+
+    Raises ``StageFailed`` with the command's message if it writes none.
+    """
+    context.require_writable()
+    command = [sys.executable, "-m", "align.cli.main", "report", checked_name("run", run), "--json", "--store"]
+    try:
+        process = subprocess.run(
+            [*command, context.opening.folder], capture_output=True, text=True, timeout=SECONDS_TO_WRITE
+        )
+    except subprocess.TimeoutExpired:
+        raise StageFailed(f"{run}: the page was not written within {SECONDS_TO_WRITE:.0f} s.") from None
+    if process.returncode:
+        raise StageFailed(process.stderr.strip() or f"`align report {run}` ended with {process.returncode}.")
+    return page_address(context, run)
 
 
 def page_address(context: StudioContext, run: str) -> str:

@@ -1,7 +1,9 @@
 """The list of a store's runs with the states of their stages, read again and again at little cost.
 
 The states are those of ``align status``. A finished stage is read once: while its record is the same file, its state is
-taken from memory. Slurm is asked in a thread of its own, because its controller may need a minute to answer.
+taken from memory. Reading the records of a large store for the first time is spread over several lists: until a record
+has been read, its stage counts as done, without a date. A separate thread asks Slurm, whose controller may need a
+minute to answer.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from align.store.store import Store
 
 SECONDS_BETWEEN_JOBS = 15.0
 """Time between two questions to Slurm."""
+SECONDS_FOR_RECORDS = 0.2
+"""Time in which one list reads records that it has not seen."""
 SECONDS_FRESH = 0.5
 """Age up to which a list serves several readers."""
 Signature = tuple[int, int, int]
@@ -63,6 +67,8 @@ class RunIndex:
     _list_read: float = float("-inf")
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _job_lock: threading.Lock = field(default_factory=threading.Lock)
+    _deadline: float = 0.0
+    """Monotonic time after which the present list reads no further records."""
 
     def read(self) -> RunList:
         """Return the runs and the states of their stages; at most ``SECONDS_FRESH`` old."""
@@ -89,6 +95,7 @@ class RunIndex:
         damaged = [entry for _, entry in self._runs.values() if isinstance(entry, str)]
         self._refresh_jobs(runs)
         jobs = self._jobs
+        self._deadline = time.monotonic() + SECONDS_FOR_RECORDS
         states = {
             name: [self._state(run.outline, stage, jobs) for stage in run.outline.stages] for name, run in runs.items()
         }
@@ -124,6 +131,8 @@ class RunIndex:
             known_signature, status = self._done.get((kind, key), (None, None))
             if status is not None and known_signature == signature:
                 return StageStatus(stage, status.state, status.detail)
+            if time.monotonic() > self._deadline:
+                return StageStatus(stage, "done")
         status = stage_status(outline, stage, self.store, jobs)
         if signature is not None and status.state == "done":
             self._done[kind, key] = signature, status

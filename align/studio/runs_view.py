@@ -11,7 +11,7 @@ from sse_starlette import EventSourceResponse
 from align.runs.resume import console_path, resume_run
 from align.runs.status import StageStatus, cancel_run
 from align.studio.context import NotFound, StudioContext, checked_name
-from align.studio.report_pages import page_address
+from align.studio.report_pages import page_address, write_report_page
 from align.studio.run_detail import RunReader, find_status, tail_json
 from align.studio.run_index import IndexedRun, RunIndex, list_json
 from align.studio.streams import stream_states
@@ -41,6 +41,7 @@ def create_router(context: StudioContext) -> APIRouter:
     router.add_api_route("/runs/{name}/stages/{stage}/settings", runs.read_settings, methods=["GET"])
     router.add_api_route("/runs/{name}/stop", runs.stop, methods=["POST"])
     router.add_api_route("/runs/{name}/resume", runs.resume, methods=["POST"])
+    router.add_api_route("/runs/{name}/report", runs.write_report, methods=["POST"])
     return router
 
 
@@ -107,6 +108,12 @@ class Runs:
         resumed = resume_run(run.outline, self.context.store)
         self.index.forget()
         return resumed.to_json()
+
+    def write_report(self, name: str) -> dict[str, str]:
+        """Write the report page of a run, as ``align report`` does."""
+        self.context.require_writable()
+        self._find(name)
+        return {"page": write_report_page(self.context, name)}
 
     def _find(self, name: str) -> tuple[IndexedRun, list[StageStatus]]:
         """Return a run and the states of its stages. Raises ``NotFound``, or ``UserError`` for a damaged record."""

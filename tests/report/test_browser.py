@@ -12,7 +12,7 @@ from align.environments.journal import CallResult
 from align.environments.results import Scores
 from align.report.run.run_report import write_report
 from align.store.artifacts import Kind
-from tests.support.report.browser import console, needs_browser, open_page, requests, resize
+from tests.support.report.browser import CONTRASTS, console, emulate, needs_browser, open_page, requests, resize
 from tests.support.report.example_episodes import episode_line, play
 from tests.support.report.example_run import HOSTILE, write_artifact
 from tests.support.stored_rollouts import write_lines
@@ -345,38 +345,6 @@ def test_a_table_that_goes_on_says_so_until_it_is_scrolled(driver, opened):
     driver.execute_script(f"{table}.scrollLeft = 1e6")
     driver.execute_async_script(wait)
     assert driver.execute_script(state) == [False, True]
-
-
-CONTRASTS = """
-const luminance = (color) => color.match(/[\\d.]+/g).slice(0, 3).map((part) => part / 255)
-  .map((part) => (part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
-  .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0);
-const ground = (element) => {
-  for (; element; element = element.parentElement) {
-    const color = getComputedStyle(element).backgroundColor;
-    if (!color.endsWith(", 0)")) return color;
-  }
-  return "rgb(255, 255, 255)";
-};
-const contrast = (ink, paper) => {
-  const [low, high] = [luminance(ink), luminance(paper)].sort((a, b) => a - b);
-  return (high + 0.05) / (low + 0.05);
-};
-const texts = "p, li, td, th, dt, dd, summary, h2, h3, .chip, .tag, button, select, b, text";
-return [...document.querySelectorAll(`main :is(${texts})`)]
-  .filter((element) => element.checkVisibility())
-  .map((element) => {
-    const style = getComputedStyle(element);
-    const ink = element.tagName === "text" ? style.fill : style.color;
-    return [element.tagName, element.textContent.trim().slice(0, 30), contrast(ink, ground(element))];
-  })
-  .filter(([, , value]) => value < 4.5).slice(0, 10);
-"""
-
-
-def emulate(driver, scheme, media=""):
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features, "media": media})
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -14,7 +14,7 @@ from align.errors import StageFailed
 from align.runner.runner import run_pipeline
 from align.store.store import Store
 from tests.support import toy
-from tests.support.report.browser import chromium, console, needs_browser, resize
+from tests.support.report.browser import CONTRASTS, chromium, console, emulate, needs_browser, resize
 from tests.support.studio.server import RunningStudio, running_studio
 
 pytestmark = needs_browser
@@ -84,15 +84,15 @@ def texts(driver: Any, selector: str) -> list[str]:
 @pytest.mark.parametrize("width", [1280, 390])
 def test_views_fit_the_window_without_errors(driver: Any, studio: RunningStudio, width: int, scheme: str) -> None:
     resize(driver, width, 844)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    emulate(driver, scheme)
     for place, ready in (("#/runs", ".run-link"), ("#/runs/broken", "figure.curve"), ("#/runs/broken?tab=log", ".log")):
         open_view(driver, studio, place, ready)
         assert driver.execute_script("return document.documentElement.scrollWidth") <= width, place
         ground = {"light": "rgb(245, 246, 248)", "dark": "rgb(15, 20, 27)"}[scheme]
         assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") == ground
+        assert driver.execute_script(CONTRASTS, "a, .state, .dot, label, time, code") == [], place
         assert console(driver) == [], place
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    emulate(driver, "light")
     driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 

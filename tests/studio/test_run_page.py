@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_curves_are_the_series_of_the_report(client: TestClient) -> None:
 def test_settings_of_a_stage_have_its_record(client: TestClient) -> None:
     settings = client.get("/api/runs/toy/stages/one/settings").json()
     assert "number: 1" in settings["config"]
-    assert ["number", "1"] in settings["metrics"]
+    assert ["number", "1", ""] in settings["metrics"]
     assert "Key" in dict(settings["facts"])
     waiting = client.get("/api/runs/broken/stages/total/settings").json()
     assert "first: one" in waiting["config"] and waiting["facts"] == []
@@ -179,3 +180,17 @@ def test_events_are_read_again_only_after_a_change(toy_store: Path, monkeypatch:
     started = time.perf_counter()
     assert client.get("/api/runs/toy").json() == first
     assert time.perf_counter() - started < 1
+
+
+def test_report_page_is_written_and_served(tmp_path: Path, toy_store: Path) -> None:
+    store = tmp_path / "store"
+    run_pipeline(Pipeline(toy.pipeline()), store=store)
+    client = open_client(store)
+    assert client.get("/api/runs/toy").json()["page"] == ""
+    answer = client.post("/api/runs/toy/report", headers=OWN_PAGE, json={})
+    assert answer.json() == {"page": "/reports/toy/report.html"}, answer.text
+    page = client.get("/reports/toy/report.html")
+    assert "<h1>toy</h1>" in page.text
+    assert re.search("script-src 'sha256-[^']+'", page.headers["content-security-policy"])
+    read_only = open_client(toy_store, read_only=True)
+    assert read_only.post("/api/runs/toy/report", headers=OWN_PAGE, json={}).status_code == 403

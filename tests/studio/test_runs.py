@@ -74,6 +74,20 @@ def test_index_reads_what_has_changed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert index.read().runs == {}
 
 
+def test_records_of_a_large_store_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_index, "SECONDS_FRESH", 0.0)
+    store = Store.open(tmp_path / "store")
+    run_pipeline(Pipeline(toy.pipeline()), store=store)
+    index = RunIndex(store)
+    monkeypatch.setattr(run_index, "SECONDS_FOR_RECORDS", -1.0)
+    assert [(status.state, status.detail) for status in index.read().states["toy"]] == [("done", "")] * 3
+    monkeypatch.setattr(run_index, "SECONDS_FOR_RECORDS", 60.0)
+    assert all(status.detail.startswith("20") for status in index.read().states["toy"])
+    kind, key = index.read().runs["toy"].outline.stages["one"]
+    (store.folder(kind, key) / "record.json").write_text("{}")
+    assert [status.state for status in index.read().states["toy"]] == ["damaged", "done", "done"]
+
+
 def test_stream_sends_each_change_once(tmp_path: Path) -> None:
     store = tmp_path / "store"
     with running_studio(store) as studio, studio.client() as client, client.stream("GET", "/api/runs-stream") as answer:

@@ -78,6 +78,44 @@ export function stream(path, handlers, onconnect = () => {}) {
   };
 }
 
+// Posts a body and reads the answer as server-sent events: handlers by event name, as of `stream`. Resolves at the end.
+export async function postStream(path, body, handlers, signal) {
+  let response;
+  try {
+    response = await fetch("/api/" + path, { method: "POST", credentials: "same-origin", headers: { "content-type": "application/json" }, body: JSON.stringify(body), signal });
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    throw new ApiError("The studio does not answer. Is `align studio` still running?", 0);
+  }
+  if (!response.ok) {
+    const value = await response.json().catch(() => ({}));
+    throw new ApiError(value.error || `status ${response.status}`, response.status);
+  }
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const blocks = (rest + value).replace(/\r\n/g, "\n").split("\n\n");
+      rest = blocks.pop();
+      for (const block of blocks) readEvent(block, handlers);
+    }
+  } catch (error) {
+    if (error.name !== "AbortError") throw error;
+  }
+}
+
+function readEvent(block, handlers) {
+  let name = "message";
+  const data = [];
+  for (const line of block.split("\n")) {
+    if (line.startsWith("event:")) name = line.slice(6).trim();
+    else if (line.startsWith("data:")) data.push(line.slice(5).replace(/^ /, ""));
+  }
+  if (data.length && handlers[name]) handlers[name](JSON.parse(data.join("\n")));
+}
+
 const encode = encodeURIComponent;
 export function path(...parts) {
   return parts.map(encode).join("/");

@@ -6,6 +6,7 @@ const WIDTH = 264, HEIGHT = 158;
 const BOX = [44, 24, 256, 132];  // left, top, right, bottom
 const STYLES = 7, DASHES = ["", "5 3", "6 2 1.5 2", "1.5 2", "6 2 1.5 2 1.5 2", "1.5 3", "8 3"];
 const MARGIN = 0.05;
+const OPEN_PANELS = 8;  // as on the run page
 
 export function numberText(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
@@ -77,7 +78,13 @@ export function showPanels(node, stage, panels) {
   const focused = node.contains(document.activeElement) ? document.activeElement.dataset.title : null;
   const data = panels.map((panel) => reading(stage, panel));
   const figures = data.map((curve, index) => element("figure", { class: "curve", "data-curve": index, "data-title": curve.title }, draw(curve), legend(curve)));
-  node.replaceChildren(...figures);
+  const wasOpen = node.querySelector("details[open]") !== null;
+  const folded = figures.slice(OPEN_PANELS);
+  node.replaceChildren(element("div", { class: "panels" }, figures.slice(0, OPEN_PANELS)));
+  if (folded.length) {
+    node.append(element("details", { open: wasOpen }, element("summary", null, `${folded.length} more curve${folded.length === 1 ? "" : "s"}`),
+      element("div", { class: "panels" }, folded)));
+  }
   curveReader.attach(figures, () => data);
   curveView.attach(figures, () => data);
   const again = figures.find((figure) => focused !== null && figure.dataset.title === visible(focused));

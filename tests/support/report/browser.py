@@ -24,6 +24,34 @@ SWITCHES = (
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 )  # fmt: skip
 
+CONTRASTS = """
+const luminance = (color) => color.match(/[\\d.]+/g).slice(0, 3).map((part) => part / 255)
+  .map((part) => (part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0);
+const ground = (element) => {
+  for (; element; element = element.parentElement) {
+    const color = getComputedStyle(element).backgroundColor;
+    if (!color.endsWith(", 0)")) return color;
+  }
+  return "rgb(255, 255, 255)";
+};
+const contrast = (ink, paper) => {
+  const [low, high] = [luminance(ink), luminance(paper)].sort((a, b) => a - b);
+  return (high + 0.05) / (low + 0.05);
+};
+const more = arguments[0] ? ", " + arguments[0] : "";
+const texts = "p, li, td, th, dt, dd, summary, h2, h3, .chip, .tag, button, select, b, text";
+return [...document.querySelectorAll(`main :is(${texts}${more})`)]
+  .filter((element) => element.checkVisibility())
+  .map((element) => {
+    const style = getComputedStyle(element);
+    const ink = element.tagName === "text" ? style.fill : style.color;
+    return [element.tagName, element.textContent.trim().slice(0, 30), contrast(ink, ground(element))];
+  })
+  .filter(([, , value]) => value < 4.5).slice(0, 10);
+"""
+"""Script that returns the texts of a page with too little contrast; its argument are further selectors."""
+
 THERE = bool(CHROMIUM and DRIVER and importlib.util.find_spec("selenium"))
 needs_browser = pytest.mark.skipif(not THERE, reason=MISSING)
 
@@ -90,3 +118,9 @@ def requests(driver: Any, page: Path) -> list[str]:
             if address != page.as_uri() and not address.startswith("data:"):
                 addresses.append(address)
     return addresses
+
+
+def emulate(driver: Any, scheme: str, media: str = "") -> None:
+    """Show the page in the color scheme ``light`` or ``dark``, on a screen or in ``print``."""
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features, "media": media})

@@ -56,7 +56,8 @@ function progressRows(stages) {
 }
 
 function alarmList(stages) {
-  const rows = stages.flatMap((stage) => stage.warnings.map((text) => ({ stage: stage.stage, text })));
+  // Most warnings begin with the stage's name already.
+  const rows = stages.flatMap((stage) => stage.warnings.map((text) => ({ stage: stage.stage, text: text.startsWith(stage.stage + ": ") ? text.slice(stage.stage.length + 2) : text })));
   if (!rows.length) return null;
   return element("section", { class: "panel" }, element("h2", null, `Alarms and warnings (${rows.length})`),
     element("ul", { class: "warnings" }, rows.map((row) => element("li", null, "⚠ ", element("b", null, row.stage), " ", row.text))));
@@ -100,7 +101,7 @@ class RunPage {
   constructor(main, name, query) {
     this.name = name;
     this.stage = query.stage || null;
-    this.tab = TABS.includes(query.tab) ? query.tab : "curves";
+    this.tab = [...TABS, "console"].includes(query.tab) ? query.tab : null;
     this.run = null;
     this.loaded = {};
     this.ended = false;
@@ -120,6 +121,7 @@ class RunPage {
     this.run = run;
     const names = run.stages.map((stage) => stage.stage);
     if (!names.includes(this.stage)) this.stage = this.firstStage();
+    if (this.tab === null) this.tab = this.firstTab();
     const isActive = run.stages.some((stage) => stage.state === "runs" || stage.state === "waits");
     const isDone = run.stages.every((stage) => stage.state === "done");
     document.title = `${run.name} · align studio`;
@@ -128,6 +130,7 @@ class RunPage {
       element("span", { class: "small" }, run.title !== run.name ? run.title : "", " started ", element("time", { title: moment(run.when) }, ago(run.when))),
       element("span", { class: "grow" }),
       run.page && element("a", { href: run.page, target: "_blank", rel: "noopener" }, "Report page"),
+      element("button", { type: "button", class: "action", id: "report", onclick: () => this.writeReport() }, run.page ? "Write it again" : "Write the report page"),
       isActive && element("button", { type: "button", class: "action danger", id: "stop", onclick: () => this.stop() }, "Stop"),
       !isActive && !isDone && element("button", { type: "button", class: "action", id: "resume", onclick: () => this.resume() }, "Resume"),
       run.description ? element("p", { class: "small description" }, run.description) : null]);
@@ -144,6 +147,12 @@ class RunPage {
     const find = (...states) => stages.find((stage) => states.includes(stage.state));
     const chosen = find("runs") || find("failed", "damaged", "stopped") || [...stages].reverse().find((stage) => stage.has_curves) || stages[0];
     return chosen ? chosen.stage : null;
+  }
+
+  // A stage that failed without curves has its reason in the log.
+  firstTab() {
+    const stage = this.current();
+    return stage && !stage.has_curves && ["failed", "damaged", "stopped", "runs"].includes(stage.state) ? "log" : "curves";
   }
 
   current() {
@@ -165,8 +174,11 @@ class RunPage {
 
   showTabs() {
     const tabs = this.run.console ? [...TABS, "console"] : TABS;
-    update(this.tabs, [this.stage, this.tab, tabs], () => [
-      element("h2", null, this.stage), tabs.map((tab) => element("button", { type: "button", role: "tab", "aria-selected": String(tab === this.tab), onclick: () => this.choose(this.stage, tab) }, tab))]);
+    const stage = this.current();
+    if (!stage) return;
+    const state = ["failed", "damaged"].includes(stage.state) ? problem(stage.what) : element("span", { class: "small" }, stage.what);
+    update(this.tabs, [this.stage, this.tab, tabs, stage.state, stage.what], () => [
+      element("h2", null, this.stage), stateChip(stage.state), state, element("span", { class: "grow" }), tabs.map((tab) => element("button", { type: "button", role: "tab", "aria-selected": String(tab === this.tab), onclick: () => this.choose(this.stage, tab) }, tab))]);
   }
 
   // Loads the tab again if its file has changed, and not too often.
@@ -203,9 +215,9 @@ class RunPage {
       replace(this.body, element("p", { class: "small" }, "This stage has no curves yet."));
       return;
     }
-    let node = this.body.querySelector(".panels");
+    let node = this.body.querySelector(".all-panels");
     if (!node) {
-      node = element("div", { class: "panels" });
+      node = element("div", { class: "all-panels" });
       replace(this.body, node, element("p", { class: "small hint" }, "Point at a curve, or press ← → on a focused curve, to read its values. ⤢, a double click or Enter enlarges it."),
         value.left_out.length ? element("p", { class: "small" }, `Not drawn: ${value.left_out.join(", ")}`) : null,
         value.averaged > 1 ? element("p", { class: "small" }, `A point is the mean of up to ${value.averaged} logged steps.`) : null);
@@ -225,19 +237,28 @@ class RunPage {
     if (wasAtEnd) box.scrollTop = box.scrollHeight;
   }
 
+  async writeReport() {
+    await this.act("report", "report", "Writing the report page …");
+  }
+
   async act(button, action, text) {
     const control = document.getElementById(button);
     if (control) control.disabled = true;
     replace(this.notice, element("p", { class: "small", role: "status" }, text));
     try {
       const answer = await post(path("runs", this.name, action));
-      replace(this.notice, element("p", { class: "done-note", role: "status" }, action === "stop" ? this.stopText(answer) : `The run continues as process ${answer.process}.`));
+      replace(this.notice, element("p", { class: "done-note", role: "status" }, this.doneText(action, answer)));
       if (!this.ended) this.show(await get(path("runs", this.name)));
     } catch (error) {
       replace(this.notice, problem(error));
     } finally {
       if (control) control.disabled = false;
     }
+  }
+
+  doneText(action, answer) {
+    if (action === "report") return [element("a", { href: answer.page, target: "_blank", rel: "noopener" }, "The report page"), " is written."];
+    return action === "stop" ? this.stopText(answer) : `The run continues as process ${answer.process}.`;
   }
 
   stopText({ jobs, processes }) {
@@ -269,6 +290,7 @@ class RunPage {
       { keys: ["e"], does: "settings", run: () => this.choose(this.stage, "settings") },
       { keys: ["x"], does: "stop the run", run: () => this.press("stop") },
       { keys: ["r"], does: "resume the run", run: () => this.press("resume") },
+      { keys: ["w"], does: "write the report page", run: () => this.press("report") },
       { keys: ["u", "Escape"], does: "all runs", run: () => { location.hash = address("runs"); } },
     ];
   }

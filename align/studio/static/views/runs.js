@@ -42,7 +42,7 @@ export async function show(main, parameters) {
   const notes = element("div");
   const body = element("tbody");
   const table = element("table", { class: "runs" },
-    element("thead", null, element("tr", null, HEADINGS.map((text) => element("th", { scope: "col" }, text)))), body);
+    element("thead", null, element("tr", null, HEADINGS.map((text) => element("th", { scope: "col", class: text === "Started" ? "num" : null }, text)))), body);
   replace(main, element("div", { class: "view-head" }, element("h1", null, "Runs"), count, element("span", { class: "grow" }), filter),
     notes, element("section", { class: "panel" }, element("div", { class: "scroll" }, table)));
 
