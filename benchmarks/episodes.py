@@ -33,6 +33,7 @@ from typing import Any
 
 from align.errors import UserError
 from align.pipeline.process_limits import SPINNING
+from align.runner.huge_pages import page_environment
 from align.runner.worker import ENVIRONMENT
 from benchmarks.episodes_table import episode_seconds, latency_lines, latency_summary, lines, summary
 from benchmarks.episodes_work import EpisodeShape
@@ -62,7 +63,7 @@ class Runs:
         """Run one process on the work there is, and return what it measured."""
         out = self.folder / "result.json"
         # As align's runner starts a stage; trl's side starts with the user's own environment.
-        more = {**ENVIRONMENT, **SPINNING} if side == "align" else {}
+        more = {**ENVIRONMENT, **page_environment(), **SPINNING} if side == "align" else {}
         paths = [str(self.folder / "work.json"), str(out)]
         run_module(Path(sys.executable), module, [*paths, *arguments], self.folder / f"{side}.log", more)
         result: Run = json.loads(out.read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from typing import Any
 
 from align.config.yaml import load_yaml
 from align.evaluation.scorecard import Scorecard
+from align.runner.huge_pages import page_environment
 from align.runner.worker import ENVIRONMENT
 from benchmarks.gpu_items import Item, Machine
 from benchmarks.gpu_proofs import PROOFS
@@ -61,7 +62,8 @@ def run_command(
     ``grace`` seconds before the end of its time it is asked to stop at its next checkpoint (SIGUSR1). Raises
     ``OutOfTime`` when it had to be stopped.
     """
-    environment = {**ENVIRONMENT, "TOKENIZERS_PARALLELISM": "false", **os.environ, **(variables or {})}
+    stage = {**ENVIRONMENT, **page_environment()}
+    environment = {**stage, "TOKENIZERS_PARALLELISM": "false", **os.environ, **(variables or {})}
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY, start_new_session=True

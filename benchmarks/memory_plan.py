@@ -27,11 +27,11 @@ from align.models.compute.architecture import Architecture
 from align.models.compute.model_types import architecture_of
 from align.models.model_plan import EMBEDDED_SIZES, TINY_SIZES
 from align.pipeline.process_limits import SPINNING
+from align.runner.huge_pages import page_environment
 from align.runner.worker import ENVIRONMENT
 from benchmarks.memory_run import RUNTIME, WIDE, Measurer
 from benchmarks.stage_work import FIELD, TEST_ROWS, config_of, plan_job
 
-SURROUNDINGS = {**ENVIRONMENT, **SPINNING, "TOKENIZERS_PARALLELISM": "false", **os.environ}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """For threads that load weights too: torch's setting is the main thread's alone, and a fork has none of its pool."""
 TOLERANCE = 0.15
@@ -147,7 +147,8 @@ def main() -> int:
     if any(name not in os.environ for name in ENVIRONMENT) or os.environ.get("OMP_NUM_THREADS") != "1":
         # glibc and OpenMP read these variables when a process starts
         command = [sys.executable, "-m", "benchmarks.memory_plan", *sys.argv[1:]]
-        os.execve(sys.executable, command, {**SURROUNDINGS, **ONE_THREAD})
+        stage = {**ENVIRONMENT, **page_environment(), **SPINNING, "TOKENIZERS_PARALLELISM": "false"}
+        os.execve(sys.executable, command, {**stage, **os.environ, **ONE_THREAD})
     chosen = [configuration for configuration in CONFIGURATIONS if options.only in configuration.label]
     print("stage  tuning model   tokens x rows       counted  measured, MiB    off")
     results = []

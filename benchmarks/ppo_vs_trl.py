@@ -38,6 +38,7 @@ from typing import Any
 
 from align.errors import UserError
 from align.pipeline.process_limits import SPINNING
+from align.runner.huge_pages import page_environment
 from align.runner.worker import ENVIRONMENT
 from benchmarks.ppo_table import Round, Run, efficiency, efficiency_lines, phases, table, tokens_line
 from benchmarks.ppo_work import TRL, TRL_METHODS, Shape, environment, inventory, last_lines, process_environment
@@ -95,7 +96,7 @@ class Comparison:
             arguments += ["--weights", self.options.trl_weights]
         print(f"  {method}: {side} ...", end="", flush=True)
         # As align's runner starts a stage; trl's side starts with the user's own environment.
-        more = {**ENVIRONMENT, **SPINNING} if side == "align" else {}
+        more = {**ENVIRONMENT, **page_environment(), **SPINNING} if side == "align" else {}
         run_module(self.pythons[side], SIDES[side], arguments, self.folder / f"{side}.log", more)
         result: Run = json.loads(out.read_text(encoding="utf-8"))
         out.unlink()

@@ -30,6 +30,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two-layer models are faster on one thread, and threads that spin starve the processes which tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The same pages in every process, so that no stage's environment depends on a measurement.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
 # accelerate sets this when it is imported. Now it is the same in every process.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 # The key of stand-ins for vLLM's servers, which tests reach by address (tests/support/inference/fake_server.py).

@@ -29,6 +29,7 @@ from align.pipeline.process_limits import claim_spinning
 from align.pipeline.registry import find_stage
 from align.pipeline.stop_signal import CAN_STOP, Stopped, StopRequest, request_stop
 from align.runner.fork_server import ForkServer
+from align.runner.huge_pages import page_environment
 from align.runner.stage_result import RESULT, read_attempts, read_result, read_work, write_attempts
 from align.runner.worker import ENVIRONMENT, UNREACHABLE_CODE
 from align.store.artifacts import EVENTS, LOG
@@ -310,7 +311,7 @@ class StageProcess(Protocol):
 
 def stage_environment() -> dict[str, str]:
     """Return the environment of a stage's process, unless a cluster adds to it."""
-    return {**ENVIRONMENT, **this_thread.waiting, **os.environ}
+    return {**ENVIRONMENT, **page_environment(), **this_thread.waiting, **os.environ}
 
 
 def start_stage(

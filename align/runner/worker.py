@@ -48,9 +48,6 @@ LAUNCHER = "align.runner.ranks"
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONFAULTHANDLER": "1",
-    # glibc gives large blocks back to the kernel at once, and a training step asks for the same blocks again and again:
-    # in pages of 2 MiB rather than 4 KiB that costs little (PPO's learning on SmolLM2-135M: 7.8 s without, 6.8 s with).
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 """Variables of a stage's process, unless the user's environment sets them; read when a process starts."""
 

@@ -13,6 +13,7 @@ import pytest
 
 from align import Pipeline
 from align.errors import StageFailed, UserError
+from align.runner import huge_pages
 from align.runner.fork_server import ForkServer
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
@@ -58,16 +59,23 @@ def test_stages_of_tests_are_forked(store: Path) -> None:
     assert this_thread.server.serves([sys.executable, "a folder"], stage_environment(), 1)
 
 
-def test_stage_starts_with_large_pages_by_default(store: Path, monkeypatch) -> None:
-    def found(seed: int) -> dict[str, str]:
-        raw = {"name": "toy", "seed": seed, "stages": {"env": {"stage": "tests.support.toy:ENV"}}}
-        artifact = run_pipeline(Pipeline(raw), store=store).artifacts["env"]
-        return json.loads((artifact.path / "environment.json").read_text())
+@pytest.mark.parametrize("pages", ["2 MiB", "4 KiB"])
+def test_stage_has_the_pages_that_are_fast(store: Path, monkeypatch, pages: str) -> None:
+    monkeypatch.setattr(huge_pages, "has_fast_huge_pages", lambda: pages == "2 MiB")
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    huge_pages.page_environment.cache_clear()
+    expected = "glibc.malloc.hugetlb=1" if pages == "2 MiB" else None
+    assert environment_of_stage(store, 1).get("GLIBC_TUNABLES") == expected
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    assert environment_of_stage(store, 2)["GLIBC_TUNABLES"] == "glibc.malloc.check=1"
 
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    assert found(1)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
-    assert found(2)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
+
+def environment_of_stage(store: Path, seed: int) -> dict[str, str]:
+    """Return the variables of a stage's process."""
+    raw = {"name": "toy", "seed": seed, "stages": {"env": {"stage": "tests.support.toy:ENV"}}}
+    artifact = run_pipeline(Pipeline(raw), store=store).artifacts["env"]
+    variables: dict[str, str] = json.loads((artifact.path / "environment.json").read_text())
+    return variables
 
 
 def test_deterministic_run_restricts_kernels_of_stages(store: Path) -> None:
