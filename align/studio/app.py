@@ -70,7 +70,7 @@ def create_app(context: StudioContext, token: str, cookie: str = "align-studio")
     app.add_exception_handler(RequestValidationError, _explain_invalid)
     app.add_exception_handler(HTTPException, _explain_http_error)
     app.add_exception_handler(Exception, _explain_bug)
-    app.add_middleware(Guard, token=token, cookie=cookie)
+    app.add_middleware(Guard, token=token, cookie=cookie, secret=context.secret)
     return app
 
 

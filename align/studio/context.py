@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class StudioContext:
     store: Store
     read_only: bool = False
     """True if ``--read-only`` forbids every action that writes."""
+    secret: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    """Key of the tickets of report pages (``security.report_ticket``)."""
 
     @functools.cached_property
     def opening(self) -> Opening:

@@ -1,7 +1,8 @@
 """The report pages of runs at ``/reports/RUN/...``, as their files are in the store.
 
 A page has inline styles and one script, whose hash its own content security policy names. The studio repeats that
-policy as a header and adds a sandbox: the page has no origin, so its script reaches neither the API nor the cookie.
+policy as a header and adds a sandbox: the page has no origin, so its script reaches neither the API nor the cookie. The
+page of a running run reloads itself; its address has a ticket for that, because a sandbox sends no cookie.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from align.errors import StageFailed
 from align.runs.run_page import PAGE
 from align.store.store import REPORTS
 from align.studio.context import NotFound, StudioContext, checked_name
+from align.studio.security import report_ticket
 
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -80,4 +82,4 @@ def write_report_page(context: StudioContext, run: str) -> str:
 def page_address(context: StudioContext, run: str) -> str:
     """Return the address of a run's page; empty if it has none yet."""
     page = context.store.root / REPORTS / run / PAGE
-    return f"/reports/{run}/{PAGE}" if page.is_file() else ""
+    return f"/reports/{run}/{PAGE}?ticket={report_ticket(context.secret, run)}" if page.is_file() else ""

@@ -24,9 +24,10 @@ from align.runs.progress import ProgressReader, progress_json
 from align.runs.resume import console_path
 from align.runs.run_page import RunOutline
 from align.runs.status import StageStatus
-from align.store.artifacts import EVENTS, LOG, Artifact
+from align.store.artifacts import CHECKPOINTS, EVENTS, LOG, Artifact
 from align.store.json_files import read_tail
 from align.store.record import RECORD
+from align.store.rollouts import ROLLOUTS
 from align.store.store import Store
 from align.studio.context import NotFound
 from align.studio.run_index import IndexedRun, Signature, file_signature
@@ -126,6 +127,7 @@ class RunReader:
             "warnings": events.warnings[-MAX_WARNINGS:],
             "alarms": raised_alarms(events.warnings),
             "notes": events.notes[-MAX_WARNINGS:],
+            "has_rollouts": folder is not None and _rollout_folder(folder, status.state).is_dir(),
             "has_curves": any(len(steps) > 1 for steps, _ in events.series.values()),
             "events": None if folder is None else file_signature(folder / EVENTS),
             "log": None if folder is None else file_signature(folder / LOG),
@@ -217,6 +219,11 @@ class RunReader:
             return {"config": as_yaml(block), "facts": [], "metrics": []}
         row = stage_costs.stage_row(artifact, Events())
         return {name: row[name] for name in ("config", "facts", "metrics")}
+
+
+def _rollout_folder(folder: Path, state: str) -> Path:
+    """Return the folder with the rollouts of a stage: its artifact's, or that next to its checkpoints."""
+    return (folder if state == "done" else folder / CHECKPOINTS) / ROLLOUTS
 
 
 def tail_json(path: Path, size: int = LOG_BYTES) -> dict[str, Any]:

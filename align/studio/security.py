@@ -4,7 +4,8 @@
 
 1. ``Host`` is a name of this machine. A foreign name that resolves to 127.0.0.1 (DNS rebinding) is refused.
 2. ``Origin`` and ``Sec-Fetch-Site`` belong to the studio's own pages. Browsers set both, and pages cannot forge them.
-3. The token is there: as ``?token=`` on the first visit, then as a cookie, or as ``Authorization: Bearer``.
+3. The token is there: as ``?token=`` on the first visit, then as a cookie, or as ``Authorization: Bearer``. A report
+   page may have a ticket instead, which opens this page only: its sandbox has no cookie when the page reloads itself.
 4. A request that changes something has proof of its origin, unless it carries the token in its header.
 5. Its body is not larger than ``MAX_BODY``.
 """
@@ -30,6 +31,7 @@ MAX_BODY = 4 * 1024 * 1024
 TOO_LARGE = f"The request is larger than {MAX_BODY // 2**20} MiB."
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 API = "/api/"
+REPORTS = "/reports/"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "font-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -75,12 +77,18 @@ def refuse(status: int, text: str, **headers: str) -> Answer:
 
 
 class Guard:
-    """The middleware. ``cookie`` is the name of the cookie, which has the port: cookies do not know ports."""
+    """The middleware.
 
-    def __init__(self, app: ASGIApp, token: str, cookie: str) -> None:
+    Args:
+        cookie: Name of the cookie, which has the port: cookies do not know ports.
+        secret: Key of the tickets of report pages.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, cookie: str, secret: str) -> None:
         self.app = app
         self.token = token
         self.cookie = cookie
+        self.secret = secret
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
@@ -109,7 +117,8 @@ class Guard:
         query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1")))
         if "token" in query:
             return self._enter(scope, query)
-        if not has_bearer and not self._is_token(read_cookie(headers, self.cookie)):
+        has_token = has_bearer or self._is_token(read_cookie(headers, self.cookie))
+        if not has_token and not self._has_ticket(scope, query):
             return refuse(401, NO_ENTRY, www_authenticate="Bearer")
         if scope["method"] not in SAFE_METHODS and not has_bearer and not has_own_origin(headers):
             return refuse(403, "A request that changes something needs an Origin header, or the token as a bearer.")
@@ -127,6 +136,14 @@ class Guard:
         cookie = f"{self.cookie}={self.token}; HttpOnly; SameSite=Strict; Path=/"
         return refuse(303, "The studio continues at its address.", location=place, set_cookie=cookie)
 
+    def _has_ticket(self, scope: Scope, query: Mapping[str, str]) -> bool:
+        """Return True for a report page with its ticket."""
+        if scope["method"] not in SAFE_METHODS or not scope["path"].startswith(REPORTS):
+            return False
+        run = scope["path"].removeprefix(REPORTS).partition("/")[0]
+        ticket = query.get("ticket", "").encode("utf-8", "replace")
+        return hmac.compare_digest(ticket, report_ticket(self.secret, run).encode())
+
     def _is_token(self, text: str) -> bool:
         return hmac.compare_digest(text.encode("utf-8", "replace"), self.token.encode())
 
@@ -139,6 +156,11 @@ class Guard:
             await send(message)
 
         await self.app(scope, limit_body(receive), send_with_headers)
+
+
+def report_ticket(secret: str, run: str) -> str:
+    """Return the ticket that opens the report page of a run, and nothing else."""
+    return hmac.new(secret.encode(), f"report {run}".encode(), "sha256").hexdigest()
 
 
 def is_foreign(scope: Scope, headers: Mapping[str, str], host: str) -> bool:

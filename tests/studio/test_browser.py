@@ -38,12 +38,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_pipeline(Pipeline(raw), store=folder)
     outline = Store.open(folder).runs()["broken"]["stages"]["two"]
     partial = Store.open(folder).partial(outline["kind"], outline["key"])
+    (partial / "checkpoints" / "rollouts").mkdir()
     (partial / "log.txt").write_text(f"{HOSTILE}\n" * 200)
     with (partial / "events.jsonl").open("a", encoding="utf-8") as file:
         for step in range(40):
             values = {"kl": step / 10, "score": -1 / (1 + step), "test_score": 0.1 * step, HOSTILE: step}
             file.write(json.dumps({"event": "metrics", "step": step, **values}) + "\n")
-        file.write(json.dumps({"event": "warning", "message": HOSTILE}) + "\n")
+        for message in (HOSTILE, "two: update 3: KL: it is high."):
+            file.write(json.dumps({"event": "warning", "message": message}) + "\n")
     return folder
 
 
@@ -153,12 +155,24 @@ def test_values_are_read_off_and_curves_enlarged(driver: Any, studio: RunningStu
     driver.execute_script("arguments[0].focus()", figure)
     figure.send_keys("\ue014", "\ue014")  # arrow right
     assert figure.find_element("css selector", ".reading").text == "step 1 · score −0.5 · test_score 0.1"
+    assert driver.find_element("css selector", ".rows-link").text == "rollouts of update 1 o"
     figure.send_keys("\ue007")
     dialog = driver.find_element("css selector", "dialog.curve-view")
     assert dialog.get_attribute("open") is not None
     assert dialog.find_element("css selector", "h3").text == "two: score"
     dialog.send_keys("\ue00c")
     assert console(driver) == []
+
+
+def test_alarms_and_steps_lead_to_their_rollouts(driver: Any, studio: RunningStudio) -> None:
+    open_view(driver, studio, "#/runs/broken?stage=two", "figure.curve")
+    links = driver.find_elements("css selector", ".warnings a")
+    assert [link.get_attribute("href").partition("#")[2] for link in links] == ["/rollouts/broken/two?update=3"]
+    figure = driver.find_element("css selector", "figure.curve[data-title=kl]")
+    driver.execute_script("arguments[0].focus()", figure)
+    figure.send_keys("\ue012")  # arrow left: the last step
+    press(driver, "o")
+    wait_until(driver, "return location.hash === '#/rollouts/broken/two?update=39'")
 
 
 def test_colors_are_switched_and_remembered(driver: Any, studio: RunningStudio) -> None:
@@ -194,10 +208,12 @@ def test_report_page_runs_in_its_sandbox(driver: Any, studio: RunningStudio, sto
 
     opened = Store.open(store)
     write_page(stored_outline("toy", opened.runs()["toy"]), opened)
-    driver.get(studio.address)
-    console(driver)
-    driver.get(f"{studio.origin}/reports/toy/report.html")
+    open_view(driver, studio, "#/runs/toy", "a[target=_blank]")
+    driver.get(driver.find_element("css selector", "a[target=_blank]").get_attribute("href"))
     assert driver.find_element("css selector", "h1").text == "toy"
     assert driver.find_elements("css selector", ".curve .enlarge"), "its own script ran"
     assert driver.execute_script("return window.origin") == "null"
+    driver.execute_script("window.isOld = true; location.reload()")
+    wait_until(driver, "return window.isOld === undefined && document.querySelector('footer') !== null")
+    assert driver.find_element("css selector", "h1").text == "toy", "a page of a running run reloads itself"
     assert console(driver) == []

@@ -10,6 +10,7 @@ import pytest
 from fastapi import APIRouter
 from starlette.testclient import TestClient
 
+from align.store.leases import write_run
 from align.studio import runs_view, security
 from align.studio.security import MAX_BODY
 from tests.support.studio.client import ADDRESS, OWN_PAGE, TOKEN, open_client
@@ -184,6 +185,24 @@ def test_a_link_out_of_the_store_is_not_followed(tmp_path: Path) -> None:
         answer = client.get(path)
         assert answer.status_code == 404
         assert "secret" not in answer.text.replace("secret.html", "")
+
+
+def test_a_ticket_opens_the_page_of_its_run_only(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    client = open_client(store)
+    for run in ("one", "two"):
+        write_run(store, run, {"stage": {"kind": "number", "key": "a" * 64}}, {})
+        (store / "reports" / run).mkdir(parents=True)
+        (store / "reports" / run / "report.html").write_text(run)
+    addresses = {run["name"]: run["page"] for run in client.get("/api/runs").json()["runs"]}
+    client.cookies.clear()
+    reload = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+    assert client.get(addresses["one"], headers=reload).text == "one"
+    ticket = addresses["one"].partition("?")[2]
+    for path in ("/reports/two/report.html", "/reports//one/report.html", "/api/runs", "/", "/static/app.js"):
+        assert client.get(f"{path}?{ticket}").status_code == 401, path
+    assert client.post(addresses["one"], headers=OWN_PAGE).status_code == 401
+    assert client.get("/reports/one/report.html?ticket=wrong").status_code == 401
 
 
 def test_a_report_is_served_with_a_sandbox(tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ const curveReader = { attach: function (figures, read) {
   const panelsOfStage = (panel) => figures.map((figure) => readings.get(figure)).filter((each) => data[each.number].stage === data[panel.number].stage);
   function show(panel, step) {
     for (const each of panelsOfStage(panel)) draw(each, step);
+    const xs = data[panel.number].lines[0].x;
+    panel.figure.dispatchEvent(new CustomEvent("curve-step", { bubbles: true, detail: xs[nearest(xs, step)] }));
   }
   function hide(panel) {
     if (data) for (const each of panelsOfStage(panel)) clear(each);

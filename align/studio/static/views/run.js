@@ -55,12 +55,22 @@ function progressRows(stages) {
   });
 }
 
-function alarmList(stages) {
+// Alarms of stages that learn from rollouts name their update: "update 12: KL: ...".
+const ALARM_UPDATE = /^update (\d+):/;
+
+function rowLink(run, stage, update) {
+  return element("a", { href: address("rollouts", [run, stage], { update }) }, `rollouts of update ${update}`);
+}
+
+function alarmList(run, stages) {
   // Most warnings begin with the stage's name already.
-  const rows = stages.flatMap((stage) => stage.warnings.map((text) => ({ stage: stage.stage, text: text.startsWith(stage.stage + ": ") ? text.slice(stage.stage.length + 2) : text })));
+  const rows = stages.flatMap((stage) => stage.warnings.map((text) => ({ stage: stage.stage, text: text.startsWith(stage.stage + ": ") ? text.slice(stage.stage.length + 2) : text, hasRows: stage.has_rollouts })));
   if (!rows.length) return null;
   return element("section", { class: "panel" }, element("h2", null, `Alarms and warnings (${rows.length})`),
-    element("ul", { class: "warnings" }, rows.map((row) => element("li", null, "⚠ ", element("b", null, row.stage), " ", row.text))));
+    element("ul", { class: "warnings" }, rows.map((row) => {
+      const update = row.hasRows && row.text.match(ALARM_UPDATE);
+      return element("li", null, "⚠ ", element("b", null, row.stage), " ", row.text, update ? [" ", rowLink(run, row.stage, update[1])] : null);
+    })));
 }
 
 function healthTable(health) {
@@ -104,6 +114,7 @@ class RunPage {
     this.tab = [...TABS, "console"].includes(query.tab) ? query.tab : null;
     this.run = null;
     this.loaded = {};
+    this.step = null;  // the step that was read off a curve last
     this.ended = false;
     this.head = element("div", { class: "view-head" });
     this.notice = element("div");
@@ -136,7 +147,7 @@ class RunPage {
       run.description ? element("p", { class: "small description" }, run.description) : null]);
     update(this.graph, [run.graph, this.stage], () => drawGraph(run.graph, this.stage, (stage) => this.choose(stage)));
     update(this.progress, run.stages.map((stage) => stage.progress), () => progressRows(run.stages));
-    update(this.alarms, [run.health, run.stages.map((stage) => stage.warnings)], () => [healthTable(run.health), alarmList(run.stages)]);
+    update(this.alarms, [run.health, run.stages.map((stage) => stage.warnings)], () => [healthTable(run.health), alarmList(run.name, run.stages)]);
     update(this.stages, [run.stages.map((stage) => [stage.state, stage.what, stage.cost, stage.warnings.length]), this.stage], () => stageTable(run.stages, this.stage, (stage) => this.choose(stage)));
     this.showTabs();
     this.load();
@@ -160,6 +171,7 @@ class RunPage {
   }
 
   choose(stage, tab = this.tab) {
+    if (stage !== this.stage) this.step = null;
     this.stage = stage;
     this.tab = tab;
     // The address tells where the reader is, without a new view.
@@ -218,7 +230,14 @@ class RunPage {
     let node = this.body.querySelector(".all-panels");
     if (!node) {
       node = element("div", { class: "all-panels" });
-      replace(this.body, node, element("p", { class: "small hint" }, "Point at a curve, or press ← → on a focused curve, to read its values. ⤢, a double click or Enter enlarges it."),
+      const rows = element("p", { class: "small rows-link", role: "status" });
+      if (this.current().has_rollouts) {
+        node.addEventListener("curve-step", (event) => {
+          this.step = Math.round(event.detail);
+          replace(rows, rowLink(this.name, this.stage, this.step), " ", element("kbd", null, "o"));
+        });
+      }
+      replace(this.body, node, rows, element("p", { class: "small hint" }, "Point at a curve, or press ← → on a focused curve, to read its values. ⤢, a double click or Enter enlarges it."),
         value.left_out.length ? element("p", { class: "small" }, `Not drawn: ${value.left_out.join(", ")}`) : null,
         value.averaged > 1 ? element("p", { class: "small" }, `A point is the mean of up to ${value.averaged} logged steps.`) : null);
     }
@@ -288,6 +307,7 @@ class RunPage {
       { keys: ["c"], does: "curves", run: () => this.choose(this.stage, "curves") },
       { keys: ["l"], does: "log", run: () => this.choose(this.stage, "log") },
       { keys: ["e"], does: "settings", run: () => this.choose(this.stage, "settings") },
+      { keys: ["o"], does: "rollouts of the step that was read off a curve", run: () => { if (this.step !== null) location.hash = address("rollouts", [this.name, this.stage], { update: this.step }); } },
       { keys: ["x"], does: "stop the run", run: () => this.press("stop") },
       { keys: ["r"], does: "resume the run", run: () => this.press("resume") },
       { keys: ["w"], does: "write the report page", run: () => this.press("report") },
