@@ -117,7 +117,7 @@ def find_responses(folder: Path, query: ResponseQuery) -> tuple[list[dict[str, A
     # Rows without a value come last in both directions.
     page = table.select(PLACE if column in PLACE else [*PLACE, column]).sort_by(keys).slice(query.offset, query.limit)
     places = [tuple(row[name] for name in PLACE) for row in page.to_pylist()]
-    rows = {place: row for row in _rows_at(folder, places) if (place := place_of(row)) in set(places)}
+    rows = {place_of(row): row for row in _rows_at(folder, places)}
     return [rows[place] for place in places if place in rows], len(table)
 
 
