@@ -29,6 +29,8 @@ function onSubmit(form, note, action) {
 }
 
 const labeled = (text, field, hint) => element("label", null, text, field, hint && element("span", { class: "small" }, hint));
+// A heading that ends in "#" is of a column of numbers.
+const heading = (text) => element("th", { scope: "col", class: text.endsWith("#") ? "num" : null }, text.replace(/#$/, ""));
 const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
 // ---- pairs ----
@@ -37,7 +39,7 @@ function pairsForm(name, sources, done) {
   const note = element("div");
   const choices = sources.map((source) => element("option", { value: JSON.stringify([source.run, source.stage]) }, `${source.run} · ${source.stage} (${source.kind})`));
   const form = element("form", { class: "controls" },
-    name === null && labeled("Name of the set", element("input", { name: "set", required: true, pattern: NAME_PATTERN, placeholder: "helpful-1" })),
+    name === null && labeled("Name of the set", element("input", { name: "set", pattern: NAME_PATTERN, placeholder: "helpful-1" })),
     labeled("Stage whose answers are compared", element("select", { name: "source", disabled: !sources.length },
       element("option", { value: "" }, sources.length ? "choose a stage" : "no sample or evaluate stage is finished"), choices)),
     labeled("Pairs of each prompt", element("input", { name: "per_prompt", type: "number", min: 1, max: 1000, value: "1" })),
@@ -45,6 +47,7 @@ function pairsForm(name, sources, done) {
     element("button", { class: "action" }, "Add pairs"));
   onSubmit(form, note, async (fields) => {
     const set = name === null ? fields.get("set") : name;
+    if (!set) throw new Error("Name the set.");
     const file = fields.get("file");
     const request = {};
     if (file && file.size) request.lines = await file.text();
@@ -69,7 +72,7 @@ async function showSets(main) {
       element("td", null, set.annotators.join(", ") || "nobody yet")]);
   replace(main, element("div", { class: "view-head" }, element("h1", null, "Annotate")),
     element("section", { class: "panel" }, sets.length
-      ? element("div", { class: "scroll" }, element("table", { class: "sets" }, element("thead", null, element("tr", null, ["Set", "Pairs answered", "Annotators"].map((text) => element("th", { scope: "col" }, text)))), element("tbody", null, sets.map(row))))
+      ? element("div", { class: "scroll" }, element("table", { class: "sets" }, element("thead", null, element("tr", null, ["Set", "Pairs answered#", "Annotators"].map(heading))), element("tbody", null, sets.map(row))))
       : element("p", null, "No set yet. A set has pairs of answers, and what people said about them.")),
     element("section", { class: "panel" }, element("h2", null, "New set"), pairsForm(null, sources, (name) => { location.hash = address("annotate", [name]); })));
   setKeys([]);
@@ -96,7 +99,7 @@ function bar(comparison) {
   return picture;
 }
 
-const DECISIONS = { clear: "v-better", same: "", open: "v-worse" };
+const DECISIONS = { clear: "v-better", same: "", open: "" };
 
 function reportPanel(content) {
   const report = content.report;
@@ -111,10 +114,10 @@ function reportPanel(content) {
       element("dt", null, "Left side preferred"), element("dd", null, share(report.left)),
       strengths && [element("dt", null, "Bradley-Terry, log odds"), element("dd", null, strengths.map(([name, value]) => `${name} ${share(value)}`).join(" · "))],
       report.active > 0 && [element("dt", null, "Actively selected"), element("dd", null, `${report.active} answers, which the comparisons do not count`)]),
-    report.comparisons.length > 0 && element("div", { class: "scroll" }, element("table", null,
-      element("thead", null, element("tr", null, ["Comparison", "Share", "", "Pairs", "Result"].map((text) => element("th", { scope: "col" }, text)))),
+    report.comparisons.length > 0 && element("div", { class: "scroll" }, element("table", { class: "comparisons" },
+      element("thead", null, element("tr", null, ["Comparison", "Share#", "", "Pairs#", "Result"].map(heading))),
       element("tbody", null, report.comparisons.map((line) => element("tr", null, element("th", { scope: "row" }, line.name),
-        element("td", { class: "num" }, `${line.share.toFixed(3)} [${line.low.toFixed(3)}, ${line.high.toFixed(3)}]`), element("td", null, bar(line)),
+        element("td", { class: "num" }, `${line.share.toFixed(3)} [${line.low.toFixed(3)}, ${line.high.toFixed(3)}]`), element("td", { class: "share-cell" }, bar(line)),
         element("td", { class: "num" }, `${line.n}, ${line.ties} undecided`), element("td", null, element("span", { class: `chip ${DECISIONS[line.decision]}` }, line.decision))))))));
 }
 
@@ -132,7 +135,7 @@ function annotatorPanel(name, content, reload) {
   };
   return element("section", { class: "panel" }, element("h2", null, "Annotators"), note, rows.length === 0 ? element("p", { class: "small" }, "Nobody has answered yet.")
     : element("div", { class: "scroll" }, element("table", null,
-      element("thead", null, element("tr", null, ["Name", "Answers", "Seconds a pair", "Same on duplicates", "Gold questions", "Last", ""].map((text) => element("th", { scope: "col" }, text)))),
+      element("thead", null, element("tr", null, ["Name", "Answers#", "Seconds a pair#", "Same on duplicates#", "Gold questions#", "Last#", ""].map(heading))),
       element("tbody", null, rows.map(([annotator, line]) => element("tr", null, element("th", { scope: "row" }, annotator),
         element("td", { class: "num" }, String(line.answers)), element("td", { class: "num" }, line.seconds.toFixed(1)),
         element("td", { class: "num" }, share(line.consistency)), element("td", { class: "num" }, share(line.gold)),
@@ -177,10 +180,14 @@ function exchangePanel(name, sources, reload) {
 
 async function showSet(main, name) {
   const body = element("div");
-  const field = element("input", { name: "name", required: true, pattern: NAME_PATTERN, value: storedName(), placeholder: "ann", autocomplete: "off", "aria-label": "Your pseudonym" });
+  const field = element("input", { name: "name", pattern: NAME_PATTERN, value: storedName(), placeholder: "ann", autocomplete: "off", "aria-label": "Your pseudonym" });
   const form = element("form", { class: "start" }, labeled("Your pseudonym", field), element("button", { class: "action" }, "Annotate"));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
+    if (!field.value) {
+      field.focus();
+      return;
+    }
     localStorage.setItem(NAME, field.value);
     location.hash = address("annotate", [name, "questions"], { name: field.value });
   });
@@ -191,7 +198,7 @@ async function showSet(main, name) {
       element("section", { class: "panel writes" }, settingsPanel(name, content, reload), exchangePanel(name, sources, reload)));
   }
   setKeys([
-    { keys: ["a"], does: "annotate", run: () => (field.value ? form.requestSubmit() : field.focus()) },
+    { keys: ["a"], does: "annotate", run: () => form.requestSubmit() },
     { keys: ["u"], does: "all sets", run: () => { location.hash = address("annotate"); } },
   ]);
   await reload();
@@ -199,6 +206,7 @@ async function showSet(main, name) {
 
 export async function show(main, parameters) {
   useStyle();
+  main.classList.add("annotate-view");
   const [name, page] = parameters.path;
   if (page === "questions") return (await import("./question.js")).show(main, name, parameters.query.name || storedName());
   if (name) return showSet(main, name);

@@ -16,8 +16,9 @@ function useStyle() {
 
 const number = (value) => Number(value || 0).toLocaleString("en");
 const cells = (row, tag = "td") => row.map((value) => element(tag, { class: typeof value === "number" ? "num" : null }, typeof value === "number" ? number(value) : value));
+// A heading that ends in "#" is of a column of numbers.
 const table = (heads, rows, name) => element("div", { class: "scroll" }, element("table", { class: name },
-  element("thead", null, element("tr", null, heads.map((text) => element("th", { scope: "col" }, text)))), element("tbody", null, rows)));
+  element("thead", null, element("tr", null, heads.map((text) => element("th", { scope: "col", class: text.endsWith("#") ? "num" : null }, text.replace(/#$/, ""))))), element("tbody", null, rows)));
 
 // ---- the list ----
 
@@ -28,7 +29,7 @@ async function showStages(main) {
     element("td", null, each.kind), element("td", null, element("code", null, each.key)),
     cells([each.splits.train || 0, each.splits.test || 0, each.dropped]));
   replace(main, element("div", { class: "view-head" }, element("h1", null, "Data"), element("span", { class: "small" }, String(stages.length))),
-    element("section", { class: "panel" }, stages.length ? table(["Build", "Stage", "Key", "Train", "Test", "Dropped"], stages.map(row), "builds")
+    element("section", { class: "panel" }, stages.length ? table(["Build", "Stage", "Key", "Train#", "Test#", "Dropped#"], stages.map(row), "builds")
       : element("p", null, "No data stage is finished in this store.")));
   const links = () => [...main.querySelectorAll(".run-link")];
   const move = (by) => {
@@ -96,7 +97,7 @@ class Rows {
     this.form.addEventListener("submit", (event) => { event.preventDefault(); this.load(0); });
     this.count = element("span", { class: "small num" });
     this.list = element("div", { "aria-live": "polite" });
-    this.node = element("div", null, this.form, split !== "dropped" && element("p", { class: "small legend" }, element("span", { class: "tokens" }, element("span", { class: "t" }, "trained")), " ", element("span", { class: "tokens" }, element("span", { class: "s" }, "special")), " with a model's tokens"),
+    this.node = element("div", null, this.form, split !== "dropped" && content.models.length > 0 && element("p", { class: "small legend" }, element("span", { class: "tokens" }, element("span", { class: "t" }, "trained")), " ", element("span", { class: "tokens" }, element("span", { class: "s" }, "special")), " with a model's tokens"),
       element("div", { class: "pager" }, element("button", { type: "button", onclick: () => this.turn(-1) }, "← previous"), element("button", { type: "button", onclick: () => this.turn(1) }, "next →"), this.count), this.list);
   }
 
@@ -130,8 +131,8 @@ function stepsPanel(page) {
   const rows = content.steps.map((step) => element("tr", null, element("th", { scope: "row" }, step.step), cells([step.rows_in, step.added, step.changed, step.rows_out, step.lost]),
     element("td", null, step.reasons.map((reason) => element("div", { class: "small" }, element("a", { href: dropped(reason) }, `${number(reason.rows)} × ${reason.reason}`))))));
   const sources = content.sources.map((source) => element("tr", null, element("th", { scope: "row" }, source.source), element("td", { class: source.unknown ? "unknown" : null }, source.license), cells([source.rows_in, source.rows_out, source.lost])));
-  return [rows.length ? table(["Step", "Rows in", "Added", "Changed", "Rows out", "Dropped", "Reasons"], rows, "steps") : element("p", { class: "small" }, "This stage has no steps."),
-    sources.length > 0 && [element("h3", null, "Sources"), table(["Source", "License", "Rows in", "Rows out", "Dropped"], sources, "sources")]];
+  return [rows.length ? table(["Step", "Rows in#", "Added#", "Changed#", "Rows out#", "Dropped#", "Reasons"], rows, "steps") : element("p", { class: "small" }, "This stage has no steps."),
+    sources.length > 0 && [element("h3", null, "Sources"), table(["Source", "License", "Rows in#", "Rows out#", "Dropped#"], sources, "sources")]];
 }
 
 const excerptWords = (excerpt) => {
@@ -159,7 +160,7 @@ function findingsPanel(page) {
     const place = example.place && element("button", { type: "button", class: "link", onclick: () => (box.childElementCount ? replace(box) : openRow(box, stage, example)) }, `${example.place.split} row ${example.place.row}`);
     return element("li", null, place, " ", element("span", { class: "excerpt" }, example.excerpt), box);
   };
-  return content.findings.map(({ stage, findings }) => [element("h3", null, `${stage}: ${findings.length ? "" : "no findings"}`), findings.map((finding) => element("details", { class: "finding", open: findings.length < 4 },
+  return content.findings.map(({ stage, findings }) => [element("h3", { class: findings.length ? null : "quiet" }, stage, findings.length ? "" : ": no findings"), findings.map((finding) => element("details", { class: "finding", open: findings.length < 4 },
     element("summary", null, element("span", { class: `severity ${finding.severity}` }, finding.severity), " ", element("b", null, finding.name), finding.count ? ` · ${number(finding.count)} of ${number(finding.of)} rows` : "", finding.waived ? " · waived" : ""),
     element("p", null, finding.what, ". ", element("span", { class: "small" }, finding.remedy)), element("ul", null, (finding.examples || []).map((example) => exampleView(stage, example)))))]);
 }
@@ -167,12 +168,12 @@ function findingsPanel(page) {
 function comparisonView(content) {
   const kinds = ["unchanged", "changed", "new answer", "moved out", "moved in", "removed", "added"];
   const moved = Object.entries(content.moved).filter(([, count]) => count).map(([name, count]) => `${number(count)} ${name}`).join(", ");
-  const ledgers = (entries, name) => entries.length > 0 && table([name, "Rows out A", "B", "Dropped A", "B"], entries.map((entry) => element("tr", null, element("th", { scope: "row" }, entry[name]),
+  const ledgers = (entries, name) => entries.length > 0 && table([name, "Rows out A#", "B#", "Dropped A#", "B#"], entries.map((entry) => element("tr", null, element("th", { scope: "row" }, entry[name]),
     [entry.a, entry.b].map((side) => element("td", { class: "num" }, side ? number(side.rows_out) : "–")), [entry.a, entry.b].map((side) => element("td", { class: "num" }, side ? number(Object.values(side.dropped).reduce((sum, count) => sum + count, 0)) : "–")))), null);
   return [
     element("p", { class: "decision" }, content.identical ? "The same rows in the same order." : content["same rows"] ? "The same rows, in another order or format." : `A is ${content.a}, B is ${content.b}.`),
     content.trained_then_tested > 0 && element("p", { class: "warnings" }, `⚠ ${number(content.trained_then_tested)} prompts of A's train split are in B's test split: do not test a model that was trained on A with B.`),
-    table(["Split", "Source", "A", "B", ...kinds], content.groups.map((group) => element("tr", null, element("th", { scope: "row" }, group.split), element("td", null, group.source), cells([group.a, group.b, ...kinds.map((kind) => group[kind])]))), null),
+    table(["Split", "Source", "A#", "B#", ...kinds.map((kind) => `${kind}#`)], content.groups.map((group) => element("tr", null, element("th", { scope: "row" }, group.split), element("td", null, group.source), cells([group.a, group.b, ...kinds.map((kind) => group[kind])]))), null),
     moved && element("p", null, `Moved: ${moved}.`),
     Object.entries(content.examples).map(([kind, examples]) => examples.length > 0 && [element("h3", null, kind), examples.map((example) => element("div", { class: "sample" }, element("div", { class: "small" }, `${example.split} · `, element("code", null, example.id), ` · ${example.source}`),
       element("div", { class: "text" }, example.text), Object.entries(example.fields || {}).map(([name, [before, after]]) => element("div", { class: "small" }, element("b", null, name), ": ", element("del", null, String(before)), " → ", element("ins", null, String(after))))))]),
@@ -239,6 +240,7 @@ async function showBuild(main, parts, query) {
 
 export async function show(main, parameters) {
   useStyle();
+  main.classList.add("data-view");
   const [run, stage] = parameters.path;
   return run && stage ? showBuild(main, [run, stage], parameters.query) : showStages(main);
 }

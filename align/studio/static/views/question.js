@@ -41,8 +41,8 @@ class Questions {
       element("label", null, element("kbd", null, "t"), this.tags), element("label", null, element("kbd", null, "c"), this.comment),
       element("label", { class: "wide-note" }, element("kbd", null, "r"), this.rewrite));
     for (const field of [this.tags, this.comment]) field.addEventListener("keydown", (event) => { if (event.key === "Enter") field.blur(); });
-    this.buttons = VERDICTS.map((each) => element("button", { type: "button", class: `verdict side-${each.choice || "none"}`, "data-key": each.key, onclick: () => this.answer(each) },
-      element("kbd", null, each.key), element("span", null, each.choice ? `${each.choice === "left" ? "←" : "→"} ${each.choice} ` : "", each.text)));
+    this.buttons = VERDICTS.map((each) => element("button", { type: "button", class: "verdict", "aria-label": each.choice ? `${each.choice} is ${each.text}` : each.text, "data-key": each.key, onclick: () => this.answer(each) },
+      element("kbd", null, each.key), element("span", null, each.choice === "left" ? "← " : "", each.text, each.choice === "right" ? " →" : "")));
     this.others = element("div", { class: "buttons" },
       element("button", { type: "button", id: "undo", onclick: () => this.undo() }, element("kbd", null, "u"), "undo"),
       element("button", { type: "button", id: "skip", onclick: () => this.skip() }, element("kbd", null, "s"), "skip"));
@@ -73,7 +73,7 @@ class Questions {
     this.meter.value = done + waiting;
     this.status.textContent = waiting ? `${waiting} not saved yet` : done ? "saved ✓" : "";
     this.status.classList.toggle("lost", waiting > 1);
-    const shown = question ? question.pair : "";
+    const shown = question ? question.pair : waiting ? "waiting" : "end";
     this.panel.hidden = !question;
     if (this.shown === shown) return;
     this.shown = shown;
