@@ -64,13 +64,19 @@ def open_questions(driver: Any, studio: RunningStudio, annotator: str) -> None:
     wait_until(driver, "return document.querySelector('.sides') !== null")
 
 
+PROMPT = "(document.querySelector('.question .prompt .text') || {textContent: ''}).textContent"
+
+
+def shown_prompt(driver: Any) -> str:
+    """Return the prompt on the screen. With two answers on their way the page waits for the studio first."""
+    return str(wait_until(driver, f"return {PROMPT}"))
+
+
 def answer(driver: Any, key: str) -> str:
-    """Press a verdict's key, wait until another pair is shown, and return the text of the prompt before."""
-    script = "const text = document.querySelector('.question .prompt .text'); return text ? text.textContent : ''"
-    # With two answers on their way the page waits for the studio.
-    before = str(wait_until(driver, script))
+    """Press a verdict's key, wait until the pair is gone, and return its prompt."""
+    before = shown_prompt(driver)
     press(driver, key)
-    wait_until(driver, f"{script.replace('return text ?', 'return (text ?')}) !== {json.dumps(before)}")
+    wait_until(driver, f"return {PROMPT} !== {json.dumps(before)}")
     return before
 
 
@@ -92,6 +98,7 @@ def test_keys_annotate_and_a_killed_studio_loses_nothing(driver: Any, store: Pat
         open_questions(driver, studio, "ann")
         port = studio.origin.rpartition(":")[2]
         prompts = [answer(driver, key) for key in "12345"]
+        shown_prompt(driver)
         # Notes by keys: Escape and Enter leave the fields, and the verdict takes the notes with it.
         press(driver, "t", "k", "i", "n", "d", "\ue007", "c", "s", "o", "\ue007", "r", "n", "e", "w", "\ue00c")
         prompts.append(answer(driver, "0"))
