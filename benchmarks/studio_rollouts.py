@@ -205,15 +205,18 @@ def measure(root: Path, rounds: int) -> None:
 
 
 def print_times(views: dict[str, Callable[[], Any]], rounds: int) -> None:
-    """Print the first, the median and the slowest time of each view, in milliseconds, and the size of its answer."""
+    """Print the first, the median and the slowest time of each view, its CPU time, and the size of its answer."""
     for name, view in views.items():
         times = []
         text = ""
+        used = 0.0
         for _ in range(rounds + 1):
             began = time.perf_counter()
+            used = time.process_time()
             answer = view()
             text = json.dumps(answer)
             times.append(1000 * (time.perf_counter() - began))
+            used = 1000 * (time.process_time() - used)
         note = text if len(text) < 100 else f"{len(text) / 1000:.0f} kB"
         first, *others = times
         middle = statistics.median(others)

@@ -41,7 +41,7 @@ QUESTION = re.compile(r"^(What|Whether|How|Where|Which|Who|Why|When)\b")
 CAPS = {
     # export-log: four files and a command; mcp: three files and a command; four views, rollouts and
     # evaluations with six files of queries
-    "files": 590,
+    "files": 591,
     "files over 400 lines": 4,
     "functions over 60 lines": 3,
     "test names over 60 characters": 0,

@@ -28,7 +28,7 @@ SORTED = {
 }
 """Sort keys of a table, and their SQL."""
 PLACE = ('"update"', "split", '"round"', '"group"', '"index"')
-"""Columns that identify a row; with equal sort keys they decide the order."""
+"""Columns that identify a row."""
 _FLOATS = {"score", "gold", "kl"}
 
 Name = Annotated[str, Field(max_length=MAX_NAME)]
@@ -138,14 +138,14 @@ class TableQuery(RolloutFilter):
         """True for the order of the files."""
         return self.sort == "update"
 
-    def order(self, key: str, prefix: str = "") -> str:
-        """Return the order of rows with the sort key ``key``. Rows without a value come last.
+    @property
+    def order(self) -> str:
+        """The order of rows with the sort key ``key``. Rows without a value come last.
 
-        Newer rows come first if the keys are equal. ``prefix`` comes before the names of the columns.
+        With equal keys newer updates come first, and the rows of an update as they were written.
         """
         direction = "DESC" if self.descending else "ASC"
-        update, *others = (f"{prefix}{column}" for column in PLACE)
-        return ", ".join([f"{key} {direction} NULLS LAST", f"{update} DESC", *others])
+        return f'key {direction} NULLS LAST, "update" DESC, file_index, file_row_number'
 
     def sort_key(self, parameters: dict[str, Any]) -> str:
         """Return the SQL of the sort key."""

@@ -33,7 +33,7 @@ _COLUMNS = (
     *("prompt_id", "prompt", "response", "score", "scores", "reasons", "gold", "tokens", "finished", "learned", "kl"),
     *("thought_tokens", "turns", "stop"),
 )
-_SELECTED = ", ".join(f"rollouts.{name}" for name in _COLUMNS)
+_SELECTED = ", ".join(_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -128,28 +128,46 @@ class RolloutTable:
     def _top(self, files: Sequence[Path], query: TableQuery, limit: int, offset: int) -> tuple[Rows, int]:
         """Return rows in the order of the query, and the number of rows that meet its conditions.
 
-        The conditions are evaluated once, and the columns of the table are read only for the rows of the page.
+        The conditions are evaluated once, on the columns that they and the order need.
         """
         if not files:
             return [], 0
         parameters = file_parameters(files) | {"limit": limit, "offset": offset}
-        order = query.order("key")
         sql = f"""
             WITH hits AS MATERIALIZED (
-                SELECT file_index, file_row_number, {", ".join(PLACE)}, {query.sort_key(parameters)} AS key
+                SELECT file_index, file_row_number, "update", {query.sort_key(parameters)} AS key
                 {FROM} WHERE {query.condition(parameters)}
-            ), top AS (SELECT * FROM hits ORDER BY {order} LIMIT $limit OFFSET $offset)
-            SELECT (SELECT count(*) FROM hits) AS matches, top.key, {_SELECTED}
-            {FROM} AS rollouts JOIN top
-            ON rollouts.file_index = top.file_index AND rollouts.file_row_number = top.file_row_number
-            ORDER BY {query.order("top.key", "top.")}
+            )
+            SELECT (SELECT count(*) FROM hits) AS matches, file_index, file_row_number, key
+            FROM hits ORDER BY {query.order} LIMIT $limit OFFSET $offset
         """  # noqa: S608  (made of constants: every value of a request is a parameter)
-        rows = self.reader.rows(sql, parameters)
-        if not rows:
+        hits = self.reader.rows(sql, parameters)
+        if not hits:
             return [], self._count_matches(files, query) if offset else 0
-        matches = int(rows[0]["matches"])
         pattern = {"response": word_pattern(query.response_words), "prompt": word_pattern(query.prompt_words)}
-        return [_table_row(row, pattern) for row in rows], matches
+        rows = self._fetch(files, hits)
+        return [_table_row(row, pattern) for row in rows], int(hits[0]["matches"])
+
+    def _fetch(self, files: Sequence[Path], hits: Sequence[Mapping[str, Any]]) -> Rows:
+        """Return the columns of the table for the rows of ``hits``, in their order.
+
+        A part of the statement reads one file. With row numbers as constants DuckDB skips the other row groups, which a
+        join does not.
+        """
+        parameters: dict[str, Any] = {}
+        parts = []
+        for number in dict.fromkeys(hit["file_index"] for hit in hits):
+            places = [hit["file_row_number"] for hit in hits if hit["file_index"] == number]
+            names = [f"row_{number}_{place}" for place in places]
+            parameters |= {f"file_{number}": str(files[number]), **dict(zip(names, places, strict=True))}
+            numbers = ", ".join(f"${name}" for name in names)
+            parts.append(
+                f"SELECT {number} AS file_number, file_row_number AS row_number, {_SELECTED} "  # noqa: S608  (as above)
+                f"FROM read_parquet($file_{number}) WHERE file_row_number IN ({numbers})"
+            )
+        rows = self.reader.rows(" UNION ALL ".join(parts), parameters)
+        by_place = {(row.pop("file_number"), row.pop("row_number")): row for row in rows}
+        return [by_place[hit["file_index"], hit["file_row_number"]] | {"key": hit["key"]} for hit in hits]
 
     def _count_matches(self, files: Sequence[Path], query: RolloutFilter) -> int:
         parameters = file_parameters(files)
@@ -213,7 +231,7 @@ def _sort_key(key: float | None, is_descending: bool) -> tuple[bool, float]:
 
 def _table_row(row: Mapping[str, Any], patterns: Mapping[str, re.Pattern[str] | None]) -> dict[str, Any]:
     """Return a row for the table: its ``id``, numbers that JSON has, and texts that are cut around the first word."""
-    content = {name: finite(value) for name, value in row.items() if name != "matches"}
+    content = {name: finite(value) for name, value in row.items()}
     content["scores"] = finite_map(row["scores"])
     content["id"] = row_id(row)
     content["prompt"] = excerpt(last_message(row["prompt"]), patterns["prompt"])

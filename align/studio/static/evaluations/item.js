@@ -23,9 +23,9 @@ export async function showItem(main, run, stage, place, query) {
 
   function draw() {
     replace(answers, names.map((name) => element("div", { class: "column" },
-      element("h3", null, name, name === facts.reference ? element("span", { class: "small" }, " reference") : null), numbers(item.values[name]),
-      item.answers[name].slice(0, 1).map((answer) => card(answer, isMarked && name === state.first ? item.pieces : null)),
-      item.answers[name].length > 1 ? element("details", null, element("summary", { class: "small" }, `${item.answers[name].length - 1} more`), item.answers[name].slice(1).map((answer) => card(answer, null))) : null)));
+      element("h3", null, name, name === facts.reference ? element("span", { class: "small" }, " reference") : null),
+      item.answers[name].slice(0, 1).map((answer) => card(answer, isMarked && name === state.first ? item.pieces : null, item.answers[name].length > 1)), numbers(item, name),
+      item.answers[name].length > 1 ? element("details", null, element("summary", { class: "small" }, `${item.answers[name].length - 1} more`), item.answers[name].slice(1).map((answer) => card(answer, null, true))) : null)));
     if (button) {
       button.setAttribute("aria-pressed", String(isMarked));
       replace(button, isMarked ? `Hide what ${state.first} changes from ${state.second}` : `Mark what ${state.first} changes from ${state.second}`);
@@ -55,7 +55,9 @@ export async function showItem(main, run, stage, place, query) {
   ]);
 }
 
-function numbers(values) {
+// The item's metrics, which are means over the answers.
+function numbers(item, name) {
+  const values = item.values[name];
   if (!values) return null;
   return element("dl", { class: "facts numbers" }, Object.entries(values).map(([name, value]) => [element("dt", null, name), element("dd", null, number(value))]));
 }
@@ -66,9 +68,9 @@ function columnsOf(row) {
     Object.entries(row).map(([name, value]) => [element("dt", null, name), element("dd", null, typeof value === "string" ? value : JSON.stringify(value))])));
 }
 
-function card(answer, pieces) {
-  const facts = [`${number(answer.tokens)} tokens`, answer.thought_tokens ? `${number(answer.thought_tokens)} of a thought` : null,
-    ...Object.entries({ reward: answer.reward, KL: answer.kl, ...answer.scores }).filter(([, value]) => value !== undefined && value !== null).map(([name, value]) => `${name} ${number(value)}`)].filter(Boolean);
+function card(answer, pieces, isOneOfSeveral) {
+  const scores = isOneOfSeveral ? Object.entries({ reward: answer.reward, KL: answer.kl, ...answer.scores }).filter(([, value]) => value !== undefined && value !== null) : [];
+  const facts = [`${number(answer.tokens)} tokens`, answer.thought_tokens ? `${number(answer.thought_tokens)} of a thought` : null, ...scores.map(([name, value]) => `${name} ${number(value)}`)].filter(Boolean);
   const body = answer.conversation ? conversation(answer.conversation) : [
     (answer.turns || []).slice(0, -1).map((turn, index) => [index ? textBox("follow-up", turn.prompt) : null, thought(turn.thought), textBox("text", turn.text)]),
     answer.turns && answer.turns.length > 1 ? textBox("follow-up", answer.turns[answer.turns.length - 1].prompt) : null,

@@ -5,9 +5,9 @@ import { number } from "./format.js";
 
 const LEVELS = 4, SHOWN = 3000;
 const LISTS = [
-  ["token_kl", "KL", "nats"], ["advantages", "Advantage", ""], ["raw_advantages", "Advantage before whitening", ""], ["values", "Value", ""],
-  ["entropy", "Entropy", "nats"], ["sampler_logprobs", "Log-probability (engine)", ""], ["logprobs", "Log-probability (policy)", ""],
-  ["ref_logprobs", "Log-probability (reference)", ""], ["step_rewards", "Step reward", ""], ["weights_update", "Update of the weights", ""],
+  ["token_kl", "KL", "nats"], ["advantages", "Advantage", ""], ["raw_advantages", "Raw advantage", ""], ["values", "Value", ""],
+  ["entropy", "Entropy", "nats"], ["sampler_logprobs", "Logprob, engine", ""], ["logprobs", "Logprob, policy", ""],
+  ["ref_logprobs", "Logprob, reference", ""], ["step_rewards", "Step reward", ""], ["weights_update", "Weights of update", ""],
 ];
 const COLORED = ["token_kl", "advantages", "raw_advantages", "values", "entropy", "gap", "step_rewards"];
 const FLAGS = { response_mask: "sampled by the policy", learn_mask: "in the loss", forced: "forced by the thinking budget" };
@@ -89,9 +89,9 @@ export function tokenView(row) {
   function read(index) {
     const flags = Object.entries(FLAGS).filter(([name]) => row[name]).map(([name, title]) => `${row[name][index] ? "" : "not "}${title}`);
     const id = row.token_ids ? `, id ${row.token_ids[index]}` : "";
-    const rows = [["token", [element("code", null, JSON.stringify(texts[index])), ` ${index + 1} of ${texts.length}${id}`]],
+    const rows = [["token", element("code", null, JSON.stringify(texts[index]))], ["place", `${index + 1} of ${texts.length}${id}`],
       ...Object.values(measures).map(({ title, unit, values }) => [title, `${number(values[index], 4)} ${isNumber(values[index]) ? unit : ""}`]), ["masks", flags.join(", ")]];
-    replace(reading, rows.filter(([, value]) => value.length).map(([title, value]) => [element("dt", null, title), element("dd", null, value)]));
+    replace(reading, rows.filter(([, value]) => value).map(([title, value]) => [element("dt", null, title), element("dd", null, value)]));
   }
   function go(index) {
     const span = box.children[index];
