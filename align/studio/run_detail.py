@@ -27,7 +27,7 @@ from align.runs.status import StageStatus
 from align.store.artifacts import CHECKPOINTS, EVENTS, LOG, Artifact
 from align.store.json_files import read_tail
 from align.store.record import RECORD
-from align.store.rollouts import ROLLOUTS
+from align.store.rollouts import ROLLOUTS, read_settings
 from align.store.store import Store
 from align.studio.context import NotFound
 from align.studio.run_index import IndexedRun, Signature, file_signature
@@ -202,9 +202,13 @@ class RunReader:
         return {"columns": columns, "rows": health["rows"]}
 
     def curves(self, run: RunOutline, stage: str, state: str) -> dict[str, Any]:
-        """Return the panels of a stage as numbers."""
+        """Return the panels of a stage as numbers, and ``steps_per_update``, which leads to the rollouts of a step."""
         folder = self.folder(run, stage, state)
-        return curve_numbers(Events() if folder is None else self.events.read(folder))
+        if folder is None:
+            return curve_numbers(Events()) | {"steps_per_update": 1}
+        settings = read_settings(_rollout_folder(folder, state))
+        steps = int(settings.get("num_epochs", 1)) * int(settings.get("num_mini_batches", 1))
+        return curve_numbers(self.events.read(folder)) | {"steps_per_update": steps}
 
     def log(self, run: RunOutline, stage: str, state: str) -> dict[str, Any]:
         """Return the end of a stage's log."""

@@ -132,3 +132,10 @@ def test_folder_that_leads_out_of_the_store_is_refused(store: Store, client: Tes
     response = client.get("/api/rollouts/smoke/ppo/rollouts")
     assert response.status_code == 404
     assert "alert" not in response.text
+
+
+def test_curves_lead_from_a_step_to_its_update(store: Store, client: TestClient) -> None:
+    folder = store.partial("ppo", KEY) / "checkpoints" / "rollouts"
+    write_rollouts(make_table(rows(2)), folder / "000001.parquet", {"num_epochs": 2, "num_mini_batches": 4})
+    for stage, steps in (("ppo", 8), ("sft", 1)):
+        assert client.get(f"/api/runs/smoke/stages/{stage}/curves").json()["steps_per_update"] == steps

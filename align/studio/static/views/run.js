@@ -233,7 +233,7 @@ class RunPage {
       const rows = element("p", { class: "small rows-link", role: "status" });
       if (this.current().has_rollouts) {
         node.addEventListener("curve-step", (event) => {
-          this.step = Math.round(event.detail);
+          this.step = Math.ceil(Math.round(event.detail) / node.stepsPerUpdate);  // its update
           replace(rows, rowLink(this.name, this.stage, this.step), " ", element("kbd", null, "o"));
         });
       }
@@ -241,6 +241,7 @@ class RunPage {
         value.left_out.length ? element("p", { class: "small" }, `Not drawn: ${value.left_out.join(", ")}`) : null,
         value.averaged > 1 ? element("p", { class: "small" }, `A point is the mean of up to ${value.averaged} logged steps.`) : null);
     }
+    node.stepsPerUpdate = value.steps_per_update;
     // A reader who points at a panel keeps it; the next change comes later.
     if (!showPanels(node, this.stage, value.panels)) this.loaded.version = null;
   }
