@@ -220,10 +220,8 @@ def print_times(views: dict[str, Callable[[], Any]], rounds: int) -> None:
         note = text if len(text) < 100 else f"{len(text) / 1000:.0f} kB"
         first, *others = times
         middle = statistics.median(others)
-        print(
-            f"  {name:<30} first {first:6.0f}   median {middle:6.0f}   slowest {max(others):6.0f} ms   {note}",
-            flush=True,
-        )
+        walls = f"first {first:6.0f}   median {middle:6.0f}   slowest {max(others):6.0f}"
+        print(f"  {name:<30} {walls}   CPU {used:6.0f} ms   {note}", flush=True)
 
 
 # ---- the same with pyarrow

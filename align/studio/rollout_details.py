@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ SHOWN_UPDATES = 8
 MAX_TOKENS = 20_000
 """Tokens of a row that have numbers."""
 DIGITS = 6
+COUNTED = ("score", "gold", "kl", "turns", "thought_tokens", "split")
+"""Columns that a table may lack."""
 MAX_UPDATE = 2**31 - 1
 Base = Literal["previous", "first", "none"]
 """Answer that an answer to the same prompt is compared with."""
@@ -58,36 +61,32 @@ class RolloutDetails:
         return self.table.reader.read(self.table.files, self._facets)
 
     def _facets(self, files: Sequence[Path]) -> dict[str, Any]:
-        numbers = self._rows(
+        # Rows have few different sets of parts and reasons, so one pass groups by them.
+        groups = self._rows(
             files,
-            """SELECT count(*) AS rows, min("update") AS first_update, max("update") AS last_update,
-               count(score) AS score, count(gold) AS gold, count(kl) AS kl, count(turns) AS turns,
-               count(thought_tokens) AS thought_tokens, count(split) AS split {FROM}""",
+            f"""SELECT map_keys(scores) AS parts, map_values(reasons) AS reasons, stop, count(*) AS rows,
+                min("update") AS first_update, max("update") AS last_update,
+                {", ".join(f"count({name}) AS {name}" for name in COUNTED)} {{FROM}} GROUP BY ALL""",
         )
-        if not numbers:
-            return {"rows": 0, "parts": [], "reasons": {}, "stops": {}, "columns": {}}
-        parts = self._rows(
-            files,
-            "SELECT DISTINCT unnest(keys) AS name FROM (SELECT DISTINCT map_keys(scores) AS keys {FROM}) ORDER BY name",
-        )
-        reasons = self._rows(
-            files,
-            """SELECT unnest(reasons) AS name, sum(n)::BIGINT AS n
-               FROM (SELECT map_values(reasons) AS reasons, count(*) AS n {FROM} GROUP BY ALL)
-               GROUP BY name ORDER BY n DESC, name""",
-        )
-        stops = self._rows(
-            files,
-            "SELECT stop AS name, count(*) AS n {FROM} WHERE stop IS NOT NULL GROUP BY stop ORDER BY n DESC, stop",
-        )
-        facts = numbers[0]
+        reasons: Counter[str] = Counter()
+        stops: Counter[str] = Counter()
+        for group in groups:
+            for reason in group["reasons"] or ():
+                reasons[reason] += group["rows"]
+            if group["stop"] is not None:
+                stops[group["stop"]] += group["rows"]
+        parts = sorted({name for group in groups for name in group["parts"] or ()})
+        updates = [group[name] for group in groups for name in ("first_update", "last_update")]
+        known = [update for update in updates if update is not None]
         return {
-            **{name: facts.pop(name) for name in ("rows", "first_update", "last_update")},
+            "rows": sum(group["rows"] for group in groups),
+            "first_update": min(known, default=None),
+            "last_update": max(known, default=None),
             # A part such as math_timed_out counts a reason, which is a filter already.
-            "parts": [name for row in parts if not reasons_in({(name := row["name"]): 1})][:MAX_NAMES],
-            "reasons": {row["name"]: row["n"] for row in reasons[:MAX_NAMES]},
-            "stops": {row["name"]: row["n"] for row in stops[:MAX_NAMES]},
-            "columns": facts,
+            "parts": [name for name in parts if not reasons_in({name: 1})][:MAX_NAMES],
+            "reasons": dict(reasons.most_common(MAX_NAMES)),
+            "stops": dict(stops.most_common(MAX_NAMES)),
+            "columns": {name: sum(group[name] for group in groups) for name in COUNTED},
         }
 
     def means(self, conditions: RolloutFilter, parts: Sequence[str] = ()) -> Rows:
