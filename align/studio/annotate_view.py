@@ -23,7 +23,6 @@ from align.errors import UserError
 from align.store.annotations import AnnotationSet, Pair, Verdict, check_name, find_set, list_sets
 from align.store.json_files import DamagedFile, parse_json, parse_object
 from align.studio.context import NotFound, StudioContext, checked_name
-from align.studio.run_index import RunIndex
 
 MAX_TEXT, MAX_TAGS = 100_000, 50
 PAIR_KINDS = ("sample", "synthesize", "evaluate")
@@ -103,7 +102,7 @@ class Annotations:
     def __init__(self, context: StudioContext) -> None:
         self.context = context
         self.root = context.store.root
-        self.index = RunIndex(context.store)
+        self.index = context.index
         self._sessions: dict[tuple[str, str], _OpenSession] = {}
         self._lock = threading.Lock()
 

@@ -17,6 +17,7 @@ from align.runner.open_store import Opening
 from align.runs.run_page import RunOutline, stored_outline
 from align.store.leases import RUNS, read_run
 from align.store.store import NO_KINDS, Store
+from align.studio.run_index import RunIndex
 
 NAMES: Mapping[str, re.Pattern[str]] = {
     "run": re.compile(NAME_PATTERN),
@@ -52,6 +53,11 @@ class StudioContext:
     def opening(self) -> Opening:
         """Plain values that open the same store in another process."""
         return Opening.of(self.store)
+
+    @functools.cached_property
+    def index(self) -> RunIndex:
+        """The runs of the store with the states of their stages, which all views share."""
+        return RunIndex(self.store)
 
     @functools.cached_property
     def root(self) -> Path:

@@ -27,7 +27,6 @@ from align.runs.run_page import RunOutline
 from align.store.artifacts import DATASETS, Artifact
 from align.store.json_files import DamagedFile, parse_object, read_file
 from align.studio.context import NotFound, StudioContext, checked_name
-from align.studio.run_index import RunIndex
 
 Split = Literal["train", "test", "dropped"]
 MAX_ROWS = 50
@@ -84,7 +83,7 @@ class DataView:
 
     def __init__(self, context: StudioContext) -> None:
         self.context = context
-        self.index = RunIndex(context.store)
+        self.index = context.index
         self._lock = threading.Lock()
         self._tokenizer = functools.lru_cache(MAX_TOKENIZERS)(load_preview_tokenizer)
         self._section = functools.lru_cache(256)(self._read_section)

@@ -30,7 +30,7 @@ from align.store.rollouts import ROLLOUTS, VALIDATIONS, rollout_files
 from align.studio.context import NotFound, StudioContext, checked_name
 from align.studio.foreign_text import EXCERPT, LONG_TEXT, foreign, foreign_tail, to_result
 from align.studio.run_detail import RunReader, find_status
-from align.studio.run_index import IndexedRun, RunIndex, list_json
+from align.studio.run_index import IndexedRun, list_json
 from align.studio.stored_responses import MAX_ROWS, Order, ResponseQuery, find_response, find_responses
 
 INSTRUCTIONS = (
@@ -87,7 +87,7 @@ class StoreTools:
 
     def __init__(self, context: StudioContext) -> None:
         self.context = context
-        self.index = RunIndex(context.store)
+        self.index = context.index
         self.reader = RunReader(context.store)
 
     # ---- runs ----

@@ -80,9 +80,21 @@ class RunIndex:
             return self._list
 
     def find(self, name: str) -> tuple[IndexedRun, list[StageStatus]] | None:
-        """Return a run and the states of its stages; None if the store has no intact run of this name."""
-        runs = self.read()
-        return (runs.runs[name], runs.states[name]) if name in runs.runs else None
+        """Return a run and the states of its stages; None if the store has no intact run of this name.
+
+        Only what belongs to the run is read, and all of it.
+        """
+        with self._lock:
+            if self._list is None:
+                # Slurm is asked about all runs at once, so all are known before the first question.
+                self._refresh_runs()
+            self._refresh_run(self.store.root / RUNS / f"{name}.json")
+            _, run = self._runs.get(name, (None, ""))
+            if isinstance(run, str):
+                return None
+            self._refresh_jobs(self._intact_runs())
+            self._deadline = float("inf")
+            return run, [self._state(run.outline, stage, self._jobs) for stage in run.outline.stages]
 
     def forget(self) -> None:
         """Read the store again at the next call, as after a stop."""
@@ -91,7 +103,7 @@ class RunIndex:
 
     def _read(self) -> RunList:
         self._refresh_runs()
-        runs = {name: entry for name, (_, entry) in self._runs.items() if isinstance(entry, IndexedRun)}
+        runs = self._intact_runs()
         damaged = [entry for _, entry in self._runs.values() if isinstance(entry, str)]
         self._refresh_jobs(runs)
         jobs = self._jobs
@@ -104,23 +116,34 @@ class RunIndex:
             del self._done[link]
         return RunList(runs, states, damaged, self._slurm_error)
 
+    def _intact_runs(self) -> dict[str, IndexedRun]:
+        return {name: entry for name, (_, entry) in self._runs.items() if isinstance(entry, IndexedRun)}
+
     def _refresh_runs(self) -> None:
         """Read the records that are new or have changed, and forget those that are gone."""
         paths = {path.stem: path for path in (self.store.root / RUNS).glob("*.json")}
         for name in self._runs.keys() - paths.keys():
             del self._runs[name]
-        for name, path in sorted(paths.items()):
-            signature = file_signature(path)
-            if signature is None or (name in self._runs and self._runs[name][0] == signature):
-                continue
-            try:
-                entry = read_run(path)
-                outline = stored_outline(name, entry)
-                self._runs[name] = signature, IndexedRun(outline, float(entry["when"]), outline.title)
-            except DamagedRun as error:
-                self._runs[name] = signature, str(error)
-            except FileNotFoundError:
-                self._runs.pop(name, None)
+        for _, path in sorted(paths.items()):
+            self._refresh_run(path)
+
+    def _refresh_run(self, path: Path) -> None:
+        """Read the record of a run if it is new or has changed; forget a run without a record."""
+        name = path.stem
+        signature = file_signature(path)
+        if signature is None:
+            self._runs.pop(name, None)
+            return
+        if name in self._runs and self._runs[name][0] == signature:
+            return
+        try:
+            entry = read_run(path)
+            outline = stored_outline(name, entry)
+            self._runs[name] = signature, IndexedRun(outline, float(entry["when"]), outline.title)
+        except DamagedRun as error:
+            self._runs[name] = signature, str(error)
+        except FileNotFoundError:
+            self._runs.pop(name, None)
 
     def _state(self, outline: RunOutline, stage: str, jobs: LiveJobs) -> StageStatus:
         """Return the state of a stage, from memory if it is finished and its record is the same."""

@@ -13,7 +13,7 @@ from align.runs.status import StageStatus, cancel_run
 from align.studio.context import NotFound, StudioContext, checked_name
 from align.studio.report_pages import page_address, write_report_page
 from align.studio.run_detail import RunReader, find_status, tail_json
-from align.studio.run_index import IndexedRun, RunIndex, list_json
+from align.studio.run_index import IndexedRun, list_json
 from align.studio.streams import stream_states
 
 LIST_SECONDS = 2.0
@@ -50,7 +50,7 @@ class Runs:
 
     def __init__(self, context: StudioContext) -> None:
         self.context = context
-        self.index = RunIndex(context.store)
+        self.index = context.index
         self.reader = RunReader(context.store)
 
     def read_list(self) -> dict[str, Any]:

@@ -81,6 +81,9 @@ def test_records_of_a_large_store_are_read_in_parts(tmp_path: Path, monkeypatch:
     index = RunIndex(store)
     monkeypatch.setattr(run_index, "SECONDS_FOR_RECORDS", -1.0)
     assert [(status.state, status.detail) for status in index.read().states["toy"]] == [("done", "")] * 3
+    _, states = index.find("toy") or pytest.fail("the run is there")
+    assert all(status.detail.startswith("20") for status in states), "one run is read completely"
+    index = RunIndex(store)
     monkeypatch.setattr(run_index, "SECONDS_FOR_RECORDS", 60.0)
     assert all(status.detail.startswith("20") for status in index.read().states["toy"])
     kind, key = index.read().runs["toy"].outline.stages["one"]
