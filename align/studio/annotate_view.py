@@ -110,7 +110,7 @@ class Annotations:
 
     def list_sets(self) -> dict[str, Any]:
         """Return every set with its numbers of pairs and answers."""
-        sets = []
+        sets: list[dict[str, Any]] = []
         for name in list_sets(self.root):
             try:
                 annotations = find_set(self.root, name)
@@ -161,7 +161,7 @@ class Annotations:
             raise UserError("Name a run and a stage, or give lines of pairs.")
         if request.lines is not None:
             return parse_pairs(_parse_lines(request.lines), "The pairs")
-        assert request.run is not None
+        assert request.run is not None and request.stage is not None
         outline = self.context.outline(request.run)
         if request.stage not in outline.stages:
             raise NotFound(f"The run '{request.run}' has no stage '{checked_name('stage', request.stage)}'.")

@@ -25,7 +25,7 @@ MAX_QUERIES = 2
 """Queries that run at the same time; further ones wait."""
 ATTEMPTS = 8
 """Attempts at a query whose files were replaced or deleted while it ran."""
-CONFIG = {
+CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
     "allow_community_extensions": False,

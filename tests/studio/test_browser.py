@@ -194,6 +194,31 @@ def test_a_new_run_appears_by_itself(driver: Any, studio: RunningStudio, store: 
     assert console(driver) == []
 
 
+def test_a_run_is_resumed_and_stopped_by_keys(driver: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    slow = toy.pipeline(one={"crash": "kill", "steps": 2000, "pause": 0.05})
+    with pytest.raises(StageFailed):
+        run_pipeline(Pipeline(slow), store=folder)
+    with running_studio(folder, cwd=Path(__file__).parents[2]) as studio:
+        open_view(driver, studio, "#/runs/toy", "#resume")
+        press(driver, "r")
+        assert "Resume toy?" in driver.find_element("css selector", "dialog[open]").text
+        press(driver, "\ue00c")  # Escape: nothing is started
+        assert driver.find_elements("css selector", "dialog[open], .done-note") == []
+        press(driver, "r", "\ue007")
+        wait_until(driver, "return document.querySelector('progress[value]') !== null", 120)
+        assert "/2000 steps" in driver.find_element("css selector", ".progress").text
+        assert driver.find_elements("css selector", ".diagram .box.running")
+        press(driver, "x", "\ue007")
+        wait_until(driver, "return document.querySelector('#resume') !== null", 120)
+        assert "finished stages and checkpoints are kept" in driver.find_element("css selector", ".done-note").text
+        press(driver, "l")
+        wait_until(
+            driver, "return [...document.querySelectorAll('.tabs button')].some((b) => b.textContent === 'console')"
+        )
+        assert console(driver) == []
+
+
 def test_a_lost_server_is_told_and_found_again(driver: Any, store: Path) -> None:
     with running_studio(store) as lost:
         open_view(driver, lost, "#/runs", ".run-link")
