@@ -39,9 +39,10 @@ IDIOMS = {
 comments, and of documents."""
 QUESTION = re.compile(r"^(What|Whether|How|Where|Which|Who|Why|When)\b")
 CAPS = {
+    # export formats and serve: sixteen files, nine of them for GGUF and its measurement
     # export-log: four files and a command; mcp: three files and a command; four views, rollouts and
     # evaluations with six files of queries
-    "files": 591,
+    "files": 607,
     "files over 400 lines": 4,
     "functions over 60 lines": 3,
     "test names over 60 characters": 0,

@@ -10,18 +10,19 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.cli.arguments import find_checkpoint, refuse_current_folder
+from align.cli.export_formats import FormatOptions, add_format_arguments, check_format, write_adapter, write_format
 from align.cli.lineage import find_base, find_scorecard, lineage, pipeline_of, record_of, refuse_damage
 from align.cli.parser import add_store, print_json
 from align.config.user_paths import user_path
 from align.errors import StageFailed, UserError, explain_os_error, printable
 from align.export.export import Source, check_source, read_json
 from align.models.checkpoints.files import ADAPTER_CONFIG
-from align.store.artifacts import Artifact
+from align.store.artifacts import Artifact, Kind
 from align.store.record import MARKER
 
 if TYPE_CHECKING:
@@ -42,16 +43,23 @@ def run(options: argparse.Namespace) -> int:
     """Run ``align export``."""
     log: Callable[[str], None] = (lambda text: print(text, file=sys.stderr)) if options.json else print
     chosen = find_source(options.checkpoint, options.base, options.store)
+    merged = None
+    if options.format == "lora":
+        chosen, merged = _with_adapter(chosen, options)
     output = Path(options.output)
     _refuse_output(output)
     check_source(chosen.source)
     card_facts = _card_facts(options, chosen, output)
+    format_options = check_format(options, chosen.source, card_facts["name"], merged)
     if chosen.note:
         log(f"note: {chosen.note}")
     # Everything is written and checked in a folder next to the output, which then replaces it in one rename.
     scratch = _scratch(output)
     try:
-        facts = _write(chosen.source, scratch, options, card_facts, log)
+        if format_options is None:
+            facts = _write(chosen.source, scratch, options, card_facts, log)
+        else:
+            facts = _write_format(chosen.source, scratch, format_options, card_facts, log)
         if output.is_dir():
             output.rmdir()  # it is empty: _refuse_output has checked that
         (scratch / "new").rename(output)
@@ -168,6 +176,44 @@ def _write(
     return facts
 
 
+def _with_adapter(chosen: ExportSource, options: argparse.Namespace) -> tuple[ExportSource, Path | None]:
+    """Return the source with the adapter that a checkpoint was trained with, and the merged checkpoint, if it has one.
+
+    Raises ``UserError`` for a checkpoint without an adapter, or with an adapter that vLLM does not load.
+    """
+    from align.export.formats.lora import require_adapter
+
+    adapter = require_adapter(chosen.source)
+    merged = adapter.folder.resolve().parent / "model"
+    if chosen.source.adapter is None:
+        chosen = find_source(str(adapter.folder), options.base, options.store)
+    return chosen, merged if (merged / "config.json").is_file() else None
+
+
+def _write_format(
+    source: Source, scratch: Path, options: FormatOptions, card_facts: dict[str, Any], log: Callable[[str], None]
+) -> Facts:
+    """Write the folder ``scratch/new`` in another format, measure its cost and add its card."""
+    from align.export.export import file_sizes, silence_transformers
+    from align.export.model_card import write_model_card
+    from align.export.model_card_facts import Facts, base_model
+
+    silence_transformers()
+    agreement = None
+    fidelity = None
+    if options.format == "lora":
+        artifact = record_of(source.folder)
+        name = base_model(card_facts["lineage"]) if artifact is None or artifact.kind == Kind.MODEL else None
+        if name is None:
+            name = source.folder.resolve().name if artifact is None else f"{artifact.stage}-{artifact.key[:12]}"
+        written, agreement = write_adapter(source, scratch, replace(options, base_name=name), log)
+    else:
+        written, fidelity = write_format(source, scratch, options, log)
+    facts = Facts(written=written, agreement=agreement, fidelity=fidelity, **card_facts)
+    write_model_card(scratch / "new", facts)
+    return replace(facts, written=replace(written, files=file_sizes(scratch / "new")))
+
+
 def _summary(output: Path, chosen: ExportSource, facts: Facts) -> dict[str, Any]:
     return {
         "path": str(output),
@@ -175,7 +221,9 @@ def _summary(output: Path, chosen: ExportSource, facts: Facts) -> dict[str, Any]
         "dtype": facts.written.dtype,
         "parameters": facts.written.parameters,
         "files": facts.written.files,
+        "format": facts.written.format,
         "checked": None if facts.agreement is None else vars(facts.agreement),
+        "cost": None if facts.fidelity is None else asdict(facts.fidelity),
         "scorecard": None if facts.scored_by is None else facts.scored_by.key,
         "base_unchecked": chosen.note,
     }
@@ -194,7 +242,14 @@ def _print_summary(output: Path, facts: Facts) -> None:
 
 def _print_agreement(facts: Facts) -> None:
     """Print how the exported model's answers agree with the checkpoint's."""
+    from align.export.fidelity import cost_summary
+
     agreement = facts.agreement
+    if facts.fidelity is not None:
+        print(cost_summary(facts.fidelity))
+        if facts.fidelity.unchecked is not None:
+            print(f"! Not checked: {printable(facts.fidelity.unchecked)}")
+        return
     if agreement is None:
         print("Not checked (--no-check): whether its answers agree with the checkpoint's.")
         return
@@ -234,6 +289,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", metavar="CHECKPOINT", help="a folder (an adapter's too), a key, or PIPELINE:STAGE"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; it must be new or empty")
+    add_format_arguments(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="dtype of the weights (default: as they are)")
     parser.add_argument("--base", metavar="CHECKPOINT", help="base model of an adapter, if not the one it names")
     parser.add_argument("--scorecard", metavar="KEY", help="evaluation for the card (default: the newest that fits)")

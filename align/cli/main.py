@@ -264,6 +264,9 @@ COMMANDS: dict[str, Command] = {
         "completion", "print a script for bash, zsh or fish that completes commands, options, files and stages"
     ),
     "chat": Command("chat with a checkpoint: a folder, an artifact's key, or PIPELINE:STAGE", _chat, _add_chat),
+    "serve": _imported(
+        "serve", "serve checkpoints by vLLM's OpenAI server on this machine, with a key; several adapters of one base"
+    ),
     "doctor": Command("check the installation: packages, engine, device and disk space", _doctor, _add_doctor),
     "data": _imported(
         "data", "work with datasets: build a recipe, show its rows, lint them, compare builds, push one to the Hub"

@@ -62,6 +62,8 @@ class Written:
     """Sizes in bytes by name."""
     serving_advice: list[str] = field(default_factory=list)
     """Sentences about serving a model that thinks."""
+    format: str = "transformers"
+    """Value of ``--format``."""
 
 
 @dataclass

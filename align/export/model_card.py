@@ -17,6 +17,7 @@ import yaml
 
 from align.data.card import CARD, fenced, plain, table
 from align.errors import printable
+from align.export.fidelity import cost_lines
 from align.export.model_card_facts import (
     REWARD_METRICS,
     Facts,
@@ -63,7 +64,7 @@ def write_model_card(folder: Path, facts: Facts) -> Path:
 def _body(facts: Facts) -> list[str]:
     lines = [f"# {plain(facts.name)}", "", *_about(facts), ""]
     lines += ["## Use", "", *_use(facts), ""]
-    lines += ["## Results", "", *results(facts), ""]
+    lines += ["## Results", "", *_measured_before(facts), *results(facts), ""]
     lines += ["## Limitations", "", *limitations(facts), ""]
     if facts.lineage:
         lines += ["## Training", "", *_training(facts), ""]
@@ -98,13 +99,18 @@ def _about(facts: Facts) -> list[str]:
 
 def _use(facts: Facts) -> list[str]:
     examples = json.loads(Path(__file__).with_name("usage.json").read_text(encoding="utf-8"))
-    code = "\n".join(examples["reward" if facts.written.is_reward else "policy"])
+    name = facts.written.format
+    if name == "transformers":
+        name = "reward" if facts.written.is_reward else "policy"
+    code = "\n".join(examples.get(name) or examples["compressed"])
     advice = [line for sentence in facts.written.serving_advice for line in (sentence, "")]
-    return [*fenced(code, "python"), "", *advice, *_checked(facts)]
+    return [*fenced(code, "sh" if facts.written.format == "gguf" else "python"), "", *advice, *_checked(facts)]
 
 
 def _checked(facts: Facts) -> list[str]:
     agreement = facts.agreement
+    if facts.fidelity is not None:
+        return cost_lines(facts.fidelity)
     if agreement is None:
         return ["Not checked when it was written: whether the folder answers as the checkpoint did."]
     compared = agreement.what if facts.written.is_reward else f"greedy {agreement.what}"
@@ -123,6 +129,13 @@ def _checked(facts: Facts) -> list[str]:
     if agreement.unchecked:
         lines.append(f"Not checked in vLLM: {plain(agreement.unchecked)}.")
     return lines
+
+
+def _measured_before(facts: Facts) -> list[str]:
+    """Return a note that the results are the checkpoint's, for a format with rounded weights."""
+    if facts.written.format == "transformers" or facts.scorecard is None:
+        return []
+    return [f"Measured on the checkpoint, before its weights were rounded to {facts.written.dtype}.", ""]
 
 
 def _training(facts: Facts) -> list[str]:

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
     from align.export.export import Agreement, Written
+    from align.export.fidelity import Fidelity
 
 EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BASE_FIELDS = ("model", "policy", "policies", "rewards")
 """Input fields that name the checkpoint, or the checkpoints, from which a stage starts."""
 LICENSE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\- ]{0,60}")
+LIBRARIES = {"gguf": "gguf", "lora": "peft"}
+"""Format → the Hub's name of the library that loads it; transformers for the others."""
 MOST_RESULTS = 60
 """Most results in the metadata; the table on the card has all."""
 
@@ -46,6 +49,8 @@ class Facts:
     scored_by: Artifact | None = None
     license: str | None = None
     """License as stated by the exporting user."""
+    fidelity: Fidelity | None = None
+    """Cost of a format with rounded weights; None for a transformers folder, or if it was not measured."""
 
     @property
     def artifact(self) -> Artifact | None:
@@ -61,7 +66,8 @@ def metadata(facts: Facts) -> ModelCardData:
     license = license_of(facts.lineage, facts.license)
     trained = [artifact for artifact in facts.lineage if is_trained(artifact)]
     # Fields that exist only for some checkpoints.
-    more: dict[str, Any] = {"base_model_relation": "finetune"} if base and trained else {}
+    relation = "adapter" if facts.written.format == "lora" else "finetune"
+    more: dict[str, Any] = {"base_model_relation": relation} if base and trained else {}
     if license.names == (OTHER,):
         more |= {"license_name": "terms-of-all-sources", "license_link": f"{CARD}#licenses"}
     results = eval_results(facts)
@@ -74,7 +80,7 @@ def metadata(facts: Facts) -> ModelCardData:
         base_model=base,
         datasets=hub_datasets(facts.lineage) or None,
         license=names,
-        library_name="transformers",
+        library_name=LIBRARIES.get(facts.written.format, "transformers"),
         pipeline_tag="text-classification" if facts.written.is_reward else "text-generation",
         tags=["align", *dict.fromkeys(tags)],
         model_name=_line(facts.name) if results else None,

@@ -17,22 +17,18 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from align.config.runtime import Runtime
-from align.config.validation import validate_plain
 from align.errors import StageFailed
-from align.export.export import Agreement, Source, load_source, round_weights, stored_type
+from align.export.answers import Job, JobResult, execute
+from align.export.export import Agreement, Source, stored_type
 from align.models.chat.render import Message, render_conversation, render_prompt
 from align.pipeline.process_limits import relax_collections
 from align.store.json_files import DamagedFile, parse_sealed, write_sealed
 
-Engine = Literal["transformers", "vllm"]
 Runner = Callable[["Job", Path], "JobResult"]
-FLOAT32_GPU_SHARE = 0.9
-MAX_TOKENS = 48
 TIE = 1e-3
 """Difference in nats below which rounding may swap two tokens; engines differ by some 1e-5 in float32."""
 SCORE_TOLERANCE = 1e-3
@@ -44,34 +40,6 @@ READ_WRONGLY = (
     "setting of config.json that it does not know, another rope scaling or window, or for a difference at the first "
     "token a head that is tied here and not there"
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """Work of one process, in float32. ``rows`` are token ids: prompts, or for ``scores`` whole conversations."""
-
-    engine: Engine
-    folder: str
-    want: Literal["tokens", "scores", "logprobs"]
-    """``tokens``: greedy answers with their log-probabilities; ``logprobs``: the log-probabilities of ``responses``."""
-    rows: list[list[int]]
-    responses: list[list[int]] = field(default_factory=list)
-    max_tokens: int = MAX_TOKENS
-    adapter: str | None = None
-    """For transformers: an adapter that is applied, not merged."""
-    round_to: str | None = None
-    """For transformers: type that the weights are rounded to first; an adapter is merged then."""
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """Result of a job; ``unusable`` says why the engine cannot be used at all."""
-
-    version: str = ""
-    tokens: list[list[int]] = field(default_factory=list)
-    logprobs: list[list[float]] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    unusable: str | None = None
 
 
 class JobFailed(StageFailed):
@@ -115,10 +83,9 @@ def verify(
     Weights that were rounded on export are compared with the checkpoint's own, rounded in the same way. Raises
     ``StageFailed`` for a difference. A model that vLLM cannot run is reported as not checked there.
     """
-    rows = _render_questions(source, exported)
+    rows = render_questions(source, exported)
     adapter = None if source.adapter is None else str(source.adapter)
     output: Literal["tokens", "scores"] = "scores" if source.is_reward() else "tokens"
-    compare = _compare_scores if source.is_reward() else _compare_tokens
     source_job = Job("transformers", str(source.folder), output, rows, adapter=adapter)
     keeps_type = dtype == "float32" or (adapter is None and dtype == stored_type(source.folder))
     round_to = None if keeps_type else dtype
@@ -132,34 +99,82 @@ def verify(
         if not source.is_reward():
             agreement.rounding = sum(a != b for a, b in zip(unrounded.tokens, expected.tokens, strict=True))
 
-    log("the exported folder answers, in transformers")
-    exported_job = Job("transformers", str(exported), output, rows)
-    in_transformers = run(exported_job, scratch / "transformers")
     cause = "what was written is not what was loaded: a weight under another name, or a setting that was not kept"
     if source.adapter is not None:
         cause = "the adapter does not merge as it is applied, or its base is another one than it was trained on"
     # Ties are judged by the checkpoint's own probabilities.
-    judge = replace(source_job, want="logprobs", round_to=round_to)
-    compare(agreement, expected, in_transformers, _Judge(judge, scratch / "ties", run, cause))
+    judge = _Judge(replace(source_job, want="logprobs", round_to=round_to), scratch / "ties", run, cause)
+    _compare_export(agreement, expected, Job("transformers", str(exported), output, rows), judge, log)
+    return agreement
+
+
+def verify_adapter(
+    source: Source,
+    merged: Path | None,
+    exported: Path,
+    scratch: Path,
+    *,
+    run: Runner = run_job,
+    log: Callable[[str], object] = print,
+) -> Agreement:
+    """Compare an exported adapter on its base with a checkpoint, in transformers by peft and in vLLM.
+
+    Args:
+        source: The base with the original adapter.
+        merged: The checkpoint that the training stage saved with the adapter merged in. None if there is none: then
+            the original adapter on its base is the measure.
+        exported: The folder of the exported adapter, with its tokenizer.
+        scratch: A folder for the processes.
+        run: Runs a job.
+        log: Called with a line for each step.
+
+    Raises:
+        StageFailed: For a difference.
+    """
+    rows = render_questions(source, exported)
+    source_job = Job("transformers", str(source.folder), "tokens", rows, adapter=str(source.adapter))
+    if merged is not None:
+        source_job = replace(source_job, folder=str(merged), adapter=None)
+    log("the checkpoint answers, in transformers")
+    expected = run(source_job, scratch / "source")
+    agreement = Agreement("tokens", len(rows), 0)
+    cause = "the adapter is not the checkpoint's, or its base is another one than it was trained on"
+    judge = _Judge(replace(source_job, want="logprobs"), scratch / "ties", run, cause)
+    job = Job("transformers", str(source.folder), "tokens", rows, adapter=str(exported))
+    _compare_export(agreement, expected, job, judge, log)
+    return agreement
+
+
+def _compare_export(
+    agreement: Agreement, expected: JobResult, job: Job, judge: _Judge, log: Callable[[str], object]
+) -> None:
+    """Compare an export with the checkpoint's answers, in transformers and in vLLM.
+
+    ``job`` answers from the export in transformers. Raises ``StageFailed`` for a difference.
+    """
+    compare = _compare_scores if job.want == "scores" else _compare_tokens
+    run = judge.run
+    scratch = judge.scratch.parent
+    log("the export answers, in transformers")
+    in_transformers = run(job, scratch / "transformers")
+    compare(agreement, expected, in_transformers, judge)
     if importlib.util.find_spec("vllm") is None:
         agreement.unchecked = "vLLM is not installed"
-        return agreement
-    log("the exported folder answers, in vLLM")
+        return
+    log("the export answers, in vLLM")
     try:
-        in_vllm = run(replace(exported_job, engine="vllm"), scratch / "vllm")
+        in_vllm = run(replace(job, engine="vllm"), scratch / "vllm")
         agreement.unchecked = in_vllm.unusable
     except JobFailed as error:
         # The folder is right in transformers. An engine that cannot run the model at all is no evidence against it.
         agreement.unchecked = f"vLLM cannot run it ({error.reason})"
-    if agreement.unchecked is not None:
-        return agreement
-    # The exported folder is right in transformers, so it is the reference for vLLM.
-    judge = replace(exported_job, want="logprobs")
-    compare(agreement, in_transformers, in_vllm, _Judge(judge, scratch / "ties", run, READ_WRONGLY))
-    return agreement
+    if agreement.unchecked is None:
+        # The export is right in transformers, so it is the reference for vLLM.
+        reference = replace(judge, job=replace(job, want="logprobs"), cause=READ_WRONGLY)
+        compare(agreement, in_transformers, in_vllm, reference)
 
 
-def _render_questions(source: Source, exported: Path) -> list[list[int]]:
+def render_questions(source: Source, exported: Path) -> list[list[int]]:
     """Return the questions as token ids, which the exported tokenizer and template must reproduce."""
     from align.models.loading import load_tokenizer
 
@@ -272,114 +287,6 @@ def _compare_scores(agreement: Agreement, expected: JobResult, actual: JobResult
                 f"{actual.scores[number - 1]:.6g}, {expected.version} {score:.6g}. Likely cause: {judge.cause}."
             )
     agreement.add([expected.version, actual.version], max(gaps), 0, len(gaps))
-
-
-# ---- in the process of a model ------------------------------------------------------------------------------------
-
-
-def execute(job: Job) -> JobResult:
-    """Run ``job`` in this process."""
-    if job.engine == "vllm":
-        from align.inference.vllm import why_model_unusable, why_unusable
-        from align.models.compute.processes import device_of
-
-        reason = why_unusable() or why_model_unusable(Path(job.folder), device_of(Runtime()))
-        if reason is not None:
-            return JobResult(unusable=reason)
-    if job.want != "scores":
-        return _answers(job)
-    return _vllm_scores(job) if job.engine == "vllm" else _scores(job)
-
-
-def _answers(job: Job) -> JobResult:
-    from align.inference.engine import open_engine
-    from align.inference.protocol import Sampling
-
-    # Room for the longest prompt with the longest answer.
-    longest = max(map(len, job.rows)) + max([job.max_tokens, *map(len, job.responses)])
-    settings = {"name": job.engine, "batch_size": 16, "gpu_memory": FLOAT32_GPU_SHARE, "sleep": False}
-    runtime = validate_plain(Runtime, {"engine": settings})
-    options: dict[str, Any] = {"precision": "float32", "max_length": longest + 1, "seed": 0, "warn": print}
-    engine: Any = open_engine(Path(job.folder), runtime, **options)
-    try:
-        if job.engine == "transformers":
-            engine.model = _prepare_model(engine.model, job)
-        version = _version(job.engine)
-        if job.want == "logprobs":
-            return JobResult(version, logprobs=engine.score_tokens(job.rows, job.responses, 1.0))
-        responses = engine.generate(job.rows, Sampling(max_tokens=job.max_tokens, temperature=0.0))
-        tokens = [response.token_ids for (response,) in responses]
-        return JobResult(version, tokens, [response.logprobs for (response,) in responses])
-    finally:
-        engine.close()
-
-
-def _prepare_model(model: Any, job: Job) -> Any:
-    """Return the model with the job's adapter and rounded weights."""
-    from align.models.checkpoints.conversion import attach
-
-    if job.adapter is not None:
-        device = next(model.parameters()).device
-        model = attach(model, Path(job.adapter), merge=job.round_to is not None).to(device)
-    if job.round_to is not None:
-        model = round_weights(model, job.round_to)
-    return model.requires_grad_(False)
-
-
-def _scores(job: Job) -> JobResult:
-    """Score by transformers' own forward pass, one conversation at a time, so there is no padding."""
-    import torch
-
-    device = _device()
-    model = load_source(Source(Path(job.folder), None if job.adapter is None else Path(job.adapter))).to(device)
-    if job.round_to is not None:
-        model = round_weights(model, job.round_to)
-    with torch.inference_mode():
-        scores = [float(model(input_ids=torch.tensor([row], device=device)).logits[0, 0]) for row in job.rows]
-    return JobResult(_version(job.engine), scores=scores)
-
-
-def _vllm_scores(job: Job) -> JobResult:
-    from vllm import LLM, PoolingParams
-
-    memory_options: dict[str, Any] = {"gpu_memory_utilization": FLOAT32_GPU_SHARE}
-    # On a CPU vLLM needs an absolute size of the cache.
-    if _device().type == "cpu":
-        memory_options = {"kv_cache_memory_bytes": 2**28, "block_size": 32}
-    longest = max(map(len, job.rows)) + 1
-    llm = LLM(
-        model=job.folder,
-        trust_remote_code=False,
-        runner="pooling",
-        dtype="float32",
-        max_model_len=longest,
-        max_num_seqs=8,
-        enforce_eager=True,
-        enable_chunked_prefill=False,
-        max_num_batched_tokens=8 * longest,
-        disable_log_stats=True,
-        **memory_options,
-    )
-    # The raw score, as transformers returns it: no activation on top.
-    outputs = llm.encode(
-        [{"prompt_token_ids": row} for row in job.rows],  # type: ignore[arg-type]
-        pooling_params=PoolingParams(use_activation=False),
-        pooling_task="classify",
-        use_tqdm=False,
-    )
-    return JobResult(_version(job.engine), scores=[float(output.outputs.data[0]) for output in outputs])
-
-
-def _device() -> Any:
-    """Use the machine's threads and return its device."""
-    from align.models.compute.processes import device_of, use_threads
-
-    use_threads(Runtime())
-    return device_of(Runtime())
-
-
-def _version(engine: Engine) -> str:
-    return f"{engine} {getattr(sys.modules[engine], '__version__', '?')}"
 
 
 def main(arguments: Sequence[str]) -> int:

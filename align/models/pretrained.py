@@ -151,11 +151,11 @@ def with_tensors(model: Any, tensors: dict[str, Any]) -> Any:
 
 def stored_tensors(folder: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     """Return tensors of the causal model in ``folder`` by their names in its files: the reverse of ``with_tensors``."""
-    return revert_conversion(_empty_model(folder), tensors)
+    return revert_conversion(empty_model(folder), tensors)
 
 
 @lru_cache(maxsize=2)
-def _empty_model(folder: Path) -> Any:
+def empty_model(folder: Path) -> Any:
     """Return the causal model of a folder without memory."""
     import torch
     import transformers

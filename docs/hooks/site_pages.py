@@ -21,7 +21,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Start": ("index", "getting_started", "concepts", "tasks", "pipelines", "python", "commands"),
     "Data": ("data", "data_*", "synthesis", "annotation", "lint"),
     "Training": ("methods", "methods_*", "models", "thinking", "rewards", "environments", "ppo", "ppo_*", "rl", "rl_*"),
-    "Evaluation": ("evaluation", "evaluation_*", "reporting", "studio", "rollouts", "mcp"),
+    "Evaluation": ("evaluation", "evaluation_*", "reporting", "export", "studio", "rollouts", "mcp"),
     "Running at scale": ("cluster", "slurm", "ray", "distributed", "scaling", "gpu"),
     "Operations": ("store", "security"),
     "Contributing": ("development", "contributing", "testing", "changelog"),

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,11 +100,12 @@ class LocalServer:
         folders: list[Path],
         placement: Placement | None = None,
         key_file: Path | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         """Start ``command``. Its log and temporary files go to the first folder.
 
         All ``folders`` are removed if this process is killed. ``key_file`` holds the server's key
-        (``server_guard.py``).
+        (``server_guard.py``). ``variables`` of the environment override the others.
         """
         self.log = folders[0] / "server.log"
         self._ended = False
@@ -118,7 +120,7 @@ class LocalServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment(folders[0], placement or Placement(), key_file),
+                env={**_environment(folders[0], placement or Placement(), key_file), **(variables or {})},
                 start_new_session=True,
             )
 

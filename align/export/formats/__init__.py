@@ -1,0 +1,1 @@
+"""Export formats other than a plain transformers folder."""

@@ -1,0 +1,82 @@
+"""An adapter is exported as peft loads it, and refused if vLLM would not load it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from align.config.tuning import LoraTuning
+from align.errors import UserError
+from align.export.export import Source
+from align.export.formats.lora import allowed_rank, bare_adapter, check_lora, require_adapter, write_lora
+from align.models.checkpoints.files import ADAPTER_CONFIG
+from align.models.loading import load_policy, load_tokenizer
+from align.models.tuning.apply import apply_tuning, save_tuned
+
+IDS = torch.tensor([[1, 40, 41, 42, 2, 1, 50, 60, 70, 80]])
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    result: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A stage's result: ``model/``, merged, and ``adapter/`` next to it."""
+    folder = tmp_path_factory.mktemp("trained")
+    model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4, alpha=8), seed=1)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    save_tuned(model, load_tokenizer(tiny_model), folder / "model")
+    return folder
+
+
+def test_peft_adds_the_exported_adapter_to_its_base(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
+    write_lora(require_adapter(Source(trained / "model")), tmp_path / "out", "org/base")
+    model = PeftModel.from_pretrained(load_policy(tiny_model), str(tmp_path / "out"))
+    assert torch.allclose(logits(model), logits(load_policy(trained / "model")), atol=1e-4)
+    assert not torch.allclose(logits(load_policy(tiny_model)), logits(model), atol=1e-2)
+    config = json.loads((tmp_path / "out" / ADAPTER_CONFIG).read_text())
+    assert config["base_model_name_or_path"] == "org/base"
+
+
+def test_checkpoint_without_adapter_is_refused(tiny_model: Path) -> None:
+    assert bare_adapter(Source(tiny_model)) is None
+    with pytest.raises(UserError, match="is for checkpoints that were trained by LoRA, and there is no adapter"):
+        require_adapter(Source(tiny_model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "type IA3, and vLLM loads LoRA only"),
+        ({"use_dora": True}, "has DoRA, which vLLM does not load"),
+        ({"modules_to_save": ["embed_tokens"]}, "whole matrices that it replaces"),
+        ({"rank_pattern": {"q_proj": 8}}, "ranks that differ between layers"),
+        ({"bias": "all"}, "has biases"),
+        ({"r": 1024}, "has rank 1024, and vLLM loads adapters of rank 1 to 512"),
+    ],
+)
+def test_adapter_that_vllm_cannot_load_is_refused(
+    changes: dict[str, Any], message: str, trained: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
+    file = folder / ADAPTER_CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        check_lora(folder)
+
+
+def test_rank_of_server_holds_every_adapter() -> None:
+    assert [allowed_rank(rank) for rank in (1, 4, 8, 9, 300)] == [1, 8, 8, 16, 320]
