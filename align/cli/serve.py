@@ -12,7 +12,7 @@ import importlib.util
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +143,7 @@ def _serve(models: Sequence[ServedModel], options: argparse.Namespace) -> int:
     from align.inference.servers.openai_server import OpenAiServer
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_ended_by_sigterm())
+        stack.enter_context(ended_by_signals())
         servers: list[OpenAiServer] = []
         for number, model in enumerate(models):
             port = None if options.port is None else options.port + number
@@ -202,14 +202,15 @@ def _announce(servers: Sequence[OpenAiServer], *, is_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Any:
-    """Let SIGTERM end the command as Ctrl-C does, so the servers are ended."""
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the command with its servers; a shell's background job ignores SIGINT otherwise."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

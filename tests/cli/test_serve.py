@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from align.cli.main import main
+from align.cli.serve import ended_by_signals
 from align.inference.server_guard import KEY_FILE
 from align.inference.servers.openai_server import ServedModel
 from tests.support.cli.example_store import ExampleStore
@@ -81,3 +84,15 @@ def test_command_has_loopback_guard_and_no_key(tmp_path: Path) -> None:
     assert pairs["--reasoning-parser"] == "qwen3" and command[-1] == "--seed=1"
     assert not any(KEY_FILE in word or "key" in word.removeprefix("--kv") for word in command if "/" not in word)
     assert json.dumps(command)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_command_also_in_background(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)  # as a shell starts a background job
+    try:
+        with pytest.raises(KeyboardInterrupt), ended_by_signals():
+            os.kill(os.getpid(), number)
+            signal.pause()
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
