@@ -42,7 +42,8 @@ CAPS = {
     # export formats and serve: sixteen files, nine of them for GGUF and its measurement
     # export-log: four files and a command; mcp: three files and a command; four views, rollouts and
     # evaluations with six files of queries
-    "files": 607,
+    # the chat with its models and streamed endpoints
+    "files": 610,
     "files over 400 lines": 4,
     "functions over 60 lines": 3,
     "test names over 60 characters": 0,

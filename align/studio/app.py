@@ -45,6 +45,7 @@ VIEWS = (
     View("runs", "Runs", "align.studio.runs_view"),
     View("rollouts", "Rollouts", "align.studio.rollouts_view"),
     View("evaluations", "Evaluations", "align.studio.evaluations_view"),
+    View("chat", "Chat", "align.studio.chat_view"),
     View("annotate", "Annotate", "align.studio.annotate_view"),
     View("data", "Data", "align.studio.data_view"),
 )

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from align.config.runtime import Runtime
 from align.config.runtime.launch import local_rank, local_size, rank, world_size
 from align.errors import UserError
-from align.pipeline.process_limits import usable_cores
+from align.pipeline.process_limits import usable_cores, usable_memory
 
 T = TypeVar("T")
 
@@ -176,6 +176,23 @@ def trim_malloc(garbage: bool = True) -> None:
     trim = _glibc_function("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def empty_caches() -> None:
+    """Return freed memory to the system, and on a GPU to other programs."""
+    trim_malloc()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # torch keeps freed memory of a GPU for itself
+
+
+def free_memory() -> int:
+    """Return the bytes that another model may have: on the GPU if there is one, else in this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    own = int(psutil.Process().memory_info().rss)
+    return min(int(psutil.virtual_memory().available), max(0, usable_memory() - own))
 
 
 def keep_freed_memory() -> None:
