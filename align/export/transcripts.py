@@ -136,7 +136,7 @@ def _rollout_logs(
     for update in chosen:
         wanted = pc.field("update").is_null() if update is None else pc.field("update") == update
         epochs: dict[str, int] = {}
-        transcripts = []
+        transcripts: list[Transcript] = []
         for row in rollout_rows(data, COLUMNS, filter=wanted):
             if limit is not None and len(transcripts) >= limit:
                 break
