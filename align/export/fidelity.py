@@ -46,7 +46,7 @@ class Limit:
 HEADER = ("engine", "KL per token", "largest KL", "same most probable token", "perplexity", "tokens/s")
 LIMITS = {
     "f16": Limit(1e-4, 0.99),
-    "q8_0": Limit(0.01, 0.95),
+    "q8_0": Limit(0.05, 0.85),
     "q4_k": Limit(0.5, 0.7),
     "fp8": Limit(0.1, 0.8),
     "w8a8": Limit(0.1, 0.8),
