@@ -65,6 +65,7 @@ def plain_message(message: str) -> str:
     text = re.sub(r"up to \d+\.?\d*(e-\d+)? nats", "up to N nats", text)
     text = re.sub(r"model_type '\w+'", "this type of model", text)
     text = re.sub(r"^\S+/model: ", "", text)
+    text = re.sub(r"heads of \d+ numbers", "heads of this size", text)
     text = re.sub(r"of this \w+ (carry|cannot)", r"of this model \1", text)
     return re.sub(r" \(scale [\d.]+, soft cap [\w.]+\)", "", text)
 

@@ -73,10 +73,16 @@ def why_model_unsupported(model_dir: Path, device: torch.device, dtype: torch.dt
         return f"vLLM does not support the model ({str(error.errors()[0]['msg']).split('. ')[0]})"
     if config.using_transformers_backend() and carries_state(config.hf_config):
         return f"vLLM has no {config.architectures[0]}, and runs no layers with a state by transformers"
-    if device.type != "cpu" or config.is_attention_free:
+    if device.type != "cpu":
         return None
-    if dtype == torch.float32 and hasattr(config.hf_text_config, "linear_key_head_dim"):
-        return "vLLM on a CPU computes gated delta nets in bfloat16 only (runtime.engine.dtype: bfloat16)"
+    if dtype == torch.float32 and carries_state(config.hf_config):
+        # Their convolutions have no other kernel.
+        return "vLLM on a CPU computes layers with a state in bfloat16 only (runtime.engine.dtype: bfloat16)"
+    if config.is_attention_free:
+        return None
+    width = getattr(config.hf_text_config, "conv_L_cache", 4)
+    if width != 4:
+        return f"vLLM on a CPU computes convolutions of width 4 only, and this model has width {width}"
     if config.hf_text_config.model_type == "gpt_oss":
         return "vLLM on a CPU keeps the experts of GPT-OSS when it gets new weights"
     backend: Any = getattr(importlib.import_module("vllm.v1.attention.backends.cpu_attn"), "CPUAttentionBackend", None)

@@ -28,6 +28,8 @@ from align.pipeline.process_limits import usable_cores
 from align.store.json_files import write_text_atomically
 
 HEAD = "lm_head.weight"
+STORED_HEAD = "embed_out.weight"
+"""Name of the head in the files of GPT-NeoX and in vLLM; transformers has it as ``HEAD``."""
 EMBEDDINGS = (
     "model.embed_tokens.weight",
     "transformer.wte.weight",
@@ -35,8 +37,8 @@ EMBEDDINGS = (
     "transformer.word_embeddings.weight",
 )
 """Names of embeddings in checkpoints; the others than the first are GPT-2's, OPT's and BLOOM's."""
-WITHOUT_HEAD = ("gemma", "gemma2")
-"""Types of models whose vLLM model computes logits with its embeddings, and refuses a tensor for a head."""
+WITHOUT_HEAD = ("bloom", "gemma", "gemma2", "gpt_neox")
+"""Types of models whose vLLM model has no tensor ``HEAD``: those of Gemma and BLOOM use their embeddings."""
 
 
 def needs_tied_head(config: Any) -> bool:
@@ -77,7 +79,8 @@ def with_stored_names(
     layer = ""
     waiting: dict[str, torch.Tensor] = {}
     refuses_head = read_optional(model_dir / CONFIG).get("model_type") in WITHOUT_HEAD
-    for name, tensor in weights:
+    for live_name, tensor in weights:
+        name = STORED_HEAD if live_name == HEAD and STORED_HEAD in names else live_name
         if name == HEAD and refuses_head:
             continue
         if name in names or name == HEAD:

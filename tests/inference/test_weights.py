@@ -20,7 +20,7 @@ from align.models.tuning.peft_layers import merged_weights
 from tests.support.models.families import family_config, write_family
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "lfm2", "llama"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "lfm2", "llama", "gpt_neox"])
 def test_live_weights_get_the_names_of_their_files(model_type: str, tmp_path: Path) -> None:
     folder = write_family(model_type, tmp_path / "model")
     stored = dict(checkpoint_weights(folder))
@@ -30,7 +30,7 @@ def test_live_weights_get_the_names_of_their_files(model_type: str, tmp_path: Pa
         assert torch.equal(live[name], tensor), name
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "opt", "bloom"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "opt"])
 def test_engines_get_a_tied_head_by_its_name(model_type: str, tmp_path: Path) -> None:
     folder = write_family(model_type, tmp_path / "model")
     weights = dict(with_tied_head(checkpoint_weights(folder), needs_tied_head(family_config(model_type))))
