@@ -79,6 +79,8 @@ export class AnswerView {
     const running = isRunning(answer);
     this.node.setAttribute("aria-busy", String(running));
     this.status.textContent = { waiting: `${answer.status}…`, streaming: "answering…", stopped: "stopped", failed: "failed", done: "" }[answer.state];
+    this.status.classList.toggle("failed", answer.state === "failed");
+    this.text.hidden = answer.state === "failed" && !answer.text;
     const thought = answer.thought + answer.text.slice(0, answer.thoughtEnd);
     this.thought.hidden = !thought;
     replace(this.thoughtText, thought);
