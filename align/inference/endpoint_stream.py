@@ -7,7 +7,7 @@ answer asks again.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,7 @@ class StreamingEndpoint(Endpoint):
 
     remedy = "Correct the settings of the endpoint."
 
-    async def stream(self, messages: Messages, settings: Mapping[str, Any]) -> AsyncIterator[Chunk]:
+    async def stream(self, messages: Messages, settings: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
         """Yield the parts of the answer to a conversation. Closing the iterator ends the request.
 
         Args:

@@ -118,8 +118,8 @@ class ChatView:
             for stage, (kind, key) in run.outline.stages.items():
                 stages.setdefault((kind, key[:12]), []).append(f"{name}:{stage}")
         loaded = set(self.pool.folders())
-        models = []
-        rewards = []
+        models: list[dict[str, Any]] = []
+        rewards: list[dict[str, Any]] = []
         for folder in self.context.store.folders():
             makes = self._kind(folder)
             if makes not in (*GENERATORS, Kind.REWARD):
@@ -128,7 +128,7 @@ class ChatView:
             # The last run comes first.
             names = stages.get((folder.parent.name, folder.name), [])
             names = sorted(names, key=lambda name: -when[name.split(":")[0]])
-            entry = {"id": names[0] if names else address, "address": address, "stages": names}
+            entry: dict[str, Any] = {"id": names[0] if names else address, "address": address, "stages": names}
             entry["loaded"] = folder / MODEL in loaded
             (rewards if makes == Kind.REWARD else models).append(entry)
         return {"models": models, "rewards": rewards}
@@ -342,7 +342,7 @@ async def _ask_endpoint(request: NewReply, choice: EndpointChoice) -> Events:
             if chunk.text or chunk.thought or tokens:
                 yield "piece", {"text": chunk.text, "thought": chunk.thought, "thought_end": end, "tokens": tokens}
     thought = split_thought(text)
-    facts = {"finished": reason != "length", "open_thought": thought.is_open, "count": count or None}
+    facts: dict[str, Any] = {"finished": reason != "length", "open_thought": thought.is_open, "count": count or None}
     facts |= {"calls": list(calls.values()), "call_errors": [], "seconds": time.monotonic() - began}
     yield "done", {"text": text, "thought_end": end, **facts}
 
