@@ -38,7 +38,7 @@ EMBEDDINGS = (
 )
 """Names of embeddings in checkpoints; the others than the first are GPT-2's, OPT's and BLOOM's."""
 WITHOUT_HEAD = ("bloom", "gemma", "gemma2", "gpt_neox")
-"""Types of models whose vLLM model has no tensor ``HEAD``: those of Gemma and BLOOM use their embeddings."""
+"""Types of models whose vLLM model has no tensor ``HEAD``: Gemma and BLOOM compute logits with their embeddings."""
 
 
 def needs_tied_head(config: Any) -> bool:

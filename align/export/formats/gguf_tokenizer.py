@@ -1,7 +1,7 @@
 """A tokenizer as GGUF metadata: tokens, merges or scores, kinds of tokens, special tokens and the chat template.
 
-llama.cpp has its own tokenizers, chosen by two names. A tokenizer is written only if its parts are those of one of
-them: byte-level BPE with six splitting rules, and the BPE of SentencePiece with bytes for unknown characters. Only
+llama.cpp has its own tokenizers, chosen by two names. A tokenizer is written only if it has the same parts:
+byte-level BPE with six splitting rules, or the BPE of SentencePiece with bytes for unknown characters. Only
 GPT-2's rule was compared with llama.cpp on text (``docs/export.md``). An export compares its own tokenizer if
 ``llama-cpp-python`` is installed.
 """
