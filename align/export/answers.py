@@ -101,7 +101,7 @@ def _answer_with_adapter(job: Job) -> JobResult:
     longest = max(map(len, job.rows)) + job.max_tokens + 1
     rank = allowed_rank(check_lora(Path(str(job.adapter))).rank)
     options = vllm_options(longest, len(job.rows), "float32")
-    llm = LLM(model=job.folder, enable_lora=True, max_lora_rank=rank, **options)
+    llm = LLM(model=job.folder, trust_remote_code=False, enable_lora=True, max_lora_rank=rank, **options)
     outputs = llm.generate(
         [TokensPrompt(prompt_token_ids=row) for row in job.rows],
         SamplingParams(temperature=0.0, max_tokens=job.max_tokens, logprobs=0),
@@ -125,7 +125,6 @@ def vllm_options(longest: int, rows: int, dtype: str) -> dict[str, Any]:
     if compute_device().type == "cpu":
         memory = {"kv_cache_memory_bytes": 2**28, "block_size": 32}
     return {
-        "trust_remote_code": False,
         "dtype": dtype,
         "max_model_len": longest,
         "max_num_seqs": max(rows, 8),
@@ -192,7 +191,7 @@ def _vllm_scores(job: Job) -> JobResult:
     from vllm import LLM, PoolingParams
 
     longest = max(map(len, job.rows)) + 1
-    llm = LLM(model=job.folder, runner="pooling", **vllm_options(longest, 8, "float32"))
+    llm = LLM(model=job.folder, trust_remote_code=False, runner="pooling", **vllm_options(longest, 8, "float32"))
     # The raw score, as transformers returns it: no activation on top.
     outputs = llm.encode(
         [{"prompt_token_ids": row} for row in job.rows],  # type: ignore[arg-type]

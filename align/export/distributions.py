@@ -112,7 +112,7 @@ def _in_vllm(job: Job) -> JobResult:
 
     rows = [[*row, *answer] for row, answer in zip(job.rows, job.responses, strict=True)]
     longest = max([*map(len, rows), *map(len, job.texts)]) + job.max_tokens
-    llm = LLM(model=job.folder, **vllm_options(longest, len(rows), job.dtype))
+    llm = LLM(model=job.folder, trust_remote_code=False, **vllm_options(longest, len(rows), job.dtype))
     prompts = [TokensPrompt(prompt_token_ids=row) for row in job.rows]
     greedy = SamplingParams(temperature=0.0, max_tokens=job.max_tokens)
     llm.generate(prompts[:1], greedy, use_tqdm=False)  # the first call warms up

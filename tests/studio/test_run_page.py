@@ -121,7 +121,8 @@ def test_a_run_is_resumed_followed_and_stopped(stopped: Callable[[], Path]) -> N
     answer = client.post("/api/runs/toy/resume", headers=OWN_PAGE, json={})
     assert answer.status_code == 200, answer.text
     process = answer.json()["process"]
-    wait_for(lambda: (shown := progress_of(client)) is not None and shown["share"] is not None, 60)
+    # The killed attempt has left the progress of two steps.
+    wait_for(lambda: (shown := progress_of(client)) is not None and (shown["share"] or 0) > 0.02, 60)
     shown = progress_of(client)
     assert shown is not None and 0 < shown["share"] < 1 and "/400 steps" in shown["text"]
     assert os.getsid(process) == process, "Ctrl-C of the studio does not reach it"
@@ -130,9 +131,14 @@ def test_a_run_is_resumed_followed_and_stopped(stopped: Callable[[], Path]) -> N
     stop = client.post("/api/runs/toy/stop", headers=OWN_PAGE, json={})
     assert stop.json() == {"jobs": [], "processes": [process]}
     wait_for(lambda: stage_states(client)["one"] == "stopped", 60)
-    console = client.get("/api/runs/toy/console").json()["text"]
-    assert "resumes" in console and "kept" in console
+    # The command prints its last words after it has let go of the stage.
+    wait_for(lambda: "kept" in console_of(client), 60)
+    assert "resumes" in console_of(client)
     assert client.post("/api/runs/toy/stop", headers=OWN_PAGE, json={}).json() == {"jobs": [], "processes": []}
+
+
+def console_of(client: TestClient) -> str:
+    return str(client.get("/api/runs/toy/console").json()["text"])
 
 
 def progress_of(client: TestClient) -> dict[str, Any] | None:
