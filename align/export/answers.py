@@ -70,27 +70,7 @@ class JobResult:
     """Time to generate the tokens, without loading the model."""
 
 
-def execute(job: Job) -> JobResult:
-    """Run ``job`` in this process."""
-    if job.engine == "vllm":
-        from align.inference.vllm import why_model_unusable, why_unusable
-        from align.models.compute.processes import device_of
-
-        reason = why_unusable() or why_model_unusable(Path(job.folder), device_of(Runtime()))
-        if reason is not None:
-            return JobResult(unusable=reason)
-    if job.want == "distributions":
-        from align.export.distributions import measure_distributions
-
-        return measure_distributions(job)
-    if job.engine == "vllm" and job.adapter is not None:
-        return _answer_with_adapter(job)
-    if job.want != "scores":
-        return answer_rows(job)
-    return _vllm_scores(job) if job.engine == "vllm" else _scores(job)
-
-
-def _answer_with_adapter(job: Job) -> JobResult:
+def answer_with_adapter(job: Job) -> JobResult:
     """Answer in vLLM with a LoRA adapter that is not merged."""
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
@@ -174,7 +154,7 @@ def _prepare_model(model: Any, job: Job) -> Any:
     return model.requires_grad_(False)
 
 
-def _scores(job: Job) -> JobResult:
+def score_rows(job: Job) -> JobResult:
     """Score by transformers' own forward pass, one conversation at a time, so there is no padding."""
     import torch
 
@@ -187,7 +167,8 @@ def _scores(job: Job) -> JobResult:
     return JobResult(engine_version(job.engine), scores=scores)
 
 
-def _vllm_scores(job: Job) -> JobResult:
+def score_in_vllm(job: Job) -> JobResult:
+    """Score in vLLM."""
     from vllm import LLM, PoolingParams
 
     longest = max(map(len, job.rows)) + 1

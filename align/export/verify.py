@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from align.config.runtime import Runtime
 from align.errors import StageFailed
-from align.export.answers import Job, JobResult, execute
+from align.export.answers import Job, JobResult, answer_rows, answer_with_adapter, score_in_vllm, score_rows
 from align.export.export import Agreement, Source, stored_type
 from align.models.chat.render import Message, render_conversation, render_prompt
 from align.pipeline.process_limits import relax_collections
@@ -287,6 +288,26 @@ def _compare_scores(agreement: Agreement, expected: JobResult, actual: JobResult
                 f"{actual.scores[number - 1]:.6g}, {expected.version} {score:.6g}. Likely cause: {judge.cause}."
             )
     agreement.add([expected.version, actual.version], max(gaps), 0, len(gaps))
+
+
+def execute(job: Job) -> JobResult:
+    """Run ``job`` in this process."""
+    if job.engine == "vllm":
+        from align.inference.vllm import why_model_unusable, why_unusable
+        from align.models.compute.processes import device_of
+
+        reason = why_unusable() or why_model_unusable(Path(job.folder), device_of(Runtime()))
+        if reason is not None:
+            return JobResult(unusable=reason)
+    if job.want == "distributions":
+        from align.export.distributions import measure_distributions
+
+        return measure_distributions(job)
+    if job.engine == "vllm" and job.adapter is not None:
+        return answer_with_adapter(job)
+    if job.want != "scores":
+        return answer_rows(job)
+    return score_in_vllm(job) if job.engine == "vllm" else score_rows(job)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from align.config.tuning import LoraTuning
 from align.errors import StageFailed
 from align.export import verify as verify_module
-from align.export.answers import MAX_TOKENS, Job, JobResult, execute
+from align.export.answers import MAX_TOKENS, Job, JobResult
 from align.export.export import Agreement, Source, export
-from align.export.verify import QUESTIONS, TIE, JobFailed, run_job, verify
+from align.export.verify import QUESTIONS, TIE, JobFailed, execute, run_job, verify
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.tuning.apply import apply_tuning, save_tuned
 from tests.support.fork_server import Forking
