@@ -53,7 +53,7 @@ class Session:
         return self.queue.next(self.annotations.answers(), self.skipped)
 
     def following(self, question: Question) -> Question | None:
-        """Return the question after ``question`` is answered, if nobody else answers meanwhile; None for the last."""
+        """Return the question after this one if no other annotator answers meanwhile; None for the last."""
         answers = self.annotations.answers()
         answers.append(self._answer_to(question, Reply("tie"), "following"))
         return self.queue.next(answers, self.skipped)

@@ -1,4 +1,4 @@
-"""Start a stored run again in a process of its own, as ``align run`` would continue it. Has no heavy imports."""
+"""Start a stored run again in a separate process, as ``align run`` would continue it. Has no heavy imports."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _check_keys(run: RunOutline, file: Path) -> None:
 
 
 def _start(file: Path, opening: Opening, console: Path) -> subprocess.Popen[bytes]:
-    """Start the command in a session of its own, so that neither Ctrl-C nor the end of this process ends it."""
+    """Start the command in a new session: neither Ctrl-C nor the end of this process ends it."""
     environment = dict(os.environ)
     if opening.remote is not None:
         environment["ALIGN_STORE"] = opening.remote

@@ -1,6 +1,6 @@
 """The view ``chat``: checkpoints and endpoints answer the same conversation, streamed, with scores of reward models.
 
-Each reply is a request of its own, whose answer is a stream of events: ``status``, ``start``, ``piece``, ``done`` and
+Each reply is a separate request, whose answer is a stream of events: ``status``, ``start``, ``piece``, ``done`` and
 ``problem``. Closing the request ends the reply. Checkpoints reply in threads, by the ``Replier`` of ``align chat``.
 """
 

@@ -57,7 +57,7 @@ class ParquetReader:
     def rows(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any]) -> Rows:
         """Return the rows of a statement as dictionaries; ``parameters`` are bound."""
         with self._slots:
-            # A cursor is a connection of its own, as DuckDB asks for in each thread.
+            # A cursor is a separate connection. DuckDB needs one in each thread.
             cursor = self._database.cursor()
             try:
                 cursor.execute(sql, parameters)

@@ -1,6 +1,6 @@
 """One run as its page shows it: stages, graph, progress, alarms, curves, logs, settings.
 
-The numbers are those of the run page (``align.report``): the same series, panels, boxes and health. Files that have not
+The run page (``align.report``) has the same numbers: the same series, panels, boxes and health. Files that have not
 changed are not read again, and a file that grows is read again only within a share of the time.
 """
 

@@ -1,6 +1,6 @@
 """The list of a store's runs with the states of their stages, read again and again at little cost.
 
-The states are those of ``align status``. A finished stage is read once: while its record is the same file, its state is
+``align status`` has the same states. A finished stage is read once: while its record is the same file, its state is
 taken from memory. Reading the records of a large store for the first time is spread over several lists: until a record
 has been read, its stage counts as done, without a date. A separate thread asks Slurm, whose controller may need a
 minute to answer.

@@ -102,7 +102,7 @@ class Runs:
         return {"jobs": cancelled.jobs, "processes": cancelled.processes}
 
     def resume(self, name: str) -> dict[str, Any]:
-        """Start a run again in a process of its own, as ``align run`` does."""
+        """Start a run again in a separate process, as ``align run`` does."""
         self.context.require_writable()
         run, _ = self._find(name)
         resumed = resume_run(run.outline, self.context.store)

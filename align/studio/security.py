@@ -213,7 +213,7 @@ def read_cookie(headers: Mapping[str, str], name: str) -> str:
 
 
 def add_headers(headers: Any) -> list[tuple[bytes, bytes]]:
-    """Return an answer's headers with those of ``HEADERS`` that it does not set itself."""
+    """Return an answer's headers and the ``HEADERS`` that it does not set itself."""
     present = {bytes(name).lower() for name, _ in headers}
     more = [(name.encode(), value.encode()) for name, value in HEADERS.items() if name.encode() not in present]
     return [*headers, *more]

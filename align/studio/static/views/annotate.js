@@ -69,7 +69,7 @@ async function showSets(main) {
     element("th", { scope: "row" }, element("a", { href: address("annotate", [set.name]), class: "run-link" }, set.name)),
     set.error ? element("td", { colspan: "2" }, problem(set.error)) : [
       element("td", { class: "num" }, `${set.answered} of ${set.pairs}`),
-      element("td", null, set.annotators.join(", ") || "nobody yet")]);
+      element("td", null, set.annotators.join(", ") || "no annotator yet")]);
   replace(main, element("div", { class: "view-head" }, element("h1", null, "Annotate")),
     element("section", { class: "panel" }, sets.length
       ? element("div", { class: "scroll" }, element("table", { class: "sets" }, element("thead", null, element("tr", null, ["Set", "Pairs answered#", "Annotators"].map(heading))), element("tbody", null, sets.map(row))))

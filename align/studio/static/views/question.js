@@ -105,7 +105,7 @@ class Questions {
       answered.delete(this.state.question.pair);
       this.advance();
     }
-    // The question on the screen stays, unless the studio asks another one for a reason of its own.
+    // The question on the screen stays, unless the studio asks another question.
     if (question && this.state.question && question.pair === this.state.question.pair) this.state.question = question;
     this.draw();
   }

@@ -292,7 +292,7 @@ class RunPage {
   }
 
   async resume() {
-    const text = `Resume ${this.name}? align run starts again with the stored pipeline, in a process of its own.`;
+    const text = `Resume ${this.name}? align run starts again with the stored pipeline, in a separate process.`;
     if (await confirmed(text, "Resume the run")) await this.act("resume", "resume", "Starting …");
   }
 
