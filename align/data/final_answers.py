@@ -157,7 +157,10 @@ _OPERAND_BEFORE = re.compile(
 )
 _OPERAND_AFTER = re.compile(r"\s*(?:[⁰¹²³⁴⁵⁶⁷⁸⁹]|(?:[*×·÷^]|\*\*|\\(?:times|cdot|div)\b)\s*[\d({])")
 """Signs that make a number a part of a product, a power or a root that is left to compute."""
-_DENIAL = re.compile(r"\b(?:not|never|than|least|most)\b(?:(?!\bbut\b)[^.,:;=\n\d]){0,16}\Z", re.IGNORECASE)
+_DENIAL = re.compile(
+    r"(?:\b(?:not|never)\b(?:(?!\bbut\b)[^.,:;=\n\d]){0,16}|\b(?:than|least|most)\b\W*(?:about|around)?\W*)\Z",
+    re.IGNORECASE,
+)
 _REFUSAL = re.compile(
     r"\bI (?:do not|don't|cannot|can't|could not|am not able to) (?:know|solve|answer|say|tell)\b", re.I
 )

@@ -167,6 +167,9 @@ class RolloutTable:
             )
         rows = self.reader.rows(" UNION ALL ".join(parts), parameters)
         by_place = {(row.pop("file_number"), row.pop("row_number")): row for row in rows}
+        if len(by_place) < len(hits):
+            # A resumed run has shortened the file since it was searched. ParquetReader.read repeats the query.
+            raise OSError("a file of rollouts changed while it was read")
         return [by_place[hit["file_index"], hit["file_row_number"]] | {"key": hit["key"]} for hit in hits]
 
     def _count_matches(self, files: Sequence[Path], query: RolloutFilter) -> int:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from align.errors import UserError
 from align.store.rollouts import ROLLOUTS, SCHEMA, RolloutFiles, make_table, merge, write_rollouts
 from align.studio import rollout_queries
-from align.studio.parquet_reader import ParquetReader
+from align.studio.parquet_reader import ParquetReader, Rows
 from align.studio.rollout_details import RolloutDetails
 from align.studio.rollout_filters import RolloutFilter, TableQuery, split_words
 from align.studio.rollout_queries import Page, RolloutTable, row_id
@@ -295,6 +295,22 @@ def test_pages_of_a_running_stage_are_complete(tmp_path: Path) -> None:
         assert len({each["id"] for each in page.rows}) == len(page.rows)
     last = table.page(TableQuery())
     assert last.rows[0]["update"] == 79
+
+
+def test_a_file_shortened_while_it_is_read_is_read_again(tmp_path: Path) -> None:
+    class Reader(ParquetReader):
+        is_first = True
+
+        def rows(self, sql: str, parameters: Any) -> Rows:
+            result = super().rows(sql, parameters)
+            if "hits" in sql and self.is_first:
+                self.is_first = False
+                write_rollouts(make_table([row(1, 0)]), tmp_path / "000001.parquet", {})
+            return result
+
+    write(tmp_path, [row(1, index) for index in range(6)])
+    page = RolloutTable(Reader(tmp_path), lambda: tmp_path).page(TableQuery())
+    assert [each["id"] for each in page.rows] == [row_id(row(1, 0) | {"split": None})]
 
 
 def test_empty_files_and_folders_have_no_rows(tmp_path: Path) -> None:

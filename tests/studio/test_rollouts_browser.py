@@ -140,6 +140,7 @@ def test_wins_and_judgments_of_an_evaluation(driver: Any, studio: RunningStudio)
     first = driver.find_element("css selector", "h1").text
     press(driver, "j")
     wait_until(driver, f"return (document.querySelector('h1') || {{textContent: '{first}'}}).textContent !== '{first}'")
+    wait_until(driver, "return document.querySelector('.across') !== null")  # a view has keys when it is loaded
     press(driver, "u")
     wait_until(driver, "return document.querySelectorAll('.items tbody tr').length === 10")
     open_view(driver, studio, "#/evaluations/smoke/evaluate/0", ".judgment")
