@@ -30,10 +30,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from align.store.rollouts import ROLLOUTS, SCHEMA, RolloutFiles, merge, open_rollouts
-from align.studio.parquet_reader import ParquetReader
-from align.studio.rollout_details import RolloutDetails
-from align.studio.rollout_filters import RolloutFilter, TableQuery
-from align.studio.rollout_queries import RolloutTable
+from align.studio.rollouts.details import RolloutDetails
+from align.studio.rollouts.filters import RolloutFilter, TableQuery
+from align.studio.rollouts.parquet_reader import ParquetReader
+from align.studio.rollouts.queries import RolloutTable
 
 DOCS = Path(__file__).parents[1] / "docs"
 PROMPTS, GROUPS, SAMPLES = 8192, 64, 8

@@ -43,7 +43,8 @@ CAPS = {
     # export-log: four files and a command; mcp: three files and a command; four views, rollouts and
     # evaluations with six files of queries
     # the chat with its models and streamed endpoints
-    "files": 610,
+    # the packages of the studio's rollouts and evaluations: two files
+    "files": 612,
     "files over 400 lines": 4,
     "functions over 60 lines": 3,
     "test names over 60 characters": 0,

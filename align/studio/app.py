@@ -1,6 +1,6 @@
 """The application of ``align studio``: its views, its pages and its errors.
 
-A view is a line of ``VIEWS``, a module here, and a JavaScript module ``static/views/NAME.js``. The Python module has
+A view is a line of ``VIEWS``, a Python module, and a JavaScript module ``static/views/NAME.js``. The Python module has
 ``create_router(context: StudioContext) -> APIRouter``, whose addresses are below ``/api``. The JavaScript module
 exports ``show(main, parameters)`` and may return a function that cleans up. Nothing here or in a view imports torch
 before a request needs a model.
@@ -43,8 +43,8 @@ class View:
 
 VIEWS = (
     View("runs", "Runs", "align.studio.runs_view"),
-    View("rollouts", "Rollouts", "align.studio.rollouts_view"),
-    View("evaluations", "Evaluations", "align.studio.evaluations_view"),
+    View("rollouts", "Rollouts", "align.studio.rollouts.rollouts_view"),
+    View("evaluations", "Evaluations", "align.studio.evaluations.evaluations_view"),
     View("chat", "Chat", "align.studio.chat_view"),
     View("annotate", "Annotate", "align.studio.annotate_view"),
     View("data", "Data", "align.studio.data_view"),

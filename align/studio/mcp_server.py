@@ -29,9 +29,9 @@ from align.store.json_files import DamagedFile, parse_object, read_file, read_ta
 from align.store.rollouts import ROLLOUTS, VALIDATIONS, rollout_files
 from align.studio.context import NotFound, StudioContext, checked_name
 from align.studio.foreign_text import EXCERPT, LONG_TEXT, foreign, foreign_tail, to_result
+from align.studio.rollouts.stored_responses import MAX_ROWS, Order, ResponseQuery, find_response, find_responses
 from align.studio.run_detail import RunReader, find_status
 from align.studio.run_index import IndexedRun, list_json
-from align.studio.stored_responses import MAX_ROWS, Order, ResponseQuery, find_response, find_responses
 
 INSTRUCTIONS = (
     "Reads the runs of an align store: pipelines of SFT, reward models, PPO, evaluation. Begin with list_runs. "

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from align.studio.evaluation_items import EvaluationItems, ItemQuery
+from align.studio.evaluations.items import EvaluationItems, ItemQuery
 
 CARD = {
     "policies": ["sft", "ppo"],

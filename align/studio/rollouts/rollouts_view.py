@@ -1,4 +1,4 @@
-"""The view ``rollouts``: stored rollouts of the stages of all runs, as ``align.studio.rollout_queries`` reads them."""
+"""The view ``rollouts``: stored rollouts of the stages of all runs, as ``align.studio.rollouts.queries`` reads them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pydantic import Field
 from align.store.artifacts import CHECKPOINTS
 from align.store.rollouts import ROLLOUTS, VALIDATIONS
 from align.studio.context import NotFound, StudioContext
-from align.studio.parquet_reader import ParquetReader
-from align.studio.rollout_details import Base, RolloutDetails
-from align.studio.rollout_filters import MAX_NAME, Name, RolloutFilter, TableQuery
-from align.studio.rollout_queries import RolloutTable
+from align.studio.rollouts.details import Base, RolloutDetails
+from align.studio.rollouts.filters import MAX_NAME, Name, RolloutFilter, TableQuery
+from align.studio.rollouts.parquet_reader import ParquetReader
+from align.studio.rollouts.queries import RolloutTable
 
 MAX_PARTS = 20
 """Parts of the score in a curve."""

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from align.evaluation.scorecard import SAMPLES, SCORECARD
 from align.studio.context import NotFound, StudioContext
-from align.studio.evaluation_items import EvaluationItems, ItemQuery
-from align.studio.rollout_filters import MAX_NAME
+from align.studio.evaluations.items import EvaluationItems, ItemQuery
+from align.studio.rollouts.filters import MAX_NAME
 
 MAX_EVALUATIONS = 4
 """Evaluations in memory: places and numbers of their items, without texts."""

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from align.report.scorecard.rollouts import episode_view, is_episode
 from align.store.rollouts import JSON_COLUMNS, TOKEN_COLUMNS
-from align.studio.parquet_reader import Rows
-from align.studio.rollout_filters import PLACE, RolloutFilter
-from align.studio.rollout_queries import (
+from align.studio.rollouts.filters import PLACE, RolloutFilter
+from align.studio.rollouts.parquet_reader import Rows
+from align.studio.rollouts.queries import (
     FROM,
     RolloutTable,
     file_parameters,
@@ -23,7 +23,7 @@ from align.studio.rollout_queries import (
     finite_map,
     row_id,
 )
-from align.studio.word_diff import diff_words
+from align.studio.rollouts.word_diff import diff_words
 from align.verifiers.verdict import reasons_in
 
 MAX_POINTS = 400

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 
 from align.errors import UserError
 from align.store.rollouts import ROLLOUTS, SCHEMA, RolloutFiles, make_table, merge, write_rollouts
-from align.studio import rollout_queries
-from align.studio.parquet_reader import ParquetReader, Rows
-from align.studio.rollout_details import RolloutDetails
-from align.studio.rollout_filters import RolloutFilter, TableQuery, split_words
-from align.studio.rollout_queries import Page, RolloutTable, row_id
+from align.studio.rollouts.details import RolloutDetails
+from align.studio.rollouts.filters import RolloutFilter, TableQuery, split_words
+from align.studio.rollouts.parquet_reader import ParquetReader, Rows
+from align.studio.rollouts.queries import Page, RolloutTable, row_id
 
 HOSTILE = [
     "' OR true --",
@@ -220,8 +219,8 @@ def test_pages_equal_those_of_plain_python(
 
 def test_search_returns_in_time_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, [row(update, index) for update in range(1, 6) for index in range(4)])
-    monkeypatch.setattr(rollout_queries, "SEARCH_BYTES", 1)
-    monkeypatch.setattr(rollout_queries, "SECONDS", -1.0)
+    monkeypatch.setattr("align.studio.rollouts.queries.SEARCH_BYTES", 1)
+    monkeypatch.setattr("align.studio.rollouts.queries.SECONDS", -1.0)
     table = open_table(tmp_path)
     first = table.page(TableQuery(response_words="answer", limit=3))
     # The page is full after three of the newest file's four rows.

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from align.store.rollouts import rollout_files
-from align.studio.parquet_reader import ParquetReader, Rows
-from align.studio.rollout_filters import PLACE, RolloutFilter, TableQuery, word_pattern
+from align.studio.rollouts.filters import PLACE, RolloutFilter, TableQuery, word_pattern
+from align.studio.rollouts.parquet_reader import ParquetReader, Rows
 
 SECONDS = 0.3
 """Time after which a search for words begins no further files."""

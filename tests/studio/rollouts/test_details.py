@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.store.rollouts import make_table, write_rollouts
-from align.studio import rollout_details
-from align.studio.parquet_reader import ParquetReader
-from align.studio.rollout_details import RolloutDetails
-from align.studio.rollout_filters import RolloutFilter
-from align.studio.rollout_queries import RolloutTable
-from align.studio.word_diff import ADDED, MAX_WORDS, REMOVED, SAME, diff_words
+from align.studio.rollouts.details import RolloutDetails
+from align.studio.rollouts.filters import RolloutFilter
+from align.studio.rollouts.parquet_reader import ParquetReader
+from align.studio.rollouts.queries import RolloutTable
+from align.studio.rollouts.word_diff import ADDED, MAX_WORDS, REMOVED, SAME, diff_words
 
 
 def details_of(folder: Path, rows: list[dict[str, Any]]) -> RolloutDetails:
@@ -75,7 +74,7 @@ def test_means_are_those_of_the_rows_that_meet_conditions(tmp_path: Path) -> Non
 
 
 def test_means_of_many_updates_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_details, "MAX_POINTS", 5)
+    monkeypatch.setattr("align.studio.rollouts.details.MAX_POINTS", 5)
     points = details_of(tmp_path, [row(update, 0, score=1.0) for update in range(3, 40)]).means(RolloutFilter())
     assert len(points) == 5
     assert sum(point["rows"] for point in points) == 37
@@ -163,7 +162,7 @@ def test_row_that_is_not_stored_is_none(tmp_path: Path, identity: str) -> None:
 
 
 def test_tokens_beyond_the_limit_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_details, "MAX_TOKENS", 2)
+    monkeypatch.setattr("align.studio.rollouts.details.MAX_TOKENS", 2)
     found = details_of(tmp_path, [row(1, 0, tokens=5, token_ids=[1, 2, 3, 4, 5])]).row("1--0-0-0")
     assert found is not None
     assert (found["token_ids"], found["tokens_omitted"]) == ([1, 2], 3)

@@ -1,0 +1,1 @@
+"""Items of finished evaluations, and the view of the studio that shows them."""

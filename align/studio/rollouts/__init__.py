@@ -1,0 +1,1 @@
+"""Stored rollouts of a store: queries with DuckDB, and the view of the studio that shows them."""
