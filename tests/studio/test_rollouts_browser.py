@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.support.studio.stored_rollouts import VISIBLE, write_store
 pytestmark = needs_browser
 ENTER, RIGHT, END = "\ue007", "\ue014", "\ue010"
 TABLE = "#/rollouts/smoke/ppo"
+ITEMS = "#/evaluations/smoke/evaluate"
 VIEWS = (
     ("#/rollouts", "main table a"),
     (TABLE, ".rollouts tbody tr"),
@@ -22,8 +24,8 @@ VIEWS = (
     (f"{TABLE}/prompt?prompt_id=prompt-0", ".across .answer"),
     ("#/rollouts/smoke/episodes/row?id=1--0-0-0", ".conversation .call"),
     ("#/evaluations", "main table a"),
-    ("#/evaluations/smoke/evaluate", ".items tbody tr"),
-    ("#/evaluations/smoke/evaluate/0", ".judgment .text"),
+    (ITEMS, ".items tbody tr"),
+    (f"{ITEMS}/0", ".judgment .text"),
 )
 
 
@@ -130,7 +132,7 @@ def test_tokens_have_their_numbers_at_the_focus(driver: Any, studio: RunningStud
 
 
 def test_wins_and_judgments_of_an_evaluation(driver: Any, studio: RunningStudio) -> None:
-    open_view(driver, studio, "#/evaluations/smoke/evaluate?first=ppo&second=sft", ".items tbody tr")
+    open_view(driver, studio, f"{ITEMS}?first=ppo&second=sft", ".items tbody tr")
     assert [text.split()[-1] for text in texts(driver, ".updates button")] == ["60", "30", "10", "20"]
     press(driver, "o", "o")
     wait_until(driver, "return location.hash.includes('outcome=loss')")
@@ -140,10 +142,51 @@ def test_wins_and_judgments_of_an_evaluation(driver: Any, studio: RunningStudio)
     first = driver.find_element("css selector", "h1").text
     press(driver, "j")
     wait_until(driver, f"return (document.querySelector('h1') || {{textContent: '{first}'}}).textContent !== '{first}'")
-    wait_until(driver, "return document.querySelector('.across') !== null")  # a view has keys when it is loaded
     press(driver, "u")
     wait_until(driver, "return document.querySelectorAll('.items tbody tr').length === 10")
-    open_view(driver, studio, "#/evaluations/smoke/evaluate/0", ".judgment")
+    open_view(driver, studio, f"{ITEMS}/0", ".judgment")
     assert texts(driver, ".judgment h3") == ["ppo against sft: ppo wins"]
     assert len(texts(driver, ".judgment .answer")) == 2
+    assert console(driver) == []
+
+
+@contextmanager
+def held_requests(driver: Any, pattern: str) -> Iterator[None]:
+    """Hold the requests of a pattern back until the context ends."""
+    driver.execute_cdp_cmd("Fetch.enable", {"patterns": [{"urlPattern": pattern}]})
+    try:
+        yield
+    finally:
+        driver.execute_cdp_cmd("Fetch.disable", {})
+
+
+@pytest.mark.parametrize(("table", "request_of_view"), [(TABLE, "*/api/rollouts"), (ITEMS, "*/api/evaluations")])
+def test_back_works_while_a_page_loads(driver: Any, studio: RunningStudio, table: str, request_of_view: str) -> None:
+    open_view(driver, studio, table, ".rollouts tbody tr")
+    with held_requests(driver, request_of_view):
+        press(driver, "j", ENTER)
+        wait_until(driver, f"return location.hash !== '{table}' && !document.querySelector('.rollouts')")
+        press(driver, "u")
+        wait_until(driver, f"return location.hash.startsWith('{table}') && !/row|evaluate\\//.test(location.hash)")
+    wait_until(driver, "return document.querySelector('.rollouts tbody tr') !== null")
+    assert console(driver) == []
+
+
+@pytest.mark.parametrize(
+    ("table", "request_of_page", "key"), [(TABLE, "/row?", "next row"), (ITEMS, "/items/", "open the item")]
+)
+def test_page_that_loads_late_sets_no_keys(
+    driver: Any, studio: RunningStudio, table: str, request_of_page: str, key: str
+) -> None:
+    open_view(driver, studio, table, ".rollouts tbody tr")
+    with held_requests(driver, f"*{request_of_page}*"):
+        press(driver, "j", ENTER)
+        wait_until(driver, "return document.querySelector('.rollouts') === null")
+        press(driver, "u")
+        wait_until(driver, "return document.querySelector('.rollouts tbody tr') !== null")
+    received = f"performance.getEntriesByType('resource').some((entry) => entry.name.includes('{request_of_page}'))"
+    wait_until(driver, f"return {received}")
+    press(driver, "?")
+    assert key in driver.find_element("css selector", "dialog[open]").text
+    press(driver, "\ue00c")
     assert console(driver) == []

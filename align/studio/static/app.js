@@ -35,7 +35,7 @@ export function showConnection(isOpen) {
 }
 
 function leave() {
-  setKeys([]);
+  setKeys(main, []);
   const end = cleanUp;
   cleanUp = null;
   if (typeof end === "function") end();
@@ -61,6 +61,7 @@ async function showView() {
     const module = await import(`./views/${view.name}.js`);
     if (turn !== shown) return;
     main.replaceChildren(page);
+    setKeys(main, []);  // the view before may have set its keys while the module was loaded
     const end = await module.show(page, parameters);
     if (turn === shown) cleanUp = end;
     else if (typeof end === "function") end();

@@ -4,9 +4,14 @@ import { element, replace } from "./dom.js";
 let bindings = [];
 let common = [];
 
-// A binding is { keys: ["j", "ArrowDown"], does: "next run", run: (event) => {} }.
-export function setKeys(list) {
-  bindings = list;
+// A binding is { keys: ["j", "ArrowDown"], does: "next run", run: (event) => {} }. `view` is a node of the view. A view
+// that loads late, after another view has replaced it, sets no keys.
+export function setKeys(view, list) {
+  if (view.isConnected) bindings = list;
+}
+// The key that leaves a page of a view. It works while the page still loads.
+export function backKey(does, run) {
+  return { keys: ["u", "Backspace"], does, run };
 }
 export function setCommonKeys(list) {
   common = list;

@@ -2,7 +2,7 @@
 import { get, path as encode } from "../api.js";
 import { address } from "../app.js";
 import { element, replace } from "../dom.js";
-import { setKeys } from "../keys.js";
+import { backKey, setKeys } from "../keys.js";
 import { conversation, difference, messages, number, textBox, thought } from "../rollouts/format.js";
 import { tokenView } from "../rollouts/tokens.js";
 import { completeQuery, listed } from "./items.js";
@@ -46,8 +46,8 @@ export async function showItem(main, run, stage, place, query) {
   replace(main,
     element("section", { class: "panel" }, element("h2", null, item.title, " ", element("span", { class: "small" }, [item.source, item.id].filter(Boolean).join(" · "))), messages(item.prompt), columnsOf(item.row)),
     element("div", { class: "controls" }, button), answers, judgments(item.judgments));
-  setKeys([
-    { keys: ["u", "Backspace"], does: "back to the items", run: () => { location.hash = address("evaluations", [run, stage], state); } },
+  setKeys(main, [
+    backKey("back to the items", () => { location.hash = address("evaluations", [run, stage], state); }),
     { keys: ["j", "ArrowDown", "n"], does: "next item", run: () => go(1) },
     { keys: ["k", "ArrowUp"], does: "previous item", run: () => go(-1) },
     { keys: ["d"], does: "mark what one system changes", run: mark },

@@ -135,7 +135,7 @@ export async function showItems(main, run, stage, query) {
 
   drawFilters();
   replace(main, element("form", { class: "filters", onsubmit: (event) => event.preventDefault() }, element("div", { class: "search-row" }, search), filters), tabs, status, place);
-  setKeys([
+  setKeys(main, [
     { keys: ["/"], does: "words in the prompt or an answer", run: () => search.select() },
     { keys: ["j", "ArrowDown"], does: "next item", run: () => move(1) },
     { keys: ["k", "ArrowUp"], does: "previous item", run: () => move(-1) },

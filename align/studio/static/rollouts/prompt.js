@@ -2,7 +2,7 @@
 import { get, path as encode } from "../api.js";
 import { address } from "../app.js";
 import { element, replace } from "../dom.js";
-import { setKeys } from "../keys.js";
+import { backKey, setKeys } from "../keys.js";
 import { curve } from "./chart.js";
 import { count, difference, messages, number, textBox, thought } from "./format.js";
 
@@ -44,8 +44,8 @@ export async function showPrompt(main, run, stage, query) {
     element("div", { class: "across" }, columns.map((answers, index) => element("div", { class: "column" },
       byUpdate ? element("h3", null, element("a", { href: address("rollouts", [run, stage], { update: chosen[index], folder: query.folder }) }, `Update ${chosen[index]}`), " ", element("span", { class: "small" }, meanOf(content, chosen[index]))) : null,
       (isOne && query.sample !== "all" ? answers.slice(sample, sample + 1) : answers).map((answer) => card(answer, index && base !== "none"))))));
-  setKeys([
-    { keys: ["u", "Backspace"], does: "back", run: () => history.back() },
+  setKeys(main, [
+    backKey("back", () => history.back()),
     { keys: ["j", "ArrowDown"], does: "next answer of each update", run: () => { if (isOne && sample + 1 < most) go({ sample: sample + 1 }); } },
     { keys: ["k", "ArrowUp"], does: "previous answer of each update", run: () => { if (isOne && sample > 0) go({ sample: sample - 1 || "" }); } },
     { keys: ["d"], does: "mark what differs: from the left, the first, nothing", run: () => go({ base: { previous: "first", first: "none", none: "previous" }[base] }) },

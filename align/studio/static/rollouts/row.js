@@ -2,7 +2,7 @@
 import { get, path as encode } from "../api.js";
 import { address } from "../app.js";
 import { element, replace } from "../dom.js";
-import { setKeys } from "../keys.js";
+import { backKey, setKeys } from "../keys.js";
 import { conversation, count, messages, number, roleName, textBox, thought } from "./format.js";
 import { tokenView } from "./tokens.js";
 
@@ -28,8 +28,8 @@ export async function showRow(main, run, stage, query) {
     element("aside", null, scores(row), facts(row, promptLink, updateLink),
       others.length > 1 ? element("section", { class: "panel" }, element("h2", null, "Responses of the group"), element("ol", { class: "siblings" },
         others.map((other) => element("li", null, element("a", { href: rowLink(other), "aria-current": other.id === row.id ? "true" : null }, `score ${number(other.score)}`))))) : null)));
-  setKeys([
-    { keys: ["u", "Backspace"], does: "back", run: () => history.back() },
+  setKeys(main, [
+    backKey("back", () => history.back()),
     { keys: ["p"], does: "the prompt across the updates", run: () => { location.hash = promptLink; } },
     { keys: ["j", "ArrowDown"], does: "next response of the group", run: () => go(1) },
     { keys: ["k", "ArrowUp"], does: "previous response of the group", run: () => go(-1) },

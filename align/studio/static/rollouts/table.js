@@ -219,7 +219,7 @@ export async function showTable(main, run, stage, query) {
   // ---- the page
 
   replace(main, form.node, chips, means, status, place);
-  setKeys([
+  setKeys(main, [
     { keys: ["/"], does: "words in the response", run: () => form.focus() },
     { keys: ["f"], does: "show or hide the filters", run: () => form.toggle() },
     { keys: ["j", "ArrowDown"], does: "next row", run: () => move(1) },

@@ -75,7 +75,6 @@ async function showSets(main) {
       ? element("div", { class: "scroll" }, element("table", { class: "sets" }, element("thead", null, element("tr", null, ["Set", "Pairs answered#", "Annotators"].map(heading))), element("tbody", null, sets.map(row))))
       : element("p", null, "No set yet. A set has pairs of answers, and what people said about them.")),
     element("section", { class: "panel" }, element("h2", null, "New set"), pairsForm(null, sources, (name) => { location.hash = address("annotate", [name]); })));
-  setKeys([]);
 }
 
 // ---- one set ----
@@ -197,7 +196,7 @@ async function showSet(main, name) {
     replace(body, reportPanel(content), annotatorPanel(name, content, reload),
       element("section", { class: "panel writes" }, settingsPanel(name, content, reload), exchangePanel(name, sources, reload)));
   }
-  setKeys([
+  setKeys(main, [
     { keys: ["a"], does: "annotate", run: () => form.requestSubmit() },
     { keys: ["u"], does: "all sets", run: () => { location.hash = address("annotate"); } },
   ]);

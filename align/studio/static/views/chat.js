@@ -299,7 +299,7 @@ class Chat {
 
   keys() {
     const focus = (selector) => { const node = this.thread.querySelector(selector); if (node) node.focus(); };
-    setKeys([
+    setKeys(this.thread, [
       { keys: ["i", "/"], does: "write a message", run: () => this.input.focus() },
       { keys: ["Escape"], does: "stop the answers, also while writing", run: () => this.stop() },
       { keys: ["r"], does: "answer again", run: () => this.again() },

@@ -38,7 +38,7 @@ async function showStages(main) {
     const next = all[Math.min(all.length - 1, Math.max(0, index + by))];
     if (next) next.focus();
   };
-  setKeys([{ keys: ["j", "ArrowDown"], does: "next build", run: () => move(1) }, { keys: ["k", "ArrowUp"], does: "previous build", run: () => move(-1) }]);
+  setKeys(main, [{ keys: ["j", "ArrowDown"], does: "next build", run: () => move(1) }, { keys: ["k", "ArrowUp"], does: "previous build", run: () => move(-1) }]);
 }
 
 // ---- rows ----
@@ -204,6 +204,8 @@ async function comparePanel(page) {
 
 async function showBuild(main, parts, query) {
   const place = path("data", ...parts);
+  const allBuilds = { keys: ["u"], does: "all builds", run: () => { location.hash = address("data"); } };
+  setKeys(main, [allBuilds]);
   const page = { place, parts, query, content: await get(place) };
   const body = element("div", { class: "tab-body" });
   const bar = element("div", { class: "tabs", role: "tablist", "aria-label": "Parts" });
@@ -228,12 +230,12 @@ async function showBuild(main, parts, query) {
   }
   replace(main, element("div", { class: "view-head" }, element("h1", null, element("a", { href: address("data"), class: "crumb" }, "Data"), " / ", parts.join(" · ")), element("span", { class: "small" }, Object.entries(page.content.splits).map(([name, count]) => `${name} ${number(count)}`).join(" · "))),
     element("section", { class: "panel" }, bar, body));
-  setKeys([
+  setKeys(main, [
     { keys: ["n", "ArrowRight"], does: "next rows", run: () => rows && rows.turn(1) },
     { keys: ["p", "ArrowLeft"], does: "previous rows", run: () => rows && rows.turn(-1) },
     { keys: ["r"], does: "rows", run: () => choose("rows") }, { keys: ["d"], does: "dropped rows", run: () => choose("dropped") },
     { keys: ["s"], does: "steps", run: () => choose("steps") }, { keys: ["f"], does: "findings", run: () => choose("findings") },
-    { keys: ["c"], does: "compare", run: () => choose("compare") }, { keys: ["u"], does: "all builds", run: () => { location.hash = address("data"); } },
+    { keys: ["c"], does: "compare", run: () => choose("compare") }, allBuilds,
   ]);
   await choose(TABS.includes(query.tab) ? query.tab : "rows");
 }

@@ -2,11 +2,13 @@
 import { get } from "../api.js";
 import { address } from "../app.js";
 import { element, replace } from "../dom.js";
+import { backKey, setKeys } from "../keys.js";
 import { showItem } from "../evaluations/item.js";
 import { showItems } from "../evaluations/items.js";
 
 export async function show(main, { path, query }) {
   const [run, stage, number] = path;
+  if (number !== undefined) setKeys(main, [backKey("back to the items", () => { location.hash = address("evaluations", [run, stage], query); })]);
   const { runs } = await get("evaluations");
   if (!stage) {
     replace(main, element("div", { class: "view-head" }, element("h1", null, "Evaluations")), stageList(run ? runs.filter((each) => each.run === run) : runs));

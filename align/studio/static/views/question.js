@@ -50,7 +50,7 @@ class Questions {
     replace(main, element("div", { class: "view-head" },
       element("h1", null, element("a", { href: address("annotate", [set]), class: "crumb" }, set), " / ", annotator), this.count, this.meter, element("span", { class: "grow" }), this.status),
     this.message, this.body, this.panel);
-    setKeys([
+    setKeys(main, [
       ...VERDICTS.map((each) => ({ keys: [each.key], does: each.choice ? `the ${each.choice} answer is ${each.text}` : each.text, run: () => this.answer(each) })),
       { keys: ["t"], does: "tags", run: () => this.tags.focus() },
       { keys: ["c"], does: "comment", run: () => this.comment.focus() },

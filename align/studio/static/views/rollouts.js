@@ -2,6 +2,7 @@
 import { get } from "../api.js";
 import { address } from "../app.js";
 import { element, replace } from "../dom.js";
+import { backKey, setKeys } from "../keys.js";
 import { showPrompt } from "../rollouts/prompt.js";
 import { showRow } from "../rollouts/row.js";
 import { showTable } from "../rollouts/table.js";
@@ -10,6 +11,7 @@ const PAGES = { row: [showRow, "Rollout"], prompt: [showPrompt, "One prompt"] };
 
 export async function show(main, { path, query }) {
   const [run, stage, page] = path;
+  if (page in PAGES) setKeys(main, [backKey("back", () => history.back())]);
   const { runs } = await get("rollouts");
   if (!stage) {
     replace(main, element("div", { class: "view-head" }, element("h1", null, "Rollouts")), stageList(run ? runs.filter((each) => each.run === run) : runs));

@@ -8,6 +8,7 @@ import { stateChip } from "./runs.js";
 
 const CURVE_PAUSE = 4000, LOG_PAUSE = 1500, LOOK_EVERY = 1500;  // ms
 const TABS = ["curves", "log", "settings"];
+const ALL_RUNS = { keys: ["u", "Escape"], does: "all runs", run: () => { location.hash = address("runs"); } };
 
 function confirmed(text, action) {
   return new Promise((resolve) => {
@@ -312,16 +313,17 @@ class RunPage {
       { keys: ["x"], does: "stop the run", run: () => this.press("stop") },
       { keys: ["r"], does: "resume the run", run: () => this.press("resume") },
       { keys: ["w"], does: "write the report page", run: () => this.press("report") },
-      { keys: ["u", "Escape"], does: "all runs", run: () => { location.hash = address("runs"); } },
+      ALL_RUNS,
     ];
   }
 }
 
 export async function show(main, parameters) {
   const page = new RunPage(main, parameters.path[0], parameters.query);
+  setKeys(main, [ALL_RUNS]);
   const run = await get(path("runs", page.name));
   page.show(run);
-  setKeys(page.keys());
+  setKeys(main, page.keys());
   const end = stream(`${path("runs", page.name)}/stream`, {
     state: (value) => page.show(value),
     problem: (error) => replace(page.notice, problem(error.error)),

@@ -85,7 +85,7 @@ export async function show(main, parameters) {
   }
 
   filter.addEventListener("input", draw);
-  setKeys([
+  setKeys(main, [
     { keys: ["j", "ArrowDown"], does: "next run", run: () => move(1) },
     { keys: ["k", "ArrowUp"], does: "previous run", run: () => move(-1) },
     { keys: ["/"], does: "filter", run: () => filter.focus() },
