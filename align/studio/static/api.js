@@ -37,13 +37,17 @@ export function post(path, body, signal) {
   return ask(path, { method: "POST", headers, body: JSON.stringify(body === undefined ? {} : body), signal });
 }
 
-const FIRST_PAUSE = 1000, LONGEST_PAUSE = 15000;
+const FIRST_PAUSE = 1000;
+const LONGEST_PAUSE = 15000;
 
 // Follows a stream of server-sent events and returns a function that ends it. `handlers` maps an event's name to a
-// function of its JSON. A lost connection is opened again, after a longer pause each time; a hidden page has none, since
-// a browser allows six at once. `onconnect(true or false)` tells about it.
+// function of its JSON. A lost connection is opened again, after a longer pause each time. A hidden page has none,
+// since a browser allows six at once. `onconnect(true or false)` tells about it.
 export function stream(path, handlers, onconnect = () => {}) {
-  let source = null, timer = null, pause = FIRST_PAUSE, ended = false;
+  let source = null;
+  let timer = null;
+  let pause = FIRST_PAUSE;
+  let ended = false;
 
   function close() {
     clearTimeout(timer);
@@ -82,7 +86,13 @@ export function stream(path, handlers, onconnect = () => {}) {
 export async function postStream(path, body, handlers, signal) {
   let response;
   try {
-    response = await fetch("/api/" + path, { method: "POST", credentials: "same-origin", headers: { "content-type": "application/json" }, body: JSON.stringify(body), signal });
+    response = await fetch("/api/" + path, {
+      method: "POST",
+      credentials: "same-origin",
+      headers: { "content-type": "application/json" },
+      body: JSON.stringify(body),
+      signal,
+    });
   } catch (error) {
     if (error.name === "AbortError") return;
     throw new ApiError("The studio does not answer. Is `align studio` still running?", 0);

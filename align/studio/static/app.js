@@ -7,7 +7,7 @@ const main = document.getElementById("main");
 const THEMES = { auto: "◐", dark: "●", light: "○" };
 let views = [];
 let cleanUp = null;
-let shown = 0;  // counts views, so that one that loads late does not replace a later one
+let shown = 0; // counts views, so that one that loads late does not replace a later one
 
 // "#/runs/smoke?stage=ppo" → { view: "runs", path: ["smoke"], query: { stage: "ppo" } }
 export function readAddress(hash = location.hash) {
@@ -61,7 +61,7 @@ async function showView() {
     const module = await import(`./views/${view.name}.js`);
     if (turn !== shown) return;
     main.replaceChildren(page);
-    setKeys(main, []);  // the view before may have set its keys while the module was loaded
+    setKeys(main, []); // the view before may have set its keys while the module was loaded
     const end = await module.show(page, parameters);
     if (turn === shown) cleanUp = end;
     else if (typeof end === "function") end();
@@ -79,7 +79,10 @@ function nameTheme() {
 
 async function start() {
   const theme = document.getElementById("theme");
-  const nextTheme = () => { studioTheme.next(); nameTheme(); };
+  const nextTheme = () => {
+    studioTheme.next();
+    nameTheme();
+  };
   theme.addEventListener("click", nextTheme);
   nameTheme();
   document.getElementById("help").addEventListener("click", showHelp);
@@ -91,13 +94,28 @@ async function start() {
     return;
   }
   views = facts.views;
-  replace(document.getElementById("views"), views.map((view) => element("a", { href: address(view.name), "data-view": view.name }, view.title)));
-  replace(document.getElementById("store"), "Store ", element("code", null, facts.store), facts.is_writable ? "" : " · read only", ` · align ${facts.version}`);
+  replace(
+    document.getElementById("views"),
+    views.map((view) => element("a", { href: address(view.name), "data-view": view.name }, view.title)),
+  );
+  replace(
+    document.getElementById("store"),
+    "Store ",
+    element("code", null, facts.store),
+    facts.is_writable ? "" : " · read only",
+    ` · align ${facts.version}`,
+  );
   document.body.classList.toggle("read-only", !facts.is_writable);
   setCommonKeys([
     { keys: ["?"], does: "show or hide the keys", run: showHelp },
     { keys: ["t"], does: "colors: the system's, dark, light", run: nextTheme },
-    ...views.slice(0, 9).map((view, index) => ({ keys: [String(index + 1)], does: view.title, run: () => { location.hash = address(view.name); } })),
+    ...views.slice(0, 9).map((view, index) => ({
+      keys: [String(index + 1)],
+      does: view.title,
+      run: () => {
+        location.hash = address(view.name);
+      },
+    })),
   ]);
   addEventListener("hashchange", showView);
   await showView();

@@ -52,7 +52,7 @@ export function replace(node, ...children) {
   return node;
 }
 
-// Replaces the content only if `state` differs from the one before, so that focus and selection survive an equal update.
+// Replaces the content only if `state` differs from the state before, so focus and selection survive an equal update.
 export function update(node, state, build) {
   const text = JSON.stringify(state);
   if (node.studioState === text) return false;
@@ -76,4 +76,11 @@ export function ago(seconds) {
 
 export function moment(seconds) {
   return new Date(seconds * 1000).toISOString().slice(0, 16).replace("T", " ") + " UTC";
+}
+
+// Loads the style of a view once.
+export function useStyle(name) {
+  const href = `/static/views/${name}.css`;
+  if (document.querySelector(`link[href="${href}"]`)) return;
+  document.head.append(element("link", { rel: "stylesheet", href }));
 }

@@ -21,21 +21,48 @@ const NAMES = { ArrowDown: "↓", ArrowUp: "↑", ArrowLeft: "←", ArrowRight: 
 const keyName = (key) => NAMES[key] || key;
 
 const dialog = element("dialog", { class: "keys", "aria-label": "Keys" });
-dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+dialog.addEventListener("click", (event) => {
+  if (event.target === dialog) dialog.close();
+});
 
 export function showHelp() {
   if (!dialog.isConnected) document.body.append(dialog);
-  if (dialog.open) { dialog.close(); return; }
-  const rows = (list) => list.map(({ keys, does }) => element("tr", null,
-    element("th", { scope: "row" }, keys.map((key) => element("kbd", null, keyName(key)))), element("td", null, does)));
-  const part = (title, list) => list.length ? [element("h3", null, title), element("table", null, element("tbody", null, rows(list)))] : [];
-  replace(dialog, element("h2", null, "Keys"), part("Here", bindings), part("Everywhere", common),
-    element("button", { type: "button", onclick: () => dialog.close() }, "Close"));
+  if (dialog.open) {
+    dialog.close();
+    return;
+  }
+  const rows = (list) =>
+    list.map(({ keys, does }) =>
+      element(
+        "tr",
+        null,
+        element(
+          "th",
+          { scope: "row" },
+          keys.map((key) => element("kbd", null, keyName(key))),
+        ),
+        element("td", null, does),
+      ),
+    );
+  const part = (title, list) =>
+    list.length ? [element("h3", null, title), element("table", null, element("tbody", null, rows(list)))] : [];
+  replace(
+    dialog,
+    element("h2", null, "Keys"),
+    part("Here", bindings),
+    part("Everywhere", common),
+    element("button", { type: "button", onclick: () => dialog.close() }, "Close"),
+  );
   dialog.showModal();
 }
 
 function isTyping(target) {
-  return target.matches && target.matches("input:not([type=checkbox]):not([type=radio]):not([type=range]), select, textarea, [contenteditable]");
+  return (
+    target.matches &&
+    target.matches(
+      "input:not([type=checkbox]):not([type=radio]):not([type=range]), select, textarea, [contenteditable]",
+    )
+  );
 }
 
 document.addEventListener("keydown", (event) => {

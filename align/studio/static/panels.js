@@ -2,11 +2,13 @@
 // they read values off the panels, and enlarge, zoom and smooth them.
 import { drawing, element, visible } from "./dom.js";
 
-const WIDTH = 264, HEIGHT = 158;
-const BOX = [44, 24, 256, 132];  // left, top, right, bottom
-const STYLES = 7, DASHES = ["", "5 3", "6 2 1.5 2", "1.5 2", "6 2 1.5 2 1.5 2", "1.5 3", "8 3"];
+const WIDTH = 264;
+const HEIGHT = 158;
+const BOX = [44, 24, 256, 132]; // left, top, right, bottom
+const STYLES = 7;
+const DASHES = ["", "5 3", "6 2 1.5 2", "1.5 2", "6 2 1.5 2 1.5 2", "1.5 3", "8 3"];
 const MARGIN = 0.05;
-const OPEN_PANELS = 8;  // as on the run page
+const OPEN_PANELS = 8; // as on the run page
 
 export function numberText(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
@@ -21,14 +23,22 @@ function ticks(low, high, most) {
   const power = 10 ** Math.floor(Math.log10((high - low) / most));
   const step = [1, 2, 5, 10].find((factor) => (high - low) / (factor * power) <= most) * power;
   const places = [];
-  for (let index = Math.ceil(low / step - 1e-9); index * step <= high + step * 1e-9; index++) places.push(Number((index * step).toPrecision(12)));
+  for (let index = Math.ceil(low / step - 1e-9); index * step <= high + step * 1e-9; index++)
+    places.push(Number((index * step).toPrecision(12)));
   return places;
 }
 
 function limits(values, margin) {
-  let low = Infinity, high = -Infinity;
-  for (const value of values) { low = Math.min(low, value); high = Math.max(high, value); }
-  if (low === high) { const room = Math.abs(low) * 0.1 || 1; return [low - room, high + room]; }
+  let low = Infinity,
+    high = -Infinity;
+  for (const value of values) {
+    low = Math.min(low, value);
+    high = Math.max(high, value);
+  }
+  if (low === high) {
+    const room = Math.abs(low) * 0.1 || 1;
+    return [low - room, high + room];
+  }
   const room = (high - low) * margin;
   return [low - room, high + room];
 }
@@ -56,20 +66,59 @@ function draw(curve) {
   curve.lines.forEach((line, index) => {
     const style = index % STYLES;
     if (line.low) {
-      const upper = line.x.map((x, point) => place(x, line.high[point])), lower = line.x.map((x, point) => place(x, line.low[point])).reverse();
+      const upper = line.x.map((x, point) => place(x, line.high[point])),
+        lower = line.x.map((x, point) => place(x, line.low[point])).reverse();
       parts.push(drawing("path", { d: "M" + [...upper, ...lower].join("L") + "Z", class: "spread f" + style }));
     }
-    parts.push(drawing("path", { d: "M" + line.x.map((x, point) => place(x, line.y[point])).join("L"), class: "line s" + style, fill: "none", "stroke-width": 1.6, "stroke-dasharray": DASHES[style] }));
+    parts.push(
+      drawing("path", {
+        d: "M" + line.x.map((x, point) => place(x, line.y[point])).join("L"),
+        class: "line s" + style,
+        fill: "none",
+        "stroke-width": 1.6,
+        "stroke-dasharray": DASHES[style],
+      }),
+    );
   });
-  const changes = curve.lines.map((line) => `${line.name} from ${numberText(line.y[0])} to ${numberText(line.y[line.y.length - 1])}`);
-  return drawing("svg", { class: "plot", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${curve.title} over steps: ${changes.join(", ")}` }, parts);
+  const changes = curve.lines.map(
+    (line) => `${line.name} from ${numberText(line.y[0])} to ${numberText(line.y[line.y.length - 1])}`,
+  );
+  return drawing(
+    "svg",
+    {
+      class: "plot",
+      viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+      role: "img",
+      "aria-label": `${curve.title} over steps: ${changes.join(", ")}`,
+    },
+    parts,
+  );
 }
 
 function legend(curve) {
   if (curve.lines.length < 2) return null;
-  return element("div", { class: "panel-legend small" }, curve.lines.map((line, index) => element("span", null,
-    drawing("svg", { viewBox: "0 0 22 8", width: 22, height: 8, "aria-hidden": "true" },
-      drawing("path", { d: "M0 4L22 4", class: "line s" + (index % STYLES), "stroke-width": 2, "stroke-dasharray": DASHES[index % STYLES] })), " ", line.name)));
+  return element(
+    "div",
+    { class: "panel-legend small" },
+    curve.lines.map((line, index) =>
+      element(
+        "span",
+        null,
+        drawing(
+          "svg",
+          { viewBox: "0 0 22 8", width: 22, height: 8, "aria-hidden": "true" },
+          drawing("path", {
+            d: "M0 4L22 4",
+            class: "line s" + (index % STYLES),
+            "stroke-width": 2,
+            "stroke-dasharray": DASHES[index % STYLES],
+          }),
+        ),
+        " ",
+        line.name,
+      ),
+    ),
+  );
 }
 
 // Fills `node` with the panels of a stage. While the reader points at a panel or has one enlarged, nothing is redrawn.
@@ -77,13 +126,21 @@ export function showPanels(node, stage, panels) {
   if (node.matches(":hover") || document.querySelector("dialog.curve-view[open]")) return false;
   const focused = node.contains(document.activeElement) ? document.activeElement.dataset.title : null;
   const data = panels.map((panel) => reading(stage, panel));
-  const figures = data.map((curve, index) => element("figure", { class: "curve", "data-curve": index, "data-title": curve.title }, draw(curve), legend(curve)));
+  const figures = data.map((curve, index) =>
+    element("figure", { class: "curve", "data-curve": index, "data-title": curve.title }, draw(curve), legend(curve)),
+  );
   const wasOpen = node.querySelector("details[open]") !== null;
   const folded = figures.slice(OPEN_PANELS);
   node.replaceChildren(element("div", { class: "panels" }, figures.slice(0, OPEN_PANELS)));
   if (folded.length) {
-    node.append(element("details", { open: wasOpen }, element("summary", null, `${folded.length} more curve${folded.length === 1 ? "" : "s"}`),
-      element("div", { class: "panels" }, folded)));
+    node.append(
+      element(
+        "details",
+        { open: wasOpen },
+        element("summary", null, `${folded.length} more curve${folded.length === 1 ? "" : "s"}`),
+        element("div", { class: "panels" }, folded),
+      ),
+    );
   }
   curveReader.attach(figures, () => data);
   curveView.attach(figures, () => data);

@@ -10,7 +10,7 @@ const studioTheme = (function () {
       const name = localStorage.getItem(KEY);
       return NAMES.includes(name) ? name : "auto";
     } catch (error) {
-      return "auto";  // storage may be refused
+      return "auto"; // storage may be refused
     }
   }
   function apply(name) {
@@ -20,7 +20,9 @@ const studioTheme = (function () {
     const name = NAMES[(NAMES.indexOf(read()) + 1) % NAMES.length];
     try {
       localStorage.setItem(KEY, name);
-    } catch (error) { /* the choice lasts until the page is closed */ }
+    } catch (error) {
+      /* the choice lasts until the page is closed */
+    }
     apply(name);
     return name;
   }

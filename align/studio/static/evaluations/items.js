@@ -6,7 +6,14 @@ import { setKeys } from "../keys.js";
 import { count, grouped, marked, number, wordPattern } from "../rollouts/format.js";
 
 const PAGE = 50;
-const OUTCOMES = { win: "▲ won", loss: "▼ lost", tie: "= tied", disagreement: "⇄ the judge contradicts itself", unreadable: "? unreadable", none: "– not compared" };
+const OUTCOMES = {
+  win: "▲ won",
+  loss: "▼ lost",
+  tie: "= tied",
+  disagreement: "⇄ the judge contradicts itself",
+  unreadable: "? unreadable",
+  none: "– not compared",
+};
 const FIELDS = ["task", "source", "metric", "first", "second", "outcome", "words", "sort", "descending", "offset"];
 // Numbers of the items in the table, for the way from item to item.
 export const listed = { key: "", numbers: [] };
@@ -29,8 +36,19 @@ export async function showItems(main, run, stage, query) {
   const tabs = element("div", { class: "updates", role: "group", "aria-label": "outcome" });
   const place = element("div");
   const filters = element("div", { class: "controls" });
-  const search = element("input", { type: "search", class: "search", placeholder: "Words in the prompt or an answer  ( / )", "aria-label": "words", maxlength: 200, value: state.words || "", autocomplete: "off" });
-  search.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(() => change({ words: search.value.trim() }), 350); });
+  const search = element("input", {
+    type: "search",
+    class: "search",
+    placeholder: "Words in the prompt or an answer  ( / )",
+    "aria-label": "words",
+    maxlength: 200,
+    value: state.words || "",
+    autocomplete: "off",
+  });
+  search.addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => change({ words: search.value.trim() }), 350);
+  });
 
   function change(patch) {
     const next = { ...state, ...patch };
@@ -43,8 +61,12 @@ export async function showItems(main, run, stage, query) {
   }
 
   function choice(name, label, options, any) {
-    const input = element("select", { onchange: (event) => change({ [name]: event.target.value }) },
-      any ? element("option", { value: "" }, any) : null, options.map(([value, title]) => element("option", { value, selected: state[name] === value }, title)));
+    const input = element(
+      "select",
+      { onchange: (event) => change({ [name]: event.target.value }) },
+      any ? element("option", { value: "" }, any) : null,
+      options.map(([value, title]) => element("option", { value, selected: state[name] === value }, title)),
+    );
     return element("label", null, label, input);
   }
   function drawFilters() {
@@ -52,12 +74,33 @@ export async function showItems(main, run, stage, query) {
     const metrics = new Map(tasks.flatMap((task) => task.metrics.map((metric) => [metric.name, metric.title])));
     const systems = facts.systems.map((name) => [name, name]);
     const primary = tasks.length === 1 ? `the task's own: ${tasks[0].primary}` : "each task's own";
-    replace(filters,
-      choice("first", "wins and losses of", systems), choice("second", "against", systems.some(([name]) => name === state.second) ? systems : [[state.second, state.second], ...systems]),
+    replace(
+      filters,
+      choice("first", "wins and losses of", systems),
+      choice(
+        "second",
+        "against",
+        systems.some(([name]) => name === state.second) ? systems : [[state.second, state.second], ...systems],
+      ),
       choice("metric", "by", [...metrics], primary),
-      facts.tasks.length > 1 ? choice("task", "task", facts.tasks.map((task) => [task.name, `${task.title} (${task.items})`]), "all tasks") : null,
-      facts.sources.length > 1 ? choice("source", "source", facts.sources.map((name) => [name, name]), "all sources") : null,
-      choice("sort", "order", [["order", "as asked"]], "largest change first"));
+      facts.tasks.length > 1
+        ? choice(
+            "task",
+            "task",
+            facts.tasks.map((task) => [task.name, `${task.title} (${task.items})`]),
+            "all tasks",
+          )
+        : null,
+      facts.sources.length > 1
+        ? choice(
+            "source",
+            "source",
+            facts.sources.map((name) => [name, name]),
+            "all sources",
+          )
+        : null,
+      choice("sort", "order", [["order", "as asked"]], "largest change first"),
+    );
   }
 
   async function load() {
@@ -80,13 +123,47 @@ export async function showItems(main, run, stage, query) {
   function draw() {
     const { rows, matches, total, outcomes } = page;
     const all = Object.values(outcomes).reduce((sum, value) => sum + value, 0);
-    const tab = (value, title, rowCount) => element("button", { type: "button", "aria-pressed": String((state.outcome || "") === value), onclick: () => change({ outcome: value }) }, `${title} ${grouped(rowCount)}`);
-    replace(tabs, tab("", "all", all), Object.keys(OUTCOMES).filter((name) => outcomes[name] || state.outcome === name).map((name) => tab(name, OUTCOMES[name], outcomes[name] || 0)));
+    const tab = (value, title, rowCount) =>
+      element(
+        "button",
+        {
+          type: "button",
+          "aria-pressed": String((state.outcome || "") === value),
+          onclick: () => change({ outcome: value }),
+        },
+        `${title} ${grouped(rowCount)}`,
+      );
+    replace(
+      tabs,
+      tab("", "all", all),
+      Object.keys(OUTCOMES)
+        .filter((name) => outcomes[name] || state.outcome === name)
+        .map((name) => tab(name, OUTCOMES[name], outcomes[name] || 0)),
+    );
     const offset = Number(state.offset || 0);
     const last = Math.min(offset + PAGE, matches);
-    replace(status, matches === total ? count(total, "item") : `${grouped(matches)} of ${count(total, "item")}`, matches > PAGE ? element("span", { class: "pager" }, ` · ${offset + 1} to ${last} `,
-      element("button", { type: "button", disabled: !offset, onclick: () => turn(-1), "aria-label": "previous page" }, "‹"), " ",
-      element("button", { type: "button", disabled: last >= matches, onclick: () => turn(1), "aria-label": "next page" }, "›")) : null);
+    replace(
+      status,
+      matches === total ? count(total, "item") : `${grouped(matches)} of ${count(total, "item")}`,
+      matches > PAGE
+        ? element(
+            "span",
+            { class: "pager" },
+            ` · ${offset + 1} to ${last} `,
+            element(
+              "button",
+              { type: "button", disabled: !offset, onclick: () => turn(-1), "aria-label": "previous page" },
+              "‹",
+            ),
+            " ",
+            element(
+              "button",
+              { type: "button", disabled: last >= matches, onclick: () => turn(1), "aria-label": "next page" },
+              "›",
+            ),
+          )
+        : null,
+    );
     listed.key = `${run}/${stage}`;
     listed.numbers = rows.map((row) => row.number);
     if (!rows.length) {
@@ -95,19 +172,62 @@ export async function showItems(main, run, stage, query) {
     }
     const hasTasks = facts.tasks.length > 1;
     const head = ["item", hasTasks ? "task" : null, ...systems, `${state.first} − ${state.second}`].filter(Boolean);
-    const body = element("tbody", null, rows.map((row, index) => element("tr", { onclick: (event) => open(index, event) },
-      element("td", { class: "excerpt" }, element("a", { href: link(row), tabindex: -1, dir: "auto" }, marked(row.prompt, wordPattern(state.words)) || row.id), element("span", { class: "small source" }, row.source)),
-      hasTasks ? element("td", { class: "small" }, row.task) : null,
-      systems.map((name) => element("td", { class: "num", "data-title": name }, number(row.scores[name]))),
-      element("td", { class: "num", "data-title": "change" }, outcome(row)))));
-    replace(place, element("div", { class: "scroll", tabindex: -1 }, element("table", { class: "rollouts items" }, element("thead", null, element("tr", null, head.map((title, index) =>
-      element("th", { scope: "col", class: index >= (hasTasks ? 2 : 1) ? "num" : null }, title)))), body)));
+    const body = element(
+      "tbody",
+      null,
+      rows.map((row, index) =>
+        element(
+          "tr",
+          { onclick: (event) => open(index, event) },
+          element(
+            "td",
+            { class: "excerpt" },
+            element(
+              "a",
+              { href: link(row), tabindex: -1, dir: "auto" },
+              marked(row.prompt, wordPattern(state.words)) || row.id,
+            ),
+            element("span", { class: "small source" }, row.source),
+          ),
+          hasTasks ? element("td", { class: "small" }, row.task) : null,
+          systems.map((name) => element("td", { class: "num", "data-title": name }, number(row.scores[name]))),
+          element("td", { class: "num", "data-title": "change" }, outcome(row)),
+        ),
+      ),
+    );
+    replace(
+      place,
+      element(
+        "div",
+        { class: "scroll", tabindex: -1 },
+        element(
+          "table",
+          { class: "rollouts items" },
+          element(
+            "thead",
+            null,
+            element(
+              "tr",
+              null,
+              head.map((title, index) =>
+                element("th", { scope: "col", class: index >= (hasTasks ? 2 : 1) ? "num" : null }, title),
+              ),
+            ),
+          ),
+          body,
+        ),
+      ),
+    );
     select(Math.min(at, rows.length - 1), false);
   }
   function outcome(row) {
     const look = { win: "v-better", loss: "v-worse" }[row.outcome] || "";
     const sign = row.change > 0 ? "+" : "";
-    return element("span", { class: `chip ${look}`, title: OUTCOMES[row.outcome] }, `${OUTCOMES[row.outcome].slice(0, 1)} ${row.change === null ? "" : sign + number(row.change)}`);
+    return element(
+      "span",
+      { class: `chip ${look}`, title: OUTCOMES[row.outcome] },
+      `${OUTCOMES[row.outcome].slice(0, 1)} ${row.change === null ? "" : sign + number(row.change)}`,
+    );
   }
   function turn(step) {
     const offset = Number(state.offset || 0) + step * PAGE;
@@ -127,19 +247,38 @@ export async function showItems(main, run, stage, query) {
     if (event.target.closest("a, button") || String(getSelection())) return;
     location.hash = link(page.rows[index]);
   }
-  const move = (step) => { if (page) select(Math.max(0, Math.min(page.rows.length - 1, at + step))); };
+  const move = (step) => {
+    if (page) select(Math.max(0, Math.min(page.rows.length - 1, at + step)));
+  };
   const nextOutcome = () => {
     const names = ["", ...Object.keys(OUTCOMES).filter((name) => page.outcomes[name])];
     change({ outcome: names[(names.indexOf(state.outcome || "") + 1) % names.length] });
   };
 
   drawFilters();
-  replace(main, element("form", { class: "filters", onsubmit: (event) => event.preventDefault() }, element("div", { class: "search-row" }, search), filters), tabs, status, place);
+  replace(
+    main,
+    element(
+      "form",
+      { class: "filters", onsubmit: (event) => event.preventDefault() },
+      element("div", { class: "search-row" }, search),
+      filters,
+    ),
+    tabs,
+    status,
+    place,
+  );
   setKeys(main, [
     { keys: ["/"], does: "words in the prompt or an answer", run: () => search.select() },
     { keys: ["j", "ArrowDown"], does: "next item", run: () => move(1) },
     { keys: ["k", "ArrowUp"], does: "previous item", run: () => move(-1) },
-    { keys: ["Enter"], does: "open the item", run: () => { if (page && at >= 0) location.hash = link(page.rows[at]); } },
+    {
+      keys: ["Enter"],
+      does: "open the item",
+      run: () => {
+        if (page && at >= 0) location.hash = link(page.rows[at]);
+      },
+    },
     { keys: ["o"], does: "next outcome: all, won, lost, tied", run: nextOutcome },
     { keys: ["s"], does: "swap the two systems", run: () => change({ first: state.second, second: state.first }) },
     { keys: ["ArrowRight"], does: "next page", run: () => turn(1) },

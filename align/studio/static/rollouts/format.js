@@ -5,13 +5,16 @@ const MINUS = "−";
 
 export function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";
-  if (typeof value !== "number") return String(value);  // "nan" and "inf" have no number in JSON
+  if (typeof value !== "number") return String(value); // "nan" and "inf" have no number in JSON
   if (Number.isInteger(value)) return grouped(value);
   const rounded = Math.abs(value) >= 1000 ? value.toFixed(0) : String(Number(value.toPrecision(digits)));
   return (Number(rounded) === 0 ? "0" : rounded).replace("-", MINUS);
 }
 export function grouped(value) {
-  return Math.abs(value).toString().replace(/\B(?=(\d{3})+$)/g, ",").replace(/^/, value < 0 ? MINUS : "");
+  return Math.abs(value)
+    .toString()
+    .replace(/\B(?=(\d{3})+$)/g, ",")
+    .replace(/^/, value < 0 ? MINUS : "");
 }
 export function count(value, noun) {
   return `${grouped(value)} ${noun}${value === 1 ? "" : "s"}`;
@@ -51,7 +54,9 @@ export function roleName(role) {
 // Messages as the page of a report shows them: a text, or a list with roles.
 export function messages(prompt) {
   const turns = typeof prompt === "string" ? [{ role: "user", content: prompt }] : prompt || [];
-  return turns.map((turn) => element("div", { class: "turn" }, roleName(turn.role), textBox("text", plain(turn.content ?? turn.text))));
+  return turns.map((turn) =>
+    element("div", { class: "turn" }, roleName(turn.role), textBox("text", plain(turn.content ?? turn.text))),
+  );
 }
 function plain(content) {
   if (content === null || content === undefined) return "";
@@ -59,7 +64,9 @@ function plain(content) {
 }
 
 export function thought(text) {
-  return text ? element("details", { class: "thought" }, element("summary", { class: "small" }, "thought"), textBox("text", text)) : null;
+  return text
+    ? element("details", { class: "thought" }, element("summary", { class: "small" }, "thought"), textBox("text", text))
+    : null;
 }
 
 // An answer with the words that another answer has in their place. Marked by lines, not only by color.
@@ -70,15 +77,30 @@ export function difference(pieces) {
 
 // An episode as `episode_view` of the report describes it.
 export function conversation(episode) {
-  return element("div", { class: "conversation" },
-    episode.entries.map((entry) => element("div", { class: "said" + (entry.policy ? " policy" : "") },
-      roleName(entry.role), entry.note ? element("span", { class: "small" }, " " + entry.note) : null,
-      thought(entry.thought), entry.text ? textBox("text", entry.text) : null,
-      entry.calls.map((call) => element("div", { class: "call" + (call.ok ? "" : " wrong") },
-        call.name ? element("code", null, `${call.name}(${call.arguments})`) : null,
-        call.note ? element("span", { class: "small" }, (call.name ? " " : "") + call.note) : null,
-        call.result ? textBox("text", call.result) : null)),
-      entry.left_out ? element("div", { class: "small" }, entry.left_out) : null)),
+  return element(
+    "div",
+    { class: "conversation" },
+    episode.entries.map((entry) =>
+      element(
+        "div",
+        { class: "said" + (entry.policy ? " policy" : "") },
+        roleName(entry.role),
+        entry.note ? element("span", { class: "small" }, " " + entry.note) : null,
+        thought(entry.thought),
+        entry.text ? textBox("text", entry.text) : null,
+        entry.calls.map((call) =>
+          element(
+            "div",
+            { class: "call" + (call.ok ? "" : " wrong") },
+            call.name ? element("code", null, `${call.name}(${call.arguments})`) : null,
+            call.note ? element("span", { class: "small" }, (call.name ? " " : "") + call.note) : null,
+            call.result ? textBox("text", call.result) : null,
+          ),
+        ),
+        entry.left_out ? element("div", { class: "small" }, entry.left_out) : null,
+      ),
+    ),
     episode.left_out ? element("div", { class: "small" }, episode.left_out) : null,
-    element("div", { class: episode.ok ? "small" : "cut" }, episode.end));
+    element("div", { class: episode.ok ? "small" : "cut" }, episode.end),
+  );
 }

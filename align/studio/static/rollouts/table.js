@@ -8,7 +8,7 @@ import { conditions, filterForm, readState, showChips } from "./filters.js";
 import { count, grouped, marked, number, wordPattern } from "./format.js";
 
 const PAGE = 50;
-const selected = new Map();  // address of a table → id of the row that was opened, for the way back
+const selected = new Map(); // address of a table → id of the row that was opened, for the way back
 
 const isNumber = (value) => typeof value === "number";
 
@@ -75,7 +75,14 @@ export async function showTable(main, run, stage, query) {
     rows = page.rows;
     drawRows();
     const seconds = (performance.now() - began) / 1000;
-    replace(status, page.matches === page.total ? count(page.total, "rollout") : `${grouped(page.matches)} of ${count(page.total, "rollout")}`, ` · ${seconds.toFixed(2)} s`, pager());
+    replace(
+      status,
+      page.matches === page.total
+        ? count(page.total, "rollout")
+        : `${grouped(page.matches)} of ${count(page.total, "rollout")}`,
+      ` · ${seconds.toFixed(2)} s`,
+      pager(),
+    );
   }
 
   // A search reads the texts part by part: it shows what it has, and stops when the page is full.
@@ -85,7 +92,15 @@ export async function showTable(main, run, stage, query) {
     const progress = previous || { matches: 0, searched: 0, next: "", rows: [] };
     progress.wanted = wanted;
     while (true) {
-      const part = await get(base, question({ offset: null, after: progress.next || null, limit: byUpdate ? wanted - progress.rows.length : wanted }), signal);
+      const part = await get(
+        base,
+        question({
+          offset: null,
+          after: progress.next || null,
+          limit: byUpdate ? wanted - progress.rows.length : wanted,
+        }),
+        signal,
+      );
       progress.rows = byUpdate ? [...progress.rows, ...part.rows] : merge(progress.rows, part.rows).slice(0, wanted);
       progress.matches += part.matches;
       progress.searched += part.searched;
@@ -94,29 +109,60 @@ export async function showTable(main, run, stage, query) {
       drawRows();
       const isFull = byUpdate && rows.length >= wanted;
       const isDone = !part.next;
-      replace(status, `${grouped(progress.matches)} found in ${grouped(progress.searched)} of ${count(part.total, "rollout")}`,
+      replace(
+        status,
+        `${grouped(progress.matches)} found in ${grouped(progress.searched)} of ${count(part.total, "rollout")}`,
         isDone ? "" : byUpdate ? `, ${state.descending === "false" ? "oldest" : "newest"} first` : "",
         isDone ? " · all searched" : "",
         isDone ? null : element("progress", { max: part.total, value: progress.searched, "aria-label": "searched" }),
-        isDone ? null : isFull
-          ? element("button", { type: "button", onclick: () => search(signal, progress).catch((error) => { if (!signal.aborted) replace(status, problem(error)); }) }, "Search on")
-          : element("button", { type: "button", onclick: () => stop.abort() }, "Stop"));
+        isDone
+          ? null
+          : isFull
+            ? element(
+                "button",
+                {
+                  type: "button",
+                  onclick: () =>
+                    search(signal, progress).catch((error) => {
+                      if (!signal.aborted) replace(status, problem(error));
+                    }),
+                },
+                "Search on",
+              )
+            : element("button", { type: "button", onclick: () => stop.abort() }, "Stop"),
+      );
       if (isDone || isFull) return;
     }
   }
   function merge(before, more) {
     const sign = state.descending === "false" ? 1 : -1;
     const rank = (row) => (row.key === null ? Infinity : sign * row.key);
-    return [...before, ...more].map((row, index) => ({ row, index })).sort((a, b) => rank(a.row) - rank(b.row) || a.index - b.index).map(({ row }) => row);
+    return [...before, ...more]
+      .map((row, index) => ({ row, index }))
+      .sort((a, b) => rank(a.row) - rank(b.row) || a.index - b.index)
+      .map(({ row }) => row);
   }
 
   function pager() {
     const offset = Number(state.offset || 0);
     if (page.matches <= PAGE) return null;
     const last = Math.min(offset + PAGE, page.matches);
-    return element("span", { class: "pager" }, ` · ${grouped(offset + 1)} to ${grouped(last)} `,
-      element("button", { type: "button", disabled: !offset, onclick: () => turn(-1), "aria-label": "previous page" }, "‹"), " ",
-      element("button", { type: "button", disabled: last >= page.matches, onclick: () => turn(1), "aria-label": "next page" }, "›"));
+    return element(
+      "span",
+      { class: "pager" },
+      ` · ${grouped(offset + 1)} to ${grouped(last)} `,
+      element(
+        "button",
+        { type: "button", disabled: !offset, onclick: () => turn(-1), "aria-label": "previous page" },
+        "‹",
+      ),
+      " ",
+      element(
+        "button",
+        { type: "button", disabled: last >= page.matches, onclick: () => turn(1), "aria-label": "next page" },
+        "›",
+      ),
+    );
   }
   function turn(step) {
     const offset = Number(state.offset || 0) + step * PAGE;
@@ -128,21 +174,56 @@ export async function showTable(main, run, stage, query) {
   // ---- the table
 
   const columns = [
-    { title: "update", sort: "update", cell: (row) => number(row.update), isShown: facets.first_update !== null, class: "num" },
-    { title: "prompt", cell: (row) => element("div", { dir: "auto" }, marked(row.prompt, wordPattern(state.prompt_words))), class: "excerpt prompt" },
-    { title: "response", cell: (row) => element("a", { href: link(row), tabindex: -1, dir: "auto" }, marked(row.response, wordPattern(state.response_words)) || "(empty)"), class: "excerpt" },
-    { title: "score", sort: "score", cell: (row) => number(row.score), isShown: facets.columns.score, class: "num strong" },
-    ...facets.parts.slice(0, 8).map((part) => ({ title: part, sort: "part", part, cell: (row) => number(row.scores[part]), class: "num" })),
+    {
+      title: "update",
+      sort: "update",
+      cell: (row) => number(row.update),
+      isShown: facets.first_update !== null,
+      class: "num",
+    },
+    {
+      title: "prompt",
+      cell: (row) => element("div", { dir: "auto" }, marked(row.prompt, wordPattern(state.prompt_words))),
+      class: "excerpt prompt",
+    },
+    {
+      title: "response",
+      cell: (row) =>
+        element(
+          "a",
+          { href: link(row), tabindex: -1, dir: "auto" },
+          marked(row.response, wordPattern(state.response_words)) || "(empty)",
+        ),
+      class: "excerpt",
+    },
+    {
+      title: "score",
+      sort: "score",
+      cell: (row) => number(row.score),
+      isShown: facets.columns.score,
+      class: "num strong",
+    },
+    ...facets.parts
+      .slice(0, 8)
+      .map((part) => ({ title: part, sort: "part", part, cell: (row) => number(row.scores[part]), class: "num" })),
     { title: "gold", sort: "gold", cell: (row) => number(row.gold), isShown: facets.columns.gold, class: "num" },
     { title: "KL", sort: "kl", cell: (row) => number(row.kl), isShown: facets.columns.kl, class: "num" },
     { title: "tokens", sort: "tokens", cell: (row) => number(row.tokens), class: "num" },
-    { title: "thought", sort: "thought_tokens", cell: (row) => number(row.thought_tokens), isShown: facets.columns.thought_tokens, class: "num" },
+    {
+      title: "thought",
+      sort: "thought_tokens",
+      cell: (row) => number(row.thought_tokens),
+      isShown: facets.columns.thought_tokens,
+      class: "num",
+    },
     { title: "turns", sort: "turns", cell: (row) => number(row.turns), isShown: facets.columns.turns, class: "num" },
     { title: "notes", cell: notes, class: "notes" },
   ].filter((column) => column.isShown === undefined || column.isShown);
 
   function notes(row) {
-    const list = Object.entries(row.reasons || {}).map(([name, reason]) => (facets.parts.length > 1 ? `${name}: ${reason}` : reason));
+    const list = Object.entries(row.reasons || {}).map(([name, reason]) =>
+      facets.parts.length > 1 ? `${name}: ${reason}` : reason,
+    );
     if (row.stop && row.stop !== "finished") list.push(row.stop);
     else if (row.finished === false) list.push("cut");
     if (row.learned === false && folder === "rollouts" && facets.columns.kl) list.push("not learned from");
@@ -151,24 +232,61 @@ export async function showTable(main, run, stage, query) {
   function link(row) {
     return address("rollouts", [run, stage, "row"], { id: row.id, folder: state.folder });
   }
-  const isSorted = (column) => (state.sort || "update") === column.sort && (column.sort !== "part" || state.sort_part === column.part);
+  const isSorted = (column) =>
+    (state.sort || "update") === column.sort && (column.sort !== "part" || state.sort_part === column.part);
   function head(column) {
     if (!column.sort) return element("th", { scope: "col" }, column.title);
     const isDown = state.descending !== "false";
     const order = isSorted(column) ? (isDown ? "descending" : "ascending") : "none";
-    const button = element("button", { type: "button", class: "sorter", title: `sort by ${column.title}`, onclick: () => change({
-      sort: column.sort, sort_part: column.part || "", descending: isSorted(column) && isDown ? "false" : "" }) },
-    column.title, element("span", { "aria-hidden": "true" }, isSorted(column) ? (isDown ? " ↓" : " ↑") : ""));
+    const button = element(
+      "button",
+      {
+        type: "button",
+        class: "sorter",
+        title: `sort by ${column.title}`,
+        onclick: () =>
+          change({
+            sort: column.sort,
+            sort_part: column.part || "",
+            descending: isSorted(column) && isDown ? "false" : "",
+          }),
+      },
+      column.title,
+      element("span", { "aria-hidden": "true" }, isSorted(column) ? (isDown ? " ↓" : " ↑") : ""),
+    );
     return element("th", { scope: "col", class: column.class, "aria-sort": order }, button);
   }
   function drawRows() {
     if (!rows.length) {
-      replace(place, element("p", { class: "empty" }, facets.rows ? "No rollout meets the conditions." : "The stage has stored no rollouts yet."));
+      replace(
+        place,
+        element(
+          "p",
+          { class: "empty" },
+          facets.rows ? "No rollout meets the conditions." : "The stage has stored no rollouts yet.",
+        ),
+      );
       return;
     }
-    const body = element("tbody", null, rows.map((row, index) => element("tr", { "data-index": index, onclick: (event) => open(index, event) },
-      columns.map((column) => element("td", { class: column.class, "data-title": column.title }, column.cell(row))))));
-    replace(place, element("div", { class: "scroll", tabindex: -1 }, element("table", { class: "rollouts" }, element("thead", null, element("tr", null, columns.map(head))), body)));
+    const body = element(
+      "tbody",
+      null,
+      rows.map((row, index) =>
+        element(
+          "tr",
+          { "data-index": index, onclick: (event) => open(index, event) },
+          columns.map((column) => element("td", { class: column.class, "data-title": column.title }, column.cell(row))),
+        ),
+      ),
+    );
+    replace(
+      place,
+      element(
+        "div",
+        { class: "scroll", tabindex: -1 },
+        element("table", { class: "rollouts" }, element("thead", null, element("tr", null, columns.map(head))), body),
+      ),
+    );
     const before = rows.findIndex((row) => row.id === selected.get(here()));
     select(before >= 0 ? before : Math.min(at, rows.length - 1), false);
   }
@@ -190,7 +308,9 @@ export async function showTable(main, run, stage, query) {
     select(index, false);
     location.hash = link(rows[index]);
   }
-  const move = (step) => { if (rows.length) select(Math.max(0, Math.min(rows.length - 1, at + step))); };
+  const move = (step) => {
+    if (rows.length) select(Math.max(0, Math.min(rows.length - 1, at + step)));
+  };
 
   // ---- means by update
 
@@ -209,12 +329,22 @@ export async function showTable(main, run, stage, query) {
   function drawMeans() {
     const [kind, name] = [measure.value.slice(0, 5), measure.value.slice(5)];
     const value = kind === "part:" ? (point) => point.parts[name] : (point) => point[measure.value];
-    const choose = (point) => change({ first_update: String(point.first_update), last_update: String(point.last_update) });
-    const picture = curve(points, kind === "part:" ? name : MEASURES[measure.value], (point) => (isNumber(value(point)) ? value(point) : null), choose);
+    const choose = (point) =>
+      change({ first_update: String(point.first_update), last_update: String(point.last_update) });
+    const picture = curve(
+      points,
+      kind === "part:" ? name : MEASURES[measure.value],
+      (point) => (isNumber(value(point)) ? value(point) : null),
+      choose,
+    );
     replace(means, picture ? element("div", { class: "means-row" }, measure, picture) : null);
   }
   const measures = Object.entries(MEASURES).filter(([name]) => name !== "kl" || facets.columns.kl);
-  replace(measure, measures.map(([value, title]) => element("option", { value }, title)), facets.parts.map((part) => element("option", { value: "part:" + part }, part)));
+  replace(
+    measure,
+    measures.map(([value, title]) => element("option", { value }, title)),
+    facets.parts.map((part) => element("option", { value: "part:" + part }, part)),
+  );
 
   // ---- the page
 
@@ -224,13 +354,34 @@ export async function showTable(main, run, stage, query) {
     { keys: ["f"], does: "show or hide the filters", run: () => form.toggle() },
     { keys: ["j", "ArrowDown"], does: "next row", run: () => move(1) },
     { keys: ["k", "ArrowUp"], does: "previous row", run: () => move(-1) },
-    { keys: ["Enter"], does: "open the row", run: () => { if (at >= 0) location.hash = link(rows[at]); } },
-    { keys: ["p"], does: "the row's prompt across the updates", run: () => {
-      if (at >= 0) location.hash = address("rollouts", [run, stage, "prompt"], { prompt_id: rows[at].prompt_id, folder: state.folder });
-    } },
+    {
+      keys: ["Enter"],
+      does: "open the row",
+      run: () => {
+        if (at >= 0) location.hash = link(rows[at]);
+      },
+    },
+    {
+      keys: ["p"],
+      does: "the row's prompt across the updates",
+      run: () => {
+        if (at >= 0)
+          location.hash = address("rollouts", [run, stage, "prompt"], {
+            prompt_id: rows[at].prompt_id,
+            folder: state.folder,
+          });
+      },
+    },
     { keys: ["ArrowRight"], does: "next page", run: () => turn(1) },
     { keys: ["ArrowLeft"], does: "previous page", run: () => turn(-1) },
-    { keys: ["r"], does: "read again", run: () => { load(); loadMeans(); } },
+    {
+      keys: ["r"],
+      does: "read again",
+      run: () => {
+        load();
+        loadMeans();
+      },
+    },
   ]);
   loadMeans();
   await load();

@@ -3,48 +3,72 @@
 import { get, post, postStream } from "../api.js";
 import { readAddress } from "../app.js";
 import { AnswerView, isRunning, isUsable, answerText, newAnswer, readReply } from "../chat/answer.js";
+import { download, keep, messagesBefore, restore, showModels } from "../chat/conversation.js";
 import { columnTitle, LETTERS, MOST, requestSettings, Setup } from "../chat/setup.js";
 import { sendForm } from "../chat/send.js";
-import { element, problem, replace } from "../dom.js";
+import { element, problem, replace, useStyle } from "../dom.js";
 import { setKeys } from "../keys.js";
-
-const STORE = "chat.conversation", LARGEST = 4e6;  // characters that a browser keeps for a page
-
-function useStyle() {
-  const href = "/static/views/chat.css";
-  if (!document.querySelector(`link[href="${href}"]`)) document.head.append(element("link", { rel: "stylesheet", href }));
-}
-
-function restore() {
-  try {
-    const state = JSON.parse(sessionStorage.getItem(STORE));
-    for (const turn of state.turns) for (const answer of Object.values(turn.answers)) if (isRunning(answer)) answer.state = "stopped";
-    return state;
-  } catch (error) {
-    return { columns: [], turns: [], settings: {} };
-  }
-}
 
 class Chat {
   constructor(main, state, lists) {
     this.state = state;
     this.lists = lists;
-    this.running = new Map();  // answer → its AbortController
-    this.views = new Map();  // answer → its AnswerView
+    this.running = new Map(); // answer → its AbortController
+    this.views = new Map(); // answer → its AnswerView
     this.editing = null;
     this.setup = new Setup(state, lists, (what) => this.change(what));
     this.thread = element("div", { class: "chat-thread" });
     this.message = element("div");
-    this.input = element("textarea", { id: "message", rows: 2, placeholder: "Message", "aria-label": "Message", dir: "auto" });
+    this.input = element("textarea", {
+      id: "message",
+      rows: 2,
+      placeholder: "Message",
+      "aria-label": "Message",
+      dir: "auto",
+    });
     this.button = element("button", { type: "submit", id: "send", class: "primary" }, "Send");
-    this.stopButton = element("button", { type: "button", id: "stop", hidden: true, onclick: () => this.stop() }, "Stop");
+    this.stopButton = element(
+      "button",
+      { type: "button", id: "stop", hidden: true, onclick: () => this.stop() },
+      "Stop",
+    );
     this.hint = element("span", { class: "small composer-hint" }, "Enter sends, Shift+Enter begins a line");
-    this.composer = element("form", { class: "composer" }, this.message, element("div", { class: "composer-row" }, this.input, element("div", { class: "composer-buttons" }, this.button, this.stopButton)), this.hint);
-    this.composer.addEventListener("submit", (event) => { event.preventDefault(); this.send(); });
+    this.composer = element(
+      "form",
+      { class: "composer" },
+      this.message,
+      element(
+        "div",
+        { class: "composer-row" },
+        this.input,
+        element("div", { class: "composer-buttons" }, this.button, this.stopButton),
+      ),
+      this.hint,
+    );
+    this.composer.addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.send();
+    });
     this.input.addEventListener("keydown", (event) => this.type(event));
-    replace(main, element("div", { class: "view-head" }, element("h1", null, "Chat"), element("span", { class: "small" }, "Models answer the same conversation."), element("span", { class: "grow" }),
-      element("div", { class: "buttons" }, element("button", { type: "button", id: "new", onclick: () => this.clear() }, "New"), element("button", { type: "button", id: "keep", onclick: () => this.download() }, "Save as JSON"))),
-    this.setup.node, this.thread, this.composer);
+    replace(
+      main,
+      element(
+        "div",
+        { class: "view-head" },
+        element("h1", null, "Chat"),
+        element("span", { class: "small" }, "Models answer the same conversation."),
+        element("span", { class: "grow" }),
+        element(
+          "div",
+          { class: "buttons" },
+          element("button", { type: "button", id: "new", onclick: () => this.clear() }, "New"),
+          element("button", { type: "button", id: "keep", onclick: () => download(this.state) }, "Save as JSON"),
+        ),
+      ),
+      this.setup.node,
+      this.thread,
+      this.composer,
+    );
     this.draw();
   }
 
@@ -58,24 +82,6 @@ class Chat {
 
   last() {
     return this.state.turns[this.state.turns.length - 1];
-  }
-
-  // The answer of a turn that a column's conversation continues from; null if it has none.
-  continued(turn, column) {
-    const own = turn.answers[turn.chosen || column.id];
-    if (isUsable(own)) return own;
-    return Object.values(turn.answers).find(isUsable) || null;
-  }
-
-  // The messages before a column's answer to turn number `count`, that turn's own message included.
-  messages(count, column) {
-    const { system } = this.state.settings;
-    const messages = system && system.trim() ? [{ role: "system", content: system }] : [];
-    for (const turn of this.state.turns.slice(0, count)) {
-      const answer = this.continued(turn, column);
-      if (answer) messages.push({ role: "user", content: turn.text }, { role: "assistant", content: answer.text });
-    }
-    return [...messages, { role: "user", content: this.state.turns[count].text }];
   }
 
   type(event) {
@@ -120,11 +126,21 @@ class Chat {
     this.running.set(answer, controller);
     this.showRunning();
     const number = this.state.turns.indexOf(turn);
-    const body = { ...(column.endpoint ? { endpoint: column.endpoint } : { model: column.model }), messages: this.messages(number, column), ...requestSettings(this.state.settings) };
+    const body = {
+      ...(column.endpoint ? { endpoint: column.endpoint } : { model: column.model }),
+      messages: messagesBefore(this.state, number, column),
+      ...requestSettings(this.state.settings),
+    };
     try {
-      await postStream("chat/reply", body, readReply(answer, () => this.refresh(answer)), controller.signal);
+      await postStream(
+        "chat/reply",
+        body,
+        readReply(answer, () => this.refresh(answer)),
+        controller.signal,
+      );
       if (controller.signal.aborted) answer.state = "stopped";
-      else if (isRunning(answer)) Object.assign(answer, { state: "failed", error: "The answer was cut off. Is `align studio` still running?" });
+      else if (isRunning(answer))
+        Object.assign(answer, { state: "failed", error: "The answer was cut off. Is `align studio` still running?" });
     } catch (error) {
       Object.assign(answer, { state: "failed", error: error.message || String(error) });
     }
@@ -192,7 +208,12 @@ class Chat {
     this.refresh(answer);
     const { tools } = requestSettings(this.state.settings);
     try {
-      const { scores } = await post("chat/scores", { reward, messages: this.messages(number, column), answers: [[answerText(answer), answer.state === "done" && answer.finished]], ...(tools ? { tools } : {}) });
+      const { scores } = await post("chat/scores", {
+        reward,
+        messages: messagesBefore(this.state, number, column),
+        answers: [[answerText(answer), answer.state === "done" && answer.finished]],
+        ...(tools ? { tools } : {}),
+      });
       answer.scores = this.state.settings.reward === reward ? { [reward]: scores[0] } : {};
     } catch (error) {
       answer.scores = {};
@@ -229,10 +250,24 @@ class Chat {
     this.views.clear();
     this.button.textContent = "Send";
     if (!turns.length) {
-      replace(this.thread, element("p", { class: "empty" }, columns.length ? "Write a message." : this.lists.models.length ? "Choose up to four models, and write a message." : "No finished stage of this store has a model. Add an endpoint."));
+      replace(
+        this.thread,
+        element(
+          "p",
+          { class: "empty" },
+          columns.length
+            ? "Write a message."
+            : this.lists.models.length
+              ? "Choose up to four models, and write a message."
+              : "No finished stage of this store has a model. Add an endpoint.",
+        ),
+      );
       return;
     }
-    replace(this.thread, turns.map((turn, number) => this.turnNode(turn, number)));
+    replace(
+      this.thread,
+      turns.map((turn, number) => this.turnNode(turn, number)),
+    );
     this.drawSend(this.last());
   }
 
@@ -251,13 +286,29 @@ class Chat {
       this.views.set(answer, view);
       return view.node;
     });
-    return element("div", { class: "chat-turn", "data-number": number },
-      element("section", { class: "said user", "aria-label": "Message" }, element("div", { class: "said-head" }, element("span", { class: "role" }, "user"), element("button", { type: "button", class: "link small", onclick: () => this.edit(number) }, "Edit")), element("div", { class: "text", dir: "auto" }, turn.text)),
-      element("div", { class: `replies of-${answers.length}` }, answers), isLast ? element("div", { class: "send-pair" }) : null);
+    return element(
+      "div",
+      { class: "chat-turn", "data-number": number },
+      element(
+        "section",
+        { class: "said user", "aria-label": "Message" },
+        element(
+          "div",
+          { class: "said-head" },
+          element("span", { class: "role" }, "user"),
+          element("button", { type: "button", class: "link small", onclick: () => this.edit(number) }, "Edit"),
+        ),
+        element("div", { class: "text", dir: "auto" }, turn.text),
+      ),
+      element("div", { class: `replies of-${answers.length}` }, answers),
+      isLast ? element("div", { class: "send-pair" }) : null,
+    );
   }
 
   markEdited() {
-    for (const node of this.thread.children) if (node.dataset) node.classList.toggle("replaced", this.editing !== null && Number(node.dataset.number) >= this.editing);
+    for (const node of this.thread.children)
+      if (node.dataset)
+        node.classList.toggle("replaced", this.editing !== null && Number(node.dataset.number) >= this.editing);
   }
 
   // The form that adds two answers to a set of annotations, if both answered the same messages.
@@ -266,56 +317,61 @@ class Chat {
     if (!place) return;
     const number = this.state.turns.indexOf(turn);
     const answered = this.state.columns.filter((column) => isUsable(turn.answers[column.id]));
-    replace(place, !this.running.size && answered.length > 1 ? sendForm({
-      columns: answered.map((column) => ({ letter: LETTERS[this.state.columns.indexOf(column)], title: columnTitle(column), answer: turn.answers[column.id], prompt: this.messages(number, column) })),
-      tools: requestSettings(this.state.settings).tools, sets: this.lists.sets,
-    }) : null);
+    replace(
+      place,
+      !this.running.size && answered.length > 1
+        ? sendForm({
+            columns: answered.map((column) => ({
+              letter: LETTERS[this.state.columns.indexOf(column)],
+              title: columnTitle(column),
+              answer: turn.answers[column.id],
+              prompt: messagesBefore(this.state, number, column),
+            })),
+            tools: requestSettings(this.state.settings).tools,
+            sets: this.lists.sets,
+          })
+        : null,
+    );
   }
 
   // ---- keeping ----
 
   keep() {
-    const text = JSON.stringify(this.state, (name, value) => (name === "frame" ? undefined : value));
-    try {
-      if (text.length < LARGEST) sessionStorage.setItem(STORE, text);
-    } catch (error) {
-      // The page works without its copy; only a reload loses the conversation.
-    }
-  }
-
-  download() {
-    const { columns, turns, settings } = this.state;
-    const { open, ...kept } = settings;
-    const models = columns.map((column) => (column.endpoint ? { endpoint: column.endpoint } : { model: column.model }));
-    const conversation = turns.map((turn) => ({ user: turn.text, answers: columns.filter((column) => turn.answers[column.id]).map((column) => {
-      const { frame, status, title, ...answer } = turn.answers[column.id];
-      return { model: title, continued: turn.chosen === column.id, ...answer };
-    }) }));
-    const text = JSON.stringify({ saved: new Date().toISOString(), models, settings: kept, turns: conversation }, null, 1);
-    const link = element("a", { download: `chat-${new Date().toISOString().slice(0, 19).replace(/[:T]/g, "-")}.json`, href: URL.createObjectURL(new Blob([text], { type: "application/json" })) });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+    keep(this.state);
   }
 
   keys() {
-    const focus = (selector) => { const node = this.thread.querySelector(selector); if (node) node.focus(); };
+    const focus = (selector) => {
+      const node = this.thread.querySelector(selector);
+      if (node) node.focus();
+    };
     setKeys(this.thread, [
       { keys: ["i", "/"], does: "write a message", run: () => this.input.focus() },
       { keys: ["Escape"], does: "stop the answers, also while writing", run: () => this.stop() },
       { keys: ["r"], does: "answer again", run: () => this.again() },
-      { keys: ["e"], does: "edit the last message", run: () => { if (this.last()) this.edit(this.state.turns.length - 1); } },
+      {
+        keys: ["e"],
+        does: "edit the last message",
+        run: () => {
+          if (this.last()) this.edit(this.state.turns.length - 1);
+        },
+      },
       { keys: ["p"], does: "probabilities of the last answers", run: () => this.toggleTokens() },
       { keys: ["a"], does: "send two answers to annotation", run: () => focus(".send-pair input") },
       { keys: ["m"], does: "add a model", run: () => this.setup.picker.focus() },
       { keys: ["s"], does: "settings and system prompt", run: () => this.setup.toggleSettings() },
       { keys: ["n"], does: "new conversation", run: () => this.clear() },
-      { keys: ["k"], does: "save as JSON", run: () => this.download() },
+      { keys: ["k"], does: "save as JSON", run: () => download(this.state) },
     ]);
   }
 
   toggleTokens() {
     const turn = this.last();
-    const shown = turn ? this.state.columns.map((column) => this.views.get(turn.answers[column.id])).filter((view) => view && view.answer.tokens.length && !isRunning(view.answer)) : [];
+    const shown = turn
+      ? this.state.columns
+          .map((column) => this.views.get(turn.answers[column.id]))
+          .filter((view) => view && view.answer.tokens.length && !isRunning(view.answer))
+      : [];
     const isOpen = shown.some((view) => view.tokens);
     for (const view of shown) if (Boolean(view.tokens) === isOpen) view.toggleTokens();
     const opened = shown.find((view) => view.tokens);
@@ -329,15 +385,10 @@ class Chat {
 }
 
 export async function show(main) {
-  useStyle();
+  useStyle("chat");
   const [models, sets] = await Promise.all([get("chat"), get("annotate").catch(() => ({ sets: [] }))]);
   const state = restore();
-  const asked = (readAddress().query.models || "").split(",").filter(Boolean).slice(0, MOST);
-  const ids = new Set(state.columns.map((column) => column.model));
-  if (asked.length && !(asked.length === state.columns.length && asked.every((id) => ids.has(id)))) {
-    state.columns = asked.map((model, index) => ({ id: `c${Date.now()}${index}`, model }));
-    state.turns = [];
-  }
+  showModels(state, (readAddress().query.models || "").split(",").filter(Boolean).slice(0, MOST));
   const chat = new Chat(main, state, { ...models, sets: sets.sets.map((set) => set.name) });
   chat.keys();
   if (state.columns.length) chat.input.focus({ preventScroll: true });

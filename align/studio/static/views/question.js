@@ -1,7 +1,7 @@
 // Questions of a set: two answers side by side, and a verdict by one key. The next pair is loaded before it is needed.
 //
-// An answer stays in the browser's storage until the studio says that it is in the journal. A studio that was killed gets
-// it when it is back, under the same id, so it is neither lost nor stored twice.
+// An answer stays in the browser's storage until the studio says that it is in the journal. A studio that was killed
+// gets it when it is back, under the same id, so it is neither lost nor stored twice.
 import { get, path, post } from "../api.js";
 import { address } from "../app.js";
 import { element, problem, replace } from "../dom.js";
@@ -15,10 +15,11 @@ const VERDICTS = [
   { key: "5", verdict: "much_better", choice: "right", text: "much better" },
   { key: "0", verdict: "both_bad", choice: null, text: "both bad" },
 ];
-const RETRY = 1500;  // ms
-const LONGEST = 600;  // seconds that a pair counts, so that a pause is not taken for thinking
+const RETRY = 1500; // ms
+const LONGEST = 600; // seconds that a pair counts, so that a pause is not taken for thinking
 
-const newId = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+const newId = () =>
+  [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 
 class Questions {
   constructor(main, set, annotator) {
@@ -34,32 +35,99 @@ class Questions {
     this.meter = element("progress", { max: 1, value: "0", "aria-label": "Pairs answered" });
     this.message = element("div");
     this.body = element("div", { class: "question" });
-    this.tags = element("input", { id: "tags", placeholder: "tags, separated by commas", "aria-label": "Tags", autocomplete: "off" });
-    this.comment = element("input", { id: "comment", placeholder: "comment", "aria-label": "Comment", autocomplete: "off" });
-    this.rewrite = element("textarea", { id: "rewrite", rows: "3", placeholder: "a better answer", "aria-label": "A better answer" });
-    this.notes = element("div", { class: "notes-row" },
-      element("label", null, element("kbd", null, "t"), this.tags), element("label", null, element("kbd", null, "c"), this.comment),
-      element("label", { class: "wide-note" }, element("kbd", null, "r"), this.rewrite));
-    for (const field of [this.tags, this.comment]) field.addEventListener("keydown", (event) => { if (event.key === "Enter") field.blur(); });
-    this.buttons = VERDICTS.map((each) => element("button", { type: "button", class: "verdict", "aria-label": each.choice ? `${each.choice} is ${each.text}` : each.text, "data-key": each.key, onclick: () => this.answer(each) },
-      element("kbd", null, each.key), element("span", null, each.choice === "left" ? "← " : "", each.text, each.choice === "right" ? " →" : "")));
-    this.others = element("div", { class: "buttons" },
+    this.tags = element("input", {
+      id: "tags",
+      placeholder: "tags, separated by commas",
+      "aria-label": "Tags",
+      autocomplete: "off",
+    });
+    this.comment = element("input", {
+      id: "comment",
+      placeholder: "comment",
+      "aria-label": "Comment",
+      autocomplete: "off",
+    });
+    this.rewrite = element("textarea", {
+      id: "rewrite",
+      rows: "3",
+      placeholder: "a better answer",
+      "aria-label": "A better answer",
+    });
+    this.notes = element(
+      "div",
+      { class: "notes-row" },
+      element("label", null, element("kbd", null, "t"), this.tags),
+      element("label", null, element("kbd", null, "c"), this.comment),
+      element("label", { class: "wide-note" }, element("kbd", null, "r"), this.rewrite),
+    );
+    for (const field of [this.tags, this.comment])
+      field.addEventListener("keydown", (event) => {
+        if (event.key === "Enter") field.blur();
+      });
+    this.buttons = VERDICTS.map((each) =>
+      element(
+        "button",
+        {
+          type: "button",
+          class: "verdict",
+          "aria-label": each.choice ? `${each.choice} is ${each.text}` : each.text,
+          "data-key": each.key,
+          onclick: () => this.answer(each),
+        },
+        element("kbd", null, each.key),
+        element("span", null, each.choice === "left" ? "← " : "", each.text, each.choice === "right" ? " →" : ""),
+      ),
+    );
+    this.others = element(
+      "div",
+      { class: "buttons" },
       element("button", { type: "button", id: "undo", onclick: () => this.undo() }, element("kbd", null, "u"), "undo"),
-      element("button", { type: "button", id: "skip", onclick: () => this.skip() }, element("kbd", null, "s"), "skip"));
-    this.panel = element("div", { class: "verdicts" }, element("div", { class: "verdict-row" }, this.buttons), this.notes, this.others);
-    replace(main, element("div", { class: "view-head" },
-      element("h1", null, element("a", { href: address("annotate", [set]), class: "crumb" }, set), " / ", annotator), this.count, this.meter, element("span", { class: "grow" }), this.status),
-    this.message, this.body, this.panel);
+      element("button", { type: "button", id: "skip", onclick: () => this.skip() }, element("kbd", null, "s"), "skip"),
+    );
+    this.panel = element(
+      "div",
+      { class: "verdicts" },
+      element("div", { class: "verdict-row" }, this.buttons),
+      this.notes,
+      this.others,
+    );
+    replace(
+      main,
+      element(
+        "div",
+        { class: "view-head" },
+        element("h1", null, element("a", { href: address("annotate", [set]), class: "crumb" }, set), " / ", annotator),
+        this.count,
+        this.meter,
+        element("span", { class: "grow" }),
+        this.status,
+      ),
+      this.message,
+      this.body,
+      this.panel,
+    );
     setKeys(main, [
-      ...VERDICTS.map((each) => ({ keys: [each.key], does: each.choice ? `the ${each.choice} answer is ${each.text}` : each.text, run: () => this.answer(each) })),
+      ...VERDICTS.map((each) => ({
+        keys: [each.key],
+        does: each.choice ? `the ${each.choice} answer is ${each.text}` : each.text,
+        run: () => this.answer(each),
+      })),
       { keys: ["t"], does: "tags", run: () => this.tags.focus() },
       { keys: ["c"], does: "comment", run: () => this.comment.focus() },
       { keys: ["r"], does: "write a better answer", run: () => this.rewrite.focus() },
       { keys: ["u"], does: "undo", run: () => this.undo() },
       { keys: ["s"], does: "skip", run: () => this.skip() },
-      { keys: ["q"], does: "the report of the set", run: () => { location.hash = address("annotate", [set]); } },
+      {
+        keys: ["q"],
+        does: "the report of the set",
+        run: () => {
+          location.hash = address("annotate", [set]);
+        },
+      },
     ]);
-    this.warn = (event) => { if (this.outbox.length) event.preventDefault(); };
+    this.warn = (event) => {
+      if (this.outbox.length) event.preventDefault();
+    };
     addEventListener("beforeunload", this.warn);
   }
 
@@ -81,14 +149,44 @@ class Questions {
     for (const field of [this.tags, this.comment, this.rewrite]) field.value = "";
     if (document.activeElement && this.notes.contains(document.activeElement)) document.activeElement.blur();
     if (!question) {
-      replace(this.body, element("section", { class: "panel" }, element("p", null, waiting ? "Waiting for the studio…" : "No question is left. ", !waiting && element("a", { href: address("annotate", [this.set]) }, "Report"))));
+      replace(
+        this.body,
+        element(
+          "section",
+          { class: "panel" },
+          element(
+            "p",
+            null,
+            waiting ? "Waiting for the studio…" : "No question is left. ",
+            !waiting && element("a", { href: address("annotate", [this.set]) }, "Report"),
+          ),
+        ),
+      );
       return;
     }
-    const side = (name, text) => element("section", { class: "panel answer", "aria-label": `${name} answer`, tabindex: "0" },
-      element("div", { class: "role" }, name), element("div", { class: "text" }, text));
-    replace(this.body,
-      element("section", { class: "panel prompt", tabindex: "0", "aria-label": "Prompt" }, question.prompt.map((message) => element("div", { class: "turn" }, element("div", { class: "role" }, message.role), element("div", { class: "text" }, message.content)))),
-      element("div", { class: "sides" }, side("left", question.left), side("right", question.right)));
+    const side = (name, text) =>
+      element(
+        "section",
+        { class: "panel answer", "aria-label": `${name} answer`, tabindex: "0" },
+        element("div", { class: "role" }, name),
+        element("div", { class: "text" }, text),
+      );
+    replace(
+      this.body,
+      element(
+        "section",
+        { class: "panel prompt", tabindex: "0", "aria-label": "Prompt" },
+        question.prompt.map((message) =>
+          element(
+            "div",
+            { class: "turn" },
+            element("div", { class: "role" }, message.role),
+            element("div", { class: "text" }, message.content),
+          ),
+        ),
+      ),
+      element("div", { class: "sides" }, side("left", question.left), side("right", question.right)),
+    );
   }
 
   // The state after the question on the screen is answered, as far as this page knows.
@@ -116,8 +214,21 @@ class Questions {
     const question = this.state.question;
     if (!question || this.outbox.length > 1) return;
     const seconds = Math.min(LONGEST, (performance.now() - this.started) / 1000);
-    const tags = this.tags.value.split(",").map((tag) => tag.trim()).filter(Boolean);
-    this.outbox.push({ id: newId(), annotator: this.annotator, pair: question.pair, verdict, choice, tags, rewrite: this.rewrite.value, comment: this.comment.value, seconds });
+    const tags = this.tags.value
+      .split(",")
+      .map((tag) => tag.trim())
+      .filter(Boolean);
+    this.outbox.push({
+      id: newId(),
+      annotator: this.annotator,
+      pair: question.pair,
+      verdict,
+      choice,
+      tags,
+      rewrite: this.rewrite.value,
+      comment: this.comment.value,
+      seconds,
+    });
     this.keep();
     for (const button of this.buttons) button.classList.toggle("pressed", button.dataset.key === key);
     setTimeout(() => this.buttons.forEach((button) => button.classList.remove("pressed")), 180);
@@ -160,7 +271,10 @@ class Questions {
   async act(name) {
     if (this.outbox.length) return;
     try {
-      const state = await post(path("annotate", this.set, name), { annotator: this.annotator, pair: this.state.question ? this.state.question.pair : "" });
+      const state = await post(path("annotate", this.set, name), {
+        annotator: this.annotator,
+        pair: this.state.question ? this.state.question.pair : "",
+      });
       replace(this.message);
       this.shown = null;
       this.accept(state);
@@ -168,8 +282,12 @@ class Questions {
       replace(this.message, problem(error));
     }
   }
-  undo() { return this.act("undo"); }
-  skip() { return this.state.question ? this.act("skip") : null; }
+  undo() {
+    return this.act("undo");
+  }
+  skip() {
+    return this.state.question ? this.act("skip") : null;
+  }
 
   async load() {
     this.accept(await get(path("annotate", this.set, "questions"), { annotator: this.annotator }));

@@ -1,112 +1,46 @@
-// One run: its graph, progress, alarms, and a stage's curves, log and settings. All of it follows the run while it works.
+// One run: its graph, progress, alarms, and a stage's curves, log and settings, which follow the run while it works.
 import { get, path, post, stream } from "../api.js";
 import { address, showConnection } from "../app.js";
-import { ago, drawing, element, moment, problem, replace, update } from "../dom.js";
+import { ago, element, moment, problem, replace, update } from "../dom.js";
 import { setKeys } from "../keys.js";
 import { showPanels } from "../panels.js";
+import { alarmList, drawGraph, healthTable, progressRows, rowLink, settingsBlock, stageTable } from "../runs/parts.js";
 import { stateChip } from "./runs.js";
 
-const CURVE_PAUSE = 4000, LOG_PAUSE = 1500, LOOK_EVERY = 1500;  // ms
+// Milliseconds.
+const CURVE_PAUSE = 4000;
+const LOG_PAUSE = 1500;
+const LOOK_EVERY = 1500;
 const TABS = ["curves", "log", "settings"];
-const ALL_RUNS = { keys: ["u", "Escape"], does: "all runs", run: () => { location.hash = address("runs"); } };
+const ALL_RUNS = {
+  keys: ["u", "Escape"],
+  does: "all runs",
+  run: () => {
+    location.hash = address("runs");
+  },
+};
 
 function confirmed(text, action) {
   return new Promise((resolve) => {
-    const dialog = element("dialog", { class: "keys" }, element("p", null, text),
-      element("div", { class: "buttons" },
+    const dialog = element(
+      "dialog",
+      { class: "keys" },
+      element("p", null, text),
+      element(
+        "div",
+        { class: "buttons" },
         element("button", { type: "button", class: "danger", onclick: () => dialog.close("yes") }, action),
-        element("button", { type: "button", onclick: () => dialog.close("") }, "Cancel")));
-    dialog.addEventListener("close", () => { dialog.remove(); resolve(dialog.returnValue === "yes"); });
+        element("button", { type: "button", onclick: () => dialog.close("") }, "Cancel"),
+      ),
+    );
+    dialog.addEventListener("close", () => {
+      dialog.remove();
+      resolve(dialog.returnValue === "yes");
+    });
     document.body.append(dialog);
     dialog.showModal();
   });
 }
-
-// ---- graph ----
-
-function drawGraph(graph, chosen, choose) {
-  const curve = (a) => `M${a.x1} ${a.y1}C${a.x1 + 20} ${a.y1} ${a.x2 - 24} ${a.y2} ${a.x2 - 2} ${a.y2}`;
-  const tip = drawing("defs", null, drawing("marker", { id: "tip", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto" },
-    drawing("path", { d: "M0 0 8 4 0 8z", class: "tip" })));
-  const boxes = graph.boxes.map((box) => {
-    const open = () => choose(box.name);
-    const press = (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); open(); } };
-    return drawing("g", { class: `box ${box.status}${box.name === chosen ? " chosen" : ""}`, tabindex: 0, role: "button", "aria-pressed": String(box.name === chosen), "aria-label": `${box.name}: ${box.lines.join(", ")}`, onclick: open, onkeydown: press },
-      drawing("title", null, box.name),
-      drawing("rect", { x: box.x, y: box.y, width: graph.box_width, height: graph.box_height, rx: 9 }),
-      drawing("text", { x: box.x + 13, y: box.y + 25, class: "name" }, box.short),
-      drawing("text", { x: box.x + graph.box_width - 13, y: box.y + 25, "text-anchor": "end", class: "mark" }, box.mark),
-      box.lines.map((line, index) => drawing("text", { x: box.x + 13, y: box.y + 46 + 18 * index, class: "line" }, line)));
-  });
-  return drawing("svg", { class: "diagram", width: graph.width, height: graph.height, viewBox: `0 0 ${graph.width} ${graph.height}`, role: "group", "aria-label": "Stages and the data between them" },
-    tip, graph.arrows.map((arrow) => drawing("path", { d: curve(arrow), class: "arrow", fill: "none", "stroke-width": 1.4, "marker-end": "url(#tip)" })), boxes);
-}
-
-// ---- parts that change as a whole ----
-
-function progressRows(stages) {
-  return stages.filter((stage) => stage.progress).map((stage) => {
-    const { share, text, phase, seconds_left: left } = stage.progress;
-    const bar = element("progress", { max: 1, "aria-label": `Progress of ${stage.stage}` });
-    if (share !== null) bar.value = share;
-    return element("div", { class: "progress" }, element("b", null, stage.stage), bar,
-      element("span", { class: "num" }, share === null ? "" : `${Math.floor(100 * share)} %`),
-      element("span", { class: "small" }, [text, phase].filter(Boolean).join(" · ") || stage.what),
-      left !== null && element("span", { class: "small num" }, `done about ${new Date(Date.now() + 1000 * left).toTimeString().slice(0, 5)}`));
-  });
-}
-
-// Alarms of stages that learn from rollouts name their update: "update 12: KL: ...".
-const ALARM_UPDATE = /^update (\d+):/;
-
-function rowLink(run, stage, update) {
-  return element("a", { href: address("rollouts", [run, stage], { update }) }, `rollouts of update ${update}`);
-}
-
-function alarmList(run, stages) {
-  // Most warnings begin with the stage's name already.
-  const rows = stages.flatMap((stage) => stage.warnings.map((text) => ({ stage: stage.stage, text: text.startsWith(stage.stage + ": ") ? text.slice(stage.stage.length + 2) : text, hasRows: stage.has_rollouts })));
-  if (!rows.length) return null;
-  return element("section", { class: "panel" }, element("h2", null, `Alarms and warnings (${rows.length})`),
-    element("ul", { class: "warnings" }, rows.map((row) => {
-      const update = row.hasRows && row.text.match(ALARM_UPDATE);
-      return element("li", null, "⚠ ", element("b", null, row.stage), " ", row.text, update ? [" ", rowLink(run, row.stage, update[1])] : null);
-    })));
-}
-
-function healthTable(health) {
-  if (!health) return null;
-  const head = ["Stage", "Alarms", ...health.columns.map((column) => column.title)];
-  return element("section", { class: "panel" }, element("h2", null, "Health of training"),
-    element("div", { class: "scroll" }, element("table", { class: "health" },
-      element("thead", null, element("tr", null, head.map((text, index) => element("th", { scope: "col" }, text, index > 1 && element("div", { class: "small" }, health.columns[index - 2].healthy))))),
-      element("tbody", null, health.rows.map((row) => element("tr", null, element("th", { scope: "row" }, row.stage),
-        element("td", { class: row.alarms.length ? "bad" : "good" }, row.alarms.length ? row.alarms.join("; ") : "none"),
-        row.cells.map((cell) => element("td", { class: "num" + (cell.ok ? "" : " bad") }, cell.text, cell.ok ? "" : " ✗"))))))));
-}
-
-function stageTable(stages, chosen, choose) {
-  const heads = ["Stage", "State", "Time", "Peak memory", "Tokens", "Speed", "Detail"];
-  const row = (stage) => {
-    const cost = stage.cost || { time: "", memory: "", tokens: "", speed: "" };
-    return element("tr", { class: stage.stage === chosen ? "chosen" : null },
-      element("th", { scope: "row" }, element("button", { type: "button", class: "link", onclick: () => choose(stage.stage) }, stage.stage), element("span", { class: "small" }, stage.kind === stage.stage ? "" : ` ${stage.kind}`)),
-      element("td", null, stateChip(stage.state)),
-      ["time", "memory", "tokens", "speed"].map((name) => element("td", { class: "num" }, cost[name])),
-      element("td", { class: "small" }, stage.what, stage.warnings.length ? ` ⚠ ${stage.warnings.length}` : ""));
-  };
-  return element("section", { class: "panel" }, element("h2", null, "Stages"), element("div", { class: "scroll" },
-    element("table", { class: "stages" }, element("thead", null, element("tr", null, heads.map((text, index) => element("th", { scope: "col", class: index > 1 && index < 6 ? "num" : null }, text)))),
-      element("tbody", null, stages.map(row)))));
-}
-
-function settingsBlock(settings) {
-  return [element("pre", { class: "yaml" }, settings.config),
-    settings.metrics.length ? [element("h4", null, "Numbers in its record"), element("dl", { class: "facts" }, settings.metrics.map(([name, value]) => [element("dt", null, name), element("dd", null, value)]))] : null,
-    settings.facts.length ? [element("h4", null, "Provenance"), element("dl", { class: "facts" }, settings.facts.map(([name, value]) => [element("dt", null, name), element("dd", null, value)]))] : null];
-}
-
-// ---- the page ----
 
 class RunPage {
   constructor(main, name, query) {
@@ -115,7 +49,7 @@ class RunPage {
     this.tab = [...TABS, "console"].includes(query.tab) ? query.tab : null;
     this.run = null;
     this.loaded = {};
-    this.step = null;  // the step that was read off a curve last
+    this.step = null; // the step that was read off a curve last
     this.ended = false;
     this.head = element("div", { class: "view-head" });
     this.notice = element("div");
@@ -125,8 +59,15 @@ class RunPage {
     this.stages = element("div");
     this.tabs = element("div", { class: "tabs", role: "tablist", "aria-label": "Stage" });
     this.body = element("div", { class: "tab-body" });
-    replace(main, this.head, this.notice, element("section", { class: "panel" }, this.graph, this.progress),
-      element("section", { class: "panel" }, this.tabs, this.body), this.alarms, this.stages);
+    replace(
+      main,
+      this.head,
+      this.notice,
+      element("section", { class: "panel" }, this.graph, this.progress),
+      element("section", { class: "panel" }, this.tabs, this.body),
+      this.alarms,
+      this.stages,
+    );
   }
 
   show(run) {
@@ -137,19 +78,48 @@ class RunPage {
     const isActive = run.stages.some((stage) => stage.state === "runs" || stage.state === "waits");
     const isDone = run.stages.every((stage) => stage.state === "done");
     document.title = `${run.name} · align studio`;
-    update(this.head, [run.name, run.title, run.description, run.when, run.page, isActive, isDone, ago(run.when)], () => [
-      element("h1", null, element("a", { href: address("runs"), class: "crumb" }, "Runs"), " / ", run.name),
-      element("span", { class: "small" }, run.title !== run.name ? run.title : "", " started ", element("time", { title: moment(run.when) }, ago(run.when))),
-      element("span", { class: "grow" }),
-      run.page && element("a", { href: run.page, target: "_blank", rel: "noopener" }, "Report page"),
-      element("button", { type: "button", class: "action", id: "report", onclick: () => this.writeReport() }, run.page ? "Write it again" : "Write the report page"),
-      isActive && element("button", { type: "button", class: "action danger", id: "stop", onclick: () => this.stop() }, "Stop"),
-      !isActive && !isDone && element("button", { type: "button", class: "action", id: "resume", onclick: () => this.resume() }, "Resume"),
-      run.description ? element("p", { class: "small description" }, run.description) : null]);
+    update(
+      this.head,
+      [run.name, run.title, run.description, run.when, run.page, isActive, isDone, ago(run.when)],
+      () => [
+        element("h1", null, element("a", { href: address("runs"), class: "crumb" }, "Runs"), " / ", run.name),
+        element(
+          "span",
+          { class: "small" },
+          run.title !== run.name ? run.title : "",
+          " started ",
+          element("time", { title: moment(run.when) }, ago(run.when)),
+        ),
+        element("span", { class: "grow" }),
+        run.page && element("a", { href: run.page, target: "_blank", rel: "noopener" }, "Report page"),
+        element(
+          "button",
+          { type: "button", class: "action", id: "report", onclick: () => this.writeReport() },
+          run.page ? "Write it again" : "Write the report page",
+        ),
+        isActive &&
+          element("button", { type: "button", class: "action danger", id: "stop", onclick: () => this.stop() }, "Stop"),
+        !isActive &&
+          !isDone &&
+          element("button", { type: "button", class: "action", id: "resume", onclick: () => this.resume() }, "Resume"),
+        run.description ? element("p", { class: "small description" }, run.description) : null,
+      ],
+    );
     update(this.graph, [run.graph, this.stage], () => drawGraph(run.graph, this.stage, (stage) => this.choose(stage)));
-    update(this.progress, run.stages.map((stage) => stage.progress), () => progressRows(run.stages));
-    update(this.alarms, [run.health, run.stages.map((stage) => stage.warnings)], () => [healthTable(run.health), alarmList(run.name, run.stages)]);
-    update(this.stages, [run.stages.map((stage) => [stage.state, stage.what, stage.cost, stage.warnings.length]), this.stage], () => stageTable(run.stages, this.stage, (stage) => this.choose(stage)));
+    update(
+      this.progress,
+      run.stages.map((stage) => stage.progress),
+      () => progressRows(run.stages),
+    );
+    update(this.alarms, [run.health, run.stages.map((stage) => stage.warnings)], () => [
+      healthTable(run.health),
+      alarmList(run.name, run.stages),
+    ]);
+    update(
+      this.stages,
+      [run.stages.map((stage) => [stage.state, stage.what, stage.cost, stage.warnings.length]), this.stage],
+      () => stageTable(run.stages, this.stage, (stage) => this.choose(stage)),
+    );
     this.showTabs();
     this.load();
   }
@@ -157,14 +127,20 @@ class RunPage {
   firstStage() {
     const stages = this.run.stages;
     const find = (...states) => stages.find((stage) => states.includes(stage.state));
-    const chosen = find("runs") || find("failed", "damaged", "stopped") || [...stages].reverse().find((stage) => stage.has_curves) || stages[0];
+    const chosen =
+      find("runs") ||
+      find("failed", "damaged", "stopped") ||
+      [...stages].reverse().find((stage) => stage.has_curves) ||
+      stages[0];
     return chosen ? chosen.stage : null;
   }
 
   // A stage that failed without curves has its reason in the log.
   firstTab() {
     const stage = this.current();
-    return stage && !stage.has_curves && ["failed", "damaged", "stopped", "runs"].includes(stage.state) ? "log" : "curves";
+    return stage && !stage.has_curves && ["failed", "damaged", "stopped", "runs"].includes(stage.state)
+      ? "log"
+      : "curves";
   }
 
   current() {
@@ -189,25 +165,48 @@ class RunPage {
     const tabs = this.run.console ? [...TABS, "console"] : TABS;
     const stage = this.current();
     if (!stage) return;
-    const state = ["failed", "damaged"].includes(stage.state) ? problem(stage.what) : element("span", { class: "small" }, stage.what);
+    const state = ["failed", "damaged"].includes(stage.state)
+      ? problem(stage.what)
+      : element("span", { class: "small" }, stage.what);
     update(this.tabs, [this.stage, this.tab, tabs, stage.state, stage.what], () => [
-      element("h2", null, this.stage), stateChip(stage.state), state, element("span", { class: "grow" }), tabs.map((tab) => element("button", { type: "button", role: "tab", "aria-selected": String(tab === this.tab), onclick: () => this.choose(this.stage, tab) }, tab))]);
+      element("h2", null, this.stage),
+      stateChip(stage.state),
+      state,
+      element("span", { class: "grow" }),
+      tabs.map((tab) =>
+        element(
+          "button",
+          {
+            type: "button",
+            role: "tab",
+            "aria-selected": String(tab === this.tab),
+            onclick: () => this.choose(this.stage, tab),
+          },
+          tab,
+        ),
+      ),
+    ]);
   }
 
   // Loads the tab again if its file has changed, and not too often.
   async load() {
     const stage = this.current();
     if (!stage) return;
-    const version = JSON.stringify({ curves: stage.events, log: stage.log, console: this.run.console, settings: stage.state }[this.tab]);
+    const version = JSON.stringify(
+      { curves: stage.events, log: stage.log, console: this.run.console, settings: stage.state }[this.tab],
+    );
     const what = `${this.stage} ${this.tab}`;
     const pause = this.tab === "curves" ? CURVE_PAUSE : LOG_PAUSE;
     const { loaded } = this;
     if (loaded.what === what && (loaded.version === version || loaded.busy || Date.now() - loaded.time < pause)) return;
     const isNew = loaded.what !== what;
-    const turn = this.loaded = { what, version, time: Date.now(), busy: true };
+    const turn = (this.loaded = { what, version, time: Date.now(), busy: true });
     if (isNew) replace(this.body, element("p", { class: "small" }, "…"));
     try {
-      const base = this.tab === "console" ? path("runs", this.name, "console") : path("runs", this.name, "stages", this.stage, this.tab);
+      const base =
+        this.tab === "console"
+          ? path("runs", this.name, "console")
+          : path("runs", this.name, "stages", this.stage, this.tab);
       const value = await get(base);
       if (this.loaded === turn && !this.ended) this.fill(value, isNew);
     } catch (error) {
@@ -234,13 +233,25 @@ class RunPage {
       const rows = element("p", { class: "small rows-link", role: "status" });
       if (this.current().has_rollouts) {
         node.addEventListener("curve-step", (event) => {
-          this.step = Math.ceil(Math.round(event.detail) / node.stepsPerUpdate);  // its update
+          this.step = Math.ceil(Math.round(event.detail) / node.stepsPerUpdate); // its update
           replace(rows, rowLink(this.name, this.stage, this.step), " ", element("kbd", null, "o"));
         });
       }
-      replace(this.body, node, rows, element("p", { class: "small hint" }, "Point at a curve, or press ← → on a focused curve, to read its values. ⤢, a double click or Enter enlarges it."),
+      replace(
+        this.body,
+        node,
+        rows,
+        element(
+          "p",
+          { class: "small hint" },
+          "Point at a curve, or press ← → on a focused curve, to read its values. ",
+          "⤢, a double click or Enter enlarges it.",
+        ),
         value.left_out.length ? element("p", { class: "small" }, `Not drawn: ${value.left_out.join(", ")}`) : null,
-        value.averaged > 1 ? element("p", { class: "small" }, `A point is the mean of up to ${value.averaged} logged steps.`) : null);
+        value.averaged > 1
+          ? element("p", { class: "small" }, `A point is the mean of up to ${value.averaged} logged steps.`)
+          : null,
+      );
     }
     node.stepsPerUpdate = value.steps_per_update;
     // A reader who points at a panel keeps it; the next change comes later.
@@ -251,7 +262,12 @@ class RunPage {
     let box = this.body.querySelector("pre.log");
     if (!box) {
       box = element("pre", { class: "log", tabindex: 0 });
-      replace(this.body, value.path && element("p", { class: "small" }, element("code", null, value.path), value.is_cut ? " (its end)" : ""), box);
+      replace(
+        this.body,
+        value.path &&
+          element("p", { class: "small" }, element("code", null, value.path), value.is_cut ? " (its end)" : ""),
+        box,
+      );
     }
     const wasAtEnd = isNew || box.scrollHeight - box.scrollTop - box.clientHeight < 30;
     replace(box, value.text || "The log is empty.");
@@ -278,13 +294,19 @@ class RunPage {
   }
 
   doneText(action, answer) {
-    if (action === "report") return [element("a", { href: answer.page, target: "_blank", rel: "noopener" }, "The report page"), " is written."];
+    if (action === "report")
+      return [
+        element("a", { href: answer.page, target: "_blank", rel: "noopener" }, "The report page"),
+        " is written.",
+      ];
     return action === "stop" ? this.stopText(answer) : `The run continues as process ${answer.process}.`;
   }
 
   stopText({ jobs, processes }) {
     const ended = [...jobs.map((job) => `job ${job}`), ...processes.map((process) => `process ${process}`)];
-    return ended.length ? `Asked ${ended.join(", ")} to end; finished stages and checkpoints are kept.` : "Nothing of this run waits or runs on this machine.";
+    return ended.length
+      ? `Asked ${ended.join(", ")} to end; finished stages and checkpoints are kept.`
+      : "Nothing of this run waits or runs on this machine.";
   }
 
   async stop() {
@@ -309,7 +331,13 @@ class RunPage {
       { keys: ["c"], does: "curves", run: () => this.choose(this.stage, "curves") },
       { keys: ["l"], does: "log", run: () => this.choose(this.stage, "log") },
       { keys: ["e"], does: "settings", run: () => this.choose(this.stage, "settings") },
-      { keys: ["o"], does: "rollouts of the step that was read off a curve", run: () => { if (this.step !== null) location.hash = address("rollouts", [this.name, this.stage], { update: this.step }); } },
+      {
+        keys: ["o"],
+        does: "rollouts of the step that was read off a curve",
+        run: () => {
+          if (this.step !== null) location.hash = address("rollouts", [this.name, this.stage], { update: this.step });
+        },
+      },
       { keys: ["x"], does: "stop the run", run: () => this.press("stop") },
       { keys: ["r"], does: "resume the run", run: () => this.press("resume") },
       { keys: ["w"], does: "write the report page", run: () => this.press("report") },
@@ -324,11 +352,19 @@ export async function show(main, parameters) {
   const run = await get(path("runs", page.name));
   page.show(run);
   setKeys(main, page.keys());
-  const end = stream(`${path("runs", page.name)}/stream`, {
-    state: (value) => page.show(value),
-    problem: (error) => replace(page.notice, problem(error.error)),
-  }, showConnection);
+  const end = stream(
+    `${path("runs", page.name)}/stream`,
+    {
+      state: (value) => page.show(value),
+      problem: (error) => replace(page.notice, problem(error.error)),
+    },
+    showConnection,
+  );
   // A file may change for the last time while a load is not due yet.
   const timer = setInterval(() => page.load(), LOOK_EVERY);
-  return () => { page.ended = true; clearInterval(timer); end(); };
+  return () => {
+    page.ended = true;
+    clearInterval(timer);
+    end();
+  };
 }
