@@ -39,27 +39,36 @@ PR_CAPBSET_DROP = 24
 # ---- limits of the process ----
 
 # Numbers of system calls on x86_64 and on aarch64; -1 if there is no such call.
-DENIED = {
-    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "ptrace": (101, 117),
-    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kill": (62, 129), "tkill": (200, 130),
-    "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
-    "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "fork": (57, -1), "vfork": (58, -1),
-    "execve": (59, 221), "execveat": (322, 281), "memfd_create": (319, 279), "memfd_secret": (447, 447),
-    "io_uring_setup": (425, 425), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
-    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218), "mount": (165, 40), "umount2": (166, 39),
-    "unshare": (272, 97), "setns": (308, 268), "chroot": (161, 51), "pivot_root": (155, 41), "shmget": (29, 194),
-    "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180), "open_by_handle_at": (304, 265),
-    "fsopen": (430, 430), "open_tree": (428, 428), "move_mount": (429, 429), "setpriority": (141, 140),
-    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "ioprio_set": (251, 30),
-    "sched_setattr": (314, 274), "migrate_pages": (256, 238), "move_pages": (279, 239), "kcmp": (312, 272),
-    "process_madvise": (440, 440), "process_mrelease": (448, 448),
-    # Landlock leaves modes, owners, times and attributes of files to their owner.
-    "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1),
-    "fchown": (93, 55), "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1),
-    "futimesat": (261, -1), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
-    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "setxattrat": (463, 463),
-    "removexattrat": (466, 466), "file_setattr": (469, 469), "truncate": (76, 45),
-}  # fmt: skip
+DENIED: dict[str, tuple[int, int]] = {}
+# Sockets: a program has no network, and no way to other processes.
+DENIED |= {"socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200)}
+# Other processes: their memory, their descriptors, signals to them.
+DENIED |= {"ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272)}
+DENIED |= {"process_madvise": (440, 440), "process_mrelease": (448, 448), "pidfd_open": (434, 434)}
+DENIED |= {"pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424), "kill": (62, 129), "tkill": (200, 130)}
+DENIED |= {"tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240)}
+# New processes and programs. ``clone`` is restricted below, because threads need it.
+DENIED |= {"fork": (57, -1), "vfork": (58, -1), "execve": (59, 221), "execveat": (322, 281)}
+# Memory that its limit does not count, and queues that outlive the process.
+DENIED |= {"memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186)}
+DENIED |= {"semget": (64, 190), "mq_open": (240, 180)}
+# Parts of the kernel with a large attack surface, which a program hardly needs.
+DENIED |= {"io_uring_setup": (425, 425), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282)}
+DENIED |= {"keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218)}
+# Mounts, namespaces, and files by handles instead of paths.
+DENIED |= {"mount": (165, 40), "umount2": (166, 39), "fsopen": (430, 430), "open_tree": (428, 428)}
+DENIED |= {"move_mount": (429, 429), "unshare": (272, 97), "setns": (308, 268), "chroot": (161, 51)}
+DENIED |= {"pivot_root": (155, 41), "open_by_handle_at": (304, 265)}
+# Priorities and processors, also of other processes.
+DENIED |= {"setpriority": (141, 140), "ioprio_set": (251, 30), "sched_setaffinity": (203, 122)}
+DENIED |= {"sched_setscheduler": (144, 119), "sched_setattr": (314, 274), "migrate_pages": (256, 238)}
+DENIED |= {"move_pages": (279, 239)}
+# Landlock leaves modes, owners, times and attributes of files to their owner.
+DENIED |= {"chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1)}
+DENIED |= {"fchown": (93, 55), "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1)}
+DENIED |= {"futimesat": (261, -1), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6)}
+DENIED |= {"fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16)}
+DENIED |= {"setxattrat": (463, 463), "removexattrat": (466, 466), "file_setattr": (469, 469), "truncate": (76, 45)}
 CLONE = (56, 220)
 CLONE3 = (435, 435)
 PRCTL = (157, 167)
@@ -100,9 +109,14 @@ def confine(task: dict[str, Any]) -> None:
 def set_limits(task: dict[str, Any]) -> None:
     """Set the resource limits: processor time, memory, sizes of files, number of descriptors and of processes."""
     limits = {
-        "RLIMIT_AS": task["memory"], "RLIMIT_FSIZE": task["file_size"], "RLIMIT_NOFILE": 64,
-        "RLIMIT_CORE": 0, "RLIMIT_NPROC": task["processes"], "RLIMIT_STACK": 8 << 20, "RLIMIT_MSGQUEUE": 0,
-    }  # fmt: skip
+        "RLIMIT_AS": task["memory"],
+        "RLIMIT_FSIZE": task["file_size"],
+        "RLIMIT_NOFILE": 64,
+        "RLIMIT_CORE": 0,
+        "RLIMIT_NPROC": task["processes"],
+        "RLIMIT_STACK": 8 << 20,
+        "RLIMIT_MSGQUEUE": 0,
+    }
     if task["level"] != "bubblewrap":
         del limits["RLIMIT_NPROC"]  # it counts all processes of the user; the filter below forbids new ones
     for name, value in limits.items():
@@ -161,10 +175,11 @@ def filter_system_calls(libc: ctypes.CDLL, is_required: bool) -> None:
     JGE = 0x35
     JSET = 0x45
     RETURN = 0x06
-    code = [
-        (LOAD, 0, 0, 4), (JEQ, 1, 0, AUDIT_ARCH[machine]), (RETURN, 0, 0, KILL_PROCESS),
-        (LOAD, 0, 0, 0), (JGE, 0, 1, 0x40000000), (RETURN, 0, 0, KILL_PROCESS),
-    ]  # fmt: skip
+    # An instruction is (operation, instructions to skip if true, to skip if false, operand). LOAD reads a field of the
+    # kernel's ``seccomp_data`` by its offset: 0 is the call's number, 4 the architecture, 16 and 24 two arguments.
+    code = [(LOAD, 0, 0, 4), (JEQ, 1, 0, AUDIT_ARCH[machine]), (RETURN, 0, 0, KILL_PROCESS)]
+    # x86_64 has every call a second time, for x32, with this bit in its number.
+    code += [(LOAD, 0, 0, 0), (JGE, 0, 1, 0x40000000), (RETURN, 0, 0, KILL_PROCESS)]
     for numbers in DENIED.values():
         if numbers[column] >= 0:
             code += [(JEQ, 0, 1, numbers[column]), (RETURN, 0, 0, EPERM)]
@@ -172,7 +187,7 @@ def filter_system_calls(libc: ctypes.CDLL, is_required: bool) -> None:
     code += [(JEQ, 0, 1, CLONE3[column]), (RETURN, 0, 0, ENOSYS)]
     code += [(JEQ, 0, 4, CLONE[column]), (LOAD, 0, 0, 16), (JSET, 1, 0, CLONE_THREAD), (RETURN, 0, 0, EPERM)]
     code += [(RETURN, 0, 0, ALLOW)]
-    # Death with the parent cannot be switched off, and limits of other processes not changed.
+    # Death with the parent cannot be switched off. ``prlimit`` may only name process 0, the process itself.
     code += [(JEQ, 0, 4, PRCTL[column]), (LOAD, 0, 0, 16), (JEQ, 0, 1, PR_SET_PDEATHSIG), (RETURN, 0, 0, EPERM)]
     code += [(RETURN, 0, 0, ALLOW)]
     code += [(JEQ, 0, 4, PRLIMIT[column]), (LOAD, 0, 0, 16), (JEQ, 1, 0, 0), (RETURN, 0, 0, EPERM)]
