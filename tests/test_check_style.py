@@ -36,3 +36,29 @@ def test_long_function_and_question_are_noticed(tmp_path, monkeypatch: pytest.Mo
     assert [text for _, text in check_style.read_source(file, places)] == ["What it does.", "a comment"]
     assert places["functions over 60 lines"] == ["module.py:2: long"]
     assert len(places["docstrings that begin with a question word"]) == 1
+
+
+def test_circle_of_late_and_type_only_imports_is_found(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_style, "ROOT", tmp_path)
+    contents = {
+        "pkg/__init__.py": "",
+        "pkg/first.py": "if TYPE_CHECKING:\n    from pkg.second import name\n",
+        "pkg/second.py": "def read():\n    import pkg.third\n",
+        "pkg/third.py": "import json\nfrom pkg import first\n",
+        "pkg/user.py": "from pkg import first, second\n",
+    }
+    (tmp_path / "pkg").mkdir()
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    imports = check_style.read_imports([tmp_path / name for name in contents])
+    assert imports["pkg.user"] == {"pkg.first", "pkg.second"}
+    assert imports["pkg.third"] == {"pkg.first"}
+    assert check_style.find_circles(imports) == ["pkg.first <-> pkg.second <-> pkg.third"]
+    imports["pkg.third"].clear()
+    assert check_style.find_circles(imports) == []
+
+
+def test_circle_above_cap_fails() -> None:
+    places = {count: [] for count in check_style.CAPS}
+    places["circles of imports"] = check_style.find_circles({"a": {"b"}, "b": {"a"}})
+    assert check_style.report(places, [], [])[1]

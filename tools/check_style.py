@@ -49,6 +49,7 @@ CAPS = {
     "functions over 60 lines": 3,
     "test names over 60 characters": 0,
     "docstrings that begin with a question word": 1,
+    "circles of imports": 0,
 }
 """Count -> highest number."""
 
@@ -64,6 +65,7 @@ def main(arguments: list[str]) -> int:
     sources = sorted((ROOT / "align").rglob("*.py"))
     prose = [text for path in sources for text in read_source(path, places)]
     places["files"] = [str(path) for path in sources]
+    places["circles of imports"] = find_circles(read_imports(sources))
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         read_test(path, places)
     documents = [(str(path), path.read_text(encoding="utf-8")) for path in sorted((ROOT / "docs").rglob("*.md"))]
@@ -123,6 +125,66 @@ def read_source(path: Path, places: Places) -> Iterator[tuple[str, str]]:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield f"{name}:{token.start[0]}", token.string.lstrip("# ")
+
+
+def read_imports(sources: list[Path]) -> dict[str, set[str]]:
+    """Return module -> modules of the same package that it imports, type-only and late imports included.
+
+    ``from package import name`` counts as an import of ``package.name`` if that is a module, else of ``package``. That
+    a submodule also runs its package's ``__init__`` does not count.
+    """
+    paths = {_module_name(path): path for path in sources}
+    imports: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        imports[module] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for name in _imported_names(node):
+                # Drop the last parts until a module is left: they are names in it. Other packages have no module here.
+                while name and name not in paths:
+                    name = name.rpartition(".")[0]
+                if name:
+                    imports[module].add(name)
+    return imports
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imported_names(node: ast.AST) -> list[str]:
+    """Return the absolute names that a statement imports; ruff refuses relative imports (TID252)."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
+def find_circles(imports: dict[str, set[str]]) -> list[str]:
+    """Return each group of modules that import each other, directly or through others, as one line."""
+    reachable = {module: _reach(module, imports) for module in imports}
+    circles: list[str] = []
+    grouped: set[str] = set()
+    for module in sorted(imports):
+        # A module that reaches itself is in a circle. The modules that it reaches and that reach it are the others.
+        if module in grouped or module not in reachable[module]:
+            continue
+        group = sorted(other for other in reachable[module] if module in reachable[other])
+        grouped.update(group)
+        circles.append(" <-> ".join(group))
+    return circles
+
+
+def _reach(start: str, imports: dict[str, set[str]]) -> set[str]:
+    """Return the modules that ``start`` imports, directly or through others; ``start`` only if a way leads back."""
+    reached: set[str] = set()
+    pending = [start]
+    while pending:
+        for module in imports[pending.pop()] - reached:
+            reached.add(module)
+            pending.append(module)
+    return reached
 
 
 def read_test(path: Path, places: Places) -> None:
