@@ -318,7 +318,7 @@ def _plain_fraction(match: re.Match[str]) -> str:
     is_number = NUMBER.fullmatch(above) and NUMBER.fullmatch(below)
     if not is_number:
         return ""
-    # a minus sign before the fraction must stay next to it
+    # A minus sign before the fraction must stay next to it.
     start = match.start()
     has_digit_before = match.string[max(0, start - 3) : start].rstrip()[-1:].isdigit()
     return f"{' ' if has_digit_before else ''}{above}/{below}"

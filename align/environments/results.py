@@ -118,6 +118,7 @@ def split_notice(text: str) -> tuple[str, int]:
 
 def clean(text: str) -> str:
     """Return a text that can be encoded: half characters (lone surrogates) become the replacement character."""
+    # UTF-16 joins two halves that follow each other to a character. Only single halves are replaced.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

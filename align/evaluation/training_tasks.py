@@ -283,6 +283,7 @@ class Questions:
         if item in self._texts:
             return True
         words = item.split()
+        # Only questions that begin with these words can begin at this place of the text.
         for start in range(len(words) - START_WORDS + 1):
             for question in self._by_start.get(tuple(words[start : start + START_WORDS]), ()):
                 if f"{' '.join(words[start:])} ".startswith(f"{question} "):

@@ -103,6 +103,7 @@ def outcome(ray: Any, reference: Any) -> Outcome:
         return Outcome(is_over=True, result=ray.get(reference))
     except ray.exceptions.TaskCancelledError:
         return Outcome(is_over=True, error="it was cancelled")
+    # The text is the task's traceback, whose last line names the error.
     except ray.exceptions.RayTaskError as error:
         return Outcome(is_over=True, error=f"its task failed: {str(error).strip().splitlines()[-1]}")
     except ray.exceptions.RayError as error:
@@ -126,6 +127,7 @@ def is_alive(ray: Any, node_id: str) -> bool:
 
 def cancel(ray: Any, references: Sequence[Any]) -> None:
     """Interrupt tasks as Ctrl-C would, and give them 15 s to end their stages."""
+    # The cluster may be gone. An error about one task must not keep the others from being cancelled.
     for reference in references:
         with contextlib.suppress(Exception):
             ray.cancel(reference, force=False)

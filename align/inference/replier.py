@@ -181,6 +181,8 @@ class Reply:
         assert options.seed is not None
         generator = torch.Generator().manual_seed(options.seed)
         ids = torch.tensor([self.prompt], device=self._model.device)
+        # The first step reads the prompt. Each later step reads only the new token, because the cache has all before
+        # it.
         cache = None
         while len(self.tokens) < self._room and not self.is_finished:
             with torch.inference_mode():

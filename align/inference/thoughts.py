@@ -157,6 +157,7 @@ class ThinkingSession(Session):
         """Return the complete turn, or ask for its continuation and return None."""
         request = self._requests[key]
         beginning = self._beginnings.pop(key, None)
+        # 1. The answer behind a thought that was closed by force: join the two parts.
         if beginning is not None:
             response = replace(
                 response,
@@ -166,6 +167,7 @@ class ThinkingSession(Session):
                 weights_update=beginning.weights_update,
                 forced=beginning.forced,
             )
+        # 2. The budget cut the response. Close its thought, if it ends inside a thought, and sample the rest.
         elif self._budget is not None and not response.finished and len(response.token_ids) < request.max_tokens:
             closing = self._reader.closing_ids(request.prompt, response)
             length = len(response.token_ids) + len(closing)
@@ -267,6 +269,7 @@ def require_answer_room(budget: int | None, tokenizer: Any, max_tokens: int, pla
     if budget is None:
         return
     reader = ThoughtReader(tokenizer)
+    # A response that is only an opening mark shows which tokens close its thought.
     opened = Response(reader.tokenizer(f"<{TAGS[0]}>", add_special_tokens=False)["input_ids"], [], False, "")
     closing = len(reader.closing_ids([], opened))
     if budget + closing >= max_tokens:

@@ -113,6 +113,8 @@ def probe(
     Raises ``ParityError`` with the likely causes when the mean gap is above the tolerance, or a value is not finite.
     The model's mode, gradients and the caller's randomness are left as they were.
     """
+    # The engine reports log-probabilities of its own tokens while it samples, as in a rollout. Score the same tokens
+    # here.
     samples = engine.generate(prompts, Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed))
     responses = [row[0] for row in samples]
     # Log-probabilities of all response tokens of all rows, one after another: (N,).
@@ -165,6 +167,7 @@ def trainer_logprobs(
     logprobs = []
     for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor([[*prompt, *response]], device=device)
+        # The logits at a token predict the next token, so they begin at the last token of the prompt.
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()  # (T, V)
         # At temperature 0 the engines report log-probabilities of the unscaled logits.
         scores = (logits / (temperature or 1.0)).log_softmax(dim=-1)

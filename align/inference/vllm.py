@@ -234,6 +234,7 @@ class VllmEngine:
             names = [self.steps.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
             while len(outputs) < len(names):
                 ended = self.steps.step()
+                # ``Steps.add`` cuts vLLM's names. If vLLM forms them in another way, outputs would be lost here.
                 if not ended.keys() <= set(names):
                     raise VllmChanged("name of a request")
                 outputs |= ended

@@ -87,6 +87,7 @@ def with_stored_names(
             yield name, tensor
             continue
         match = LAYER.match(name)
+        # The tensors of a layer follow each other, so the first tensor of another layer completes this one.
         if waiting and match is not None and match.group() != layer:
             yield from stored_tensors(model_dir, waiting).items()
             waiting = {}

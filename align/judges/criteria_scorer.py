@@ -121,6 +121,8 @@ class CriteriaScorer(JudgeScorer):
         decisions: dict[int, list[Decision]] = {}
         unread = [index for index, answer in enumerate(answers) if answer.strip()]
         replies: dict[int, Answer] = {}
+        # Ask again only about replies that could not be read. The number of the attempt is part of the request, so no
+        # cache answers it with the old reply.
         for attempt in range(self.retries + 1):
             requests = [self._request(rows[i], answers[i], criteria[i], attempt) for i in unread]
             for index, reply in zip(unread, ask(requests) if requests else (), strict=True):

@@ -186,6 +186,7 @@ def _identical_answers(history: Sequence[Entry]) -> tuple[str, str]:
     latest = history[-START:]
     if any("identical_answers" not in entry for entry in (*history[:START], *latest)):
         return name, ""
+    # Some tasks have few right answers, such as yes and no. There many answers are equal from the start.
     share = min(entry["identical_answers"] for entry in latest)
     if share <= MANY_IDENTICAL or mean(history[:START], "identical_answers") > share / 2:
         return name, ""
@@ -249,6 +250,7 @@ def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
         "the policy exploits what the reward model overrates. Keep an earlier checkpoint (keep: best), raise kl_coef, "
         "or train the reward model on this policy's responses"
     )
+    # 1. A sudden fall: compare the last window with the window before.
     before = history[-2 * WINDOW : -WINDOW]
     after = history[-WINDOW:]
     has_windows = len(history) >= 2 * WINDOW
@@ -257,6 +259,7 @@ def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
             f"in {WINDOW} updates the score rose from {mean(before, 'score'):.3g} to {mean(after, 'score'):.3g} "
             f"while gold fell from {mean(before, 'gold'):.3g} to {mean(after, 'gold'):.3g}: {remedy}"
         )
+    # 2. A slow divergence: fit lines through the last ``SPAN`` updates.
     latest = history[-SPAN:]
     has_span = len(history) >= SPAN + START
     if has_span and trend(latest, "score") > CLEAR_TREND and trend(latest, "gold") <= 0:
@@ -319,12 +322,15 @@ def trend(history: Sequence[Entry], name: str) -> float:
     """Return the slope of a least-squares line through the values in its standard errors (Student's t)."""
     values = [entry[name] for entry in history]
     count = len(values)
+    # The middle is the mean of the indices, so ``spread`` is their sum of squares and ``slope`` the usual quotient.
     middle = (count - 1) / 2
     average = statistics.fmean(values)
     spread = sum((index - middle) ** 2 for index in range(count))
     slope = sum((index - middle) * value for index, value in enumerate(values)) / spread
     residuals = [value - average - slope * (index - middle) for index, value in enumerate(values)]
+    # A line has two parameters, which leaves ``count - 2`` degrees of freedom.
     error = (sum(residual**2 for residual in residuals) / (count - 2) / spread) ** 0.5
+    # Values on a line leave residuals of rounding only; their slope is exact.
     if error > 1e-12 * abs(slope):
         return float(slope / error)
     return math.copysign(math.inf, slope) if slope else 0.0

@@ -165,6 +165,7 @@ def add_episodes(averages: Averages, episodes: Sequence[Episode]) -> None:
     averages.add("tool_seconds", sum(call.seconds for call in calls), count)
     averages.add("max_turns_rate", sum(episode.stop == "max_turns" for episode in episodes), count)
     averages.add("failure_rate", sum(episode.stop == "failed" for episode in episodes), count)
+    # Every process has all episodes of a rollout, so all processes add the same names.
     scored = [episode.turn_scores for episode in episodes if episode.turn_scores]
     for turn in range(max(map(len, scored), default=0)):
         scores = [turn_scores[turn] for turn_scores in scored if turn < len(turn_scores)]

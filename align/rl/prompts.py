@@ -108,6 +108,7 @@ class Prompts:
         # A run that continues another with other prompts: those that are new to it, then epochs over all.
         start = numbers.start - continuation.start
         indices = continuation.first[start : start + len(numbers)]
+        # The epochs over all prompts begin behind the new prompts.
         after = max(0, start - len(continuation.first))
         return indices + self.draw(after, len(numbers) - len(indices), seed)
 

@@ -112,6 +112,7 @@ class StoredUpdates:
 
         Round 0 has the responses that every method samples, the other rounds replace some of them.
         """
+        # The files count updates from 1, as people do.
         wanted = (pc.field("update") == update + 1) & (pc.field("round") == sampling_round)
         rows = sorted(rollout_rows(self.data, COLUMNS, filter=wanted), key=lambda row: row["index"])
         if not rows:
@@ -123,6 +124,7 @@ class StoredUpdates:
 
 
 def _to_rollout(rows: list[dict[str, Any]], update: int) -> Rollout:
+    # A run has an environment for all responses or for none, so the first row tells.
     has_episodes = rows[0]["episode"] is not None
     rollout = rollout_of(
         [read_episode(row) if has_episodes else _response(row) for row in rows],
@@ -134,6 +136,8 @@ def _to_rollout(rows: list[dict[str, Any]], update: int) -> Rollout:
     )
     tensors = rollout.tensors
     width = tensors["response_mask"].shape[1]
+    # ``rollout_of`` assumed the current weights. A run with max_staleness sampled with older ones, which the files
+    # name.
     tensors["weights_update"] = pad_rows([row["weights_update"] for row in rows], width, torch.int64)
     tensors["scores"] = torch.tensor([row["score"] for row in rows])
     for name in dict.fromkeys(name for row in rows for name in row["scores"]):

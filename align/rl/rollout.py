@@ -141,6 +141,8 @@ class Rollout:
 
     def _masks(self, indices: list[int]) -> list[list[bool]] | None:
         """Return which tokens of responses were sampled; None if all were."""
+        # Without an environment and without forced tokens every response token was sampled. ``pack`` makes
+        # such a mask from the lengths.
         if self.episodes is None and self.tokens == sum(map(len, self.responses)):
             return None
         rows = self.tensors["response_mask"].tolist()

@@ -101,6 +101,8 @@ def rollout_table(rollout: Rollout, token_texts: TokenTexts) -> pa.Table:
     order: list[int | None] = [None] * len(sampled)
     for learned, place in enumerate(places):
         order[place] = learned
+    # Only learned responses were measured. ``take`` moves their values to the rows of the sampled responses, and fills
+    # the other rows with null.
     is_complete = order == list(range(len(sampled)))
     for name, array in _measured_columns(rollout).items():
         sampled = _with_column(sampled, name, array if is_complete else array.take(pa.array(order, pa.int32())))
@@ -169,6 +171,7 @@ def _by_token(rollout: Rollout, tensor: torch.Tensor, column: str) -> pa.Array:
     lengths = list(map(len, rollout.responses))
     width = max(lengths)
     values = tensor[:, :width][response_mask(lengths, width)]
+    # Arrow stores lists as one flat array and the offsets of the rows, so no list of Python numbers is made.
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     kind = SCHEMA.field(column).type
     elements = pa.array(values.cpu().numpy()).cast(kind.value_type)
@@ -182,6 +185,7 @@ def _with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
 def _prompts(rollout: Rollout) -> dict[str, list[Any]]:
     """Return prompts, their identities and the rows' reference answers; responses of a group share them."""
     columns: dict[str, list[Any]] = {"prompt": [], "prompt_id": [], "reference": []}
+    # The responses to a prompt share the row object, so each prompt is encoded once.
     by_row: dict[int, tuple[str | None, str, str | None]] = {}
     for row in rollout.rows:
         if id(row) not in by_row:
@@ -224,6 +228,8 @@ def _without_columns(episode: Episode) -> dict[str, Any]:
     content = episode.to_json()
     for name in ("prompt_ids", "messages", "calls", "stop", "failure"):
         del content[name]
+    # The columns ``token_ids`` and ``sampler_logprobs`` have the tokens of all turns. With the numbers of tokens
+    # ``read_episode`` cuts them apart again.
     for turn in content["turns"]:
         turn["token_ids"] = len(turn["token_ids"])
         del turn["logprobs"]
@@ -239,6 +245,7 @@ def read_episode(row: dict[str, Any]) -> Episode:
     start = 0
     turns = []
     observations = []
+    # Turns and the environment's tokens alternate in the response. The last turn may have no observation behind it.
     for number, turn in enumerate(content["turns"]):
         end = start + turn["token_ids"]
         turns.append(turn | {"token_ids": ids[start:end], "logprobs": logprobs[start:end]})

@@ -54,11 +54,14 @@ def begin(trainer: Any, resume_from_checkpoint: str | bool | None) -> None:
     trainer.state.init_training_references(trainer, args.max_steps, 1, None)
     if args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(**_checkpointing_options(args.gradient_checkpointing_kwargs))
+    # 1. Wrap model and optimizer for the launcher. A checkpoint's state is loaded into the wrapped optimizer.
     sharded.prepare(trainer, clip=lambda: clip_parts(trainer))
     if checkpoint is not None:
         load_checkpoint(trainer, checkpoint)
+    # 2. Delete the stored rollouts of updates after the checkpoint, because they are sampled again.
     if trainer.is_world_process_zero():
         trainer.recorder.rewind(trainer.update)
+    # 3. Tell the callbacks what they may change, as the loop of transformers' Trainer does.
     handler = trainer.callback_handler
     for name in ("model", "optimizer", "lr_scheduler"):
         setattr(handler, name, getattr(trainer, name))
@@ -66,6 +69,7 @@ def begin(trainer: Any, resume_from_checkpoint: str | bool | None) -> None:
     trainer.started = time.time()
     trainer.control = handler.on_train_begin(args, trainer.state, trainer.control)
     trainer.control = handler.on_epoch_begin(args, trainer.state, trainer.control)
+    # 4. Restore the random states last, because the callbacks may have drawn numbers.
     if checkpoint is not None:
         load_random_state(checkpoint)
 

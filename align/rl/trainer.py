@@ -123,6 +123,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         config = self.config
         run.begin(self, resume_from_checkpoint)
         try:
+            # After a resume ``self.update`` is the checkpoint's number of updates, so the loop continues behind them.
             for update in range(self.update, config.updates):
                 if self.is_stopping:
                     break
@@ -165,6 +166,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         candidates = self.sampler.gather_rollouts(self.prefetcher.get(update), time.perf_counter())
         candidates.seconds |= seconds
         refuse_rollout(candidates, self.objective.name, self.config)
+        # The pools need the scores of every prompt, also of prompts that the method drops next.
         if self.prompts.pools is not None:
             self.prompts.pools.observe(candidates.groups, candidates.tensors["scores"])
         return self._select(candidates)

@@ -154,9 +154,11 @@ def _list_files(folder: Path) -> list[str]:
 
 def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
     """Return the SHA-256 of each file's blocks, computed in several threads."""
+    # An empty file has one empty block, so it has a digest as well.
     blocks = [
         (name, start) for name in names for start in range(0, max(1, (folder / name).stat().st_size), BLOCK_BYTES)
     ]
+    # ``map`` keeps the order of the blocks, so a file's digests are in the order of its content.
     digests: dict[str, list[str]] = {}
     # hashlib releases the interpreter lock for large blocks, so threads run in parallel.
     with ThreadPoolExecutor(READERS) as readers:

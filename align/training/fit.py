@@ -120,7 +120,7 @@ def _fit(
     extras = [*extras, *(callback for callback in (tasks, best) if callback is not None)]
     clock = _add_last_callbacks(context, trainer, checkpoint)
     if tasks is not None and checkpoint is None:
-        tasks.evaluate(0)
+        tasks.evaluate(0)  # a resumed run has these scores in its checkpoint
 
     if checkpoint is not None:
         context.note(f"resuming from {checkpoint}")
@@ -209,6 +209,7 @@ def _warn_of_lost_progress(context: StageContext, losses: Sequence[float]) -> No
     count = len(losses) // 5
     if count < LOSSES_COMPARED:
         return
+    # Four parts begin at the first loss, the fifth ends at the last one. What the division leaves over is in between.
     first, *others = (sum(losses[index * count : (index + 1) * count]) / count for index in range(4))
     lowest = min(first, *others)
     last = sum(losses[-count:]) / count
@@ -273,6 +274,7 @@ def _starts(context: StageContext, checkpoint: Path | None) -> dict[str, int]:
     """Return the steps of the checkpoint that a killed stage resumed from, and of the stage that it continues."""
     continued = continued_facts(context)
     continued_step = 0 if continued is None else continued.steps
+    # The restored state of another stage is also a checkpoint. Only a later step means that this stage was killed.
     resumed_step = _step_of(checkpoint)
     return {
         "resumed_from_step": resumed_step if resumed_step > continued_step else 0,

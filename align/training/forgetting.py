@@ -193,6 +193,7 @@ class Replay(TrainerCallback):
 
     def rows_of(self, step: int) -> list[int]:
         """Return the rows that optimizer step ``step`` (0 for the first) replays."""
+        # A step's rows begin where those of the step before end, so fractions add up over the steps.
         start = int(step * self.rows_per_step)
         stop = int((step + 1) * self.rows_per_step)
         return replayed_rows(len(self.train.rows), start, stop, self.seed)
@@ -201,6 +202,7 @@ class Replay(TrainerCallback):
         """Return the scalar term of this micro-batch for its share of the step's rows."""
         step = trainer.state.global_step
         micro_batches = trainer.current_gradient_accumulation_steps
+        # The Trainer does not say which micro-batch of a step this is, so count the calls.
         self.micro = self.micro + 1 if step == self.step else 0
         self.step = step
         # The step's rows go to the micro-batches of all processes in turn.

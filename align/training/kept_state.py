@@ -212,6 +212,7 @@ class KeepStable(TrainerCallback):
         for folder in (target, draft):
             shutil.rmtree(folder, ignore_errors=True)
         draft.mkdir()
+        # The Trainer deletes old checkpoints. The links keep these files.
         for file in _files_of(checkpoint):
             link(file, draft / file.name)
         draft.rename(target)

@@ -197,6 +197,7 @@ def _token_logprobs(
     ids = ids.to(device)
     attention_mask = attention_mask.to(device)
     answer_mask = answer_mask.to(device)
+    # A token is predicted from the token before it, so the log-probabilities have no column for the first token.
     labels = ids.masked_fill(answer_mask == 0, -100)
     outputs = model(input_ids=ids, attention_mask=attention_mask, labels=labels, use_cache=False, fused_lm_head=True)
     # Methods with virtual tokens have more positions than the row.

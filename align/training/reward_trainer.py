@@ -148,6 +148,7 @@ def steps(trainer: Any, encoded: Encoded) -> dict[str, float]:
     scores = [score for row in rows for score in row]
     targets = [float(target) for row in encoded.rows for target in row["targets"]]
     better, worse = disjoint_pairs(scores, [float(target >= 0.5) for target in targets])
+    # A score is a logit: above 0, a right step is more likely than a wrong one.
     right = sum((score > 0) == (target >= 0.5) for score, target in zip(scores, targets, strict=True))
     scores_by_name = {
         "loss": _loss(trainer, scores, targets),

@@ -127,6 +127,7 @@ def passed_rows(order: Order, start: int, stop: int) -> set[int]:
     """Return the rows of the positions ``start`` to ``stop`` of a sampler's endless sequence of epochs."""
     length = len(order)
     passed: set[int] = set()
+    # Round the end up: the last epoch may be passed in part.
     for epoch in range(start // length, -(-stop // length)):
         # All rows were passed, so further epochs add none.
         if len(passed) == length:

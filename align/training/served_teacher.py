@@ -77,6 +77,7 @@ class EndpointTeacher:
     def _question(self, row: Row) -> tuple[list[int] | str, int, list[Span | None]]:
         """Return the prompt, the place of its first labeled token, and the tokens' spans in a text."""
         first = next(index for index, label in enumerate(row["labels"]) if index and label != MASKED)
+        # vLLM reads token ids. Other servers read a text, so places are characters there and not tokens.
         if self.block.api == "vllm":
             return row["input_ids"], first, []
         text, spans = self.setting.texts.spans(row["input_ids"])
@@ -91,6 +92,8 @@ class EndpointTeacher:
                 continue
             token = row["input_ids"][index]
             expected = self.setting.texts.text(token)
+            # A token may be half a character, which has no text to compare. Decoders also differ in spaces at the
+            # border of a token.
             is_readable = decoded and HALF not in decoded and HALF not in expected
             if is_readable and decoded.strip() != expected.strip():
                 raise self._vocabulary_error(f"token {token} is {expected!r} for the student and {decoded!r} for it")
@@ -101,6 +104,7 @@ class EndpointTeacher:
 
     def _read_texts(self, row: Row, positions: list[Position], _: int, spans: list[Span | None]) -> list[Any]:
         """Return the candidates of each labeled token whose text is one token of the teacher."""
+        # A token of the student aligns if the teacher cuts the text at the same two places.
         by_span = {(begin, end): (texts, logprobs) for begin, end, texts, logprobs in positions}
         results: list[Candidates | None] = []
         for index, label in enumerate(row["labels"]):

@@ -72,9 +72,11 @@ class TaskEvaluations:
         if not is_required and self._is_too_expensive():
             self.skipped = sorted({*self.skipped, step})
             return None
+        # A required evaluation may repeat a step that was skipped before.
         self.skipped = [skipped for skipped in self.skipped if skipped != step]
         started = time.perf_counter()
         self.context.phase("evaluating tasks")
+        # Sampling for a task must not change the random numbers that training draws next.
         with unchanged_randomness():
             scores = measure()
         self._last = time.perf_counter() - started

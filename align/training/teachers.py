@@ -177,6 +177,7 @@ def read_privileged(tokenizer: Any, row: Row, teacher: Any, source: Row) -> Row:
             f"{teacher.place}.system: the chat template rewrites the prompt of row {source['id']} once an answer "
             "follows, so no other prompt can replace it. Use another chat_template."
         )
+    # Only the prompt's tokens change: the teacher reads the student's answer behind another prompt.
     richer = render_prompt(tokenizer, privileged_prompt(teacher, source), tools)
     return {
         "input_ids": richer + ids[len(prompt_ids) :],
@@ -257,6 +258,7 @@ class AlignedTeacher(StageTeacher):
         translated: list[Candidates | None] = []
         first = 0
         for index, turn in enumerate(turns):
+            # Without equal numbers of turns it is unknown which turns belong together.
             if len(turns) != len(read_turns):
                 translated += [None] * len(turn)
                 continue
@@ -275,14 +277,18 @@ class AlignedTeacher(StageTeacher):
 
     def _align(self, turn: list[int], read_turn: list[int]) -> tuple[list[int | None], int]:
         """Return for each token of the student's turn the place of the teacher's token, and the teacher's lead."""
+        # 1. Leave the end tokens aside, whose texts differ between tokenizers.
         own_end = self.setting.tokenizer.eos_token_id
         both_end = turn[-1:] == [own_end] and read_turn[-1:] == [self.tokenizer.eos_token_id]
         text, spans = self.setting.texts.spans(turn[: len(turn) - both_end])
         read_text, read_spans = self.texts.spans(read_turn[: len(read_turn) - both_end])
+        # 2. The teacher's text may begin with more spaces. Its spans are shifted by them.
         lead = max(0, count_spaces(read_text) - count_spaces(text))
+        # 3. Behind the first difference of the texts no tokens align.
         common = common_length(text, read_text[lead:])
         shifted = [shift(span, lead) for span in read_spans]
         places = align_spans([span if span and span[1] <= common else None for span in spans], shifted)
+        # 4. The end tokens align with each other.
         return places + [len(read_turn) - 1] * both_end, lead
 
     def _find(self, token: int, lead: int) -> int | None:

@@ -42,6 +42,7 @@ def layer_schedule(tuning: FullTuning, model: Any, steps_per_epoch: int, seed: i
         unit = 1 if schedule.unit == "steps" else steps_per_epoch
         reached = [layers for start, layers in schedule.at.items() if math.ceil(start * unit) <= step]
         open_layers = max(reached)
+        # Layers open from the last one down.
         layers: set[ParameterGroup] = set(range(max(0, count - open_layers), count))
         return frozenset(layers | around(schedule.embeddings and open_layers >= count, schedule.head))
 

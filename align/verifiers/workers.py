@@ -155,6 +155,7 @@ class WorkerPool:
 
     def __init__(self, count: int) -> None:
         self._workers = [Worker() for _ in range(count)]
+        # Last in, first out: few answers need few workers, and those have their packages imported.
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         for worker in self._workers:
             self._idle.put(worker)

@@ -61,7 +61,7 @@ Only where segments continue others:
 class LayoutCache(dict[tuple[Any, ...], Any]):
     """Values that attention derives from a layout, by their kind, and number of heads or type.
 
-    its own class: wrappers that cast a layer's arguments rebuild plain dicts, and would lose what it holds.
+    A separate class: wrappers that cast a layer's arguments rebuild plain dicts, and would lose the values.
     """
 
     def get_or_compute(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
@@ -96,12 +96,14 @@ class _LayoutBuilder:
         """Place one segment, padded to ``queries`` tokens, and before its keys its ancestors' keys, padded as well."""
         start = self.starts[segment]
         size = self.lengths[segment]
+        # Queries: the segment's tokens, then padding.
         tokens = torch.full((queries,), self.total)
         tokens[:size] = torch.arange(start, start + size)
         self.token_slots[start : start + size] = torch.arange(self.slots, self.slots + size)
         first_key = self.key_slots + prefix_width
         self.token_keys[start : start + size] = torch.arange(first_key, first_key + size)
 
+        # Keys: the ancestors' tokens, padded to the widest prefix of the group, then the segment's own.
         prefix = torch.full((prefix_width,), self.total)
         offset = 0
         for ancestor in self.ancestors[segment]:
@@ -143,6 +145,7 @@ def make_layout(lengths: Sequence[int], parents: Sequence[int | None] | None = N
         "segments": (list(lengths), ancestors),
         "cache": LayoutCache(),
     }
+    # Without prefixes the keys have the places of the queries, and one gather serves both.
     if builder.prefix_copies:
         layout["key_tokens"] = torch.cat(builder.key_tokens)
         layout["token_keys"] = builder.token_keys
@@ -167,6 +170,7 @@ def _group_segments(lengths: Sequence[int], prefix_lengths: Sequence[int]) -> li
     # work[n]: the least for the first n segments of the order; sizes[n]: the members of the last of their groups.
     work = [0]
     sizes = [0]
+    # The best groups of the first ``end`` segments are a last group and the best groups of the segments before it.
     for end in range(1, len(order) + 1):
         best = None
         best_size = 0
@@ -378,6 +382,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     repeats = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(repeats, dim=1)
     v = v.repeat_interleave(repeats, dim=1)
+    # Without a prefix, causal attention also hides the padding, which is on the right.
     if q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -42,6 +42,7 @@ class PrefixBatch:
 
     def add(self, tokens: Sequence[int], parent: int | None = None) -> int:
         """Append a segment that continues ``parent`` (None: its own sequence) and return its index."""
+        # Positions continue the parent's, so each token has the position that it has in a separate row.
         first_position = 0
         if parent is not None:
             last_of_parent = self.starts[parent] + self.lengths[parent] - 1
@@ -98,6 +99,7 @@ def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[PrefixBatch, list[lis
             while stop < end and _go_on_alike(rows[order[stop - 1]], rows[order[stop]], common[stop - 1], depth):
                 stop += 1
             row = rows[order[start]]
+            # What all neighbors in the run have in common, all its rows have in common.
             length = min(common[start : stop - 1], default=len(row))
             segment = parent
             longer_path = path

@@ -135,11 +135,13 @@ def _find_rows(layout: dict[str, Any]) -> _Rows:
     first = 0
     while rows:
         width = len(rows[0])
+        # Rows are sorted by falling length, so the group is the first of them.
         group = [row for row in rows if len(row) >= LEAST_FILLED * width]
         rows = rows[len(group) :]
         padded = torch.full((len(group), width), starts[-1])
         for number, row in enumerate(group):
             padded[number, : len(row)] = row
+            # A shared token is in several rows with equal results, so it does not matter which place stays.
             token_rows[row] = torch.arange(first, first + len(row))
             first += width
         places.append(padded.to(device))

@@ -200,6 +200,7 @@ def _insert_llama_adapter(model: Any, tuning: AdaptersTuning) -> None:
     count = tuning.layers if tuning.layers is not None else max(1, len(attention_modules) - 2)
     if count > len(attention_modules):
         raise UserError(f"tuning.layers: {count} is more than the {len(attention_modules)} layers that this model has.")
+    # The adapter's part passes the output matrix separately, which would add a bias a second time.
     if any(getattr(module.o_proj, "bias", None) is not None for module in attention_modules):
         raise UserError("tuning.kind: llama_adapter needs attention whose output has no bias. Use kind: bottleneck.")
     for attention in attention_modules[-count:]:

@@ -262,6 +262,7 @@ class Channel:
 
     def read(self) -> dict[str, Any]:
         message: dict[str, Any] = json.loads(self.reader.readline() or "{}")
+        # The parent has closed its end. Leave without the program's exit handlers.
         if not message:
             os._exit(0)
         return message
@@ -305,6 +306,7 @@ def serve(task: dict[str, Any], channel: Channel) -> None:
             keywords = decode(request["keywords"], handles.__getitem__)
             value = target(*arguments, **keywords) if request["is_call"] else target
             reply = {"value": encode(value, handles)}
+            # A reply that JSON cannot hold is an error of the call. In ``write`` it would end the process.
             json.dumps(reply)
         except BaseException as error:
             reply = {"error": type(error).__name__}
@@ -410,6 +412,7 @@ def main() -> None:
     channel = Channel()
     null = os.open(os.devnull, os.O_RDWR)
     if kind == "run":
+        # The filter of system calls forbids this call later, so the input is laid out before.
         content = os.memfd_create("stdin")
         os.write(content, task["stdin"].encode("utf-8", "surrogateescape"))
         os.lseek(content, 0, os.SEEK_SET)
@@ -420,6 +423,7 @@ def main() -> None:
     sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     confine(task)
     channel.write({})
+    # Until here standard error could tell the parent which limit failed. From here on the program would write to it.
     os.dup2(null, 2)
     if kind == "run":
         run(task)

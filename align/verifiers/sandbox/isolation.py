@@ -98,6 +98,7 @@ class Sandbox:
             session.task = {
                 "kind": kind,
                 "level": self.level,
+                # The kernel counts whole seconds, so round up.
                 "cpu": max(1, -int(-limits.seconds // 1)),
                 "memory": limits.memory_mb * MIB,
                 "file_size": TMP_BYTES,
@@ -122,6 +123,7 @@ def readable_paths() -> list[str]:
     stdlib = Path(sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix, "base": sys.base_prefix}))
     packages = ("site-packages", "dist-packages", "ensurepip")
     parts = [str(path) for path in stdlib.iterdir() if path.name not in packages]
+    # The dynamic loader looks for the interpreter's shared libraries here.
     libraries = ["/lib64", "/usr/lib64", *glob.glob("/lib/*-linux-*"), *glob.glob("/usr/lib/*-linux-*")]
     libraries += [*glob.glob(f"{sys.base_prefix}/lib/*.so*"), *glob.glob("/usr/local/lib/*.so*"), "/etc/ld.so.cache"]
     devices = ["/dev/null", "/dev/zero", "/dev/urandom", "/usr/share/zoneinfo", "/etc/localtime"]
@@ -147,6 +149,7 @@ def bubblewrap() -> list[str]:
         for parent in list(Path(root).parents)[-2::-1]:  # the other user must reach a Python below /root
             arguments += ["--perms", "0755", "--dir", str(parent)]
         arguments += ["--ro-bind", root, root]
+        # Empty folders hide installed packages, so a program has only the standard library.
         for packages in _package_folders(root):
             arguments += ["--tmpfs", packages]
     for name in ("/lib", "/lib64", "/bin"):
@@ -156,6 +159,7 @@ def bubblewrap() -> list[str]:
             arguments += ["--ro-bind", name, name]
     for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
         arguments += ["--dev-bind", device, device]
+    # bubblewrap's root is a file system in memory. Nobody may write to it once all mounts are made.
     return [*arguments, "--remount-ro", "/"]
 
 

@@ -29,6 +29,8 @@ class Replicas:
 
         Raises ``SeparateObjects``.
         """
+        # Tests see the number ``own number * count + index of the process``, so its remainder tells which process has
+        # the object.
         count = len(self._sessions)
         owners = {handle % count for handle in _handles(request)}
         if len(owners) > 1:
