@@ -14,6 +14,7 @@ import importlib.metadata
 import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def write_table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -
             texts.append(cell.status if number is None else f"{cell.status} [{number}]")
         lines.append(f"| `{family}` | " + " | ".join(texts) + " |")
     versions = ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in VERSIONS)
-    remarks = [f"- [{number}] {message}" for message, number in notes.items()]
+    wrapper = textwrap.TextWrapper(120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    remarks = [wrapper.fill(f"- [{number}] {message}") for message, number in notes.items()]
     block = "\n".join([*lines, "", f"Tested versions: {versions}.", "", *remarks])
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(START)
@@ -75,7 +77,8 @@ def documented_cells(page: str) -> dict[str, dict[str, Any]]:
     from tests.support.models.matrix import Cell
 
     block = page.split(START)[1].split(END)[0]
-    notes = dict(re.findall(r"^- \[(\d+)\] (.*)$", block, re.MULTILINE))
+    remarks = re.findall(r"^- \[(\d+)\] (.*(?:\n  .*)*)$", block, re.MULTILINE)
+    notes = {number: " ".join(message.split()) for number, message in remarks}
     columns, _, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")
     )
