@@ -141,8 +141,8 @@ def _read_pair(task: Any, place: str) -> Pair:
     texts = [data.get(name) for name in ("prompt", "left", "right")]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError(f"{place}: data needs the texts prompt, left and right; it has {', '.join(map(repr, data))}.")
-    prompt, left, right = map(str, texts)
-    return make_pair([user(prompt)], left, right)
+    prompt, left_text, right_text = map(str, texts)
+    return make_pair([user(prompt)], left_text, right_text)
 
 
 def _read_answer(annotation: Any, pair: Pair, place: str) -> Answer:

@@ -59,48 +59,48 @@ class QuestionQueue:
 
     def next(self, answers: Sequence[Answer], skipped: Collection[str] = ()) -> Question | None:
         """Return the next question, or None if all are answered. ``skipped`` are pairs to leave for another session."""
-        own = [answer for answer in answers if answer.annotator == self.annotator]
-        repeat = self._due_repeat(own, skipped, GAP)
+        own_answers = [answer for answer in answers if answer.annotator == self.annotator]
+        repeat = self._due_repeat(own_answers, skipped, GAP)
         if repeat is not None:
             return self.ask(repeat, repeat=True)
-        answered = {answer.pair for answer in own}
-        taken = {answer.pair for answer in answers if answer.annotator != self.annotator}
+        answered = {answer.pair for answer in own_answers}
+        others_pairs = {answer.pair for answer in answers if answer.annotator != self.annotator}
         remaining = [self.pairs[name] for name in self._order if name not in answered and name not in skipped]
         gold = [pair for pair in remaining if pair.gold is not None]
-        if gold and len(own) % self.settings.gold_every == self.settings.gold_every - 1:
+        if gold and len(own_answers) % self.settings.gold_every == self.settings.gold_every - 1:
             return self.ask(gold[0])
         for pair in remaining:
-            if pair.gold is None and (pair.id not in taken or self.is_shared(pair)):
+            if pair.gold is None and (pair.id not in others_pairs or self.is_shared(pair)):
                 return self.ask(pair)
         if gold:
             return self.ask(gold[0])
-        repeat = self._due_repeat(own, skipped, 1)
+        repeat = self._due_repeat(own_answers, skipped, 1)
         return None if repeat is None else self.ask(repeat, repeat=True)
 
     def count(self, answers: Sequence[Answer]) -> tuple[int, int]:
         """Return the number of pairs that the annotator has answered, and of those that they have or may get."""
-        own = {answer.pair for answer in answers if answer.annotator == self.annotator}
-        taken = {answer.pair for answer in answers if answer.annotator != self.annotator}
-        open_pairs = {name for name, pair in self.pairs.items() if name not in taken or self.is_shared(pair)}
-        return len(own & self.pairs.keys()), len((own | open_pairs) & self.pairs.keys())
+        own_pairs = {answer.pair for answer in answers if answer.annotator == self.annotator}
+        others_pairs = {answer.pair for answer in answers if answer.annotator != self.annotator}
+        open_pairs = {name for name, pair in self.pairs.items() if name not in others_pairs or self.is_shared(pair)}
+        return len(own_pairs & self.pairs.keys()), len((own_pairs | open_pairs) & self.pairs.keys())
 
     def ask(self, pair: Pair, repeat: bool = False) -> Question:
         """Return a pair as the annotator sees it at its first showing, or as its hidden duplicate."""
         is_flipped = share_of("left", self.name, self.annotator, pair.id) < 0.5
         # A duplicate has the other order, so consistency does not come from the position.
-        left: Side = "b" if is_flipped != repeat else "a"
+        left_side: Side = "b" if is_flipped != repeat else "a"
         is_active = self.settings.order != "random" and pair.gold is None
-        return Question(pair, left, repeat, is_active)
+        return Question(pair, left_side, repeat, is_active)
 
-    def _due_repeat(self, own: Sequence[Answer], skipped: Collection[str], gap: int) -> Pair | None:
+    def _due_repeat(self, own_answers: Sequence[Answer], skipped: Collection[str], gap: int) -> Pair | None:
         """Return the oldest pair whose duplicate is due: ``gap`` other answers after its first answer."""
-        repeated = {answer.pair for answer in own if answer.repeat}
-        firsts = [answer for answer in own if not answer.repeat]
-        places = {answer.id: place for place, answer in enumerate(own)}
+        repeated = {answer.pair for answer in own_answers if answer.repeat}
+        firsts = [answer for answer in own_answers if not answer.repeat]
+        places = {answer.id: place for place, answer in enumerate(own_answers)}
         for answer in firsts:
             if answer.pair in repeated or answer.pair in skipped or answer.pair not in self.pairs:
                 continue
-            is_old = len(own) - 1 - places[answer.id] >= gap
+            is_old = len(own_answers) - 1 - places[answer.id] >= gap
             if is_old and share_of("repeat", self.name, self.annotator, answer.pair) < self.settings.duplicates:
                 return self.pairs[answer.pair]
         return None

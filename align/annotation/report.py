@@ -140,14 +140,14 @@ def first_answers(answers: Sequence[Answer]) -> list[Answer]:
 
 
 def _describe_annotator(name: str, pairs: Mapping[str, Pair], answers: Sequence[Answer]) -> Annotator:
-    own = [answer for answer in answers if answer.annotator == name]
-    firsts = {answer.pair: answer for answer in first_answers(own)}
-    repeats = [answer for answer in own if answer.repeat and answer.pair in firsts]
+    own_answers = [answer for answer in answers if answer.annotator == name]
+    firsts = {answer.pair: answer for answer in first_answers(own_answers)}
+    repeats = [answer for answer in own_answers if answer.repeat and answer.pair in firsts]
     same = sum(answer.label == firsts[answer.pair].label for answer in repeats)
     gold = [answer for answer in firsts.values() if pairs[answer.pair].gold is not None]
     right = sum(answer.label == pairs[answer.pair].gold for answer in gold)
-    seconds = statistics.median(answer.seconds for answer in own)
-    return Annotator(len(own), seconds, wilson(same, len(repeats)), wilson(right, len(gold)))
+    seconds = statistics.median(answer.seconds for answer in own_answers)
+    return Annotator(len(own_answers), seconds, wilson(same, len(repeats)), wilson(right, len(gold)))
 
 
 def agreement(firsts: Sequence[Answer], resamples: int = RESAMPLES, seed: int = 0) -> Estimate | None:
@@ -245,9 +245,9 @@ def _games(pairs: Mapping[str, Pair], firsts: Sequence[Answer]) -> list[Game]:
         pair = pairs[answer.pair]
         if pair.systems is None or pair.systems[0] == pair.systems[1]:
             continue
-        left, right = pair.systems if answer.left == "a" else pair.systems[::-1]
+        left_system, right_system = pair.systems if answer.left == "a" else pair.systems[::-1]
         result = 0.5 if answer.preferred is None else float(answer.preferred == answer.left)
-        games.append(Game(left, right, result, answer.pair))
+        games.append(Game(left_system, right_system, result, answer.pair))
     return games
 
 

@@ -67,8 +67,8 @@ class Session:
             return None
         if self._again is not None and self._again.pair.id == pair:
             return self._again
-        own = [answer for answer in self.annotations.answers() if answer.annotator == self.annotator]
-        return self.queue.ask(self.queue.pairs[pair], repeat=any(answer.pair == pair for answer in own))
+        own_answers = [answer for answer in self.annotations.answers() if answer.annotator == self.annotator]
+        return self.queue.ask(self.queue.pairs[pair], repeat=any(answer.pair == pair for answer in own_answers))
 
     def answer(self, question: Question, reply: Reply, identity: str = "") -> Answer:
         """Write an answer to the journal, and return it.
@@ -116,11 +116,11 @@ class Session:
 
     def undo(self) -> Question | None:
         """Withdraw the annotator's last answer, and return its question, which is asked again; None without answers."""
-        own = [answer for answer in self.annotations.answers() if answer.annotator == self.annotator]
-        own = [answer for answer in own if answer.pair in self.queue.pairs]
-        if not own:
+        own_answers = [answer for answer in self.annotations.answers() if answer.annotator == self.annotator]
+        own_answers = [answer for answer in own_answers if answer.pair in self.queue.pairs]
+        if not own_answers:
             return None
-        last = own[-1]
+        last = own_answers[-1]
         self.writer.undo(last)
         self._again = Question(self.queue.pairs[last.pair], last.left, last.repeat, last.active)
         return self._again

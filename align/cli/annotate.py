@@ -174,13 +174,14 @@ class TerminalSession:
                 self._print("No question is left.")
         except KeyboardInterrupt:
             self._print("")
-        done, total = self.session.count()
-        self._print(f"{done} of {total} pairs answered by {self.session.annotator}. The same command continues.")
+        answered, total = self.session.count()
+        self._print(f"{answered} of {total} pairs answered by {self.session.annotator}. The same command continues.")
         return 0
 
     def _show(self, question: Question) -> None:
-        done, total = self.session.count()
-        self._print(f"\n=== {done + 1} of {total} ===" if not question.repeat else f"\n=== {done} of {total} ===")
+        answered, total = self.session.count()
+        number = answered if question.repeat else answered + 1
+        self._print(f"\n=== {number} of {total} ===")
         for message in question.pair.prompt:
             self._print_text(str(message["role"]), str(message["content"]))
         for side, text in zip(("LEFT", "RIGHT"), question.texts, strict=True):

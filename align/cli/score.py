@@ -95,8 +95,8 @@ def _validate(options: argparse.Namespace, data: ScoreData, specs: list[ScoreSpe
     from align.config.validation import validate
     from align.evaluation.score_validation.validation import columns_of, validate_parts
 
-    given = {"floor": options.floor, "rows": options.max_rows, "reference": options.reference}
-    settings = validate(ScoreValidation, {name: value for name, value in given.items() if value is not None}, "score")
+    fields = {"floor": options.floor, "rows": options.max_rows, "reference": options.reference}
+    settings = validate(ScoreValidation, {name: value for name, value in fields.items() if value is not None}, "score")
     validations = []
     for spec, scorer in zip(specs, scorers, strict=True):
         columns = columns_of(spec.entries)
@@ -106,8 +106,8 @@ def _validate(options: argparse.Namespace, data: ScoreData, specs: list[ScoreSpe
     if not any(validation.reports for validation in validations):
         raise UserError(f"{options.data}: {'; '.join(validations[0].all_notes())}.")
     if options.json:
-        named = zip(specs, validations, strict=True)
-        print_json([_validation_json(spec, validation) for spec, validation in named])
+        pairs = zip(specs, validations, strict=True)
+        print_json([_validation_json(spec, validation) for spec, validation in pairs])
     else:
         for spec, validation in zip(specs, validations, strict=True):
             _print_validation(spec, validation)

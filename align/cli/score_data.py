@@ -175,8 +175,10 @@ def _score_data(
 
 def _row_of(record: Mapping[str, Any], number: int, joined: _JoinedRows | None) -> Row:
     """Return the row that a record of responses answers, without the responses."""
-    kept = {name: value for name, value in record.items() if name not in ("texts", "responses", "response", "row")}
-    row: Row = {"id": str(number), "source": "", "checks": "", **kept, **(record.get("row") or {})}
+    other_fields = {
+        name: value for name, value in record.items() if name not in ("texts", "responses", "response", "row")
+    }
+    row: Row = {"id": str(number), "source": "", "checks": "", **other_fields, **(record.get("row") or {})}
     if isinstance(row.get("prompt"), str):
         row["prompt"] = [user(row["prompt"])]
     row.setdefault("prompt", [])
@@ -197,22 +199,22 @@ def _stored(record: Mapping[str, Any], row: Row, texts: Sequence[str]) -> Iterat
     """Yield the responses of a record, with the scores and thoughts that it has."""
     count = len(texts)
     scores = _list_of(record, "scores", "score", count)
-    finished = _list_of(record, "finished", "finished", count)
+    are_finished = _list_of(record, "finished", "finished", count)
     ends = _list_of(record, "thought_end", "thought_end", count)
     for index, text in enumerate(texts):
         end = ends[index]
         answer = split_thought(text) if end is None else AnswerText.cut(text, int(end))
         score = scores[index]
-        known = float(score) if isinstance(score, int | float) and not isinstance(score, bool) else None
-        yield StoredResponse(row, answer, str(index + 1), finished[index] is not False, known)
+        stored_score = float(score) if isinstance(score, int | float) and not isinstance(score, bool) else None
+        yield StoredResponse(row, answer, str(index + 1), are_finished[index] is not False, stored_score)
 
 
-def _list_of(record: Mapping[str, Any], several: str, one: str, count: int) -> list[Any]:
+def _list_of(record: Mapping[str, Any], list_name: str, single_name: str, count: int) -> list[Any]:
     """Return a value for each response; None for all if the record has none, or another number of them."""
-    values = record.get(several)
+    values = record.get(list_name)
     if isinstance(values, list) and len(values) == count:
         return values
-    return [record.get(one)] if count == 1 and not isinstance(record.get(one), list) else [None] * count
+    return [record.get(single_name)] if count == 1 and not isinstance(record.get(single_name), list) else [None] * count
 
 
 def _convert_records(path: Path) -> list[Row]:
@@ -243,7 +245,7 @@ def _responses_of(row: Row) -> Iterator[StoredResponse]:
         messages = row.get(side)
         if messages and isinstance(messages, list):
             text = str(messages[-1].get("content") or "")
-            finished = row.get(f"{side}_finished") is not False
-            yield StoredResponse(row, split_thought(text), side, finished, row.get(f"{side}_score"))
+            has_end = row.get(f"{side}_finished") is not False
+            yield StoredResponse(row, split_thought(text), side, has_end, row.get(f"{side}_score"))
     for number, response in enumerate(row.get("responses") or (), start=1):
         yield StoredResponse(row, split_thought(response["content"]), str(number), True, response.get("score"))

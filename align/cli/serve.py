@@ -92,8 +92,8 @@ def _adapters(words: Sequence[str], base: Path) -> dict[str, Path]:
 
     adapters: dict[str, Path] = {}
     for word in words:
-        name, found, path = word.partition("=")
-        if not found or not name or not path:
+        name, separator, path = word.partition("=")
+        if not separator or not name or not path:
             raise UserError(f"--adapters {word}: write NAME=PATH, the name in requests and the adapter's folder.")
         if name in adapters:
             raise UserError(f"--adapters {word}: two adapters have the name {name}.")
@@ -161,19 +161,19 @@ def _serve(models: Sequence[ServedModel], options: argparse.Namespace) -> int:
 def _follow(servers: Sequence[OpenAiServer]) -> None:
     """Show the servers' lines until the first ends, which is an error."""
     ended: list[BaseException] = []
-    done = threading.Event()
+    stop_event = threading.Event()
 
     def follow(server: OpenAiServer) -> None:
         try:
             server.follow(_logger(server.model.name))
         except BaseException as error:
             ended.append(error)
-            done.set()
+            stop_event.set()
 
     for server in servers:
         threading.Thread(target=follow, args=(server,), daemon=True).start()
     # A wait without a limit would not let signals through.
-    while not done.wait(1.0):
+    while not stop_event.wait(1.0):
         pass
     raise ended[0]
 

@@ -141,8 +141,8 @@ def input_names(config: Config, name: str) -> str | list[str] | None:
         return input_names(value, nested)
     names: list[str] = []
     for block in blocks:
-        found = input_names(block, nested)
-        names += [found] if isinstance(found, str) else found or []
+        nested_names = input_names(block, nested)
+        names += [nested_names] if isinstance(nested_names, str) else nested_names or []
     return names or None
 
 

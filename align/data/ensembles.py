@@ -23,9 +23,9 @@ class RewardScorer:
 
     def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
         """Return one score per response; a truncated one is read without an end of turn."""
-        finished = None if truncated is None else [not cut for cut in truncated]
+        are_finished = None if truncated is None else [not cut for cut in truncated]
         tools = [row.get("tools") for row in rows]
-        scores: list[float] = self.model.score([row["prompt"] for row in rows], responses, finished, tools)
+        scores: list[float] = self.model.score([row["prompt"] for row in rows], responses, are_finished, tools)
         return scores
 
 

@@ -241,11 +241,11 @@ def _joined_values(text: str, numbers: list[_Number]) -> set[Decimal]:
         values.add(_DOUBT)
     for number in numbers:
         if before is not None:
-            left, right = sorted((before, number), key=lambda number: number.start)
-            gap = text[left.end : right.start]
-            is_list = _is_line(text, left) and _ITEM.fullmatch(gap)
-            is_range = gap == "-" and left.value < right.value
-            if not (is_list or is_range or _is_joined(gap, text[right.end : right.end + 80])):
+            earlier, later = sorted((before, number), key=lambda number: number.start)
+            gap = text[earlier.end : later.start]
+            is_list = _is_line(text, earlier) and _ITEM.fullmatch(gap)
+            is_range = gap == "-" and earlier.value < later.value
+            if not (is_list or is_range or _is_joined(gap, text[later.end : later.end + 80])):
                 break
         values.add(number.value)
         if text[max(0, number.start - 6) : number.start].rstrip(" $").endswith(("±", "\\pm")):

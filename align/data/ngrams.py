@@ -140,10 +140,10 @@ class Words:
         offsets = np.concatenate([[0], np.cumsum(runs)])
         # Number all runs through, then shift each text's numbers to its own first word.
         shift = np.repeat(self.first[:-1] - offsets[:-1], runs)
-        left = np.arange(offsets[-1]) + shift
+        first_words = np.arange(offsets[-1]) + shift
         # The single run of a short text ends at the text's last word.
-        right = np.minimum(left + (size - 1), np.repeat(self.first[1:] - 1, runs))
-        return self._hash(left, right), offsets
+        last_words = np.minimum(first_words + (size - 1), np.repeat(self.first[1:] - 1, runs))
+        return self._hash(first_words, last_words), offsets
 
     def exact_runs(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return hashes (S,) uint64 of all runs of exactly ``size`` words, their texts and first words (S,)."""
@@ -160,12 +160,15 @@ class Words:
         hashes[has_words] = self._hash(self.first[:-1][has_words], self.first[1:][has_words] - 1)
         return hashes
 
-    def _hash(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Return hashes (S,) of the words from ``left`` to ``right``, both included; their place does not matter."""
-        begin = self.start[left]
+    def _hash(self, first_words: np.ndarray, last_words: np.ndarray) -> np.ndarray:
+        """Return hashes (S,) of the words from ``first_words`` to ``last_words``, both included.
+
+        The place of the words does not matter.
+        """
+        begin = self.start[first_words]
         inverse = _powers(_power_of_two(len(self.sums)))[1]
         # The difference of prefix sums is sum(value * power ** place); dividing by power ** begin removes the place.
-        return mix((self.sums[self.end[right]] - self.sums[begin]) * inverse[begin])
+        return mix((self.sums[self.end[last_words]] - self.sums[begin]) * inverse[begin])
 
 
 def read_words(texts: Sequence[bytes], edges: bool = False) -> Words:

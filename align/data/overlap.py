@@ -231,12 +231,12 @@ def _find_matches(sorted_hashes: np.ndarray, hashes: np.ndarray) -> tuple[np.nda
 
 def _find_places(sorted_hashes: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the first place of each hash in ``sorted_hashes``, and its number of occurrences there. (H,) each."""
-    left = np.searchsorted(sorted_hashes, hashes, side="left")
+    first_places = np.searchsorted(sorted_hashes, hashes, side="left")
     count = np.zeros(len(hashes), dtype=np.int64)
-    matching = np.flatnonzero(left < len(sorted_hashes))
-    matching = matching[sorted_hashes[left[matching]] == hashes[matching]]
-    count[matching] = np.searchsorted(sorted_hashes, hashes[matching], side="right") - left[matching]
-    return left, count
+    matching = np.flatnonzero(first_places < len(sorted_hashes))
+    matching = matching[sorted_hashes[first_places[matching]] == hashes[matching]]
+    count[matching] = np.searchsorted(sorted_hashes, hashes[matching], side="right") - first_places[matching]
+    return first_places, count
 
 
 def _expand_matches(place: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

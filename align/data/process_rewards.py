@@ -71,10 +71,10 @@ def _place_texts(answer: str, pairs: Sequence[Any]) -> list[StepScore]:
         if len(pair) != 2 or not isinstance(pair[0], str):
             raise WrongSteps(f"{shorten(repr(pair))}, which is no pair of a text and a number")
         text = pair[0].strip()
-        found = answer.find(text, start) if text else -1
-        if found < 0:
+        position = answer.find(text, start) if text else -1
+        if position < 0:
             raise WrongSteps(f"the step {shorten(repr(pair[0]))}, which does not occur after the step before it")
-        start = found + len(text)
+        start = position + len(text)
         steps.append(StepScore(start, _finite(pair[1])))
     return steps
 

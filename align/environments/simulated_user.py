@@ -104,7 +104,7 @@ def user_conversation(system: str, messages: Sequence[Message]) -> list[Message]
     return [{"role": "system", "content": system}, *swapped]
 
 
-def read_answer(text: str, finished: bool, stop: str | None) -> UserAnswer:
+def read_answer(text: str, has_end: bool, stop: str | None) -> UserAnswer:
     """Return the answer in a model's text, without thoughts; ``stop`` is the text that ends conversations.
 
     An answer fails if it is empty, or if it was cut off before ``stop``.
@@ -112,7 +112,7 @@ def read_answer(text: str, finished: bool, stop: str | None) -> UserAnswer:
     answer = hide_thoughts(clean(text)).strip()
     if stop is not None and stop in answer:
         return UserAnswer(answer)
-    if not finished:
+    if not has_end:
         return UserAnswer(failure="the user's answer was cut off at its max_tokens; raise user.max_tokens.")
     if not answer:
         return UserAnswer(failure="the user's answer is empty.")

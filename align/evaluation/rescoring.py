@@ -108,10 +108,10 @@ def rescore(name: str, scorer: WeightedSum, responses: Sequence[StoredResponse])
     reason_names = _reason_names(parts, [part.name for part in scorer.parts])
     reasons = []
     for index in range(len(responses)):
-        given = [reason for metric, reason in reason_names.items() if parts[metric][index] == 1.0]
-        reasons.append(", ".join(given))
-    kept = {metric: values for metric, values in parts.items() if metric not in reason_names}
-    return Rescored(name, list(scores), reasons, kept)
+        row_reasons = [reason for metric, reason in reason_names.items() if parts[metric][index] == 1.0]
+        reasons.append(", ".join(row_reasons))
+    other_parts = {metric: values for metric, values in parts.items() if metric not in reason_names}
+    return Rescored(name, list(scores), reasons, other_parts)
 
 
 def stored_scores(responses: Sequence[StoredResponse]) -> Rescored | None:
@@ -124,14 +124,19 @@ def stored_scores(responses: Sequence[StoredResponse]) -> Rescored | None:
 
 def compare(first: Rescored, second: Rescored) -> Agreement:
     """Return how two scores of the same responses agree. Scores outside [0, 1] are scaled to it by their range."""
-    pairs = list(zip(first.scores, second.scores, strict=True))
-    indices = [index for index, (one, other) in enumerate(pairs) if one is not None and other is not None]
-    ones = [score for index in indices if (score := pairs[index][0]) is not None]
-    others = [score for index in indices if (score := pairs[index][1]) is not None]
-    distances = dict(zip(indices, map(_distance, _scaled(ones), _scaled(others)), strict=True))
+    indices: list[int] = []
+    first_scores: list[float] = []
+    second_scores: list[float] = []
+    for index, (first_score, second_score) in enumerate(zip(first.scores, second.scores, strict=True)):
+        if first_score is not None and second_score is not None:
+            indices.append(index)
+            first_scores.append(first_score)
+            second_scores.append(second_score)
+    pairs = zip(_scaled(first_scores), _scaled(second_scores), strict=True)
+    distances = {index: abs(a - b) for index, (a, b) in zip(indices, pairs, strict=True)}
     disagreements = [index for index in indices if distances[index] >= DISAGREEMENT]
     disagreements.sort(key=lambda index: -distances[index])
-    return Agreement(first, second, len(indices), _rank_correlation(ones, others), disagreements)
+    return Agreement(first, second, len(indices), _rank_correlation(first_scores, second_scores), disagreements)
 
 
 def _reason_names(metrics: Iterable[str], rewards: Sequence[str]) -> dict[str, str]:
@@ -143,10 +148,6 @@ def _reason_names(metrics: Iterable[str], rewards: Sequence[str]) -> dict[str, s
             if metric != reason and reason in REASONS:
                 names[metric] = reason if len(rewards) == 1 else metric
     return names
-
-
-def _distance(one: float, other: float) -> float:
-    return abs(one - other)
 
 
 def _scaled(scores: Sequence[float]) -> list[float]:

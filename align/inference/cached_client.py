@@ -290,8 +290,8 @@ class CachedClient:
         """Report progress; ``answered`` answers are there that ``ask`` has not returned yet."""
         if self.on_progress is not None:
             tokens = sum(usage.completion_tokens + usage.copied_completion_tokens for usage in self.usage.values())
-            done = len(self._counted) + answered
-            self.on_progress(done, max(done, self.expected), tokens)
+            completed = len(self._counted) + answered
+            self.on_progress(completed, max(completed, self.expected), tokens)
 
     def usage_of_stage(self, backend: Backend, name: str = "model") -> Usage:
         """Return the usage of a model by all attempts and processes of the stage, as the folder of its cache has it."""

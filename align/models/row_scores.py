@@ -54,10 +54,10 @@ class _RewardScorer:
 
     def __call__(self, rows: list[Row]) -> list[float]:
         with_reply = [row for row in rows if reply_text(row) is not None]
-        finished = [is_finished(row, answer_side(row)) for row in with_reply]
+        are_finished = [is_finished(row, answer_side(row)) for row in with_reply]
         prompts = [[*row["prompt"], *row[answer_side(row)][:-1]] for row in with_reply]
         texts = [reply_text(row) or "" for row in with_reply]
-        scores = iter(self.model.score(prompts, texts, finished, [row.get("tools") for row in with_reply]))
+        scores = iter(self.model.score(prompts, texts, are_finished, [row.get("tools") for row in with_reply]))
         return [next(scores) if reply_text(row) is not None else math.nan for row in rows]
 
 

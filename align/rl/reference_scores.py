@@ -77,9 +77,9 @@ def score_references(scorer: WeightedSum, rows: Sequence[Row]) -> ReferenceScore
         return None
     scored_rows = [row for row, _ in referenced]
     answers = [answer for _, answer in referenced]
-    finished = [False] * len(answers)
+    are_finished = [False] * len(answers)
     return ReferenceScores(
         answers,
-        list(map(float, models.score(scored_rows, answers, finished))),
-        list(map(float, models.score(scored_rows, [""] * len(answers), finished))),
+        list(map(float, models.score(scored_rows, answers, are_finished))),
+        list(map(float, models.score(scored_rows, [""] * len(answers), are_finished))),
     )

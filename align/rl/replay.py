@@ -89,11 +89,11 @@ class StoredUpdates:
             )
         for name in SHAPES:
             stored = settings.get(name)
-            own = getattr(config, name)
-            if stored != own:
+            current = getattr(config, name)
+            if stored != current:
                 raise UserError(
                     f"{self.place}: the rollouts in {self.folder} were sampled with {name} {stored}, and this stage "
-                    f"has {own}. Set {name}: {'null' if stored is None else stored}."
+                    f"has {current}. Set {name}: {'null' if stored is None else stored}."
                 )
 
     def _check_updates(self, config: RolloutFields) -> None:
@@ -113,8 +113,8 @@ class StoredUpdates:
         Round 0 has the responses that every method samples, the other rounds replace some of them.
         """
         # The files count updates from 1, as people do.
-        wanted = (pc.field("update") == update + 1) & (pc.field("round") == sampling_round)
-        rows = sorted(rollout_rows(self.data, COLUMNS, filter=wanted), key=lambda row: row["index"])
+        row_filter = (pc.field("update") == update + 1) & (pc.field("round") == sampling_round)
+        rows = sorted(rollout_rows(self.data, COLUMNS, filter=row_filter), key=lambda row: row["index"])
         if not rows:
             raise UserError(
                 f"{self.place}: {self.folder} has no round {sampling_round} of update {update + 1}: the stage that "

@@ -179,8 +179,8 @@ class RolloutSampler:
         """
         phase = "validating" if update is None else "sampling"
 
-        def report_count(done: int, total: int) -> None:
-            self.report_phase(f"{phase} {done}/{total}")
+        def report_count(completed: int, total: int) -> None:
+            self.report_phase(f"{phase} {completed}/{total}")
 
         if self.episodes is None:
             sampling = Sampling(

@@ -194,8 +194,8 @@ class _ChunkSampler:
         self.new_tokens += sum(sum(sample["tokens"]) for sample in samples)
         return samples
 
-    def _report(self, done: int, _: int) -> None:
-        self.context.progress(self.done + done, self.total, "responses", self.tokens)
+    def _report(self, completed: int, _: int) -> None:
+        self.context.progress(self.done + completed, self.total, "responses", self.tokens)
 
     def speed(self) -> dict[str, float]:
         """Return the tokens sampled, and the tokens per second of this attempt."""
@@ -232,7 +232,7 @@ def _score(
         for row, sample in zip(prompts.rows, samples[prompts.split], strict=True):
             rows += [row] * len(sample["texts"])
             texts += _answers(sample)
-            cut_off += [not finished for finished in sample["finished"]]
+            cut_off += [not has_end for has_end in sample["finished"]]
         if not rows:
             continue
         # One call scores all responses of a split, so a reward model can batch them.
@@ -250,7 +250,7 @@ def _score(
                 sample["parts"] = by_name
             if cut_off_score is not None:
                 pairs = zip(sample["scores"], sample["finished"], strict=True)
-                sample["scores"] = [value if finished else cut_off_score for value, finished in pairs]
+                sample["scores"] = [value if has_end else cut_off_score for value, has_end in pairs]
 
 
 def _or_none(value: float) -> float | None:

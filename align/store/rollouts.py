@@ -139,10 +139,10 @@ class RolloutFiles:
             return
         # Only the last file may have rows of earlier and of later updates.
         table = pq.read_table(files[-1], schema=SCHEMA)
-        kept = table.filter(pc.less_equal(table["update"], last))
-        if len(kept) < len(table):
-            self._write_file(files[-1], kept)
-        self._last[name] = (files[-1], kept)
+        earlier_rows = table.filter(pc.less_equal(table["update"], last))
+        if len(earlier_rows) < len(table):
+            self._write_file(files[-1], earlier_rows)
+        self._last[name] = (files[-1], earlier_rows)
 
     def write(self, table: pa.Table, name: str = ROLLOUTS) -> None:
         """Add the rows of one update, with the columns of ``SCHEMA``, to the folder ``name``."""

@@ -156,8 +156,8 @@ class EpisodeParts:
         self.new_tokens += sum(map(sampled_tokens, episodes))
         return episodes
 
-    def _report(self, done: int, _: int) -> None:
-        self.context.progress(self.done + done, self.total, "episodes", self.tokens)
+    def _report(self, completed: int, _: int) -> None:
+        self.context.progress(self.done + completed, self.total, "episodes", self.tokens)
 
     def speed(self) -> dict[str, float]:
         """Return the tokens sampled, and the tokens per second of this attempt."""

@@ -214,7 +214,7 @@ def pair_responses(
     places = range(len(responses.answers))
     texts = [responses.content(place) if place in scores else "" for place in places]
     values = [scores.get(place, 0.0) for place in places]
-    finished = [place in scores and responses.ended(place) for place in places]
+    are_finished = [place in scores and responses.ended(place) for place in places]
     answers = [pair_sides(responses, place) for place in places] if responses.episodes else None
     return make_pairs(
         [prompt_fields(responses, min(scores, default=0))],
@@ -223,7 +223,7 @@ def pair_responses(
         how,
         noise=noise,
         seed=seed,
-        finished=[finished],
+        finished=[are_finished],
         answers=None if answers is None else [answers],
         ties=ties,
     )

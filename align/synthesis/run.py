@@ -111,10 +111,10 @@ class _Synthesis:
         model.set_template(TemplateSettings.of(config.judge if is_judge else config), prefix)
         return model
 
-    def _progress(self, done: int, total: int, tokens: int) -> None:
+    def _progress(self, completed: int, total: int, tokens: int) -> None:
         # Cost is only known for endpoints with prices.
         spent = {"cost": round(self.client.budget.spent, 4)} if self.client.prices else {}
-        self.context.progress(done, total, "requests", tokens, **spent)
+        self.context.progress(completed, total, "requests", tokens, **spent)
 
     def run(self) -> dict[str, Any]:
         """Do the stage and return its metrics."""

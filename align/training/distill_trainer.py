@@ -258,7 +258,7 @@ class Teacher:
         assert measure.top_k is not None
         device = next(self.model.parameters()).device
         results: list[TopTokens] = [TopTokens(torch.empty(0), torch.empty(0))] * len(rows)
-        done = 0
+        completed = 0
         for batch in by_length([len(row["input_ids"]) for row in rows], SCORING_TOKENS):
             inputs = {name: value.to(device) for name, value in collator([rows[row] for row in batch]).items()}
             live = self.live(inputs)
@@ -277,8 +277,8 @@ class Teacher:
                 results[row] = TopTokens(
                     torch.cat(ids)[start_token:end_token].clone(), torch.cat(logprobs)[start_token:end_token].clone()
                 )
-            done += len(batch)
-            on_progress(done, len(rows))
+            completed += len(batch)
+            on_progress(completed, len(rows))
         return results
 
 

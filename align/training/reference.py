@@ -147,7 +147,7 @@ def answer_sums(
     answers: Sequence[Answer],
     pad: int,
     bfloat16: bool,
-    on_progress: Callable[[int, int], object] = lambda done, total: None,
+    on_progress: Callable[[int, int], object] = lambda completed, total: None,
 ) -> Sums:
     """Sum the log-probabilities of ``answers`` by ``model`` in eval mode, on its device, as trl's trainers do.
 
@@ -157,7 +157,7 @@ def answer_sums(
     device = next(model.parameters()).device
     total = [0.0] * len(answers)
     tail = [0.0] * len(answers)
-    done = 0
+    completed = 0
     model.eval()
     with _fused(model), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         lengths = [len(answer.prompt) + len(answer.ids) for answer in answers]
@@ -172,8 +172,8 @@ def answer_sums(
             for index, row in enumerate(batch):
                 total[row] = batch_total[index]
                 tail[row] = batch_tail[index]
-            done += len(batch)
-            on_progress(done, len(answers))
+            completed += len(batch)
+            on_progress(completed, len(answers))
     return Sums(total, tail)
 
 

@@ -266,13 +266,13 @@ def scored_answers(rows: Sequence[Row]) -> list[Row]:
     """
     answers: dict[str, Row] = {}
     for row in rows:
-        for answer, target, finished in _answers(row):
+        for answer, target, has_end in _answers(row):
             single = {
                 name: value for name, value in row.items() if name not in ("chosen", "rejected", "label", "score")
             }
             # Two answers are the same with equal prompt, text, end and tools.
-            key = repr((row["prompt"], answer, finished, row.get("tools")))
-            answers.setdefault(key, {**single, "completion": answer, "target": target, "completion_finished": finished})
+            key = repr((row["prompt"], answer, has_end, row.get("tools")))
+            answers.setdefault(key, {**single, "completion": answer, "target": target, "completion_finished": has_end})
     return list(answers.values())
 
 
@@ -337,9 +337,9 @@ def encode_steps(tokenizer: Any, rows: Sequence[Row], max_length: int, separator
     """Encode ``input_ids``, ``places`` (each step's last token) and ``targets`` (each step's label, 0 to 1)."""
     out = Encoded()
     for row in rows:
-        finished = is_finished(row, "completion")
+        has_end = is_finished(row, "completion")
         ids, places = tokenize_steps(
-            tokenizer, row["prompt"], row["completion"], separator, finished=finished, tools=row.get("tools")
+            tokenizer, row["prompt"], row["completion"], separator, finished=has_end, tools=row.get("tools")
         )
         targets = [float(step["label"]) for step in row["steps"] if step["content"].strip()]
         if len(places) != len(targets):

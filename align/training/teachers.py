@@ -136,8 +136,8 @@ class StageTeacher:
                 "system message, or lower max_length."
             )
 
-        def report(done: int, total: int) -> None:
-            context.progress(done, total, unit="teacher rows")
+        def report(completed: int, total: int) -> None:
+            context.progress(completed, total, unit="teacher rows")
 
         # The attention mask hides padding, so any token of the teacher's vocabulary pads.
         collator = AnswerCollator(pad=0)

@@ -38,9 +38,14 @@ def unpair(rows: Sequence[Row]) -> list[Row]:
             name: value for name, value in row.items() if not name.startswith(("chosen", "rejected", "completion"))
         }
         for side, is_desirable in SIDES:
-            finished = row.get(f"{side}_finished")
+            completion_finished = row.get(f"{side}_finished")
             answers.append(
-                {**shared_fields, "completion": row[side], "completion_finished": finished, "label": is_desirable}
+                {
+                    **shared_fields,
+                    "completion": row[side],
+                    "completion_finished": completion_finished,
+                    "label": is_desirable,
+                }
             )
     return answers
 

@@ -106,8 +106,8 @@ def _is_contradiction(parsed: Any) -> bool:
 
     if not isinstance(parsed, sympy.Eq):
         return False
-    left, right = parsed.args
-    return isinstance(left, sympy.Number) and isinstance(right, sympy.Number) and left != right
+    left_side, right_side = parsed.args
+    return isinstance(left_side, sympy.Number) and isinstance(right_side, sympy.Number) and left_side != right_side
 
 
 def _find_answers(answer: str) -> list[str]:

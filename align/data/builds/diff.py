@@ -144,15 +144,15 @@ def _match_rows(rows_a: Hashes, rows_b: Hashes) -> tuple[np.ndarray, np.ndarray,
     # Then by prompt: a removed and an added row of one prompt have another answer (2).
     removed = np.flatnonzero(changes_a == 4)
     added = np.flatnonzero(changes_b == 4)
-    _, left, right = np.intersect1d(
+    _, removed_places, added_places = np.intersect1d(
         _make_unique(_prompt_in_group(rows_a, removed)),
         _make_unique(_prompt_in_group(rows_b, added)),
         assume_unique=True,
         return_indices=True,
     )
-    changes_a[removed[left]] = 2
-    changes_b[added[right]] = 2
-    pairs = np.stack([np.r_[same_a, removed[left]], np.r_[same_b, added[right]]])
+    changes_a[removed[removed_places]] = 2
+    changes_b[added[added_places]] = 2
+    pairs = np.stack([np.r_[same_a, removed[removed_places]], np.r_[same_b, added[added_places]]])
     return changes_a, changes_b, pairs
 
 

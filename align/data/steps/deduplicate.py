@@ -275,20 +275,20 @@ class _Block:
         rows = self.rows[label[self.rows] == self.rows]
         if not len(rows) or not len(earlier):
             return 0
-        left, right = self._similar_pairs(rows, earlier)
-        similar_rows, first = np.unique(left, return_index=True)
+        row_places, column_places = self._similar_pairs(rows, earlier)
+        similar_rows, first = np.unique(row_places, return_index=True)
         # Pairs come in order, so the first of a row's matches is the earliest row like it.
-        label[rows[similar_rows]] = earlier[right[first]]
+        label[rows[similar_rows]] = earlier[column_places[first]]
         return len(rows) * len(earlier)
 
     def compare_within(self, label: np.ndarray) -> int:
         """Drop rows that are similar to an earlier kept row of the block; return the number of pairs compared."""
         rows = self.rows[label[self.rows] == self.rows]
-        left, right = self._similar_pairs(rows, rows)
+        row_places, column_places = self._similar_pairs(rows, rows)
         # Each pair once: a row can only be dropped for an earlier row.
-        before = right < left
+        before = column_places < row_places
         # In order, since a row only counts as long as it stays itself.
-        for row, earlier in zip(left[before].tolist(), right[before].tolist(), strict=True):
+        for row, earlier in zip(row_places[before].tolist(), column_places[before].tolist(), strict=True):
             if label[rows[row]] == rows[row] and label[rows[earlier]] == rows[earlier]:
                 label[rows[row]] = rows[earlier]
         return len(rows) * (len(rows) - 1) // 2
@@ -302,12 +302,12 @@ class _Block:
         """Return the places in ``rows`` and ``columns`` of the pairs whose cosine reaches the threshold, in order."""
         products = self.floats[rows - self.rows[0]] @ self._floats(columns).T
         near = products >= self.threshold - _ERROR  # the only operation on every product
-        left, right = (places.cpu().numpy() for places in near.nonzero(as_tuple=True))
+        row_places, column_places = (places.cpu().numpy() for places in near.nonzero(as_tuple=True))
         values = products[near].cpu().numpy()
         similar = values >= self.threshold
         # Integers decide on pairs within the error of the threshold.
         for pair in np.flatnonzero(values < self.threshold + _ERROR):
-            first = self.vectors[rows[left[pair]]].astype(np.int64)
-            second = self.vectors[columns[right[pair]]].astype(np.int64)
+            first = self.vectors[rows[row_places[pair]]].astype(np.int64)
+            second = self.vectors[columns[column_places[pair]]].astype(np.int64)
             similar[pair] = first @ second >= self.threshold * SCALE * SCALE
-        return left[similar], right[similar]
+        return row_places[similar], column_places[similar]

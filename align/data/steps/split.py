@@ -82,11 +82,11 @@ class Identical:
         places = np.flatnonzero(table.alive)
         keys = table.columns["content"][places].view([("high", "<u8"), ("low", "<u8")])[:, 0]
         code, instead = first_stays(len(table), places, first_equal(keys))
-        left = places[code[places] < 0]
+        undecided = places[code[places] < 0]
         # Among the rows that stay, a second row with the same id gets a new id from its content.
-        has_taken_id = first_equal(table.columns["id"][left]) != np.arange(len(left))
+        has_taken_id = first_equal(table.columns["id"][undecided]) != np.arange(len(undecided))
         id_taken = np.zeros(len(table), dtype=bool)
-        id_taken[left] = has_taken_id
+        id_taken[undecided] = has_taken_id
         return Verdict(code, [EQUAL], instead, columns={ID_TAKEN: id_taken} if has_taken_id.any() else {})
 
 

@@ -181,11 +181,11 @@ def check_sum(name: str, kind: str, probes: Sequence[Probe], scores: ProbeScores
     # A reward for a style has no right answer. It must not be highest for an empty answer.
     best = max(scores.reference)
     empty = [_is_lower(best, score) for score in scores.empty]
-    kept = {check.name: check for check in checks}
+    by_name = {check.name: check for check in checks}
     checks = [
-        *(_with_floor(kept[shown], None) for shown in ("reference", "other", "prompt")),
+        *(_with_floor(by_name[shown], None) for shown in ("reference", "other", "prompt")),
         Check("empty", list(empty), lenient),
-        *(kept[deciding] for deciding in ("twice", "answer_matters")),
+        *(by_name[deciding] for deciding in ("twice", "answer_matters")),
     ]
     note = "does not depend on the row, so references are not compared with other answers"
     return Report(name, kind, probes, scores, _decisive(checks, len(probes)), [note])

@@ -248,11 +248,11 @@ class Dispatcher:
         """Put the reply into the queue when it comes. Cancelled calls belong to a server that was lost."""
         epoch = state.epoch
 
-        def on_done(done: Future[Reply]) -> None:
-            if done.cancelled():
+        def on_done(call: Future[Reply]) -> None:
+            if call.cancelled():
                 return
-            error = done.exception()
-            reply = done.result() if error is None else Reply(self.path, 0.0, error=error)
+            error = call.exception()
+            reply = call.result() if error is None else Reply(self.path, 0.0, error=error)
             self.replies.put(ServerReply(state, epoch, index, reply))
 
         future.add_done_callback(on_done)

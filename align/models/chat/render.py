@@ -52,12 +52,12 @@ def render_conversation(
     return _cut_after_turn(tokenizer, _apply(tokenizer, messages, tools), finished)
 
 
-def _cut_after_turn(tokenizer: Any, tokens: list[int], finished: bool) -> list[int]:
+def _cut_after_turn(tokenizer: Any, tokens: list[int], has_end: bool) -> list[int]:
     """Return the ids up to the end-of-turn token, which is included if the answer is finished."""
     end = last_turn_end(tokens, tokenizer.eos_token_id)
     if end is None:  # the template does not close the turn, so the policy's eos token does
-        return [*tokens, tokenizer.eos_token_id] if finished else tokens
-    return tokens[: end + 1] if finished else tokens[:end]
+        return [*tokens, tokenizer.eos_token_id] if has_end else tokens
+    return tokens[: end + 1] if has_end else tokens[:end]
 
 
 def render_answer(
@@ -276,14 +276,14 @@ def split_turns(
 ) -> list[tuple[list[int], list[int]]]:
     """Return ``split_turn`` of the turns at ``places`` in a row's prompt and answer, each after all before it."""
     messages = [*row["prompt"], *row[side]]
-    finished = is_finished(row, side)
+    has_end = is_finished(row, side)
     # Only the last turn can be cut off.
     return [
         split_turn(
             tokenizer,
             messages[:place],
             [messages[place]],
-            finished or place < len(messages) - 1,
+            has_end or place < len(messages) - 1,
             row.get("tools"),
         )
         for place in places

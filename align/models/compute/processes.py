@@ -191,8 +191,8 @@ def free_memory() -> int:
         return int(torch.cuda.mem_get_info()[0])
     import psutil
 
-    own = int(psutil.Process().memory_info().rss)
-    return min(int(psutil.virtual_memory().available), max(0, usable_memory() - own))
+    own_bytes = int(psutil.Process().memory_info().rss)
+    return min(int(psutil.virtual_memory().available), max(0, usable_memory() - own_bytes))
 
 
 def keep_freed_memory() -> None:
