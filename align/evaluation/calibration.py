@@ -253,7 +253,7 @@ def _counts(generator: np.random.Generator, n: int, size: int) -> Floats:
 def _correlations(first: Floats, second: Floats, counts: Floats) -> Floats:
     """Return (R,) rank correlations of ``first`` and ``second`` (N, K) in the resamples of ``counts`` (R, N)."""
     weights = np.repeat(counts, first.shape[1], axis=1)  # (R, N * K)
-    a, b = (_ranks(side.ravel(), weights) for side in (first, second))
+    a, b = (_resampled_ranks(side.ravel(), weights) for side in (first, second))
     total = weights.sum(axis=1, keepdims=True)
     # Pearson's correlation of the ranks, in which an item counts as often as it was drawn.
     a -= (a * weights).sum(axis=1, keepdims=True) / total
@@ -265,7 +265,23 @@ def _correlations(first: Floats, second: Floats, counts: Floats) -> Floats:
     return np.clip(correlations, -1, 1)
 
 
-def _ranks(values: Floats, weights: Floats) -> Floats:
+def ranks(values: Sequence[float]) -> list[float]:
+    """Return ranks from 0; equal values share their mean rank."""
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    mean_ranks = [0.0] * len(values)
+    start = 0
+    while start < len(order):
+        end = start
+        # Equal values from start to end share the mean of their ranks.
+        while end < len(order) and values[order[end]] == values[order[start]]:
+            end += 1
+        for index in order[start:end]:
+            mean_ranks[index] = (start + end - 1) / 2
+        start = end
+    return mean_ranks
+
+
+def _resampled_ranks(values: Floats, weights: Floats) -> Floats:
     """Return (R, M) mean ranks of ``values`` (M,) when each occurs ``weights`` (R, M) times."""
     # Equal values form a group; a group's mean rank is the middle of its members' positions.
     order = np.argsort(values, kind="stable")

@@ -15,6 +15,7 @@ from typing import Any
 from align.data.final_answers import AnswerText
 from align.data.rows import Row
 from align.data.scoring import WeightedSum
+from align.evaluation.calibration import ranks
 from align.verifiers.verdict import REASONS
 
 DISAGREEMENT = 0.5
@@ -158,22 +159,7 @@ def _scaled(scores: Sequence[float]) -> list[float]:
     return [(score - low) / (high - low) if high > low else 0.0 for score in scores]
 
 
-def _rank_correlation(ones: Sequence[float], others: Sequence[float]) -> float | None:
-    if len(set(ones)) < 2 or len(set(others)) < 2:
+def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    if len(set(first)) < 2 or len(set(second)) < 2:
         return None
-    return statistics.correlation(_ranks(ones), _ranks(others))
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Return the ranks of values; equal values have the mean of their ranks."""
-    order = sorted(range(len(values)), key=lambda index: values[index])
-    ranks = [0.0] * len(values)
-    start = 0
-    while start < len(order):
-        end = start
-        while end + 1 < len(order) and values[order[end + 1]] == values[order[start]]:
-            end += 1
-        for place in range(start, end + 1):
-            ranks[order[place]] = (start + end) / 2
-        start = end + 1
-    return ranks
+    return statistics.correlation(ranks(first), ranks(second))

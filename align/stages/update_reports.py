@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from align.config.stages.rl import RolloutFields
 from align.pipeline.context import StageContext
+from align.training.progress import ReportLogs
 
 
 def validation_split(config: RolloutFields) -> str:
@@ -15,7 +17,7 @@ def validation_split(config: RolloutFields) -> str:
     return "test" if config.keep == "last" else "validation"
 
 
-class ReportUpdates(TrainerCallback):
+class ReportUpdates(ReportLogs):
     """Reports one point of the curves and one progress event per update."""
 
     def __init__(self, context: StageContext) -> None:
@@ -28,21 +30,12 @@ class ReportUpdates(TrainerCallback):
         if not state.is_world_process_zero:
             return
         config: RolloutFields = self.context.config
-        done = state.global_step // config.steps_per_update
+        finished_updates = state.global_step // config.steps_per_update
         tokens = [int(entry["tokens"]) for entry in state.log_history if "tokens" in entry]
-        self.context.progress(done, config.updates, unit="updates", tokens=tokens[-1] if tokens else 0)
+        self.context.progress(finished_updates, config.updates, unit="updates", tokens=tokens[-1] if tokens else 0)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def report(self, args: TrainingArguments, state: TrainerState, logs: Mapping[str, float]) -> None:
         """Report ``logs``: it has ``score`` after an update, ``eval_kl`` after a validation, else run totals."""
-        if not state.is_world_process_zero or not logs:
-            return
         if "eval_kl" in logs:
             split = validation_split(self.context.config)
             metrics = {name.replace("eval", split, 1): float(value) for name, value in logs.items() if "eval_" in name}

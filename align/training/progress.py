@@ -22,7 +22,27 @@ def report_scores(context: StageContext, step: int, scores: Mapping[str, float])
     context.log(step, **{names[name]: value for name, value in scores.items()})
 
 
-class ReportProgress(TrainerCallback):
+class ReportLogs(TrainerCallback):
+    """Passes what the trainer logs to ``report``, in the first of its processes."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Report ``logs``, unless it is empty."""
+        if state.is_world_process_zero and logs:
+            self.report(args, state, logs)
+
+    def report(self, args: TrainingArguments, state: TrainerState, logs: Mapping[str, float]) -> None:
+        """Report the values of a step, an evaluation or the entire run."""
+        raise NotImplementedError
+
+
+class ReportProgress(ReportLogs):
     """Logs progress and a point of the curves per optimizer step; a loss that is not finite stops the stage.
 
     ``held_out`` scores the held-out rows (``align.training.held_out``) every ``eval_steps`` steps. ``scores_last`` does
@@ -47,16 +67,9 @@ class ReportProgress(TrainerCallback):
         if state.is_world_process_zero:
             self.context.progress(state.global_step, state.max_steps, tokens=int(state.num_input_tokens_seen))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def report(self, args: TrainingArguments, state: TrainerState, logs: Mapping[str, float]) -> None:
         """Report a step; ``logs`` has ``loss`` after a step, and only totals of the run at its end."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if "loss" not in logs:
             return
         loss = float(logs["loss"])
         self.context.log(state.global_step, **{name: float(v) for name, v in logs.items() if name not in HIDDEN})

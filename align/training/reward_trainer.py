@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from trl.trainer.reward_trainer import RewardTrainer
 
+from align.evaluation.calibration import ranks
 from align.models.reward import Aggregate, combine_steps
 from align.training.held_out import pair_accuracy, row_batches, scoring
 from align.training.rows import Encoded, pad_right
@@ -184,22 +185,6 @@ def correlation(first: Sequence[float], second: Sequence[float]) -> float:
     b = b - b.mean()
     norm = float(a.norm() * b.norm())
     return float(a @ b) / norm if norm > 0 else 0.0
-
-
-def ranks(values: Sequence[float]) -> list[float]:
-    """Return ranks from 0; equal values share their mean rank."""
-    order = sorted(range(len(values)), key=lambda index: values[index])
-    ranks = [0.0] * len(values)
-    start = 0
-    while start < len(order):
-        end = start
-        # Equal values from start to end share the mean of their ranks.
-        while end < len(order) and values[order[end]] == values[order[start]]:
-            end += 1
-        for index in order[start:end]:
-            ranks[index] = (start + end - 1) / 2
-        start = end
-    return ranks
 
 
 def _loss(trainer: Any, scores: Sequence[float], targets: Sequence[float]) -> float:

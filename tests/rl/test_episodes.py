@@ -8,21 +8,17 @@ import pytest
 import torch
 
 from align.config.environment import EnvironmentConfig
-from align.config.tuning import LoraTuning
 from align.environments.player import EnvironmentPlayer
 from align.environments.sources import open_environment
 from align.errors import UserError
 from align.inference.sessions import LockstepSession
-from align.models.loading import load_policy, load_tokenizer
-from align.rl import GrpoConfig, GRPOTrainer, PpoConfig, PPOTrainer
+from align.models.loading import load_tokenizer
 from align.rl.checkpoint import last_checkpoint
 from tests.support.environments.buttons import FORMAT, make_presser
-from tests.support.rl.arguments import settings
 from tests.support.rl.runs import Killed, outcome
-from tests.support.rl.trainers import make_engine, options_in
+from tests.support.rl.trainers import EPISODE_METHODS, make_episode_trainer, rollouts_of
 
 ROWS = [{"id": str(i), "prompt": [{"role": "user", "content": "go"}]} for i in range(8)]
-TRAINERS = {"ppo": (PPOTrainer, PpoConfig), "grpo": (GRPOTrainer, GrpoConfig)}
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +42,10 @@ def make_trainer(presser, tmp_path):
             }
             | dict(environment)
         )
-        tokenizer = load_tokenizer(presser)
-        player = EnvironmentPlayer(config, open_environment(config), tokenizer, 64, "test")
+        player = EnvironmentPlayer(config, open_environment(config), load_tokenizer(presser), 64, "test")
         players.append(player)
-        trainer_class, config_class = TRAINERS[kind]
-        options = options_in(folder or tmp_path) | {"rollout_batch": 16, "samples_per_prompt": 4, "max_tokens": 60}
-        options |= {"per_device_train_batch_size": 4, "tuning": LoraTuning(rank=4, alpha=8)}
-        torch.manual_seed(0)
-        return trainer_class(
-            model=load_policy(presser),
-            **settings(config_class, **(options | fields)),
-            train_dataset=ROWS,
-            processing_class=tokenizer,
-            scorer=None,
-            engine=make_engine(presser),
-            episodes=player,
-        )
+        fields = {"max_tokens": 60} | fields
+        return make_episode_trainer(presser, kind, player, ROWS, folder or tmp_path, **fields)
 
     yield make
     for player in players:
@@ -72,14 +56,10 @@ def history(trainer):
     return [entry for entry in trainer.state.log_history if "score" in entry]
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", EPISODE_METHODS)
 def test_an_update_learns_from_the_policys_own_tokens_alone(make_trainer, kind):
     trainer = make_trainer(kind, updates=1)
-    rollouts = []
-    compute = trainer.compute_advantages
-    trainer.compute_advantages = lambda rollout: rollouts.append(rollout) or compute(rollout)
-    trainer.train()
-    (rollout,) = rollouts
+    (rollout,) = rollouts_of(trainer)
     mask, episodes = rollout.tensors["response_mask"], rollout.episodes
     assert any(len(episode.turns) > 1 for episode in episodes)
     for row, episode in enumerate(episodes):
@@ -97,7 +77,7 @@ def test_an_update_learns_from_the_policys_own_tokens_alone(make_trainer, kind):
     assert entry["length"] == pytest.approx(mask.sum().item() / 16)
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", EPISODE_METHODS)
 def test_it_learns_which_button_pays(make_trainer, kind):
     trainer = make_trainer(kind, updates=10, rollout_batch=32, learning_rate=5e-3, kl_coef=0.02)
     trainer.train()
@@ -160,7 +140,7 @@ def test_a_run_from_the_start_reads_no_episodes_of_an_older_run(make_trainer, tm
 
 
 @pytest.mark.parametrize("environment", ["Buttons", "SavedButtons"])
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", EPISODE_METHODS)
 def test_a_kill_in_the_middle_of_an_episode_changes_nothing(make_trainer, tmp_path, monkeypatch, kind, environment):
     fields = {"updates": 3, "save_strategy": "steps", "save_updates": 1}
     chosen = {"class": f"tests.support.environments.buttons:{environment}"}
@@ -195,7 +175,7 @@ def test_a_kill_in_the_middle_of_an_episode_changes_nothing(make_trainer, tmp_pa
         assert len((tmp_path / "log").read_text().splitlines()) == presses(logs)
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", EPISODE_METHODS)
 def test_episodes_that_all_fail_alike_end_the_run(make_trainer, kind):
     trainer = make_trainer(kind, {"class": "tests.support.environments.buttons:Broken"}, updates=3)
     with pytest.raises(UserError, match=r"update 1: all 16 episodes failed: .*no such machine"):

@@ -9,23 +9,19 @@ import torch
 
 from align.config.environment import EnvironmentConfig
 from align.config.runtime import EngineConfig, Runtime
-from align.config.tuning import LoraTuning
 from align.environments.player import EnvironmentPlayer
 from align.environments.simulated_user import UserAnswer
 from align.environments.sources import open_environment
 from align.environments.user_models import CheckpointUser
 from align.inference.sessions import LockstepSession
-from align.models.loading import load_policy, load_tokenizer
-from align.rl import GrpoConfig, GRPOTrainer, PpoConfig, PPOTrainer
+from align.models.loading import load_tokenizer
 from align.rl.checkpoint import last_checkpoint
 from tests.support.environments.buttons import FORMAT, make_presser
 from tests.support.environments.users import ScriptedUser
-from tests.support.rl.arguments import settings
 from tests.support.rl.runs import Killed, outcome
-from tests.support.rl.trainers import make_engine, options_in
+from tests.support.rl.trainers import EPISODE_METHODS, make_episode_trainer, rollouts_of
 
 ROWS = [{"id": str(i), "goal": "ab", "prompt": [{"role": "user", "content": "go"}]} for i in range(8)]
-TRAINERS = {"ppo": (PPOTrainer, PpoConfig), "grpo": (GRPOTrainer, GrpoConfig)}
 RUNTIME = Runtime(device="cpu", engine=EngineConfig(name="transformers"), threads=1)
 
 
@@ -51,39 +47,18 @@ def make_trainer(presser, tmp_path):
             }
             | dict(environment)
         )
-        tokenizer = load_tokenizer(presser)
         user = user or CheckpointUser(config.user, presser, RUNTIME, "float32", where="test")
-        player = EnvironmentPlayer(config, open_environment(config), tokenizer, 64, "test", user)
+        player = EnvironmentPlayer(config, open_environment(config), load_tokenizer(presser), 64, "test", user)
         players.append(player)
-        trainer_class, config_class = TRAINERS[kind]
-        options = options_in(folder or tmp_path) | {"rollout_batch": 16, "samples_per_prompt": 4, "max_tokens": 80}
-        options |= {"per_device_train_batch_size": 4, "tuning": LoraTuning(rank=4, alpha=8)}
-        torch.manual_seed(0)
-        return trainer_class(
-            model=load_policy(presser),
-            **settings(config_class, **(options | fields)),
-            train_dataset=ROWS,
-            processing_class=tokenizer,
-            scorer=None,
-            engine=make_engine(presser),
-            episodes=player,
-        )
+        fields = {"max_tokens": 80} | fields
+        return make_episode_trainer(presser, kind, player, ROWS, folder or tmp_path, **fields)
 
     yield make
     for player in players:
         player.close()
 
 
-def rollouts_of(trainer):
-    """Train, and return the rollouts that were learned from."""
-    rollouts = []
-    compute = trainer.compute_advantages
-    trainer.compute_advantages = lambda rollout: rollouts.append(rollout) or compute(rollout)
-    trainer.train()
-    return rollouts
-
-
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", EPISODE_METHODS)
 def test_what_the_user_says_is_read_and_never_learned(make_trainer, kind):
     (rollout,) = rollouts_of(make_trainer(kind, updates=1))
     mask, episodes = rollout.tensors["response_mask"], rollout.episodes
@@ -116,7 +91,7 @@ def test_hostile_words_of_a_user_end_no_turn(make_trainer, presser):
         assert observation.count(eos) == 1  # that of the user's own turn
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", EPISODE_METHODS)
 @pytest.mark.parametrize("moment", [3, 5])
 def test_a_kill_in_the_middle_of_a_conversation_changes_nothing(make_trainer, tmp_path, monkeypatch, kind, moment):
     fields = {"updates": 3, "save_strategy": "steps", "save_updates": 1}

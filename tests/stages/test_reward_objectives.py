@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from align.errors import UserError
+from align.evaluation.calibration import ranks
 from align.models.built_in import make_tiny_tokenizer
 from align.models.reward import RewardModel, Steps, combine_steps, tokenize_steps
 from align.pipeline.context import StageContext
 from align.stages.reward import run
 from align.store.artifacts import Kind
 from align.training.held_out import pair_accuracy
-from align.training.reward_trainer import NumberCollator, PairReward, correlation, disjoint_pairs, number_loss, ranks
+from align.training.reward_trainer import NumberCollator, PairReward, correlation, disjoint_pairs, number_loss
 from tests.support.stages.stage_contexts import reward_config, reward_stage
 from tests.support.training.harness import data_artifact, events, losses
 from tests.support.training.killed_stage import Killed, dying

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from align.config.tuning import LoraTuning
 from align.inference.transformers import TransformersEngine
+from align.models.loading import load_policy
 from align.rl import (
     BestOfNTrainer,
     GrpoConfig,
     GRPOTrainer,
     OnlineDpoConfig,
     OnlineDPOTrainer,
+    PpoConfig,
+    PPOTrainer,
     RejectionConfig,
     RlooConfig,
     RLOOTrainer,
 )
+from tests.support.rl.arguments import settings
 
 ROWS = [{"id": str(i), "prompt": [{"role": "user", "content": f"say {'abc' * i}"}]} for i in range(8)]
 
@@ -51,6 +56,35 @@ METHODS = {
     "online_dpo": (OnlineDPOTrainer, OnlineDpoConfig),
     "rejection": (BestOfNTrainer, RejectionConfig),
 }
+
+
+EPISODE_METHODS = {"ppo": (PPOTrainer, PpoConfig), "grpo": (GRPOTrainer, GrpoConfig)}
+
+
+def make_episode_trainer(model_dir, kind, player, rows, folder, **fields):
+    """Return a trainer of a few episodes an update, with LoRA on the model in ``model_dir``."""
+    trainer_class, config_class = EPISODE_METHODS[kind]
+    options = options_in(folder) | {"rollout_batch": 16, "samples_per_prompt": 4}
+    options |= {"per_device_train_batch_size": 4, "tuning": LoraTuning(rank=4, alpha=8)}
+    torch.manual_seed(0)
+    return trainer_class(
+        model=load_policy(model_dir),
+        **settings(config_class, **(options | fields)),
+        train_dataset=rows,
+        processing_class=player.tokenizer,
+        scorer=None,
+        engine=make_engine(model_dir),
+        episodes=player,
+    )
+
+
+def rollouts_of(trainer):
+    """Train, and return the rollouts that were learned from."""
+    rollouts = []
+    compute = trainer.compute_advantages
+    trainer.compute_advantages = lambda rollout: rollouts.append(rollout) or compute(rollout)
+    trainer.train()
+    return rollouts
 
 
 def updates(trainer):
