@@ -69,7 +69,7 @@ class SimulatedUserConfig(Config):
     """The user speaks first. The policy sees only the system messages of the row's prompt, or of the messages that
     ``reset`` returns."""
     max_tokens: int = Field(256, ge=1)
-    """Most tokens of an answer. One that is cut off there fails its episode."""
+    """Most tokens of an answer. An answer that is cut off there fails its episode."""
     temperature: float = Field(1.0, ge=0, le=5)
     """Sampling temperature of the user; 0 is greedy."""
     max_cost: float | None = Field(None, gt=0)

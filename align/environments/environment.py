@@ -259,6 +259,7 @@ def _check_hints(function: Callable[..., Any], where: str) -> None:
     except Exception as error:  # a name that does not exist, or is imported only for type checkers
         raise UserError(f"{where}: its type hints cannot be read ({type(error).__name__}: {error}).") from None
     parameters = list(inspect.signature(function).parameters.values())
+    # A method that is read from its class has the instance as its first parameter.
     if parameters and parameters[0].name in ("self", "cls") and parameters[0].annotation is inspect.Parameter.empty:
         parameters = parameters[1:]
     for parameter in parameters:

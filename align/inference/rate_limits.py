@@ -55,6 +55,8 @@ class RequestLog:
             while True:
                 with self._lock:
                     seconds = POLL_SECONDS
+                    # Requests go in the order in which they came. Otherwise small ones could overtake a large one for
+                    # ever.
                     if self._waiting[0] is turn:
                         seconds = self._seconds_left(tokens, requests_limit, tokens_limit)
                     if seconds == 0.0:

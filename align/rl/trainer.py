@@ -118,7 +118,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:  # type: ignore[override]
         """Train, validate the last policy, and restore the best policy if ``keep`` says so.
 
-        ``resume_from_checkpoint`` is a checkpoint's folder, or True for the newest one in ``output_dir``.
+        ``resume_from_checkpoint`` is a checkpoint's folder, or True for the newest checkpoint in ``output_dir``.
         """
         config = self.config
         run.begin(self, resume_from_checkpoint)

@@ -33,6 +33,8 @@ def zero_options(options: DeepspeedConfig, on_gpu: bool, bfloat16: bool) -> dict
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "zero_optimization": zero,
+        # The optimizer is torch's, as without DeepSpeed, which would otherwise refuse it, or replace it when
+        # offloading.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,

@@ -121,6 +121,8 @@ def _find_blocks(answer: str) -> Iterator[tuple[str, str]]:
     end = 0
     while (opening := _OPENING.search(answer, end)) is not None:
         language = opening["language"].lower()
+        # A list or a quotation puts signs before a fence. After other text, a fence without Python's name only ends a
+        # code span.
         before = answer[answer.rfind("\n", 0, opening.start()) + 1 : opening.start()]
         if before.strip(_ITEM_SIGNS) and language not in PYTHON:  # the end of code inside a line
             end = opening.end()
@@ -184,6 +186,7 @@ def _verify_asserts(program: str, tests: ProgramTests, sandbox: Sandbox, limits:
 def _run_asserts(program: str, tests: ProgramTests, sandbox: Sandbox, limits: Limits, count: int) -> Verdict:
     """Run the tests with ``count`` processes of the program. Raises ``SeparateObjects``."""
     with ExitStack() as stack:
+        # 1. Load the program in each of its processes.
         solutions = [stack.enter_context(sandbox.start("serve", limits)) for _ in range(count)]
         grader = stack.enter_context(sandbox.start("grade", limits))
         names: list[str] = []
@@ -194,8 +197,11 @@ def _run_asserts(program: str, tests: ProgramTests, sandbox: Sandbox, limits: Li
                 return _failure(solution)
             if "names" not in loaded:
                 return Verdict(0.0, UNPARSABLE if loaded.get("error") in SYNTAX_ERRORS else CRASHED)
+            # A process of the program has sent this, so its content is not trusted.
             names = [name for name in loaded["names"] if isinstance(name, str)]
+        # 2. Start the tests in a process that has none of the program's objects.
         grader.begin({"tests": tests.asserts, "setup": tests.setup, "entry_point": tests.entry_point, "names": names})
+        # 3. Carry calls and results until the tests have a verdict. The number bounds tests that call without end.
         replicas = Replicas(solutions)
         for _ in range(MOST_MESSAGES):
             message = grader.receive()

@@ -52,6 +52,7 @@ def verify(reference: Any, text: str) -> Verdict:
     pieces = _find_answers(answer_text(text) or "")
     if not pieces:
         return Verdict(0.0, NO_ANSWER)
+    # An answer in a box and another behind ``####`` must both be right, or it would be a choice of two.
     verdicts = [_compare(gold_text, piece) for piece in pieces]
     return next((verdict for verdict in verdicts if verdict.score < 1), verdicts[0])
 
@@ -88,6 +89,7 @@ def _is_computation(gold: Any, gold_text: str, parsed: Any, piece: str) -> bool:
         return _has_symbols_below(answer) and not _has_symbols_below(gold)
     if _FUNCTION.search(piece) or not _is_value(answer):
         return True
+    # ``10/2`` is left to compute if the reference is a whole number.
     return bool(getattr(gold, "is_Integer", False)) and _QUOTIENT.search(piece) is not None
 
 
@@ -115,15 +117,18 @@ def _find_answers(answer: str) -> list[str]:
     answer = _TAG.sub(" ", answer)
     boxes = {_unwrap(box.strip()) for box in _boxes(answer)}
     marks = {match[1].strip() for match in _MARK.finditer(answer)}
+    # 1. Places that are marked as the answer count before any others.
     if boxes or marks:
         places = sorted(boxes) + sorted(marks)
         is_single = len(boxes) <= 1 and len(marks) <= 1 and not any(_BOX.search(box) for box in boxes)
         return [_inner(_unwrap(place)) for place in places] if is_single and all(places) else []
+    # 2. Otherwise the last line that states an answer counts, or a text of a single line.
     lines = [line for line in answer.splitlines() if line.strip()]
     stated = [(index, _inner(match[1])) for index, line in enumerate(lines) for match in _ANSWER.finditer(line)]
     if not stated:
         return [_inner(answer)] if len(lines) == 1 else []
     last, place = stated[-1]
+    # The line before must not state another answer.
     before = dict(stated[:-1]).get(last - 1, place)
     return [place] if place and place == before else []
 

@@ -38,10 +38,12 @@ GUARD = """
 import os, shutil, signal, subprocess, sys, time
 parent, folders, grace = int(sys.argv[1]), sys.argv[2].split(os.pathsep), float(sys.argv[3])
 stopping = []
+# 1. Wait until the server has ended, the run that started it is gone, or the run asks for the end.
 signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
 server = subprocess.Popen(sys.argv[4:])
 while server.poll() is None and os.getppid() == parent and not stopping:
     time.sleep(0.1)
+# 2. End the server in order, then all that it has left in this process group.
 if server.poll() is None:
     server.terminate()
     try:
@@ -49,11 +51,13 @@ if server.poll() is None:
     except subprocess.TimeoutExpired:
         pass
 os.killpg(0, signal.SIGTERM)
+# 3. A run that is gone cannot kill what remains, nor remove the folders.
 if os.getppid() != parent:
     time.sleep(1)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
+# 4. Pass the exit code on, a signal as shells write it.
 code = server.poll()
 if code is None:
     sys.exit(1)

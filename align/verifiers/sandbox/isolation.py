@@ -159,7 +159,7 @@ def bubblewrap() -> list[str]:
             arguments += ["--ro-bind", name, name]
     for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
         arguments += ["--dev-bind", device, device]
-    # bubblewrap's root is a file system in memory. Nobody may write to it once all mounts are made.
+    # bubblewrap's root is a file system in memory. A program must not fill it.
     return [*arguments, "--remount-ro", "/"]
 
 

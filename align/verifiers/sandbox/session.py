@@ -37,7 +37,7 @@ class Session:
         assert process.stdin is not None and process.stdout is not None
         self._input = process.stdin.fileno()
         self._output = process.stdout.fileno()
-        # A program that reads nothing must not block this process. ``send`` waits until the deadline at most.
+        # A program that does not read must not block this process. ``send`` waits until the deadline at most.
         os.set_blocking(self._input, False)
 
     def begin(self, work: dict[str, Any]) -> None:
