@@ -94,13 +94,13 @@ def _min_hashes(hashes: np.ndarray, begins: np.ndarray, permutations: int) -> np
     return (least >> np.uint32(24)).astype(np.uint8).T
 
 
-def estimate(signature: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def estimate(signature: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return (P,) float64: the estimated Jaccard similarity of pairs of rows (P,); unbiased, so it may be below 0.
 
     ``signature`` is (N, K) uint8.
     """
     # Subtract the agreement that unequal hashes have by chance, then stretch so 1 stays 1.
-    agreement: np.ndarray = (signature[left] == signature[right]).mean(axis=1)
+    agreement: np.ndarray = (signature[first] == signature[second]).mean(axis=1)
     return (agreement - _CHANCE) / (1 - _CHANCE)
 
 
@@ -165,7 +165,7 @@ def find_clusters(
     bands = choose_bands(threshold, signature.shape[1], recall)
     search = _Search(signature, bands, label, np.flatnonzero(label == np.arange(len(label))))
     if read is None:
-        search.join(lambda left, right, estimated: estimated >= threshold)
+        search.join(lambda first, second, estimated: estimated >= threshold)
         return Clusters(label, search.compared, 0, search.left_out)
     # First search: join certain pairs and collect the uncertain ones. Then the shingles of their rows decide.
     # At a threshold of 1 the standard error is 0 and no pair would be uncertain, so it is taken at 0.95 at most.
@@ -176,10 +176,10 @@ def find_clusters(
     if exact.count:
         exact.sets = read(np.flatnonzero(exact.is_uncertain))
         if exact.count <= STORED_PAIRS:
-            left, right = exact.collected_pairs()
+            first, second = exact.collected_pairs()
             # Estimates were not stored. ``possible`` stands in for all of them, so shingles decide on every pair.
-            similar = exact.decide(left, right, np.full(len(left), exact.possible))
-            join(label, left[similar], right[similar])
+            similar = exact.decide(first, second, np.full(len(first), exact.possible))
+            join(label, first[similar], second[similar])
         else:
             search.join(exact.decide)  # too many pairs to store, so search the buckets again
     return Clusters(label, compared, exact.compared, left_out)
@@ -201,30 +201,30 @@ class _ExactDecision:
         self.sets: Sets | None = None
         self._pairs: list[np.ndarray] = []
 
-    def collect(self, left: np.ndarray, right: np.ndarray, estimated: np.ndarray) -> np.ndarray:
-        """Return (P,) bool, True for certain pairs, and store the uncertain ones as left * N + right."""
+    def collect(self, first: np.ndarray, second: np.ndarray, estimated: np.ndarray) -> np.ndarray:
+        """Return (P,) bool, True for certain pairs, and store the uncertain ones as first * N + second."""
         # Above ``sure`` only the estimate decides, below ``possible`` the pair is out; in between, shingles decide.
         between = (estimated >= self.possible) & (estimated < self.sure)
-        self.is_uncertain[left[between]] = True
-        self.is_uncertain[right[between]] = True
+        self.is_uncertain[first[between]] = True
+        self.is_uncertain[second[between]] = True
         self.count += int(between.sum())
         if self.count <= STORED_PAIRS:
             # One number per pair, so duplicates from several bands go with ``np.unique``.
-            self._pairs.append(left[between] * len(self.is_uncertain) + right[between])
+            self._pairs.append(first[between] * len(self.is_uncertain) + second[between])
         return estimated >= self.sure
 
     def collected_pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the stored pairs (P,), each once, since most of them share several bands."""
-        left, right = np.divmod(np.unique(np.concatenate(self._pairs)), len(self.is_uncertain))
-        return left, right
+        first, second = np.divmod(np.unique(np.concatenate(self._pairs)), len(self.is_uncertain))
+        return first, second
 
-    def decide(self, left: np.ndarray, right: np.ndarray, estimated: np.ndarray) -> np.ndarray:
+    def decide(self, first: np.ndarray, second: np.ndarray, estimated: np.ndarray) -> np.ndarray:
         """Return (P,) bool, True for similar pairs; shingles decide on the uncertain ones."""
         assert self.sets is not None
         similar: np.ndarray = estimated >= self.sure
         between = np.flatnonzero((estimated >= self.possible) & ~similar)
         self.compared += len(between)
-        similar[between] = self.sets.jaccard(left[between], right[between]) >= self.threshold
+        similar[between] = self.sets.jaccard(first[between], second[between]) >= self.threshold
         return similar
 
 
@@ -250,14 +250,14 @@ class _Search:
             order, bucket = self._buckets(band)
             self.left_out += _beyond_window(bucket)
             similar_pairs = []
-            for left, right in _neighbors(order, bucket):
+            for first, second in _neighbors(order, bucket):
                 # Pairs that an earlier band has put into one cluster need no comparison.
-                apart = self.label[left] != self.label[right]
-                left = left[apart]
-                right = right[apart]
-                self.compared += len(left)
-                similar = judge(left, right, estimate(self.signature, left, right))
-                similar_pairs.append(np.stack([left[similar], right[similar]]))
+                apart = self.label[first] != self.label[second]
+                first = first[apart]
+                second = second[apart]
+                self.compared += len(first)
+                similar = judge(first, second, estimate(self.signature, first, second))
+                similar_pairs.append(np.stack([first[similar], second[similar]]))
             # Join after each band, so later bands skip pairs that are in one cluster by now.
             if similar_pairs:
                 join(self.label, *np.concatenate(similar_pairs, axis=1))
@@ -301,12 +301,12 @@ def _neighbors(order: np.ndarray, bucket: np.ndarray) -> Iterator[tuple[np.ndarr
     """Yield pairs of rows of one bucket at most ``WINDOW`` places apart, in groups."""
     for begin in range(0, len(order), _PAIRS):
         for distance in range(1, WINDOW + 1):
-            left = np.arange(begin, min(begin + _PAIRS, len(order) - distance))
-            left = left[bucket[left] == bucket[left + distance]]
-            if not len(left):
+            places = np.arange(begin, min(begin + _PAIRS, len(order) - distance))
+            places = places[bucket[places] == bucket[places + distance]]
+            if not len(places):
                 # No pair at this distance, so none at a larger distance: buckets are contiguous.
                 break
-            yield order[left], order[left + distance]
+            yield order[places], order[places + distance]
 
 
 def standard_error(threshold: float, permutations: int) -> float:
@@ -352,19 +352,19 @@ def check_part(part: ComparedPart, kind: str, step: str) -> None:
         raise UserError(f"{step}: 'of: {part}' in a recipe of kind texts, whose rows have no turns; write 'of: row'.")
 
 
-def join(label: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+def join(label: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
     """Give rows that pairs connect one label, the least. ``label`` always points to the first row of each cluster.
 
-    ``label`` (N,) is changed in place; ``left`` and ``right`` (P,) are the rows of each pair.
+    ``label`` (N,) is changed in place; ``first`` and ``second`` (P,) are the rows of each pair.
     """
     while True:
         # Union-find over arrays: hook roots onto smaller ones, compress paths, and repeat with the pairs still apart.
-        ends = np.sort(np.stack([label[left], label[right]]), axis=0)
+        ends = np.sort(np.stack([label[first], label[second]]), axis=0)
         apart = ends[0] != ends[1]
         if not apart.any():
             return
-        left = left[apart]
-        right = right[apart]
+        first = first[apart]
+        second = second[apart]
         # Point the later cluster at the earlier one, then follow the pointers until every row points at a first row.
         np.minimum.at(label, ends[1][apart], ends[0][apart])
         while not np.array_equal(target := label[label], label):

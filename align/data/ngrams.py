@@ -323,30 +323,30 @@ class Sets:
     offsets: np.ndarray
     """(R + 1,) int64: first shingle of each row."""
 
-    def jaccard(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    def jaccard(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Return (P,) float64: the exact Jaccard similarity of pairs of rows, given by number (P,)."""
-        left = np.searchsorted(self.rows, left)
-        right = np.searchsorted(self.rows, right)
+        first = np.searchsorted(self.rows, first)
+        second = np.searchsorted(self.rows, second)
         sizes = np.diff(self.offsets)
-        both = sizes[left] + sizes[right]
-        similarity = np.empty(len(left))
+        both = sizes[first] + sizes[second]
+        similarity = np.empty(len(first))
         # Pairs are compared in groups with about ``_ELEMENTS`` shingles each.
         ends = np.searchsorted(np.cumsum(both), np.arange(_ELEMENTS, both.sum() + _ELEMENTS, _ELEMENTS), side="right")
         begin = 0
-        for end in [*(ends + 1).tolist(), len(left)]:
-            span = slice(begin, min(end, len(left)))
-            shared = self._shared(left[span], right[span])
+        for end in [*(ends + 1).tolist(), len(first)]:
+            span = slice(begin, min(end, len(first)))
+            shared = self._shared(first[span], second[span])
             similarity[span] = shared / (both[span] - shared)
             begin = span.stop
         return similarity
 
-    def _shared(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    def _shared(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Return (P,) int64: the number of common shingles of pairs of places."""
         # A shingle that both rows of a pair have occurs twice under the pair's number.
-        keys = np.concatenate([self._keys(left), self._keys(right)])
+        keys = np.concatenate([self._keys(first), self._keys(second)])
         keys.sort(kind="stable")  # merges the two runs, each of which ascends
         common = keys[1:][keys[1:] == keys[:-1]]
-        counts: np.ndarray = np.bincount((common >> np.uint64(32)).astype(np.int64), minlength=len(left))
+        counts: np.ndarray = np.bincount((common >> np.uint64(32)).astype(np.int64), minlength=len(first))
         return counts
 
     def _keys(self, places: np.ndarray) -> np.ndarray:

@@ -207,21 +207,23 @@ def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
 
 
-def _starts_pair(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def _starts_pair(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return (H,) bool: True for the first entry of each pair among sorted ones."""
-    is_first = np.ones(len(left), dtype=bool)
-    is_first[1:] = (left[1:] != left[:-1]) | (right[1:] != right[:-1])
+    is_first = np.ones(len(first), dtype=bool)
+    is_first[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
     return is_first
 
 
-def best_of_pairs(left: np.ndarray, right: np.ndarray, amount: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def best_of_pairs(
+    first: np.ndarray, second: np.ndarray, amount: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return each pair once, in order, with the largest of its amounts; all (H,)."""
-    order = np.lexsort((-amount, right, left))
-    left = left[order]
-    right = right[order]
+    order = np.lexsort((-amount, second, first))
+    first = first[order]
+    second = second[order]
     amount = amount[order]
-    best = _starts_pair(left, right)
-    return left[best], right[best], amount[best]
+    best = _starts_pair(first, second)
+    return first[best], second[best], amount[best]
 
 
 def _find_matches(sorted_hashes: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
