@@ -6,29 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from align.cli.main import main
-from align.config.tuning import LoraTuning
-from align.models.loading import load_policy, load_tokenizer
-from align.models.tuning.apply import apply_tuning, save_tuned
 from tests.support import toy
 from tests.support.cli.example_store import LICENSES, ExampleStore, make_store
+from tests.support.models.adapters import write_trained
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """``model/`` and ``adapter/`` of a training stage; the adapter's config names the folder of the base."""
-    folder = tmp_path_factory.mktemp("trained")
-    model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4, alpha=8), seed=1)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight += 0.2 * torch.randn(weight.shape, generator=generator)
-    save_tuned(model, load_tokenizer(tiny_model), folder / "model")
-    return folder
+    return write_trained(tiny_model, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture

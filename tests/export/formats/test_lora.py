@@ -11,13 +11,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-from align.config.tuning import LoraTuning
 from align.errors import UserError
 from align.export.export import Source
 from align.export.formats.lora import allowed_rank, bare_adapter, check_lora, require_adapter, write_lora
 from align.models.checkpoints.files import ADAPTER_CONFIG
-from align.models.loading import load_policy, load_tokenizer
-from align.models.tuning.apply import apply_tuning, save_tuned
+from align.models.loading import load_policy
+from tests.support.models.adapters import write_trained
 
 IDS = torch.tensor([[1, 40, 41, 42, 2, 1, 50, 60, 70, 80]])
 
@@ -31,15 +30,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A stage's result: ``model/``, merged, and ``adapter/`` next to it."""
-    folder = tmp_path_factory.mktemp("trained")
-    model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4, alpha=8), seed=1)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    save_tuned(model, load_tokenizer(tiny_model), folder / "model")
-    return folder
+    return write_trained(tiny_model, tmp_path_factory.mktemp("trained"), spread=0.1)
 
 
 def test_peft_adds_the_exported_adapter_to_its_base(trained: Path, tiny_model: Path, tmp_path: Path) -> None:

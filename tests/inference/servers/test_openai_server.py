@@ -16,11 +16,10 @@ import psutil
 import pytest
 import torch
 
-from align.config.tuning import LoraTuning
 from align.errors import StageFailed, UserError
 from align.inference.servers.openai_server import OpenAiServer, ServedModel
 from align.models.loading import load_policy, load_tokenizer
-from align.models.tuning.apply import apply_tuning, save_tuned
+from tests.support.models.adapters import write_trained
 
 pytestmark = pytest.mark.slow
 TALK = [{"role": "user", "content": "List three colors."}]
@@ -29,15 +28,7 @@ SECONDS = 480.0
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4, alpha=8), seed=1)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight += 0.2 * torch.randn(weight.shape, generator=generator)
-    save_tuned(model, load_tokenizer(tiny_model), folder / "model")
-    return folder
+    return write_trained(tiny_model, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="module")

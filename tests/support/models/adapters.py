@@ -1,4 +1,4 @@
-"""Adapters as trl's users bring them: trained a few steps by trl's own trainer on a base in a folder."""
+"""LoRA adapters on a base in a folder: trained by trl's own trainer, or with random weights as a stage saves them."""
 
 from __future__ import annotations
 
@@ -46,4 +46,25 @@ def train_adapter(base: Path, folder: Path, tokenizer: Any = None, resized: bool
         trainer.model.get_base_model().lm_head.bias = None
     trainer.train()
     trainer.save_model(str(folder))
+    return folder
+
+
+def write_trained(base: Path, folder: Path, spread: float = 0.2) -> Path:
+    """Write ``model/`` and ``adapter/`` of a training stage, with random LoRA weights on ``base``; return ``folder``.
+
+    ``spread`` is the standard deviation of the weights that are zero at the beginning of a training.
+    """
+    import torch
+
+    from align.config.tuning import LoraTuning
+    from align.models.loading import load_policy, load_tokenizer
+    from align.models.tuning.apply import apply_tuning, save_tuned
+
+    model = apply_tuning(load_policy(base), LoraTuning(rank=4, alpha=8), seed=1)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight += spread * torch.randn(weight.shape, generator=generator)
+    save_tuned(model, load_tokenizer(base), folder / "model")
     return folder
