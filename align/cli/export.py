@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     _refuse_output(output)
     check_source(chosen.source)
     card_facts = _card_facts(options, chosen, output)
-    format_options = check_format(options, chosen.source, card_facts["name"], merged)
+    format_options = check_format(options, chosen.source, card_facts, merged)
     if chosen.note:
         log(f"note: {chosen.note}")
     # Everything is written and checked in a folder next to the output, which then replaces it in one rename.

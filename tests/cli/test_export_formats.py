@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from align.cli.main import main
 from align.export import verify
 from align.export.formats.gguf_tensors import encode
 from tests.support.cli.example_store import ExampleStore
+from tests.support.data.sample_build import row, write_build
+from tests.support.fake_llmcompressor import write_interpreter
 from tests.support.fork_server import Forking
 from tests.support.models.families import write_family
 
@@ -80,6 +83,9 @@ def test_damaged_file_fails_and_leaves_no_folder(
         (("--text", "x.txt"), "--text goes with a format whose weights are rounded"),
         (("--format", "gguf", "--text", "nowhere.txt"), "--text nowhere.txt: no such file"),
         (("--format", "gguf", "--gguf-type", "q4_k", "--llama-quantize", "nothing"), "nothing is not a program."),
+        (("--format", "fp8", "--llmcompressor", "python"), "--llmcompressor goes with --format gptq or awq."),
+        (("--format", "awq"), "--format awq needs an interpreter with llm-compressor."),
+        (("--format", "gptq", "--calibration-rows", "0"), "--calibration-rows 0: must be at least 1."),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
@@ -122,6 +128,39 @@ def test_program_that_fails_is_quoted(
     words = ("--format", "gguf", "--gguf-type", "q4_k", "--llama-quantize", named)
     assert export("22222222", *words) == 1
     assert "failed (exit code 3): no such type" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else find_spec(name, *more)
+    )
+
+
+@pytest.mark.usefixtures("no_vllm")
+def test_awq_is_calibrated_with_the_training_data(
+    example: ExampleStore, export: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--format", "awq", "--llmcompressor", write_interpreter(tmp_path / "python"), "--json")
+    assert export("22222222", *words, check=True) == 0
+    summary = json.loads(capsys.readouterr().out)
+    reading = summary["cost"]["readings"][0]
+    assert summary["format"] == summary["dtype"] == "awq" and 0 < reading["kl"] < 0.5
+    assert summary["cost"]["bytes"] < summary["cost"]["plain_bytes"]
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "4-bit weights in groups of 64, rounded by AWQ in llm-compressor 0.14.0 with 2 rows" in text
+    assert "of data." in text and "Not checked: vLLM is not installed." in text
+
+
+def test_calibration_rows_come_from_the_named_build(
+    example: ExampleStore, export: Callable[..., int], tmp_path: Path
+) -> None:
+    build = write_build(tmp_path / "mine", [row("a", "b"), row("c", "d"), row("e", "f")], [])
+    words = ("--format", "gptq", "--llmcompressor", write_interpreter(tmp_path / "python"), "--group-size", "32")
+    assert export("22222222", *words, "--calibration", str(build), "--calibration-rows", "2") == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "in groups of 32, rounded by GPTQ in llm-compressor 0.14.0 with 2 rows" in text and "of mine." in text
 
 
 def test_perplexity_is_that_of_the_named_text(

@@ -42,7 +42,7 @@ SCHEMES: dict[CompressedFormat, Scheme] = {
 }
 
 
-def check_compressed_source(source: Source, name: CompressedFormat) -> None:
+def check_compressed_source(source: Source, name: str) -> None:
     """Raise ``UserError`` for a checkpoint that a format cannot hold, before its weights are read."""
     from align.models.pretrained import open_config
 
