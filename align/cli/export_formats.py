@@ -48,6 +48,8 @@ class FormatOptions:
     """Path of llama-quantize."""
     text: Path | None = None
     is_checked: bool = True
+    task_items: int = 0
+    """Instructions that checkpoint and export answer for a task score."""
     merged: Path | None = None
     """For ``lora``: the checkpoint with the adapter merged in."""
     base_name: str = ""
@@ -68,6 +70,9 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration-rows", type=int, metavar="N", help="number of these rows (default: 128)")
     parser.add_argument("--group-size", type=int, metavar="N", help="numbers with one scale in gptq and awq")
     parser.add_argument("--text", metavar="FILE", help="text whose perplexity is measured, before and after")
+    parser.add_argument(
+        "--task-items", type=int, metavar="N", help="instructions that both answer for a task score (default: 100)"
+    )
 
 
 def check_format(
@@ -82,8 +87,11 @@ def check_format(
     for word, formats in OPTIONS.items():
         if getattr(options, word) is not None and options.format not in formats:
             raise UserError(f"--{word.replace('_', '-')} goes with --format {' or '.join(formats)}.")
-    if options.format in ("transformers", "lora") and options.text is not None:
-        raise UserError("--text goes with a format whose weights are rounded, like --format gguf.")
+    for word in ("text", "task_items"):
+        if options.format in ("transformers", "lora") and getattr(options, word) is not None:
+            raise UserError(
+                f"--{word.replace('_', '-')} goes with a format whose weights are rounded, like --format gguf."
+            )
     if options.format == "transformers":
         return None
     if options.dtype is not None:
@@ -91,6 +99,7 @@ def check_format(
     from align.export.formats.calibrated import CALIBRATED_FORMATS
     from align.export.formats.compressed import COMPRESSED_FORMATS, check_compressed_source
     from align.export.formats.gguf_export import check_gguf_source, find_quantizer
+    from align.export.task_score import ITEMS
 
     # The name becomes a file's name.
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", card_facts["name"]).strip("-.") or "model"
@@ -99,6 +108,9 @@ def check_format(
         return replace(checked, merged=merged)
     if options.text is not None:
         checked = replace(checked, text=_text_file(options.text))
+    checked = replace(checked, task_items=ITEMS if options.task_items is None else options.task_items)
+    if checked.task_items < 0:
+        raise UserError(f"--task-items {options.task_items}: must be 0, for no task score, or more.")
     if options.format in COMPRESSED_FORMATS:
         check_compressed_source(source, options.format)
         return checked
@@ -308,7 +320,16 @@ def _measure(
     from align.export.fidelity import Comparison, measure
 
     comparison = Comparison(
-        source, scratch / "read", options.type, scratch / "check", options.text, activations, log=log
+        source,
+        scratch / "read",
+        options.type,
+        scratch / "check",
+        options.text,
+        activations,
+        # llama.cpp does not read transformers folders.
+        plain=scratch / "plain" if engine is not None and engine.engine == "vllm" else None,
+        items=options.task_items,
+        log=log,
     )
     fidelity = measure(comparison, sizes, engine)
     return fidelity if reason is None else replace(fidelity, unchecked=reason)

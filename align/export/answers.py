@@ -49,6 +49,9 @@ class Job:
     """For llama.cpp: the tokens that end an answer."""
     activations: Literal["int8", "float8"] | None = None
     """For transformers: type that the inputs of linear layers are rounded to, per token."""
+    tasks: list[list[int]] = field(default_factory=list)
+    """For distributions: more prompts, which are answered greedily in ``task_tokens`` tokens at most."""
+    task_tokens: int = MAX_TOKENS
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class JobResult:
     """Log-probability of each token of ``Job.texts`` but the first of each text."""
     seconds: float = 0.0
     """Time to generate the tokens, without loading the model."""
+    task_answers: list[list[int]] = field(default_factory=list)
+    """Answers to ``Job.tasks``."""
 
 
 def answer_with_adapter(job: Job) -> JobResult:
@@ -143,7 +148,8 @@ def answer_rows(job: Job) -> JobResult:
 
 
 def _prepare_model(model: Any, job: Job) -> Any:
-    """Return the model with the job's adapter and rounded weights."""
+    """Return the model with the job's adapter, rounded weights and rounded activations."""
+    from align.export.formats.compressed import round_activations
     from align.models.checkpoints.conversion import attach
 
     if job.adapter is not None:
@@ -151,6 +157,8 @@ def _prepare_model(model: Any, job: Job) -> Any:
         model = attach(model, Path(job.adapter), merge=job.round_to is not None).to(device)
     if job.round_to is not None:
         model = round_weights(model, job.round_to)
+    if job.activations is not None:
+        round_activations(model, job.activations)
     return model.requires_grad_(False)
 
 

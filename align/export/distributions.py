@@ -24,16 +24,12 @@ from align.export.answers import (
     vllm_options,
 )
 from align.export.export import Source, load_source
+from align.export.formats.compressed import round_activations
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     Array = npt.NDArray[Any]
-
-INT8_STEPS = 127.0
-"""Largest number of int8, which stands for the largest number of a token's activations."""
-FLOAT8_LARGEST = 448.0
-"""Largest number of float8 (e4m3)."""
 
 
 def measure_distributions(job: Job) -> JobResult:
@@ -51,6 +47,9 @@ def measure_distributions(job: Job) -> JobResult:
     if not job.responses:
         result = answer_rows(job)
         job = replace(job, responses=result.tokens)
+    if job.tasks:
+        answered = answer_rows(replace(job, rows=job.tasks, responses=[], max_tokens=job.task_tokens))
+        result = replace(result, task_answers=answered.tokens)
     model = load_source(Source(Path(job.folder), None if job.adapter is None else Path(job.adapter)))
     model = model.to(compute_device()).requires_grad_(False)
     if job.activations is not None:
@@ -64,35 +63,13 @@ def measure_distributions(job: Job) -> JobResult:
     return _compare(job, logits, replace(result, version=engine_version(job.engine)))
 
 
-def round_activations(model: Any, kind: str) -> None:
-    """Round the inputs of linear layers to int8 or float8, with one scale per token, as vLLM does for these formats.
-
-    The output head is not quantized, so its input is not rounded.
-    """
-    import torch
-
-    head = model.get_output_embeddings()
-
-    def rounded(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        values, *rest = arguments
-        largest = values.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
-        if kind == "int8":
-            scale = largest / INT8_STEPS
-            return ((values / scale).round() * scale, *rest)
-        scale = largest / FLOAT8_LARGEST
-        return ((values / scale).to(torch.float8_e4m3fn).to(values.dtype) * scale, *rest)
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            module.register_forward_pre_hook(rounded)
-
-
 def _in_llama_cpp(job: Job) -> JobResult:
     """Compare llama.cpp's tokens and distributions. Raises ``StageFailed`` for other tokens or ends."""
     from align.export.formats.llama_cpp import LlamaCpp
 
     longest = max(len(row) + len(answer) for row, answer in zip(job.rows, job.responses, strict=True))
-    model = LlamaCpp(Path(job.folder), max([longest, *map(len, job.texts)]) + job.max_tokens)
+    most = max(job.max_tokens, job.task_tokens)
+    model = LlamaCpp(Path(job.folder), max([longest, *map(len, (*job.texts, *job.tasks))]) + most)
     for number, (prompt, row) in enumerate(zip(job.prompts, job.rows, strict=True), start=1):
         if model.tokenize(prompt) != row:
             raise StageFailed(f"llama.cpp reads question {number} as other tokens than the checkpoint's tokenizer.")
@@ -102,7 +79,8 @@ def _in_llama_cpp(job: Job) -> JobResult:
     started = time.monotonic()
     tokens = [model.answer(row, job.max_tokens) for row in job.rows]
     result = JobResult(model.version, tokens, seconds=time.monotonic() - started)
-    return _compare(job, model.logits, result)
+    answers = [model.answer(row, job.task_tokens) for row in job.tasks]
+    return _compare(job, model.logits, replace(result, task_answers=answers))
 
 
 def _in_vllm(job: Job) -> JobResult:
@@ -111,7 +89,7 @@ def _in_vllm(job: Job) -> JobResult:
     from vllm.inputs import TokensPrompt
 
     rows = [[*row, *answer] for row, answer in zip(job.rows, job.responses, strict=True)]
-    longest = max([*map(len, rows), *map(len, job.texts)]) + job.max_tokens
+    longest = max(map(len, (*rows, *job.texts, *job.tasks))) + max(job.max_tokens, job.task_tokens)
     llm = LLM(model=job.folder, trust_remote_code=False, **vllm_options(longest, len(rows), job.dtype))
     prompts = [TokensPrompt(prompt_token_ids=row) for row in job.rows]
     greedy = SamplingParams(temperature=0.0, max_tokens=job.max_tokens)
@@ -120,6 +98,11 @@ def _in_vllm(job: Job) -> JobResult:
     outputs = llm.generate(prompts, greedy, use_tqdm=False)
     seconds = time.monotonic() - started
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    task_answers = []
+    if job.tasks:
+        greedy = SamplingParams(temperature=0.0, max_tokens=job.task_tokens)
+        answered = llm.generate([TokensPrompt(prompt_token_ids=row) for row in job.tasks], greedy, use_tqdm=False)
+        task_answers = [list(output.outputs[0].token_ids) for output in answered]
     scored = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
     given = llm.generate([TokensPrompt(prompt_token_ids=row) for row in (*rows, *job.texts)], scored, use_tqdm=False)
     same = 0
@@ -131,7 +114,9 @@ def _in_vllm(job: Job) -> JobResult:
         places = output.prompt_logprobs
         text_logprobs += [float(places[index][token].logprob) for index, token in enumerate(text) if index > 0]
     version = f"{engine_version('vllm')} ({job.dtype})"
-    return JobResult(version, tokens, same=same, text_logprobs=text_logprobs, seconds=seconds)
+    return JobResult(
+        version, tokens, same=same, text_logprobs=text_logprobs, seconds=seconds, task_answers=task_answers
+    )
 
 
 def _compare(job: Job, logits: Callable[[list[int]], Array], result: JobResult) -> JobResult:

@@ -1,4 +1,4 @@
-"""Measure how far an export with rounded weights is from its checkpoint: divergence, greedy tokens, perplexity, speed.
+"""Measure how far an export with rounded weights is from its checkpoint: divergence, perplexity, task score, speed.
 
 The checkpoint answers the questions of the export check greedily, in float32. The export computes its distributions at
 the same positions. KL(checkpoint || export) is averaged over the tokens of the answers, and a token agrees if both find
@@ -15,14 +15,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from align.data.card import table
 from align.errors import StageFailed, UserError
 from align.export.answers import Job, JobResult
 from align.export.export import Source
+from align.export.task_score import ITEMS, TOKENS, change_of_share, check_answers, solved_share, task_prompts
 from align.export.verify import QUESTIONS, JobFailed, Runner, render_questions, run_job
-from align.report.page.number_format import MISSING, size
+from align.report.page.number_format import MISSING, interval, number, signed, size, value_with_interval
+
+if TYPE_CHECKING:
+    from align.evaluation.statistics import Difference, Estimate
 
 TEXT = Path(__file__).with_name("perplexity.txt")
 """Lincoln's Gettysburg Address (1863), and the beginnings of Darwin's Origin of Species and of Dickens's A Tale of Two
@@ -43,7 +47,10 @@ class Limit:
     """Smallest share of tokens with the same most probable token."""
 
 
-HEADER = ("engine", "KL per token", "largest KL", "same most probable token", "perplexity", "tokens/s")
+HEADER = (
+    *("engine", "KL per token", "largest KL", "same most probable token", "perplexity"),
+    *("tasks solved", "change", "tokens/s"),
+)
 LIMITS = {
     "f16": Limit(1e-4, 0.99),
     "q8_0": Limit(0.01, 0.95),
@@ -72,6 +79,10 @@ class Reading:
     perplexity: float
     tokens_per_second: float | None = None
     """Speed of generation; None if the engine computes the format only for comparison."""
+    solved: Estimate | None = None
+    """Share of solved instructions (``align.export.task_score``)."""
+    change: Difference | None = None
+    """Of that share, from the checkpoint's in transformers."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,10 @@ class Fidelity:
     readings: list[Reading] = field(default_factory=list)
     unchecked: str | None = None
     """The reason if no engine of the format was used."""
+    checkpoint: list[Reading] = field(default_factory=list)
+    """The checkpoint in transformers in float32, and in vLLM if that is the format's engine."""
+    items: int = 0
+    """Instructions that were answered."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,10 @@ class Comparison:
     text: Path | None = None
     activations: Literal["int8", "float8"] | None = None
     """Type that the format rounds activations to."""
+    plain: Path | None = None
+    """A transformers folder of the checkpoint, whose speed in the format's engine is measured."""
+    items: int = ITEMS
+    """Instructions of the task score; 0 for none."""
     run: Runner = run_job
     log: Callable[[str], object] = print
 
@@ -124,36 +143,45 @@ def measure(comparison: Comparison, sizes: tuple[int, int], engine_job: Job | No
     source = comparison.source
     rows = render_questions(source, comparison.exported)
     texts = _read_text(comparison.text or TEXT, comparison.exported)
+    tasks = task_prompts(comparison.exported, comparison.items)
     comparison.scratch.mkdir(parents=True, exist_ok=True)
     output = str(comparison.scratch / "distributions.npy")
     adapter = None if source.adapter is None else str(source.adapter)
     job = Job("transformers", str(source.folder), "distributions", rows, adapter=adapter, output=output, texts=texts)
+    job = replace(job, tasks=tasks, task_tokens=TOKENS)
     comparison.log("the checkpoint answers, in transformers")
     before = comparison.run(job, comparison.scratch / "source")
     comparison.log("the export answers, with its weights in transformers")
     job = replace(job, folder=str(comparison.exported), adapter=None, responses=before.tokens)
-    job = replace(job, activations=comparison.activations)
-    after = comparison.run(job, comparison.scratch / "exported")
-    count = sum(map(len, before.tokens))
-    readings = [_reading(after, count, None)]
+    after = comparison.run(replace(job, activations=comparison.activations), comparison.scratch / "exported")
+    # The checkpoint is equal to itself, and its speed is known.
+    same = sum(map(len, before.tokens))
+    checkpoint = [_reading(replace(before, same=same), before, comparison, before.seconds)]
+    readings = [_reading(after, before, comparison, None)]
     unchecked = None
     if engine_job is not None:
         comparison.log(f"the export answers, in {engine_job.engine}")
         prompts = _prompt_texts(comparison.exported)
-        job = replace(engine_job, rows=rows, responses=before.tokens, output=output, texts=texts, prompts=prompts)
-        native = _run_engine(comparison, job)
+        job = replace(job, engine=engine_job.engine, dtype=engine_job.dtype, prompts=prompts, ends=engine_job.ends)
+        native = _run_engine(comparison, replace(job, folder=engine_job.folder))
         unchecked = native.unusable
         if unchecked is None:
-            readings.append(_reading(native, count, native.seconds))
+            readings.append(_reading(native, before, comparison, native.seconds))
+        if unchecked is None and comparison.plain is not None:
+            comparison.log(f"the checkpoint answers, in {engine_job.engine}")
+            native = _run_engine(comparison, replace(job, folder=str(comparison.plain)))
+            checkpoint += [] if native.unusable else [_reading(native, before, comparison, native.seconds)]
     fidelity = Fidelity(
         comparison.format,
         *sizes,
         len(rows),
-        count,
-        _perplexity(before.text_logprobs),
+        same,
+        checkpoint[0].perplexity,
         len(before.text_logprobs),
         readings,
         unchecked,
+        checkpoint,
+        len(tasks),
     )
     require_close(fidelity)
     return fidelity
@@ -169,16 +197,20 @@ def _run_engine(comparison: Comparison, job: Job) -> JobResult:
         return JobResult(unusable=f"vLLM cannot run it here ({error.reason})")
 
 
-def _reading(result: JobResult, count: int, seconds: float | None) -> Reading:
-    """Return the reading of a result on ``count`` tokens, which it generated in some seconds."""
+def _reading(result: JobResult, before: JobResult, comparison: Comparison, seconds: float | None) -> Reading:
+    """Return the reading of a result, which was generated in some seconds, against the checkpoint's result."""
     tokens = sum(map(len, result.tokens))
+    scores = check_answers(comparison.exported, result.task_answers)
+    expected = check_answers(comparison.exported, before.task_answers)
     return Reading(
         result.version,
         sum(result.kl) / len(result.kl) if result.kl else None,
         max(result.kl, default=None),
-        result.same / count,
+        result.same / sum(map(len, before.tokens)),
         _perplexity(result.text_logprobs),
         None if not seconds else tokens / seconds,
+        solved_share(scores),
+        None if result.task_answers is before.task_answers else change_of_share(scores, expected),
     )
 
 
@@ -226,16 +258,24 @@ def _prompt_texts(folder: Path) -> list[str]:
 
 
 def cost_lines(fidelity: Fidelity) -> list[str]:
-    """Return the cost as Markdown: size, divergence, perplexity and speed."""
+    """Return the cost as Markdown: size, divergence, perplexity, task score and speed."""
     share = fidelity.bytes / fidelity.plain_bytes
+    rows = [_row(reading, f"checkpoint, {reading.engine}") for reading in fidelity.checkpoint]
+    rows += [_row(reading, f"this, {reading.engine}") for reading in fidelity.readings]
     lines = [
         f"Its weights have {size(fidelity.bytes)}, {100 * share:.0f} % of the checkpoint's "
         f"{size(fidelity.plain_bytes)}. When it was written, it was compared with the checkpoint in float32: on "
         f"{fidelity.tokens:,} tokens of greedy answers to {fidelity.prompts} prompts, and by the perplexity of a text "
         f"of {fidelity.text_tokens:,} tokens, which is {fidelity.perplexity:.3f} for the checkpoint.",
-        "",
-        *table(HEADER, [_row(reading) for reading in fidelity.readings], numbers=range(1, 6)),
     ]
+    if fidelity.items:
+        lines += [
+            "",
+            f"Both answered {fidelity.items} instructions greedily. Solved are those whose answer satisfies every "
+            "constraint, as a program checks; in brackets 95 % intervals. Changes are paired with the checkpoint's "
+            "answers in transformers.",
+        ]
+    lines += ["", *table(HEADER, rows, numbers=range(1, len(HEADER)))]
     if fidelity.unchecked is not None:
         lines += ["", f"Not checked: {fidelity.unchecked}."]
     return lines
@@ -245,23 +285,34 @@ def cost_summary(fidelity: Fidelity) -> str:
     """Return the cost on one line."""
     parts = [
         f"{_nats(reading.kl)} and {100 * reading.same:.1f} % of the most probable tokens in "
-        f"{reading.engine}, perplexity {fidelity.perplexity:.3f} → {reading.perplexity:.3f}"
+        f"{reading.engine}, perplexity {fidelity.perplexity:.3f} → {reading.perplexity:.3f}{_tasks(fidelity, reading)}"
         for reading in fidelity.readings
     ]
     return f"Checked: {'; '.join(parts)}"
+
+
+def _tasks(fidelity: Fidelity, reading: Reading) -> str:
+    """Return the task scores of the checkpoint and of the export."""
+    before = fidelity.checkpoint[0].solved if fidelity.checkpoint else None
+    if before is None or reading.solved is None:
+        return ""
+    return f", tasks solved {number(before.value)} → {number(reading.solved.value)}"
 
 
 def _nats(kl: float | None) -> str:
     return "KL not measured" if kl is None else f"{kl:.2g} nats per token"
 
 
-def _row(reading: Reading) -> tuple[str, ...]:
-    speed = "" if reading.tokens_per_second is None else f"{reading.tokens_per_second:.0f}"
+def _row(reading: Reading, name: str) -> tuple[str, ...]:
+    solved = reading.solved
+    change = reading.change
     return (
-        reading.engine,
+        name,
         MISSING if reading.kl is None else f"{reading.kl:.2g}",
         MISSING if reading.largest_kl is None else f"{reading.largest_kl:.2g}",
         f"{100 * reading.same:.1f} %",
         f"{reading.perplexity:.3f}",
-        speed,
+        MISSING if solved is None else value_with_interval(solved.as_dict()),
+        "" if change is None else f"{signed(change.value)} ({interval(change.as_dict(), True)})",
+        "" if reading.tokens_per_second is None else f"{reading.tokens_per_second:.0f}",
     )

@@ -37,7 +37,7 @@ def no_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gguf_has_file_modelfile_and_card_with_cost(
     example: ExampleStore, export: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert export("22222222", "--format", "gguf", "--json", check=True) == 0
+    assert export("22222222", "--format", "gguf", "--task-items", "8", "--json", check=True) == 0
     folder = tmp_path / "out"
     assert {path.name for path in folder.iterdir()} == {"README.md", "Modelfile", "out-q8_0.gguf"}
     summary = json.loads(capsys.readouterr().out)
@@ -46,6 +46,9 @@ def test_gguf_has_file_modelfile_and_card_with_cost(
     assert 0 < reading["kl"] < 0.01 and reading["same"] > 0.95 and reading["engine"].startswith("transformers")
     assert summary["cost"]["bytes"] < summary["cost"]["plain_bytes"] / 2
     assert reading["perplexity"] == pytest.approx(summary["cost"]["perplexity"], rel=0.02)
+    # A random model solves no instruction.
+    assert summary["cost"]["items"] == 8 and reading["solved"]["value"] == 0 == reading["change"]["value"]
+    assert reading["solved"]["n"] == 8 and summary["cost"]["checkpoint"][0]["change"] is None
     text = (folder / "README.md").read_text()
     assert "| engine | KL per token |" in text and "llama-cpp-python is not installed" in text
     assert ModelCard.load(folder / "README.md").data.library_name == "gguf"
@@ -81,6 +84,8 @@ def test_damaged_file_fails_and_leaves_no_folder(
         (("--gguf-type", "f16"), "--gguf-type goes with --format gguf."),
         (("--format", "gguf", "--dtype", "bfloat16"), "--format gguf has its own types."),
         (("--text", "x.txt"), "--text goes with a format whose weights are rounded"),
+        (("--format", "lora", "--task-items", "3"), "--task-items goes with a format whose weights are rounded"),
+        (("--format", "gguf", "--task-items", "-1"), "--task-items -1: must be 0, for no task score, or more."),
         (("--format", "gguf", "--text", "nowhere.txt"), "--text nowhere.txt: no such file"),
         (("--format", "gguf", "--gguf-type", "q4_k", "--llama-quantize", "nothing"), "nothing is not a program."),
         (("--format", "fp8", "--llmcompressor", "python"), "--llmcompressor goes with --format gptq or awq."),
@@ -142,8 +147,8 @@ def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_awq_is_calibrated_with_the_training_data(
     example: ExampleStore, export: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--format", "awq", "--llmcompressor", write_interpreter(tmp_path / "python"), "--json")
-    assert export("22222222", *words, check=True) == 0
+    words = ("--format", "awq", "--llmcompressor", write_interpreter(tmp_path / "python"), "--task-items", "0")
+    assert export("22222222", *words, "--json", check=True) == 0
     summary = json.loads(capsys.readouterr().out)
     reading = summary["cost"]["readings"][0]
     assert summary["format"] == summary["dtype"] == "awq" and 0 < reading["kl"] < 0.5
@@ -168,6 +173,7 @@ def test_perplexity_is_that_of_the_named_text(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("A short text of one line.")
-    assert export("22222222", "--format", "gguf", "--text", str(text), "--json", check=True) == 0
+    words = ("--format", "gguf", "--text", str(text), "--task-items", "0", "--json")
+    assert export("22222222", *words, check=True) == 0
     cost: dict[str, Any] = json.loads(capsys.readouterr().out)["cost"]
     assert cost["text_tokens"] == len(text.read_text()) - 1

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from align.errors import StageFailed, UserError
-from align.export.distributions import round_activations
 from align.export.export import Source, export
 from align.export.formats.compressed import (
     COMPRESSED_FORMATS,
@@ -21,6 +20,7 @@ from align.export.formats.compressed import (
     check_compressed_source,
     linear_weights,
     read_compressed,
+    round_activations,
     round_weight,
     write_compressed,
 )
