@@ -243,6 +243,7 @@ def _joined_values(text: str, numbers: list[_Number]) -> set[Decimal]:
         if before is not None:
             earlier, later = sorted((before, number), key=lambda number: number.start)
             gap = text[earlier.end : later.start]
+            # Lists, ranges and "4 or 5" give several answers. Any other text ends the series.
             is_list = _is_line(text, earlier) and _ITEM.fullmatch(gap)
             is_range = gap == "-" and earlier.value < later.value
             if not (is_list or is_range or _is_joined(gap, text[later.end : later.end + 80])):

@@ -189,6 +189,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 def needs_json(values: Iterable[Any]) -> bool:
     """Return True for values of a kept column that have no type in common, or are lists or mappings."""
     values = [value for value in values if value is not None]
+    # Parquet's integers have 64 bits. Types are compared exactly, because a bool is also an int.
     types = {type(value) for value in values}
     integers = [value for value in values if type(value) is int]
     if types == {int}:

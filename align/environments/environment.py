@@ -113,6 +113,7 @@ class Environment:
             Number of actions whose result differs from the first time.
         """
         if state is None:
+            # The journal has the first messages, so only the effect of reset is needed.
             self.reset(row)
         else:
             self.load(state)
@@ -168,6 +169,7 @@ class Environment:
     def run_tool(self, name: str, method: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Return a tool's result. An exception becomes ``ToolError`` with its text."""
         try:
+            # A tool may change its arguments, and the episode records those that the model wrote.
             return self._finish(method(**copy.deepcopy(arguments)))
         except (EnvironmentFailed, ToolError):
             raise

@@ -56,6 +56,7 @@ class Play:
             raise EnvironmentFailed("the environment of verifiers waits for no message.")
         waiting = self._reply
         self._reply = None
+        # The caller is another thread, and only the loop's own thread may complete a future.
         self._loop.call_soon_threadsafe(waiting.set_result, reply)
         return self._said.get()
 

@@ -154,6 +154,7 @@ def _reason_names(metrics: Iterable[str], rewards: Sequence[str]) -> dict[str, s
 def _scaled(scores: Sequence[float]) -> list[float]:
     low = min(scores, default=0.0)
     high = max(scores, default=1.0)
+    # Scores in [0, 1] keep their scale: stretched to it, two close scores would disagree.
     if low >= 0.0 and high <= 1.0:
         return list(scores)
     return [(score - low) / (high - low) if high > low else 0.0 for score in scores]

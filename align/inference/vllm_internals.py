@@ -212,6 +212,7 @@ class Steps:
     def abort(self, names: list[str]) -> None:
         """Drop requests, and step until none of them is left on the device or in the scheduler."""
         self.engine.abort_request(names)
+        # The device may still compute a batch that was scheduled before the abort.
         while self.scheduler.has_requests() or self.core.batch_queue:
             self.engine.step()
 

@@ -55,6 +55,8 @@ def choose_precision(folder: Path, config: Any, inputs: Mapping[str, Any], runti
         first_attempt = _read(folder)
         if first_attempt is not None:
             return first_attempt
+        # Results differ between the types. A later attempt, and a stage that continues another, keep the first choice,
+        # also on a machine where the other type is faster.
         precision = _precision_of(inputs.get(CONTINUE)) or measured_speed(runtime).faster
         write_sealed(folder / PRECISION_FILE, {"precision": precision})
         return precision
@@ -169,6 +171,7 @@ class SlowStageWatch:
         least_left = pace.units_left * waited
         if (seconds_left if is_measured else least_left) < LEAST_LEFT or (not is_measured and waited < LEAST_WINDOW):  # type: ignore[operator]
             return
+        # The lower bound is reported once. After the first unit the pace itself is measured soon.
         if not is_measured and (self._told_bound or pace.done > 0):
             return
         causes = self.causes()
@@ -206,6 +209,7 @@ class SlowStageWatch:
         seconds = max(after.time - before.time, 1e-3)
         share = (after.cpu_seconds - before.cpu_seconds) / (seconds * threads)
         causes = []
+        # Busy cores are no proof of contention, because the stage may be the process that keeps them busy.
         if busy >= BUSY and share < STARVED:
             causes.append(f"other processes use the cores (this one got {share:.0%} of {threads})")
         if after.swapped_in - before.swapped_in > SWAPPED:

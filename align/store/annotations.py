@@ -202,6 +202,7 @@ class AnnotationSet:
         text = "".join(json.dumps(pair.model_dump(exclude_defaults=True)) + "\n" for pair in new.values())
         folder = self.folder / "pairs"
         folder.mkdir(parents=True, exist_ok=True)
+        # The name is a digest of the content, so two imports of the same pairs write the same file.
         write_text_atomically(folder / f"{digest(text)[:16]}.jsonl", text)
         sync_folder(folder)
         return len(new)
@@ -212,6 +213,7 @@ class AnnotationSet:
         for path in sorted((self.folder / "pairs").glob("*.jsonl")):
             for number, line in numbered_lines(path):
                 pair = _read_line(Pair, _parse(line, f"{path}:{number}"), f"{path}:{number}")
+                # Two imports at the same time may write the same pair.
                 pairs.setdefault(pair.id, pair)
         return dict(sorted(pairs.items()))
 
@@ -234,6 +236,7 @@ class AnnotationSet:
     def answers(self) -> list[Answer]:
         """Return the answers that were not undone, in the order of their times."""
         entries = self.entries()
+        # Clocks of machines differ, so an undo may be sorted before its answer. All of them are collected first.
         undone = {entry.answer for entry in entries if isinstance(entry, Undo)}
         return [entry for entry in entries if isinstance(entry, Answer) and entry.id not in undone]
 

@@ -50,6 +50,7 @@ def follow(context: StageContext, trainer: Any, first_step: int) -> Iterator[Non
     Raises ``UserError`` when a tracker cannot start. A tracker that fails later is dropped with a warning, because it
     must not end a run of hours.
     """
+    # The trainer must not call the trackers itself, or they would receive its values twice.
     callbacks = _remove_integrations(trainer) if context.runtime.report_to else []
     if not callbacks or not trainer.is_world_process_zero():
         yield

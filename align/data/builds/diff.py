@@ -77,6 +77,7 @@ def compare(a: Path, b: Path, examples: int = EXAMPLES) -> dict[str, Any]:
     changes_a, changes_b, pairs = _match_rows(rows_a, rows_b)
     comparison = Comparison(a, b, rows_a, rows_b, changes_a, changes_b, pairs)
     has_same_rows = bool((changes_a == 0).all() and (changes_b == 0).all())
+    # A model that was trained on A has seen these prompts, so B's test split flatters it.
     trained = rows_a.prompt[rows_a.split == 0]
     tested = rows_b.prompt[rows_b.split == 1]
     return {
@@ -283,6 +284,7 @@ def _compare_ledgers(a: Path, b: Path) -> dict[str, Any]:
 
 def _named_steps(ledger: dict[str, Any]) -> list[tuple[str, Any]]:
     """Return a ledger's steps by name, without their numbers."""
+    # A step that was inserted shifts the numbers of all later steps.
     return [(str(line["step"]).split(" ", 1)[-1], line) for line in ledger.get("steps", [])]
 
 

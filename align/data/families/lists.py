@@ -151,6 +151,7 @@ def choose(rng: random.Random) -> Task:
     pair = list(rng.choice(BANK["choices"]))
     rng.shuffle(pair)
     right = rng.choice(pair)
+    # "Orange" is a fruit and a color, so it would have two right answers.
     word = rng.choice([item for item in CATEGORIES[right] if item != "orange"])
     first, second = (SINGULAR[name] for name in pair)
     request = rng.choice(REQUESTS["choose"])

@@ -175,6 +175,7 @@ def read_checks(record: dict[str, Any]) -> str:
 
     A field of that name that is no JSON object means something else, and stays unread.
     """
+    # The method of dict does not mark the field as read, since the field may mean something else.
     value = dict.get(record, "checks")
     if isinstance(value, str):
         try:
@@ -185,6 +186,7 @@ def read_checks(record: dict[str, Any]) -> str:
         parsed = value
     if not isinstance(parsed, dict) or not parsed:
         return ""
+    # This access marks the field as read.
     record["checks"]
     return value if isinstance(value, str) else json.dumps(_plain(parsed, "checks"), ensure_ascii=False)
 

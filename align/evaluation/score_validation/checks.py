@@ -147,6 +147,7 @@ class Report:
 def check_verifier(name: str, probes: Sequence[Probe], scores: ProbeScores, floor: float) -> Report:
     """Check that a verifier gives references 1, and other answers 0."""
     lenient = min(floor, LENIENT_FLOOR)
+    # A chosen answer is better than the rejected one, but it may still be wrong.
     reference_floor = lenient if _are_chosen(probes) else floor
     checks = [
         Check("reference", [score >= 1.0 - TOLERANCE for score in scores.reference], reference_floor),
@@ -196,6 +197,7 @@ def is_row_independent(probes: Sequence[Probe], scores: ProbeScores) -> bool:
     pairs = []
     for probe, score in zip(probes, scores.other, strict=True):
         if probe.other is not None and score is not None:
+            # The same text was scored as an answer to this row and to the row that it belongs to.
             pairs.append((score, scores.reference[probe.other]))
     is_equal = all(_are_equal(*pair) for pair in pairs)
     return len(pairs) >= MIN_ROWS and is_equal and _differ([*scores.reference, *scores.empty])

@@ -195,6 +195,7 @@ class _Validator:
         kind = next((kind for kind in ("judge", "model") if kind in kinds), SUM)
         probes = self.probes
         if "judge" in kinds and self.judged is not self.probes:
+            # Judges score fewer rows, so the other rewards are scored again on the same rows.
             probes = self.judged
             items = [
                 item if item.probes is probes else _Scored(item.part, probes, self._score_judged(item))

@@ -261,6 +261,7 @@ class PerplexityTask(Task):
         losses = result["losses"]
         tokens = result["tokens"]
         sizes = [len(document.text.encode()) for document in self.documents]
+        # Weighted by bytes and by tokens, a mean over documents equals the rate over the whole text.
         return Measured(
             values={
                 "bits_per_byte": [[loss / math.log(2) / size] for loss, size in zip(losses, sizes, strict=True)],
@@ -291,6 +292,7 @@ class PerplexityTask(Task):
             blocks[-1].append(document)
             size += len(document.text)
         for number, block in enumerate(blocks):
+            # The number changes with the computation, so results of an older version are not reused.
             identity = ["perplexity 3", window, [document.text for document in block], prefix]
             yield number, identity, partial(self._read_block, reader, block, window, prefix)
 

@@ -117,6 +117,7 @@ class ProgramTask(SampledTask):
         """Return pass@k of every system, and the counts of reasons. As many programs run at once as there are cores."""
         total = len(answers) * len(self.items)
         measured = {}
+        # Each program runs in a process of the sandbox, so threads that wait for the processes are enough.
         with ThreadPoolExecutor(cores(), "programs") as threads:
             for index, (system, system_answers) in enumerate(answers.items()):
                 grades = []

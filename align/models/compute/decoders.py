@@ -170,6 +170,7 @@ def lfm2_block(config: Config) -> Layer:
     if config.get("block_auto_adjust_ff_dim", True):
         multiple = config.get("block_multiple_of", 256)
         factor = config.get("block_ffn_dim_multiplier", 1.0)
+        # Three matrices of two thirds of the width have as many parameters as two matrices of the full width.
         width = int(2 * width / 3)
         width = multiple * -(-int(width if factor is None else factor * width) // multiple)
     return feed_forward(config, width, ("w1", "w3", "w2"), path="feed_forward")
@@ -240,6 +241,7 @@ def gemma4(config: Config) -> Architecture:
     architecture = base({"tie_word_embeddings": True, **config})
     blocks = tuple(_gemma4_layer(config, index, width) for index in range(layers))
     embeddings = config["vocab_size_per_layer_input"] * layers * width if width else 0
+    # One matrix projects the token's embedding to the inputs of all layers, which share one norm.
     outer = (Linear("model.per_layer_model_projection", hidden, layers * width),) if width else ()
     return replace(
         architecture,
@@ -258,6 +260,8 @@ def _gemma4_layer(config: Config, index: int, width: int) -> Layer:
         overrides["num_key_value_heads"] = config.get("num_global_key_value_heads")
     overrides = (config.get("per_layer_config") or {}).get(str(index), overrides if is_full else {})
     sizes = {**config, **{name: value for name, value in overrides.items() if value}}
+    # Layers at the end read the keys and values of an earlier layer, so they have neither matrices nor a cache for
+    # them.
     is_shared = index >= config["num_hidden_layers"] - config.get("num_kv_shared_layers", 0)
     part = attention(sizes, bias=_flag(config, "attention_bias"), out_bias=_flag(config, "attention_bias"))
     dropped = {"k_proj", "v_proj"} if is_shared else set()

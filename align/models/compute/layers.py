@@ -129,6 +129,7 @@ def latent_attention(config: Config) -> Layer:
             Linear("self_attn.q_b_proj", rank, queries),
         ]
     linears += [
+        # The rotated key has one head, which all query heads share, and is cached with the latent vector.
         Linear("self_attn.kv_a_proj_with_mqa", hidden, latent + rotated, bias),
         Linear("self_attn.kv_b_proj", latent, heads * unrotated + values),
         Linear("self_attn.o_proj", values, hidden, bias),
@@ -145,6 +146,7 @@ def gated_delta(config: Config, *, fused: bool) -> Layer:
     if fused:
         widths = {"in_proj_qkvz": 2 * keys + 2 * values, "in_proj_ba": 2 * heads}
     linears = [Linear(f"linear_attn.{name}", hidden, width) for name, width in widths.items()]
+    # The convolution runs over queries, keys and values, but not over the gate.
     convolution = (2 * keys + values) * config["linear_conv_kernel_dim"]
     return Layer(
         (*linears, Linear("linear_attn.out_proj", values, hidden)),
@@ -157,6 +159,7 @@ def state_space(config: Config, *, path: str = "mamba", out_bias: str = "mamba_p
     """Return a state space of Mamba 2 with the names of a hybrid's config; ``out_bias`` names a field."""
     hidden, heads, states = config["hidden_size"], config["mamba_n_heads"], config["mamba_d_state"]
     inner = config.get("mamba_d_ssm") or int(config["mamba_expand"] * hidden)
+    # The convolution runs over the inputs and over B and C, which each group of heads shares.
     width = inner + 2 * config["mamba_n_groups"] * states
     convolution = width * config["mamba_d_conv"]
     return Layer(

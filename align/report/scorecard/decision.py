@@ -84,6 +84,7 @@ def find_best(card: Card, columns: Columns, names: Sequence[str]) -> Best:
         rows[name] = row
     # The best of several was picked by its number, so all comparisons with it count in the correction.
     primary_rows = [row for row in card["differences"] if row["metric"] == primary]
+    # Copies: the correction writes into its rows, and the scorecard keeps its own p-values.
     tested_rows = [dict(row) for row in primary_rows if row.get("p") is not None]
     correct([*new_rows, *tested_rows], card["metrics"])
     return Best(best, rows)
