@@ -116,6 +116,7 @@ def add_tasks(tasks: Any, source: str, annotations: AnnotationSet) -> tuple[int,
             if not is_cancelled:
                 answers.append(_read_answer(annotation, pair, place))
     new_pairs = annotations.add_pairs(pairs)
+    # The same export may be imported twice, or once more with new answers.
     present = {_identity(answer) for answer in annotations.answers()}
     new_answers = [answer for answer in answers if _identity(answer) not in present]
     writers = {answer.annotator: AnswerWriter(annotations, answer.annotator) for answer in new_answers}
@@ -153,6 +154,7 @@ def _read_answer(annotation: Any, pair: Pair, place: str) -> Answer:
     words = _texts(values.get("verdict"), "choices")
     verdict = VERDICTS.get(words[0].replace("_", " ")) if words else None
     if verdict is None:
+        # A project without the question of the verdict has only the side that was selected.
         verdict = "better" if selected is not None else "tie"
     preferred = SIDES[selected] if selected is not None and verdict in ("better", "much_better") else None
     if preferred is None and verdict in ("better", "much_better"):

@@ -63,17 +63,21 @@ class QuestionQueue:
         repeat = self._due_repeat(own_answers, skipped, GAP)
         if repeat is not None:
             return self.ask(repeat, repeat=True)
+        # Duplicates come first, because their gap has passed. Then each ``gold_every``-th question checks the
+        # annotator.
         answered = {answer.pair for answer in own_answers}
         others_pairs = {answer.pair for answer in answers if answer.annotator != self.annotator}
         remaining = [self.pairs[name] for name in self._order if name not in answered and name not in skipped]
         gold = [pair for pair in remaining if pair.gold is not None]
         if gold and len(own_answers) % self.settings.gold_every == self.settings.gold_every - 1:
             return self.ask(gold[0])
+        # Other pairs go to the first annotator who reaches them; only shared pairs are answered by all.
         for pair in remaining:
             if pair.gold is None and (pair.id not in others_pairs or self.is_shared(pair)):
                 return self.ask(pair)
         if gold:
             return self.ask(gold[0])
+        # No other question is left, so duplicates no longer wait for their gap.
         repeat = self._due_repeat(own_answers, skipped, 1)
         return None if repeat is None else self.ask(repeat, repeat=True)
 

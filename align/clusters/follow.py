@@ -129,6 +129,7 @@ class JobFollower:
     def follow(self) -> Run:
         """Follow until no job is left. Raises ``StageFailed`` then if a stage has failed."""
         for node in self.pipeline:
+            # A stage that was finished before the run has no job to follow.
             artifact = self.store.find_intact(node.stage.kind, node.key, node.name)
             if node.name not in self.remaining and artifact is not None:
                 self.run.artifacts[node.name] = artifact

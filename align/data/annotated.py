@@ -55,6 +55,7 @@ def read_annotations(source: AnnotationsSource, base: Path) -> Iterator[tuple[st
         if not any(answer.annotator == name for answer in answers):
             names = ", ".join(annotations.annotators()) or "nobody"
             raise UserError(f"{source.label}: there are no answers of '{name}'; answers are by {names}.")
+    # An annotator's first answer to a pair counts. Hidden repeats only measure consistency.
     by_pair: dict[str, dict[str, Answer]] = {}
     for answer in answers:
         is_selected = source.annotators is None or answer.annotator in source.annotators

@@ -250,6 +250,7 @@ def merged_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
             if column.name not in COLUMNS and not pa.types.is_null(column.type):
                 types.setdefault(column.name, set()).add(column.type)
     mixed = {name: kinds for name, kinds in types.items() if len(kinds) > 1}
+    # Arrow converts integers to floats when schemas are merged. No other mixture has a common type.
     encoded |= {name for name, kinds in mixed.items() if not kinds <= {pa.int64(), pa.float64()}}
     typed_schemas = [pa.schema([column for column in schema if column.name not in encoded]) for schema in schemas]
     merged = pa.unify_schemas(typed_schemas, promote_options="permissive")

@@ -105,6 +105,7 @@ class GuardedRenderer:
         for name, value in message.items():
             if value is None or name in HIDDEN_FIELDS or (name == "tool_calls" and not value):
                 continue
+            # Rows have calls as JSON text, and templates read a list.
             if name == "tool_calls" and isinstance(value, str):
                 value = json.loads(value)
             if name in PLAIN_FIELDS:

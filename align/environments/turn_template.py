@@ -134,6 +134,7 @@ class TurnTemplate:
         call = ToolCall(names[0], {}, "")
         results = _with_ids([{"role": "tool", "content": RESULT}], [call])
         rendered = self._try(template, [*ASKED, _answer("", [call]), *results])
+        # A template that cannot write calls may still write results after a text.
         rendered = rendered or self._try(template, [*ASKED, _answer(TEXT), *results])
         if rendered is None or RESULT not in rendered:
             return "no place for the results of tools (the role 'tool')"

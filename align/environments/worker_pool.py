@@ -304,9 +304,11 @@ class EnvironmentPool:
                 late = [call for call in running if call.deadline <= now]
                 if not late:
                     pause = min((call.deadline - now for call in running), default=None)
+                    # Sleep until the next deadline. A call that starts meanwhile notifies the alarm.
                     self._alarm.wait(0.05 if self._is_closed else pause)
                     continue
                 instances = [self._abandon(call) for call in late]
+            # Without the lock: ending an instance may take long, and a result's callbacks may submit further calls.
             for call, instance in zip(late, instances, strict=True):
                 self._report_late(call, instance)
 

@@ -142,6 +142,7 @@ def reward_values(
         [response.finished for response in responses],
         [row.get("tools") for row in repeated],
     )
+    # Divide the scores in the order in which the responses were joined.
     remaining = iter(scores)
     return [
         [[float(next(remaining)) for _ in samples] for samples in response_set.responses]

@@ -181,6 +181,7 @@ class _Measurement:
             episodes[name] = task.play(self._performer())
         if task.reads:
             models = LoadedModels([self.system.policy], self.model.policy.device, self.context.precision)
+            # The model in training takes the place of a checkpoint that would be loaded.
             models.models[self.system.policy.key] = self.model.policy
             measured[name] = task.read(Reader(self.system, models, self.results, self.context.runtime))
         measured |= task.score(answers, self.scoring)

@@ -89,6 +89,7 @@ class StreamingEndpoint(Endpoint):
             size += len(line)
             if size > MAX_REPLY_BYTES:
                 raise UserError(f"The endpoint {self.config.url} sent more than {MAX_REPLY_BYTES >> 20} MiB.")
+            # Lines without the prefix are comments and empty lines, which servers send to keep the connection open.
             data = line.removeprefix(DATA).strip() if line.startswith(DATA) else ""
             if data == END:
                 return

@@ -55,6 +55,7 @@ class ScoringEndpoint(Endpoint):
     def parse(self, request: Request, reply: Any) -> Answer:
         """Return the positions in a reply's JSON. Raises ``ValueError`` for anything else."""
         message = request.messages[0]
+        # ``request`` wrote the prompt as the content, and the first place to score as the role.
         prompt = json.loads(message["content"])
         start = int(message["role"])
         try:

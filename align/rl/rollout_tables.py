@@ -149,6 +149,7 @@ def _sampled_columns(rollout: Rollout, number: int, update: int, token_texts: To
     if rollout.episodes is not None:
         rows = list(map(episode_columns, rollout.episodes))
         columns |= {name: [store.encode_value(name, row[name]) for row in rows] for name in store.EPISODE_COLUMNS}
+    # A column without values is null in every row, so all files have one schema.
     arrays = []
     for column in SCHEMA:
         values = columns.get(column.name, [None] * count)

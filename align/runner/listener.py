@@ -225,6 +225,7 @@ class ConsoleListener(Listener):
             with self._lock:
                 stage = self.running[node.name]
                 stage.pace.update(event)
+                # A finished unit of work ends the phase that was shown before it.
                 stage.phase = ""
             if node.name in self.tasks:
                 task = self.tasks[node.name]

@@ -94,6 +94,7 @@ def _pinned_base(config: ModelConfig, settings: Path, base: Path) -> dict[str, A
     name = config.base_model
     revision = config.base_revision
     if name is None:
+        # The adapter's revision belongs to the base that it names, and not to a base that the user names.
         if base_of_adapter is None:
             raise UserError(f"base_model: {settings} names no base; write it here.")
         name = base_of_adapter.name

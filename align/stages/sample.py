@@ -55,6 +55,7 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises ``UserError`` if there is no training pair.
     """
     use_threads(context.runtime)
+    # Rows and score are checked before the policy is loaded.
     environment = context.config.environment
     if environment is not None:
         rows = {split: _read_rows(context, split) for split in SPLITS}

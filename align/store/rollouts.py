@@ -265,6 +265,7 @@ def merge(source: Path, target: Path) -> None:
     settings = json.dumps(read_settings(source))
     file: list[pa.Table] = []
     group: list[pa.Table] = []
+    # Tables become row groups, and row groups become files, so at most one file is in memory.
     for path in rollout_files(source):
         group.append(pq.read_table(path, schema=SCHEMA))
         if _bytes(group) < GROUP_BYTES:

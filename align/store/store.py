@@ -174,6 +174,8 @@ class Store:
         kind, _, key = prefix.rpartition("/")
         intact, damaged = self.survey()
         matches = [artifact for artifact in intact if _matches(artifact.record, kind, key)]
+        # A damaged record has no key to compare. Its folder is named by the key, so a record that could be meant is
+        # reported.
         for error in damaged:
             folder = Path(error.path).parent
             if key and folder.name.startswith(key[:SHORT]) and (not kind or folder.parent.name == kind):

@@ -224,6 +224,7 @@ def read_space(raw: Mapping[str, Any], pipeline: Pipeline, where: str) -> list[D
             raise UserError(f"{place}: should be a list of values, or a range {{low: …, high: …}}; found {block!r}.")
     paths: set[str] = set()
     for dimension in space:
+        # All values of a dimension set the same fields, so one value shows them.
         for path in dimension.changes(dimension.corners()[0]):
             if path in paths:
                 raise UserError(f"{where}: space: '{path}' is varied twice; vary it in one place.")

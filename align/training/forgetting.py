@@ -81,6 +81,7 @@ class KLToStart:
         if head is None:
             raise UserError("anchor: kl compares distributions, and a reward model has none; set `to: l2`.")
         self.copy: tuple[Any, Any] | None = None
+        # A model with adapters is its own start while they are disabled. Any other model needs a copy.
         if not hasattr(self.model, "disable_adapter"):
             device = next(trunk.parameters()).device
             with full_model(self.model) as gathered_model:

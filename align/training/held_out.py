@@ -124,6 +124,7 @@ def pairs(trainer: Any, encoded: Encoded, pad: int) -> dict[str, float]:
     sequences = [row[side] for row in encoded.rows for side in ("chosen_ids", "rejected_ids")]
     with scoring(trainer):
         values = scores(trainer.model, sequences, pad, group_size=2)
+    # The sequences alternate between chosen and rejected.
     chosen = values[0::2]
     rejected = values[1::2]
     gaps = torch.tensor(chosen) - torch.tensor(rejected)

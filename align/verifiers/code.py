@@ -76,6 +76,7 @@ def read_tests(reference: Any) -> ProgramTests:
     if isinstance(reference, dict):
         inputs: Any = reference.get("inputs")
         outputs: Any = reference.get("outputs")
+        # With ``fn_name`` the inputs are the arguments of a function, and not what a program reads.
         is_paired = isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs)
         if is_paired and inputs and not reference.get("fn_name"):
             return ProgramTests(cases=tuple(zip(map(_text, inputs), map(_text, outputs), strict=True)))
@@ -144,6 +145,8 @@ def verify(program: str, tests: ProgramTests, sandbox: Sandbox, limits: Limits) 
         return Verdict(0.0, NO_ANSWER)
     if tests.asserts:
         return _verify_asserts(program, tests, sandbox, limits)
+    # Each case runs in a new process, so a program cannot keep anything from one case to the next. The expected output
+    # never enters the sandbox.
     for content, expected in tests.cases:
         with sandbox.start("run", limits) as session:
             session.begin({"program": program, "stdin": content})

@@ -70,6 +70,7 @@ def _compare(gold_text: str, piece: str) -> Verdict:
     if _ADJACENT.search(piece) and not _ADJACENT.search(gold_text):
         return Verdict(0.0, UNEQUAL)
     units = [set(_UNIT.findall(part)) for part in (gold_text, piece)]
+    # A unit that only one side writes is ignored.
     if all(units) and units[0] != units[1]:
         return Verdict(0.0, UNEQUAL)
     from math_verify import verify as compare

@@ -66,6 +66,7 @@ class VerifierScorer:
         references = [self._reference(row) for row in rows]
         kind = self.path
         verdicts: list[Verdict | BadReference]
+        # Programs run in sandboxes. Cheap comparisons run here, and all others in processes that can be killed.
         if kind == "code":
             verdicts = self._run_programs(references, responses)
         elif kind in DIRECT:

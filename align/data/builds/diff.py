@@ -206,6 +206,7 @@ def _examples(comparison: Comparison, most: int) -> dict[str, list[dict[str, Any
     for number, change in ((1, "changed"), (2, "new answer"), (3, "moved")):
         rows_after = np.flatnonzero(comparison.changes_b == number)[:most]
         selected[change] = [(int(in_a[in_b == row][0]), int(row)) for row in rows_after]
+    # Collect the rows of all examples first, so each build is read once.
     numbers_a = [before for pairs in selected.values() for before, _ in pairs if before is not None]
     numbers_b = [after for pairs in selected.values() for _, after in pairs if after is not None]
     read_a = _read_rows(comparison.folder_a, comparison.rows_a, numbers_a)

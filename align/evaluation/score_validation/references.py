@@ -84,6 +84,7 @@ def choose_probes(rows: Sequence[Row], settings: ScoreValidation, columns: Seque
             referenced.append(_probe(row, split_thought(reference), settings))
     chosen = _spread(referenced, settings.rows)
     identities = {id(probe) for probe in chosen}
+    # The sample may have few rows of a rare form, so further rows of that form are added.
     for form in FORMS:
         needed = ROWS_PER_FORM - sum(form in probe.forms for probe in chosen)
         for probe in referenced:

@@ -151,6 +151,7 @@ def _sample(result: TaskResult, name: str, index: int, number: int, turns: list[
     sample |= thought_facts(last)
     measured = result.measured.get(name)
     if measured is not None:
+        # An item with weight 0 has no number in that metric.
         sample["scores"] = {
             metric: values[index][min(number, len(values[index]) - 1)]
             for metric, values in measured.values.items()

@@ -135,6 +135,7 @@ def _interruption() -> Iterator[None]:
             if is_running:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_OutOfTime))
 
+    # The lock keeps the exception inside of the block: once ``is_running`` is False, ``end`` does not raise it.
     timer = threading.Timer(SECONDS, end)
     timer.daemon = True
     timer.start()

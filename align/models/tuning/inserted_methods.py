@@ -279,7 +279,7 @@ def _keys_and_values(model: Any, ids: list[int]) -> list[dict[str, torch.Tensor]
     hooks = []
     for layer_rows, attention in zip(rows, attentions(model, "prefix"), strict=True):
         for name in MATRICES:
-
+            # The defaults bind this layer and matrix. A closure would read the loop's last ones.
             def _store(_: Any, __: Any, outputs: torch.Tensor, layer_rows: Any = layer_rows, name: str = name) -> None:
                 layer_rows[name] = outputs[0].float()
 

@@ -203,6 +203,7 @@ class FusedLoraLinear(Linear):
         """Map x of shape (..., in) to (..., out)."""
         adapter = None if args or kwargs else self._find_only_adapter()
         weight: Any = self.base_layer.weight
+        # peft's own path serves everything else: several adapters, dropout in training, weights shared among processes.
         if adapter is None or not _is_whole(weight):
             return super().forward(x, *args, **kwargs)
         low = self.lora_A[adapter].weight
@@ -213,6 +214,7 @@ class FusedLoraLinear(Linear):
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             tensors = [tensor.to(dtype) for tensor in tensors]
+        # Without autocast, peft converts between the types itself.
         elif len({tensor.dtype for tensor in tensors}) > 1:
             return super().forward(x)
         x, weight, low, high, *biases = tensors

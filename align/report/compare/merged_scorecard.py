@@ -326,6 +326,7 @@ def comparable_columns(evaluated: Sequence[EvaluatedRun], card: Card) -> dict[tu
         for label, metrics in run.items.items():
             for metric, items in metrics.items():
                 if len(evaluated) > 1:
+                    # Runs may give one id to different prompts, so the prompt becomes a part of the key.
                     items = {(*item, run.prompts.get(item, "")): samples for item, samples in items.items()}
                 estimate = card["estimates"].get(label, {}).get(metric)
                 means = per_item(list(items.values()))

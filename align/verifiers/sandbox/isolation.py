@@ -185,6 +185,7 @@ def open_sandbox(config: SandboxConfig | None, place: str) -> Sandbox:
             raise UserError(f"{place}.sandbox.command: {shorten(' '.join(config.command))} did not work: {problem}")
         return Sandbox("command", tuple(config.command))
     problems = {}
+    # The stricter level comes first. A level counts only if a program has run in it here.
     for level in ("bubblewrap", "landlock"):
         problems[level] = _problem(level, ())
         if not problems[level]:
