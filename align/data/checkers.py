@@ -126,12 +126,12 @@ def question(response: str) -> bool:
 
 
 def number(response: str, value: int) -> bool:
-    """Check for nothing but the number, with or without a full stop."""
+    """Check for only the number, with or without a full stop."""
     return _decimal(response.strip().rstrip(".")) == value
 
 
 def one_of(response: str, answer: str) -> bool:
-    """Check for nothing but the answer, in any case, with or without a full stop or quotation marks."""
+    """Check for only the answer, in any case, with or without a full stop or quotation marks."""
     return response.strip().strip(".\"'").strip().lower() == answer.lower()
 
 

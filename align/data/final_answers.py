@@ -314,7 +314,7 @@ def _without_latex(text: str) -> str:
 
 
 def _plain_fraction(match: re.Match[str]) -> str:
-    """Return ``7/2``, with a space before it for mixed numbers; nothing for a fraction of anything but numbers."""
+    """Return ``7/2``, with a space before it for mixed numbers; empty for a fraction of anything but numbers."""
     above, below = (match[1] or match[2]).strip(), (match[3] or match[4]).strip()
     is_number = NUMBER.fullmatch(above) and NUMBER.fullmatch(below)
     if not is_number:

@@ -305,7 +305,7 @@ def function_scorer(
 def explanations_of(scorer: Any, rows: Sequence[Row], responses: Sequence[str]) -> list[Any]:
     """Return a judge's reasons for the scores of responses that were scored before; empty without any.
 
-    A scorer may have a method ``explain``, which asks nobody.
+    A scorer may have a method ``explain``, which sends no request.
     """
     explanations: list[Any] = scorer.explain(rows, responses) if hasattr(scorer, "explain") else [{}] * len(responses)
     return explanations

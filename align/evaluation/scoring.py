@@ -167,7 +167,7 @@ def describe_rewards(weights: Mapping[str, float], columns: Collection[str]) -> 
 
 
 class ScoringContext:
-    """Models, folders and messages for the scoring phase of a stage. Nothing is loaded before its first use."""
+    """Models, folders and messages for the scoring phase of a stage. A model is loaded at its first use."""
 
     def __init__(
         self, context: StageContext, results: ResultCache, reference: str, base: str | None, precision: Precision

@@ -83,7 +83,7 @@ def mean_interval(
         return Estimate(math.nan, math.nan, math.nan, 0, "bootstrap")
     value = float((x * w).sum() / w.sum())
     if np.ptp(x) == 0:
-        # Equal values have no spread to resample. That of a few prompts is unknown.
+        # Equal values have no spread to resample. The spread of a few prompts is unknown.
         spread = math.inf if len(x) < FEWEST_EQUAL else 0.0
         return Estimate(value, value - spread, value + spread, len(x), "bootstrap")
     # Intervals of one seed over equally many prompts resample the same prompts.

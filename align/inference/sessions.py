@@ -334,7 +334,7 @@ class RollingUpdate:
         wait(self._loads.values())
         if self._threads is not None:
             self._threads.shutdown()
-        # Nothing is sampled any more, so a server that held others' weights does no harm.
+        # No turn is sampled any more, so a server that held others' weights does no harm.
         self._take_results(is_over=True)
 
     def _take_results(self, is_over: bool = False) -> None:

@@ -106,9 +106,9 @@ def cpu_block_size(model_dir: Path, dtype: torch.dtype, max_length: int) -> int:
     """Return the number of tokens in a block of the cache on a CPU, and let vLLM use it.
 
     Prompts share whole blocks, and many an instruction has fewer than the 32 tokens of vLLM's smallest block. Its
-    kernel for AVX-512 also accepts blocks of 16 and is as fast. The kernel for AMX needs 32, as those of other
-    processors do; it is faster if sequences, of at most ``max_length`` tokens, are long. Draws random numbers, as
-    ``why_model_unsupported``.
+    kernel for AVX-512 also accepts blocks of 16 and is as fast. The kernel for AMX needs 32, as do the kernels of
+    other processors; it is faster if sequences, of at most ``max_length`` tokens, are long. Draws random numbers,
+    as ``why_model_unsupported``.
     """
     from vllm.config import ModelConfig
 

@@ -3,7 +3,7 @@
 Swapped sides: if a feature separates the two answers of every pair clearly (a length, the words shared with the
 prompt), its differences form two groups, separated by their sign. Labels that follow the feature in most pairs and
 contradict it in a good share of them are then no matter of taste: sides were swapped. In pairs that people labeled,
-differences gather around zero instead, and nothing is reported.
+differences gather around zero instead, and no finding is reported.
 """
 
 from __future__ import annotations

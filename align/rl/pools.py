@@ -60,7 +60,7 @@ class PromptPools:
         easy = pools["easy"][: _share(self.config.easy_share, numbers)]
         hard = pools["hard"][: _share(self.config.hard_share, numbers)]
         chosen = [*easy, *hard]
-        # 3. Fill up with prompts in between, then with those of the pools that are too large.
+        # 3. Fill up with prompts in between, then with prompts of the pools that are too large.
         rest = [*pools["between"], *pools["hard"][len(hard) :], *pools["easy"][len(easy) :]]
         chosen += rest[: len(numbers) - len(chosen)]
         while len(chosen) < len(numbers):

@@ -121,7 +121,7 @@ def serve(control: socket.socket) -> str | None:
                     _become_stage(descriptors[0], descriptors[1], order["environment"])
                     return str(order["folder"])
                 if "branch" in order:
-                    # The branch has the socket now, and ends once the runner closes its end. Nobody waits for it.
+                    # The branch has the socket now, and ends once the runner closes its end. No process waits for it.
                     os.close(descriptors[0])
                     continue
                 # 3. The log is the stage's. The pipe stays open here for the exit code.

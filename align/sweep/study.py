@@ -60,7 +60,7 @@ class TrialRecord:
 
 @dataclass
 class Trial:
-    """A trial that this process runs. Nobody else runs it while ``hold`` lasts."""
+    """A trial that this process runs. No other process runs it while ``hold`` lasts."""
 
     number: int
     draw: Draw

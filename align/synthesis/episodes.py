@@ -164,7 +164,7 @@ class EpisodeParts:
         return {"tokens": self.tokens, "tokens_per_second": self.new_tokens / self.seconds if self.seconds else 0.0}
 
     def user_usage(self) -> dict[str, Any]:
-        """Return ``user``: requests, tokens and cost of the server that plays the user; nothing without one."""
+        """Return ``user``: requests, tokens and cost of the server that plays the user; empty without one."""
         return self.player.user_usage()
 
     def close(self) -> None:
@@ -203,7 +203,7 @@ class EndpointEpisodes:
             journal.close()
 
     def user_usage(self) -> dict[str, Any]:
-        """Return ``user``: requests, tokens and cost of the server that plays the user; nothing without one."""
+        """Return ``user``: requests, tokens and cost of the server that plays the user; empty without one."""
         return user_usage(self._user)
 
     def _key(self, tasks: Sequence[EpisodeTask]) -> str:

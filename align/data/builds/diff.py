@@ -68,8 +68,8 @@ def compare(a: Path, b: Path, examples: int = EXAMPLES) -> dict[str, Any]:
     """Return all differences, JSON-able.
 
     ``groups`` has a line for each split and source: ``a`` and ``b`` are its rows in either build; ``a`` is the sum of
-    unchanged, changed, new answer, moved out and removed, and ``b`` that of unchanged, changed, new answer, moved
-    in and added. ``trained_then_tested`` counts prompts of ``a``'s train split that are in ``b``'s test split.
+    unchanged, changed, new answer, moved out and removed, and ``b`` the sum of unchanged, changed, new answer,
+    moved in and added. ``trained_then_tested`` counts prompts of ``a``'s train split that are in ``b``'s test split.
     """
     names: dict[str, int] = {}
     rows_a = _hash_rows(a, names)

@@ -122,7 +122,7 @@ def from_gsm8k(record: dict[str, Any], options: ReadingOptions, kind: str) -> li
 
 
 def from_text(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
-    """Convert a document: text and nothing else."""
+    """Convert a document, which has only a text."""
     name = require(record, TEXTS)
     return [{"text": text(record[name], name)}]
 

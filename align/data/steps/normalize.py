@@ -1,7 +1,7 @@
 """The ``normalize`` step: Unicode, control characters, white space and the order of turns.
 
 A clean row comes back as the same object, a changed one as a new dict, so the build can count changes by identity.
-Normalizing twice changes nothing more. Code (a fenced block, or the indentation of a line) keeps its white space. Only
+Normalizing twice has no further effect. Code (a fenced block, or the indentation of a line) keeps its white space. Only
 rows that cannot be put in order are dropped here; quality is the business of ``filter``.
 """
 

@@ -222,7 +222,7 @@ def _relative_checks(scores: ProbeScores, floor: float, lenient: float, compare:
 
 
 def _decisive(checks: list[Check], rows: int) -> list[Check]:
-    """Return the checks, which decide nothing if there are too few rows."""
+    """Return the checks, without floors if there are too few rows."""
     if rows >= MIN_ROWS:
         return checks
     return [check if check.name == "twice" else _with_floor(check, None) for check in checks]

@@ -183,7 +183,7 @@ class _Validator:
         floor = self.settings.floor if part.weight else 0.0
         if kind == "verifier" and part.weight >= 0:
             return check_verifier(part.name, item.probes, item.scores, floor)
-        # A form says nothing about references, which may lack it.
+        # A reference may lack the form, so references are not compared.
         if is_single and part.weight and kind != "format":
             # The sign of the weight decides what the policy learns.
             return check_sum(part.name, kind, item.probes, _weighted([item]), floor)

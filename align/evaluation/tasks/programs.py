@@ -5,7 +5,7 @@ of programs that pass, ``pass_at_k`` the probability that any of k passes, estim
 
 HumanEval asks for the function in one user turn. An answer that defines the function follows the problem's beginning,
 which has its imports and helpers; any other answer continues that beginning. The tests use the beginning's helpers, not
-those of the answer. MBPP shows the asserts that it tests with, as is usual: a program may list their results.
+the answer's helpers. MBPP shows the asserts that it tests with, as is usual: a program may list their results.
 """
 
 from __future__ import annotations

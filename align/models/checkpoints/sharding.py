@@ -1,8 +1,8 @@
 """Shard a model over processes by FSDP2 (torch's ``fully_shard``), and gather the full model where it is needed.
 
 accelerate's own FSDP2 plugin does the same on GPUs, but is silently ignored on CPUs. The Trainer's side is in
-``align.training.sharded``. Names and order of parameters stay those of the plain model, so files on disk are those of
-one process. Excluded: loading without a full model in each process's memory first.
+``align.training.sharded``. Names and order of parameters stay as in the plain model, so files on disk are the same
+as from one process. Excluded: loading without a full model in each process's memory first.
 
 The full model is gathered into a shell: the same modules without memory, copied before sharding. ``full_model`` fills
 its parameters with the gathered tensors, and empties it again.

@@ -1,7 +1,7 @@
 """Processes that train one model together, and the threads, device, memory and kernels of each.
 
 With one process the collective operations are the identity. A failure ends its process, and the launcher then ends the
-others, so nothing here catches errors. Excluded: the model itself (``align.models.checkpoints.sharding``).
+others, so no function here catches errors. Excluded: the model itself (``align.models.checkpoints.sharding``).
 
 Threads and memory change speed, and results only by rounding. glibc keeps the small blocks that a backward pass frees
 in its heap, as much as all activations together. Large blocks, such as logits, are then allocated on top of it.

@@ -1,6 +1,6 @@
 """Insert trained modules into a frozen transformers model, which keeps its class and its weights' names.
 
-An insertion is a submodule of the module that it changes, plus a hook on that module. Nothing is replaced, so trl,
+An insertion is a submodule of the module that it changes, plus a hook on that module. No module is replaced, so trl,
 transformers and align still see the model they know. The trainer's checkpoints hold the trained tensors only. To run
 the model as it started, other values are put into its trained parameters for a while. Excluded: what the insertions
 compute (``virtual_tokens``, ``inserted_methods``).

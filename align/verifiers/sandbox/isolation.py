@@ -49,7 +49,7 @@ TMP_BYTES = 16 << 20
 FIRST_USER = 600_000_000
 """Number of a user that root switches to; such a user has no files and no processes."""
 USERS = itertools.count(FIRST_USER + os.getpid() % 100_000 * 1000)
-"""Another user for each process, since the limit of processes counts those of a user."""
+"""Another user for each process, since the limit of processes counts all processes of a user."""
 MIB = 1 << 20
 
 
