@@ -61,6 +61,7 @@ def _slurm_blocks(pipeline: Pipeline, nodes: Iterable[Node]) -> dict[str, SlurmE
     blocks = {}
     for node in nodes:
         place = "runtime.executor"
+        # A round of a loop has its own settings, else the settings of its stage in all rounds.
         for name in (node.name, pipeline.expanded.without_round(node.name)):
             if name in per_stage and per_stage[name].executor is not None:
                 place = f"runtime.stages.{name}.executor"

@@ -137,6 +137,7 @@ def _accepts_two(method: Callable[..., Any]) -> bool:
 def _score_parameter(score: Callable[..., Any], place: str) -> str | None:
     names = []
     for parameter in list(inspect.signature(score).parameters.values())[1:]:
+        # Other parameters with a default are the class's own options.
         is_required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         if is_required or parameter.name in (MESSAGES, RESPONSE):
             names.append(parameter.name)

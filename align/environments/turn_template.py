@@ -236,6 +236,7 @@ class TurnTemplate:
             prompt, training_prompt = (
                 self._try(template, messages, add_generation_prompt=True) for template in (self.template, text)
             )
+            # A template may refuse a system message. Then only the prompt without it is compared.
             if prompt is not None:
                 is_same.append(training_prompt is not None and DATE.sub("", prompt) == DATE.sub("", training_prompt))
         return bool(is_same) and all(is_same)

@@ -244,6 +244,7 @@ def _objection(env: Any) -> str | None:
     kind = type(env.taskset).task_type()
     if kind.NEEDS_CONTAINER:
         return "its tasks need a container"
+    # A task without data, which is enough to find its hooks.
     probe = kind.__new__(kind)
     probe.config = env.taskset.config.task
     if any(hook_boundary(hook, allow_trace=True) is not vf.Trace for hook in kind.hooks(probe, "stop")):

@@ -176,6 +176,7 @@ class Budget:
             yield
         finally:
             self._in_flight[name] -= 1
+            # With no request in flight the sum is set to 0, because sums of floats leave a remainder.
             self._bounds = self._bounds - bound if self._in_flight.total() else 0.0
 
     def _spent_error(self, bound: float, surplus: float) -> UserError:

@@ -189,6 +189,7 @@ class RequestCache:
 
     def asked(self) -> Iterator[tuple[Request, Answer]]:
         """Yield every request that was sent for this cache, with its answer. Copies from another cache are omitted."""
+        # Sorted by file, so each file is opened once and read from its beginning to its end.
         lines = sorted({(position.file, position.offset) for position in self._positions.values()})
         for number, group in itertools.groupby(lines, key=lambda line: line[0]):
             with self._files[number].open("rb") as file:

@@ -110,6 +110,7 @@ def _check_context(pipeline: Pipeline, node: Node) -> Iterator[str]:
         config = model.config
         if not isinstance(config, ModelConfig):
             continue
+        # An adapter has the positions of its base.
         name = config.base_model or config.source
         revision = config.revision if config.base_model is None else config.base_revision
         positions = load_object(POSITIONS)(name, revision, pipeline.base)
@@ -136,6 +137,7 @@ def _model_stages(pipeline: Pipeline, node: Node) -> list[Node]:
             continue
         for name in [value] if isinstance(value, str) else value or []:
             source = pipeline.nodes[name]
+            # Training keeps context and template, so a policy's are found at the model that it started from.
             roots = [source] if source.stage.kind == "model" else _model_stages(pipeline, source)
             stages |= {root.name: root for root in roots}
     return list(stages.values())

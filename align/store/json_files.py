@@ -293,6 +293,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with path.open("rb") as file:
             for line in file:
+                # The last line may be torn by a kill, or not yet written to its end.
                 event = parse_event(line)
                 if event is not None:
                     yield event

@@ -76,6 +76,7 @@ class Remote:
         damaged = []
         for path in paths:
             data = self._call(self.bucket.get, f"{path}/{RECORD}")
+            # Another machine may have deleted the object after it was listed.
             if data is None:
                 continue
             try:

@@ -150,6 +150,8 @@ class RolloutFiles:
             return
         path = self.root / name / f"{table['update'][0].as_py():06d}.parquet"
         last = self._last.get(name)
+        # Parquet files cannot be appended to. The last table stays in memory and is written again with the new rows,
+        # until its file is large enough.
         if last is not None and self._sizes[last[0]] < FILE_BYTES:
             path = last[0]
             table = pa.concat_tables([last[1], table])

@@ -153,6 +153,7 @@ class Store:
         """Return every finished artifact, oldest first, and the errors of those whose records are damaged."""
         intact, damaged = [], []
         for folder in self.folders():
+            # Only drafts and downloads in progress have a suffix.
             if folder.suffix:
                 continue
             try:

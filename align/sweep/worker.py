@@ -227,6 +227,7 @@ class Worker:
         try:
             measured = [objective.read(run, pipeline) for objective in self.sweep.objectives]
         except UndefinedObjective as error:
+            # Without a value only this trial fails. A wrong setting would fail in all trials, so it ends the sweep.
             self.study.fail(trial, error=str(error), **notes)
             return "failed"
         except UserError as error:

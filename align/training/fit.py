@@ -320,6 +320,7 @@ def _score_before(context: StageContext, held_out: Callable[[], Scores]) -> Scor
     """
     context.phase("scoring held-out rows")
     file = context.checkpoints / "before.json"
+    # The first process reads for all, so no process scores while another waits for training.
     stored = broadcast(lambda: read_state(file))
     if stored is not None:
         return stored

@@ -246,6 +246,7 @@ class AlignedTeacher(StageTeacher):
         results = []
         for lesson in lessons:
             if lesson.read is None:
+                # The teacher has no opinion on these tokens, and the student needs an entry for each.
                 size = sum(label != MASKED for label in lesson.student["labels"][1:])
                 results.append(pack([None] * size, self.setting.top_k))
                 continue

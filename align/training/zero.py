@@ -126,6 +126,7 @@ def sync_master_weights(groups: Groups) -> None:
     from deepspeed.utils import safe_set_full_fp32_param
 
     for parameter in (parameter for parameters in groups for parameter in parameters):
+        # A partitioned parameter is empty here until all processes gather it.
         partitioned = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter] if partitioned else []):
             value = parameter.detach().float().clone()

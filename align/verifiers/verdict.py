@@ -62,6 +62,7 @@ def reference_value(row: Row, column: str, place: str) -> Any:
     Raises ``UserError``, which begins with ``place``, for a row without the value.
     """
     name, dot, entry = column.partition(".")
+    # A column's own name may have a dot, so the complete name comes first.
     value = row.get(column)
     if value is None and dot:
         value = _mapping(row.get(name)).get(entry)

@@ -343,6 +343,7 @@ def ask(channel: Channel, request: dict[str, Any], arguments: tuple[Any, ...], k
     channel.write(message)
     reply = channel.read()
     if "error" in reply:
+        # Only built-in exceptions are raised by name, so a program cannot choose any other object.
         kind = getattr(builtins, str(reply["error"]), None)
         if isinstance(kind, type) and issubclass(kind, Exception):
             raise kind(reply["error"])
