@@ -71,6 +71,7 @@ def _place_texts(answer: str, pairs: Sequence[Any]) -> list[StepScore]:
         if len(pair) != 2 or not isinstance(pair[0], str):
             raise WrongSteps(f"{shorten(repr(pair))}, which is no pair of a text and a number")
         text = pair[0].strip()
+        # Search after the step before, because steps may have equal texts.
         position = answer.find(text, start) if text else -1
         if position < 0:
             raise WrongSteps(f"the step {shorten(repr(pair[0]))}, which does not occur after the step before it")

@@ -230,6 +230,7 @@ def check_results(row: Row, place: Place, findings: Findings) -> None:
     """Report the result of a tool that no turn before it has called."""
     answers = [row[name] for name in ANSWER_FIELDS if row.get(name)]
     for answer in answers or [[]]:
+        # None: the last turn may have calls that cannot be counted, so its results are not judged.
         waiting: int | None = 0
         for message in [*row["prompt"], *answer]:
             if message["role"] == "assistant":

@@ -369,6 +369,7 @@ class Pipeline:
                 fields = input_fields(kinds[stage_name].config_class())
                 if any(follow(following) for field in fields for following in names_in_block(block, field)):
                     return True
+            # This stage does not lead to ``name``.
             path.pop()
             return False
 

@@ -201,6 +201,7 @@ def run_rank(data: Any, rank: int, world_size: int, spec: Pass, folder: Path, fo
     """
     worker: Worker | None = None
     try:
+        # All ranks sort the same names, so each task belongs to exactly one rank.
         for path in sorted((folder / "tasks").glob("*.json"))[rank::world_size]:
             task = _from_json(path.read_text(encoding="utf-8"), formats)
             if not is_complete(spec.folder, task.shard):

@@ -62,6 +62,7 @@ class _Transcoded(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        # A chunk may end inside a character and decode to no text, but 0 bytes would mean the end of the file.
         while not self._rest:
             chunk = self._file.read(1 << 16)
             try:

@@ -368,4 +368,5 @@ def is_multiple_choice(record: dict[str, Any]) -> bool:
         choices = read_choices(record, choices_name)
     except Malformed:
         return False
+    # Data count choices from 0 or from 1, and either may be meant here.
     return any(right_choice(record[key], choices, number) is not None for number in (0, 1))

@@ -72,6 +72,7 @@ def _start_filters(config: FilterStep, context: StepContext) -> list[RowStep]:
     filters: list[RowStep] = []
     for name, make in makers.items():
         settings = getattr(config, name)
+        # These values switch a filter off.
         if settings not in (None, False, "keep"):
             filters.append(make(settings))
     return filters

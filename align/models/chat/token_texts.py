@@ -42,6 +42,8 @@ class TokenTexts:
                 end += 1
             texts += self._texts_of_run(tuple(ids[place:end]))
             place = end
+        # Cached texts are right for most tokenizers. If together they differ from the decoded response, the text of a
+        # token depends on its neighbors.
         decoded = self._decode(ids)
         if "".join(texts).replace(BROKEN, "") == decoded.replace(BROKEN, ""):
             return texts
@@ -86,6 +88,7 @@ class TokenTexts:
                     texts += [""] * (end - start - 1) + [text]
                     break
             else:
+                # No token after it completes a character, so this token's bytes are none.
                 texts.append(BROKEN)
         return texts
 

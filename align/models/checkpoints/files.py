@@ -247,6 +247,7 @@ def _entry(name: str, value: Any, body: int) -> Entry:
         raise BadHeader(f"has a header with an impossible shape or place of the tensor {name}")
     if dtype not in BITS:
         raise BadHeader(f"has the tensor {name} of the unknown type {dtype!r}")
+    # Types smaller than a byte are packed, so bits are rounded up to bytes.
     if end - start != (math.prod(shape) * BITS[dtype] + 7) // 8:
         raise BadHeader(f"has {end - start} bytes for the tensor {name}, whose shape is {list(shape)} of {dtype}")
     return Entry(name, dtype, shape, body + start, body + end)

@@ -113,6 +113,7 @@ def _replace(model: nn.Module, suffix: str, original: type[nn.Module], lean: Any
     for parent in model.modules():
         for name, module in list(parent.named_children()):
             kind = type(module)
+            # transformers has a copy of the same class for each type of model. Equal source code means equal results.
             is_original = kind.__name__.endswith(suffix) and source is not None and _source(kind.forward) == source
             if is_original:
                 setattr(parent, name, lean(module))

@@ -132,6 +132,7 @@ def batches_of_shared(rows: Sequence[Sequence[int]], tokens: int) -> list[list[i
     for index in sorted(range(len(rows)), key=lambda index: tuple(rows[index])):
         row = rows[index]
         if batches:
+            # Rows are sorted, so a common beginning is with the row before. Its tokens are in the line already.
             common = _common_length(rows[batches[-1][-1]], row)
             added = len(row) - (common if common >= LEAST_SHARED else 0)
             if size + added <= tokens or list(row) == list(rows[batches[-1][-1]]):

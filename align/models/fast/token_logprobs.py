@@ -82,6 +82,7 @@ class _TokenStatistics(torch.autograd.Function):
         """Return the statistics of hidden states (N, H), targets (N,) and the head's weight (V, H)."""
         slices = [slice(start, start + TOKENS) for start in range(0, len(hidden), TOKENS)]
         parts = [_OnlineSoftmax(hidden[part], targets[part]) for part in slices]
+        # Each slice of tokens meets the vocabulary block by block, so one block of logits is in memory at a time.
         for part, softmax in zip(slices, parts, strict=True):
             for block, logits in _blocks(hidden[part], weight, transform):
                 softmax.add(block, _divided(logits, _part_of(temperature, part)))

@@ -105,6 +105,7 @@ def insert_empty(model: Any, tuning: Inserted, first_token: int | None) -> None:
     with torch.random.fork_rng(devices=[]):
         if isinstance(tuning, PrefixTuning):
             assert first_token is not None
+            # These values are only placeholders of the right shape.
             rows = [
                 {name: torch.zeros(tuning.tokens, width) for name, width in layer.items()}
                 for layer in inserted_methods.widths(model)
