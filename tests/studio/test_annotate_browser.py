@@ -12,7 +12,7 @@ import pytest
 from align.annotation.pairs import read_file_pairs
 from align.store.annotations import AnnotationSet
 from align.store.store import Store
-from tests.support.report.browser import chromium, console, needs_browser, resize
+from tests.support.report.browser import TABLES_FIT, chromium, console, needs_browser, resize
 from tests.support.studio.server import RunningStudio, running_studio
 
 pytestmark = needs_browser
@@ -150,6 +150,7 @@ def test_hostile_answers_are_texts_and_the_report_is_shown(driver: Any, store: P
         wait_until(driver, "return document.querySelectorAll('tbody tr').length >= 2")
         assert "new better than old" in driver.find_element("css selector", "main").text
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+        assert driver.execute_script(TABLES_FIT)
         assert driver.title != "owned"
         assert console(driver) == []
     driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -18,7 +18,7 @@ from align.runner.runner import run_pipeline
 from align.store.leases import write_run
 from align.store.store import Store
 from tests.support.records import put_record
-from tests.support.report.browser import chromium, console, needs_browser, resize
+from tests.support.report.browser import TABLES_FIT, chromium, console, needs_browser, resize
 from tests.support.studio.client import open_client
 from tests.support.studio.server import running_studio
 
@@ -169,6 +169,10 @@ def test_build_is_shown_by_keys_and_texts_stay_texts(store: Path) -> None:
         for width in (1280, 390):
             resize(driver, width, 844)
             assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        for place, ready in (("data", ".builds"), ("data/trained/data?tab=steps", "table.steps")):
+            driver.get(f"{studio.origin}/#/{place}")
+            wait(f"return document.querySelector('{ready}') !== null")
+            assert driver.execute_script(TABLES_FIT), place
         assert driver.execute_script("return document.querySelectorAll('main img').length") == 0
         assert console(driver) == []
 

@@ -52,6 +52,11 @@ return [...document.querySelectorAll(`main :is(${texts}${more})`)]
 """
 """Script that returns the texts of a page with too little contrast; its argument are further selectors."""
 
+TABLES_FIT = """
+return [...document.querySelectorAll("nav, .scroll")].every((box) => box.scrollWidth <= box.clientWidth);
+"""
+"""Script that returns whether no table and no menu scrolls sideways."""
+
 THERE = bool(CHROMIUM and DRIVER and importlib.util.find_spec("selenium"))
 needs_browser = pytest.mark.skipif(not THERE, reason=MISSING)
 
