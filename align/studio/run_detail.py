@@ -24,7 +24,7 @@ from align.runs.progress import ProgressReader, progress_json
 from align.runs.resume import console_path
 from align.runs.run_page import RunOutline
 from align.runs.status import StageStatus
-from align.store.artifacts import CHECKPOINTS, EVENTS, LOG, Artifact
+from align.store.artifacts import CHECKPOINTS, EVENTS, GENERATORS, LOG, Artifact
 from align.store.json_files import read_tail
 from align.store.record import RECORD
 from align.store.rollouts import ROLLOUTS, read_settings
@@ -76,6 +76,8 @@ class FinishedStage:
 
     cost: dict[str, str]
     box: dict[str, Any]
+    can_chat: bool
+    """True for a checkpoint that the view ``chat`` can load."""
 
 
 @dataclass
@@ -133,12 +135,14 @@ class RunReader:
             "log": None if folder is None else file_signature(folder / LOG),
             "progress": None,
             "cost": None,
+            "can_chat": False,
         }
         if status.state == "runs" and folder is not None:
             stage["progress"] = progress_json(self._progress(folder))
         finished = self._finished(run, status) if status.state == "done" else None
         if finished is not None:
             stage["cost"] = finished.cost
+            stage["can_chat"] = finished.can_chat
         return stage
 
     def _progress(self, folder: Path) -> RunningStage | None:
@@ -162,7 +166,11 @@ class RunReader:
         if artifact is None:
             return None
         row = stage_costs.stage_row(artifact, Events())
-        finished = FinishedStage({name: row[name] for name in COSTS}, stage_costs.finished_box(artifact, cached=False))
+        finished = FinishedStage(
+            cost={name: row[name] for name in COSTS},
+            box=stage_costs.finished_box(artifact, cached=False),
+            can_chat=artifact.kind in GENERATORS and (artifact.model / "config.json").is_file(),
+        )
         with self._lock:
             self.finished[place] = signature, finished
             while len(self.finished) > MAX_STAGES:

@@ -87,6 +87,17 @@ def texts(driver: Any, selector: str) -> list[str]:
 DONE = "document.querySelectorAll('.reply[aria-busy=false] .numbers:not(:empty)').length === {}"
 
 
+def test_run_leads_to_a_chat_with_its_models(driver: Any, studio: RunningStudio) -> None:
+    driver.get(studio.address)
+    driver.get(f"{studio.origin}/#/runs/smoke")
+    wait_until(driver, "document.getElementById('chat') !== null")
+    press(driver, "m")
+    wait_until(driver, "document.getElementById('message') !== null")
+    assert driver.execute_script("return location.hash") == "#/chat?models=smoke%3Asft%2Csmoke%3Adpo"
+    assert driver.execute_script("return [...document.querySelectorAll('.chip.model')].length") == 2
+    assert console(driver) == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_two_checkpoints_answer_side_by_side(driver: Any, studio: RunningStudio, width: int, scheme: str) -> None:

@@ -1,6 +1,7 @@
 // One run: its graph, progress, alarms, and a stage's curves, log and settings, which follow the run while it works.
 import { get, path, post, stream } from "../api.js";
 import { address, showConnection } from "../app.js";
+import { MOST } from "../chat/setup.js";
 import { ago, element, moment, problem, replace, update } from "../dom.js";
 import { setKeys } from "../keys.js";
 import { showPanels } from "../panels.js";
@@ -42,6 +43,11 @@ function confirmed(text, action) {
   });
 }
 
+// Chat compares at most four models; the last stages of a run are the trained ones.
+function chatAddress(models) {
+  return address("chat", [], { models: models.slice(-MOST).join(",") });
+}
+
 class RunPage {
   constructor(main, name, query) {
     this.name = name;
@@ -77,10 +83,11 @@ class RunPage {
     if (this.tab === null) this.tab = this.firstTab();
     const isActive = run.stages.some((stage) => stage.state === "runs" || stage.state === "waits");
     const isDone = run.stages.every((stage) => stage.state === "done");
+    const models = run.stages.filter((stage) => stage.can_chat).map((stage) => `${run.name}:${stage.stage}`);
     document.title = `${run.name} · align studio`;
     update(
       this.head,
-      [run.name, run.title, run.description, run.when, run.page, isActive, isDone, ago(run.when)],
+      [run.name, run.title, run.description, run.when, run.page, models, isActive, isDone, ago(run.when)],
       () => [
         element("h1", null, element("a", { href: address("runs"), class: "crumb" }, "Runs"), " / ", run.name),
         element(
@@ -91,6 +98,7 @@ class RunPage {
           element("time", { title: moment(run.when) }, ago(run.when)),
         ),
         element("span", { class: "grow" }),
+        models.length > 0 && element("a", { href: chatAddress(models), id: "chat" }, "Chat with its models"),
         run.page && element("a", { href: run.page, target: "_blank", rel: "noopener" }, "Report page"),
         element(
           "button",
@@ -340,6 +348,7 @@ class RunPage {
       },
       { keys: ["x"], does: "stop the run", run: () => this.press("stop") },
       { keys: ["r"], does: "resume the run", run: () => this.press("resume") },
+      { keys: ["m"], does: "chat with its models", run: () => this.press("chat") },
       { keys: ["w"], does: "write the report page", run: () => this.press("report") },
       ALL_RUNS,
     ];
