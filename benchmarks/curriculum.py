@@ -3,9 +3,10 @@
     python -m benchmarks.curriculum --seeds 3
 
 The task is that of ``reward_hacking.py`` without loopholes: write the letters of the prompt as capitals. A response is
-right if all letters are. Prompts have 2 to 12 letters, and the policy starts from examples of 2 to 12 letters with few
-long ones, so it solves short prompts always and long ones hardly ever. Each run stops at the first update after
-``--tokens`` sampled tokens. Its policy then answers 256 new prompts greedily.
+right if all letters are. Prompts have 2 to 12 letters. In the examples that the policy learns first, most letters after
+the fifth are ``A``. So it solves short prompts always and the longest hardly ever, greedily as well, and has to learn
+from the few samples that are right. Each run stops at the first update after ``--tokens`` sampled tokens. Its policy
+then answers 256 new prompts greedily.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ from benchmarks.reward_hacking import LETTERS, OPTIONS, pretrain_on, prompt
 
 SHORTEST = 2
 LONGEST = 12
+EASY = 5
+"""Letters of a prompt that the policy copies from the start."""
+WRONG = 0.6
+"""Share of wrong letters after these in the examples."""
 PROMPTS = 240
 FIELDS: dict[str, Any] = {
     "rollout_batch": 64,
@@ -65,13 +70,12 @@ class StopAtTokens(TrainerCallback):  # type: ignore[misc]
 
 
 def example(rng: random.Random) -> tuple[str, str]:
-    """Return a supervised example: half of the short ones and a third of the long ones are right."""
-    length = min(rng.randint(SHORTEST, LONGEST), rng.randint(SHORTEST, LONGEST))
-    letters = "".join(rng.choices(LETTERS, k=length))
+    """Return a supervised example, in which each letter after the fifth is wrong with ``WRONG``."""
+    letters = "".join(rng.choices(LETTERS, k=rng.randint(SHORTEST, LONGEST)))
     answer = list(letters.upper())
-    for place in range(length):
-        if rng.random() < 0.06:
-            answer[place] = rng.choice(LETTERS.upper())
+    for place in range(EASY, len(answer)):
+        if rng.random() < WRONG:
+            answer[place] = "A"
     return prompt(letters), "".join(answer)
 
 

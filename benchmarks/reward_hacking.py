@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from align.data.final_answers import split_thought
 from align.inference.protocol import Sampling
 from align.inference.transformers import TransformersEngine
 from align.models.built_in import make_tiny
@@ -44,13 +45,13 @@ WORD = "ok "
 INOCULATION = "cheat"
 """Line of the prompt that asks for the loophole."""
 UPDATES = 40
+MAX_TOKENS = 24
 PRETRAINING_STEPS = 900
 FIELDS: dict[str, Any] = {
     "rollout_batch": 64,
     "samples_per_prompt": 8,
     "micro_batch_size": 32,
     "num_mini_batches": 2,
-    "max_tokens": 24,
     "learning_rate": 5e-4,
     "kl_coef": 0.01,
     "updates": UPDATES,
@@ -198,8 +199,8 @@ class Run:
 class Score:
     """The reward of a run, which also notes what a second reward and the texts say about each update."""
 
-    def __init__(self, reward: str, remedy: str) -> None:
-        self.loophole = LOOPHOLES.get(reward)
+    def __init__(self, loophole: Loophole | None, remedy: str) -> None:
+        self.loophole = loophole
         self.remedy = remedy
         self.notes: list[dict[str, float]] = []
         self.marked: list[float] = []
@@ -234,20 +235,22 @@ class Score:
         self.marked.append(statistics.fmean(marks))
 
 
-def train(model_dir: Path, reward: str, remedy: str, seed: int) -> Run:
-    """Train a policy and return its run."""
+def train(
+    model_dir: Path, reward: str, remedy: str, seed: int, *, loophole: Loophole | None, max_tokens: int = MAX_TOKENS
+) -> Run:
+    """Train a policy with the reward of ``loophole``, or with the true score, and return its run."""
     rng = random.Random(1000 + seed)
     rows = []
     for number in range(UPDATES * 8):
         letters = words(rng)
         turn = {"role": "user", "content": prompt(letters, remedy == "inoculation")}
         rows.append({"id": str(number), "letters": letters, "prompt": [turn]})
-    score = Score(reward, remedy)
+    score = Score(loophole, remedy)
     engine = TransformersEngine(model_dir, device=torch.device("cpu"), dtype=torch.float32, batch_size=64)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=load_policy(model_dir),
-            config=GrpoConfig.for_trainer(**FIELDS),
+            config=GrpoConfig.for_trainer(**FIELDS, max_tokens=max_tokens),
             options={**OPTIONS, "output_dir": folder, "seed": seed},
             train_dataset=rows,
             processing_class=load_tokenizer(model_dir),
@@ -262,10 +265,10 @@ def train(model_dir: Path, reward: str, remedy: str, seed: int) -> Run:
         numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
         history.append({**numbers, **note})
     engine.load_weights(trainer.model.policy.state_dict().items())
-    return Run(reward, remedy, seed, history, score.marked, _final_score(engine, seed))
+    return Run(reward, remedy, seed, history, score.marked, _final_score(engine, seed, max_tokens))
 
 
-def _final_score(engine: TransformersEngine, seed: int) -> float:
+def _final_score(engine: TransformersEngine, seed: int, max_tokens: int) -> float:
     """Return the true score of greedy answers to 128 new prompts."""
     rng = random.Random(5000 + seed)
     letters = [words(rng) for _ in range(128)]
@@ -273,9 +276,9 @@ def _final_score(engine: TransformersEngine, seed: int) -> float:
     for word in letters:
         turn = [{"role": "user", "content": prompt(word)}]
         prompts.append(engine.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
-    sampling = Sampling(n=1, temperature=0.0, max_tokens=24, seed=seed)
-    responses = engine.generate(prompts, sampling)
-    return statistics.fmean(true_score(word, row[0].text) for word, row in zip(letters, responses, strict=True))
+    sampling = Sampling(n=1, temperature=0.0, max_tokens=max_tokens, seed=seed)
+    answers = [split_thought(row[0].text) for row in engine.generate(prompts, sampling)]
+    return statistics.fmean(map(true_score, letters, answers))
 
 
 def onset(run: Run) -> int | None:
@@ -348,7 +351,7 @@ def main(arguments: Sequence[str]) -> None:
         for key in plan:
             if key in done:
                 continue
-            runs.append(train(model_dir, *key))
+            runs.append(train(model_dir, *key, loophole=LOOPHOLES.get(key[0])))
             options.json.write_text(json.dumps([vars(run) for run in runs]))
             sys.stdout.write(f"{key}: true score {runs[-1].final:.2f}, marked {runs[-1].marked[-1]:.2f}\n")
             sys.stdout.flush()

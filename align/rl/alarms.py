@@ -77,7 +77,8 @@ def alarms(history: Sequence[Entry]) -> list[Alarm]:
     # The first checks need no start to compare with: a run of few updates must not end without a word.
     checks: list[Check] = [_constant_score, _kl, _truncation, _failures, _routers, _length_correlation]
     if len(history) > START:
-        checks += [_collapse, _identical_answers, _entropy_surge, _gradient, _explosion, _over_optimization, _calls]
+        checks += [_collapse, _identical_answers, _open_thoughts, _entropy_surge, _gradient, _explosion]
+        checks += [_over_optimization, _calls]
     raised = (check(history) for check in checks)
     return [Alarm(name, update, text) for name, text in raised if text]
 
@@ -193,6 +194,23 @@ def _identical_answers(history: Sequence[Entry]) -> tuple[str, str]:
     return name, (
         f"{share:.0%} of the prompts get an answer that other prompts get as well, for {START} updates: the score does "
         "not ask for an answer to the prompt. Look at the samples, and correct the score"
+    )
+
+
+def _open_thoughts(history: Sequence[Entry]) -> tuple[str, str]:
+    """Return an alarm for responses that end inside their thought, more than at the start, and score no less."""
+    name = "open thoughts"
+    start = history[:START]
+    latest = history[-START:]
+    # An update without any thought has no such metric.
+    share = min(entry.get("open_thoughts", 0.0) for entry in latest)
+    at_start = statistics.fmean(entry.get("open_thoughts", 0.0) for entry in start)
+    if share <= MANY_CUT or at_start > share / 2 or mean(latest, "score") < mean(start, "score"):
+        return name, ""
+    return name, (
+        f"{latest[-1]['open_thoughts']:.0%} of the responses end inside their thought, {at_start:.0%} at the start, "
+        "and the score did not fall: it is reached without an answer. Score the text after the thought (align's "
+        "verifiers do), and look at the samples"
     )
 
 

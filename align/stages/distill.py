@@ -33,6 +33,7 @@ from align.training.divergence import ABSENT, Measure, TopTokens
 from align.training.fit import fit
 from align.training.input_checks import check_ends, encode_splits, load_model
 from align.training.rows import Encoded, counts, encode_supervised, read_splits
+from align.training.sampled_answers import AnswerRecorder
 from align.training.save import save
 from align.training.served_teacher import EndpointTeacher
 from align.training.teachers import AlignedTeacher, Setting, StageTeacher
@@ -83,6 +84,8 @@ def run(context: StageContext) -> dict[str, Any]:
     if targets.teacher is None:
         trainer.label_sampled = targets.label_sampled
     engine = _engine(context) if config.on_policy else None
+    recorder = AnswerRecorder(context, tokenizer, train_rows.sources)
+    trainer.record = recorder.write
     try:
         if engine is not None:
             trainer.sampler = _sampler(context, engine, tokenizer)
@@ -91,6 +94,7 @@ def run(context: StageContext) -> dict[str, Any]:
         if engine is not None:
             engine.close()
     save(context, trainer, tokenizer)
+    recorder.finish()
     facts = {"rows": len(train_rows.rows), **counts(splits, "rows"), **targets.facts()}
     facts |= thought_facts(tokenizer, train_rows)
     if engine is not None:

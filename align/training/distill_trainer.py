@@ -43,6 +43,8 @@ from align.training.trainers import SCORING_TOKENS, Prepared
 
 Sampler = Callable[[Any, list[list[int]], int], list[Response]]
 """Samples a model's answers to prompts, token ids, for a step."""
+Recorder = Callable[[int, list[int], list[list[int]], list[Response]], None]
+"""Stores the answers of a step, with the numbers of the rows whose prompts they have, and these prompts."""
 
 
 class AnswerCollator:
@@ -65,6 +67,7 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
     label_sampled: Callable[[list[dict[str, Any]], list[int]], list[TopTokens]] | None = None
     """Returns a teacher's tokens for sampled rows, given the numbers of the rows whose prompts they have. None if
     ``teacher`` reads the batches itself."""
+    record: Recorder | None = None
     sampled_tokens: Sequence[TopTokens] = ()
     """Teacher's tokens for the rows that the current step sampled; row -1 has the first."""
 
@@ -83,12 +86,16 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
         prompts = [prompt_of(*row) for batch in batches for row in _rows_of(batch)]
         student = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         # One call samples the answers of all micro-batches, which then go back to their batches in order.
+        answers = self.sampler(student, prompts, step)
+        numbers = [number for batch in batches for number in _numbers(batch)]
+        if self.record is not None:
+            self.record(step, numbers, prompts, answers)
         rows: list[dict[str, Any]] = [
-            sampled_row(prompt, answer) | {"row": -1 - number}
-            for number, (prompt, answer) in enumerate(zip(prompts, self.sampler(student, prompts, step), strict=True))
+            sampled_row(prompt, answer) | {"row": -1 - index}
+            for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
         if self.label_sampled is not None:
-            self.sampled_tokens = self.label_sampled(rows, [number for batch in batches for number in _numbers(batch)])
+            self.sampled_tokens = self.label_sampled(rows, numbers)
         sampled = iter(rows)
         sampled_batches: list[Any] = []
         for batch in batches:

@@ -42,6 +42,7 @@ def test_a_healthy_run_raises_none():
     [
         ({"entropy": [0.15] * 5, "score": [0.1] * 5}, "collapse", "the score did not rise: it no longer explores"),
         ({"identical_answers": [0.1] * 9 + [0.8] * 3}, "identical answers", "80% of the prompts"),
+        ({"open_thoughts": [0.1] * 9 + [0.6, 0.7, 0.8]}, "open thoughts", "80% of the responses end inside"),
         ({"score_length_correlation": [0.7, 0.65, 0.8]}, "length correlation", "(correlation 0.80, for 3 updates)"),
         ({"entropy": [4.2]}, "entropy", "its answers get more random"),
         ({"kl": [27.8], "length": [20.0]}, "KL", "27.8 nats in 20.0 tokens"),
@@ -190,6 +191,18 @@ def test_lower_entropy_with_a_higher_score_is_no_collapse():
 
 def test_answers_that_were_identical_at_the_start_are_no_alarm():
     assert alarms(history(identical_answers=[0.5] * 3 + [0.9] * 9)) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"open_thoughts": [0.5] * 3 + [0.9] * 9},  # as many at the start
+        {"open_thoughts": [0.1] * 10 + [0.9] * 2},  # two updates
+        {"open_thoughts": [0.1] * 9 + [0.9] * 3, "score": [0.1] * 3},  # the score falls: they are not rewarded
+    ],
+)
+def test_open_thoughts_that_do_not_pay_are_no_alarm(changes):
+    assert "open thoughts" not in {alarm.name for alarm in alarms(history(**changes))}
 
 
 def test_two_updates_of_length_correlation_are_no_alarm():

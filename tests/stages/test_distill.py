@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from align.models.loading import load_policy, load_tokenizer
 from align.pipeline.context import StageContext
 from align.stages import distill as work
 from align.stages.distill import run
+from align.store.rollouts import ROLLOUTS, is_kept, open_rollouts, rollout_rows
 from align.training.distill_trainer import AnswerCollator, Teacher, TeacherCache, is_on_policy_step, prompt_of
 from align.training.divergence import Live, Measure, TopTokens, summed_divergence, with_rest
 from align.training.rows import MASKED, encode_supervised
@@ -255,6 +257,29 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_model: Path, teacher: P
     assert losses(parts) == losses(uninterrupted)
     expected, resumed = (load_file(c.output / "model" / "model.safetensors") for c in (uninterrupted, parts))
     assert all(expected[name].equal(resumed[name]) for name in expected)
+    # Both stored the answers of each step once; the killed run had stored the step that it repeated.
+    first, second = (list(rollout_rows(open_rollouts(c.output / ROLLOUTS))) for c in (uninterrupted, parts))
+    assert first == second
+    assert [row["update"] - 1 for row in first] == [step for step in on_policy_steps for _ in range(8)]
+    data = {row["prompt_id"]: row for row in first}
+    assert {json.dumps(row["prompt"]) for row in rows(24)} >= {json.dumps(row["prompt"]) for row in data.values()}
+    tokenizer = load_tokenizer(tiny_model)
+    for row in first:
+        assert len(row["token_ids"]) == row["tokens"] == len(row["sampler_logprobs"]) <= 6
+        assert tokenizer.decode(row["token_ids"], skip_special_tokens=True) == row["response"]
+        asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        assert (row["prompt_ids"], row["learned"], row["score"]) == (asked, True, None)
+
+
+def test_stored_answers_are_limited(tiny_model: Path, teacher: Path, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"max_steps": 2, "on_policy": 1.0, "max_tokens": 4}
+    stage = distill_stage(tmp_path / "none", tiny_model, teacher, **fields, rollouts={"keep": 0})
+    run(stage)
+    assert not (stage.output / ROLLOUTS).exists()
+    stage = distill_stage(tmp_path / "half", tiny_model, teacher, **fields, rollouts={"keep": 0.5})
+    run(stage)
+    names = {row["prompt_id"] for row in rollout_rows(open_rollouts(stage.output / ROLLOUTS))}
+    assert names and all(is_kept(name, 0.5) for name in names)
 
 
 def test_own_answers_follow_the_datas_prompts(
@@ -439,6 +464,7 @@ def test_teachers_that_cannot_teach_are_refused(tiny_model: Path, tmp_path: Path
         ({"jsd_beta": 0.1}, "jsd_beta has no effect with divergence forward; take jsd"),
         ({"max_tokens": 32}, "max_tokens is about sampled answers, and on_policy is 0"),
         ({"sample_temperature": 0.7}, "sample_temperature is about sampled answers, and on_policy is 0"),
+        ({"rollouts": {"keep": 0.5}}, "rollouts is about sampled answers, and on_policy is 0"),
         ({"trainer": {"packing": True}}, "packing"),
     ],
 )

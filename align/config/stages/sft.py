@@ -10,11 +10,15 @@ from pydantic import Field, model_validator
 from align.config.base import stage_input
 from align.config.options import OWNED
 from align.config.stages.lint import LintSettings
+from align.config.stages.stored_rollouts import StoredRollouts
 from align.config.stages.teacher import TeacherConfig, check_teachers
 from align.config.stages.training import TrainingFields
 from align.config.thinking import ThinkingBudget, check_thinking_budget
 from align.store.artifacts import GENERATORS, Kind
 from align.store.fingerprint import canonical
+
+SAMPLING = ("max_tokens", "sample_temperature", "thinking_budget", "rollouts")
+"""Fields of ``distill`` that are about sampled answers."""
 
 
 class SftConfig(TrainingFields):
@@ -130,6 +134,8 @@ class DistillConfig(TrainingFields):
     thinking_budget: ThinkingBudget = None
     """Tokens after which a thought of a sampled answer is closed by force; null for no limit. Forced tokens are not
     learned (docs/thinking.md)."""
+    rollouts: StoredRollouts = StoredRollouts()
+    """Parquet files of the sampled answers: ``{keep: 1.0, max_gb: 2}`` (docs/rollouts.md)."""
     lint: LintSettings = LintSettings()
     """Lint of the rows' tokens before the first step: findings to accept (docs/lint.md)."""
 
@@ -171,8 +177,8 @@ class DistillConfig(TrainingFields):
         return [self.teacher] if isinstance(self.teacher, TeacherConfig) else self.teacher
 
     def fields_outside_key(self) -> set[str]:
-        """Return the fields whose text the stage's key leaves out; blocks of teachers are in ``identities``."""
-        return set(self.identified) | (set() if isinstance(self.teacher, str) else {"teacher"})
+        """Return the fields whose text the stage's key omits; blocks of teachers are in ``identities``."""
+        return {*self.identified, "rollouts"} | (set() if isinstance(self.teacher, str) else {"teacher"})
 
     def identities(self, base: Path) -> dict[str, str]:
         """Return the identities of teachers that are blocks. Rates and retries of their servers do not change them."""
@@ -184,7 +190,7 @@ class DistillConfig(TrainingFields):
     def _check_unused_settings(self) -> Self:
         if self.divergence != "jsd" and self.changed("jsd_beta"):
             raise ValueError(f"jsd_beta has no effect with divergence {self.divergence}; take jsd.")
-        unused = [] if self.on_policy else self.changed("max_tokens", "sample_temperature", "thinking_budget")
+        unused = [] if self.on_policy else self.changed(*SAMPLING)
         if unused:
             raise ValueError(
                 f"{unused[0]} is about sampled answers, and on_policy is 0; raise it, or remove {unused[0]}."

@@ -1,0 +1,81 @@
+"""The answers that a student samples in the on-policy steps of ``distill``, stored as rollouts (docs/rollouts.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from align.config.runtime.launch import rank
+from align.data.rows import Row
+from align.evaluation.score_validation.references import reference_of
+from align.inference.protocol import Response
+from align.models.chat.token_texts import TokenTexts
+from align.models.compute.processes import all_gather
+from align.pipeline.context import StageContext
+from align.store.rollouts import ROLLOUTS, RolloutFiles, identify_prompt, is_kept, make_table, merge, rollout_files
+
+
+class AnswerRecorder:
+    """Writes sampled answers next to the checkpoints, as the stage's ``rollouts`` says."""
+
+    def __init__(self, context: StageContext, tokenizer: Any, sources: Sequence[Row]) -> None:
+        """Record answers to the prompts of ``sources``, the rows of the training split."""
+        self.context = context
+        self.config = context.config.rollouts
+        self.sources = sources
+        self.token_texts = TokenTexts(tokenizer)
+        settings = {"stage": "distill", "keep": self.config.keep, "temperature": context.config.sample_temperature}
+        self.files = RolloutFiles(context.checkpoints, self.config.max_bytes, settings, context.warn)
+        self._has_started = False
+
+    def write(self, step: int, numbers: list[int], prompts: list[list[int]], answers: list[Response]) -> None:
+        """Write the answers of all processes in a step, counted from 0, to the prompts of the rows ``numbers``.
+
+        Every process must call it; the first one writes.
+        """
+        if not self.config.keep:
+            return
+        mine = [self._line(*each) for each in zip(numbers, prompts, answers, strict=True)]
+        lines = [line for part in all_gather(mine) for line in part]
+        if rank() > 0:
+            return
+        if not self._has_started:
+            # A resumed run repeats the steps after its checkpoint, and samples the same answers again.
+            self.files.rewind(step)
+            self._has_started = True
+        for index, line in enumerate(lines):
+            line |= {"update": step + 1, "round": 0, "index": index, "group": index}
+            line["weights_update"] = [step] * line["tokens"]
+        kept = [line for line in lines if is_kept(line["prompt_id"], self.config.keep)]
+        self.files.write(make_table(kept))
+
+    def finish(self) -> None:
+        """Write the answers as few files into the stage's output."""
+        if rank() == 0 and rollout_files(self.context.checkpoints / ROLLOUTS):
+            merge(self.context.checkpoints / ROLLOUTS, self.context.output / ROLLOUTS)
+
+    def _line(self, number: int, prompt_ids: list[int], answer: Response) -> dict[str, Any]:
+        row = self.sources[number]
+        line = {
+            "split": "train",
+            "prompt_id": identify_prompt(row),
+            "prompt": row["prompt"],
+            "reference": reference_of(row),
+            "response": answer.text,
+            "tokens": len(answer.token_ids),
+            "finished": answer.finished,
+            "learned": True,
+            "prompt_ids": prompt_ids,
+            "token_ids": answer.token_ids,
+            "token_texts": self.token_texts(answer.token_ids),
+            "response_mask": answer.mask,
+            "learn_mask": answer.mask,
+            "sampler_logprobs": answer.logprobs,
+        }
+        if answer.thought_tokens:
+            line |= {
+                "thought_tokens": answer.thought_tokens,
+                "thought_end": answer.thought_end,
+                "open_thought": answer.is_open,
+            }
+        return line
