@@ -91,7 +91,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _validate(options: argparse.Namespace, data: ScoreData, specs: list[ScoreSpec], scorers: list[WeightedSum]) -> int:
-    from align.config.score_validation import ScoreValidation
+    from align.config.scores import ScoreValidation
     from align.config.validation import validate
     from align.evaluation.score_validation.validation import columns_of, validate_parts
 

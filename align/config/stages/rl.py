@@ -16,8 +16,7 @@ from align.config.base import PrecisionSetting, stage_input
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.options import OWNED, OWNED_BY_ROLLOUTS, TrainerOptions
 from align.config.runtime.launch import LaunchConfig
-from align.config.score_validation import ScoreValidation
-from align.config.scores import Score, reward_names, score_identities
+from align.config.scores import Score, ScoreValidation, reward_names, score_identities
 from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.stages.lint import LintSettings
 from align.config.stages.stored_rollouts import ReplayFolder, StoredRollouts

@@ -10,8 +10,7 @@ from pydantic import Field, model_validator
 from align.config.base import Config, PrecisionSetting, stage_input
 from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking
 from align.config.environment import EnvironmentConfig, take_episode_tokens
-from align.config.score_validation import ScoreValidation
-from align.config.scores import Score, score_identities
+from align.config.scores import Score, ScoreValidation, score_identities
 from align.config.stages.stored_rollouts import StoredRollouts
 from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from align.config.score_validation import ScoreValidation
+from align.config.scores import ScoreValidation
 from align.data.final_answers import AnswerText, split_thought
 from align.data.rows import Row
 from align.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from align.config.score_validation import ScoreValidation
+from align.config.scores import ScoreValidation
 from align.config.verifiers import EnvironmentVerifier
 from align.data.rows import Row
 from align.data.scoring import Part

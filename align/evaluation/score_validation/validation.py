@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.config.score_validation import ScoreValidation
-from align.config.scores import RewardEntry
+from align.config.scores import RewardEntry, ScoreValidation
 from align.data.rows import Row
 from align.data.scoring import Part
 from align.errors import UserError

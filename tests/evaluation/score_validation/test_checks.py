@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from align.config.score_validation import ScoreValidation
+from align.config.scores import ScoreValidation
 from align.config.verifiers import EnvironmentVerifier
 from align.data.rows import Row, assistant, user
 from align.data.scoring import FunctionScorer, Part

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from align.config.score_validation import ScoreValidation
+from align.config.scores import ScoreValidation
 from align.data.rows import Row, assistant, user
 from align.evaluation.score_validation.references import choose_probes, reference_of, select_probes
 
