@@ -107,8 +107,9 @@ def test_trained_text_part_is_exported_whole(tuning: str, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllm_runs_the_whole_checkpoint_on_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5", "mistral3"])
+def test_vllm_runs_the_whole_checkpoint_on_text(tmp_path: Path, kind: str) -> None:
     log = tmp_path / "log.txt"
-    process = start_module("tests.support.inference.vllm_multimodal", ["gemma3", str(tmp_path)], log, vllm=True)
+    process = start_module("tests.support.inference.vllm_multimodal", [kind, str(tmp_path)], log, vllm=True)
     assert process.wait(timeout=600) == 0, log.read_text()[-4000:]
     assert "all checks passed" in log.read_text()

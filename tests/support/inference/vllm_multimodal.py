@@ -20,6 +20,9 @@ from tests.support.inference.vllm_families import PROMPTS, SIZES
 from tests.support.models.families import FAMILIES
 from tests.support.models.multimodal import TEXT, write_multimodal
 
+TYPES = {"qwen3_5": ("bfloat16", 0.05)}
+"""Types of the computation, and the largest difference in nats: vLLM computes layers with a state in bfloat16 only."""
+
 
 def write_changed(kind: str, folder: Path) -> Path:
     """Write a checkpoint, change all weights of its text part, and put that back."""
@@ -41,6 +44,8 @@ def write_changed(kind: str, folder: Path) -> Path:
 def main(kind: str, folder: Path) -> None:
     """Compare vLLM's log-probabilities of sampled tokens with those of the whole model in transformers."""
     joined = write_changed(kind, folder)
+    # vLLM registers configs in place of transformers', so the model is loaded first.
+    model = AutoModelForImageTextToText.from_pretrained(joined, dtype=torch.float32)
     assert why_unusable() is None
     from vllm import LLM, SamplingParams
 
@@ -56,7 +61,8 @@ def main(kind: str, folder: Path) -> None:
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
     }
-    llm = LLM(model=str(joined), dtype="float32", seed=1, **options)
+    dtype, limit = TYPES.get(kind, ("float32", 1e-5))
+    llm = LLM(model=str(joined), dtype=dtype, seed=1, **options)
     params = SamplingParams(max_tokens=16, seed=3, logprobs=0, ignore_eos=True, detokenize=False)
     outputs = [
         output.outputs[0]
@@ -68,11 +74,10 @@ def main(kind: str, folder: Path) -> None:
         for ids, output in zip(responses, outputs, strict=True)
         for token, entry in zip(ids, output.logprobs, strict=True)
     ]
-    model = AutoModelForImageTextToText.from_pretrained(joined, dtype=torch.float32)
     expected = trainer_logprobs(model, PROMPTS, responses, 1.0)
     gap = float((torch.tensor(sampled) - expected).abs().max())
-    assert gap < 1e-5, gap
-    print("all checks passed")
+    assert gap < limit, gap
+    print(f"all checks passed: {gap:.2g} nats")
 
 
 if __name__ == "__main__":
