@@ -35,7 +35,7 @@ EASY = 5
 """Letters of a prompt that the policy copies from the start."""
 WRONG = 0.6
 """Share of wrong letters after these in the examples."""
-PROMPTS = 240
+PROMPTS = 64
 FIELDS: dict[str, Any] = {
     "rollout_batch": 64,
     "samples_per_prompt": 8,

@@ -198,14 +198,14 @@ def _identical_answers(history: Sequence[Entry]) -> tuple[str, str]:
 
 
 def _open_thoughts(history: Sequence[Entry]) -> tuple[str, str]:
-    """Return an alarm for responses that end inside their thought, more than at the start, and score no less."""
+    """Return an alarm for responses that end inside their thought, more than at first, and score no less."""
     name = "open thoughts"
-    start = history[:START]
     latest = history[-START:]
-    # An update without any thought has no such metric.
+    # An update without any thought has no such metric. A policy may learn this within two updates, so the first update
+    # counts as the start, and not the mean of the first three.
     share = min(entry.get("open_thoughts", 0.0) for entry in latest)
-    at_start = statistics.fmean(entry.get("open_thoughts", 0.0) for entry in start)
-    if share <= MANY_CUT or at_start > share / 2 or mean(latest, "score") < mean(start, "score"):
+    at_start = history[0].get("open_thoughts", 0.0)
+    if share <= MANY_CUT or at_start > share / 2 or mean(latest, "score") < history[0]["score"]:
         return name, ""
     return name, (
         f"{latest[-1]['open_thoughts']:.0%} of the responses end inside their thought, {at_start:.0%} at the start, "

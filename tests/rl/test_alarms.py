@@ -198,7 +198,7 @@ def test_answers_that_were_identical_at_the_start_are_no_alarm():
     [
         {"open_thoughts": [0.5] * 3 + [0.9] * 9},  # as many at the start
         {"open_thoughts": [0.1] * 10 + [0.9] * 2},  # two updates
-        {"open_thoughts": [0.1] * 9 + [0.9] * 3, "score": [0.1] * 3},  # the score falls: they are not rewarded
+        {"open_thoughts": [0.1] * 9 + [0.9] * 3, "score": [-0.1] * 3},  # the score falls: they are not rewarded
     ],
 )
 def test_open_thoughts_that_do_not_pay_are_no_alarm(changes):
