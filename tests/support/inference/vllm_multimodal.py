@@ -49,7 +49,9 @@ def main(kind: str, folder: Path) -> None:
     assert why_unusable() is None
     from vllm import LLM, SamplingParams
 
+    dtype, limit = TYPES.get(kind, ("float32", 1e-5))
     options: dict[str, Any] = {
+        "dtype": dtype,
         "max_model_len": 128,
         "max_num_seqs": 8,
         "enforce_eager": True,
@@ -61,8 +63,7 @@ def main(kind: str, folder: Path) -> None:
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
     }
-    dtype, limit = TYPES.get(kind, ("float32", 1e-5))
-    llm = LLM(model=str(joined), dtype=dtype, seed=1, **options)
+    llm = LLM(model=str(joined), seed=1, **options)
     params = SamplingParams(max_tokens=16, seed=3, logprobs=0, ignore_eos=True, detokenize=False)
     outputs = [
         output.outputs[0]
