@@ -14,7 +14,7 @@ from align.errors import StageFailed
 from align.runner.runner import run_pipeline
 from align.store.store import Store
 from tests.support import toy
-from tests.support.report.browser import CONTRASTS, chromium, console, emulate, needs_browser, resize
+from tests.support.report.browser import CONTRASTS, TABLES_FIT, chromium, console, emulate, needs_browser, resize
 from tests.support.studio.server import RunningStudio, running_studio
 
 pytestmark = needs_browser
@@ -90,6 +90,7 @@ def test_views_fit_the_window_without_errors(driver: Any, studio: RunningStudio,
     for place, ready in (("#/runs", ".run-link"), ("#/runs/broken", "figure.curve"), ("#/runs/broken?tab=log", ".log")):
         open_view(driver, studio, place, ready)
         assert driver.execute_script("return document.documentElement.scrollWidth") <= width, place
+        assert driver.execute_script(TABLES_FIT), place
         ground = {"light": "rgb(245, 246, 248)", "dark": "rgb(15, 20, 27)"}[scheme]
         assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") == ground
         assert driver.execute_script(CONTRASTS, "a, .state, .dot, label, time, code") == [], place

@@ -10,16 +10,25 @@ export function cells(values) {
   });
 }
 
-// Returns a table. A heading that ends in "#" is of a column of numbers. In a narrow window a row is a card, whose cells
-// have their headings next to them.
+// Returns a table. A heading is a text, or a text and a note below it; a "#" at its end makes a column of numbers. In a
+// narrow window a row is a card, whose cells have their headings next to them.
 export function table(headings, rows, name = "") {
+  const columns = headings.map((heading) => {
+    const [text, note] = [heading].flat();
+    return { title: text.replace(/#$/, ""), isNumber: text.endsWith("#"), note };
+  });
   for (const row of rows)
     [...row.cells].forEach((cell, index) => {
-      const title = headings[index].replace(/#$/, "");
+      const { title } = columns[index];
       if (title && cell.tagName === "TD" && cell.colSpan === 1) cell.setAttribute("data-title", title);
     });
-  const head = headings.map((text) =>
-    element("th", { scope: "col", class: text.endsWith("#") ? "num" : null }, text.replace(/#$/, "")),
+  const head = columns.map(({ title, isNumber, note }) =>
+    element(
+      "th",
+      { scope: "col", class: isNumber ? "num" : null },
+      title,
+      note && element("div", { class: "small" }, note),
+    ),
   );
   return element(
     "div",

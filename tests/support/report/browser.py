@@ -53,7 +53,7 @@ return [...document.querySelectorAll(`main :is(${texts}${more})`)]
 """Script that returns the texts of a page with too little contrast; its argument are further selectors."""
 
 TABLES_FIT = """
-return [...document.querySelectorAll("nav, .scroll")].every((box) => box.scrollWidth <= box.clientWidth);
+return [...document.querySelectorAll("nav, .scroll:has(> table)")].every((box) => box.scrollWidth <= box.clientWidth);
 """
 """Script that returns whether no table and no menu scrolls sideways."""
 

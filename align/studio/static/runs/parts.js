@@ -1,6 +1,7 @@
 // Parts of a run's page that change as a whole: graph, progress, alarms, health, table of stages, settings.
 import { address } from "../app.js";
 import { drawing, element } from "../dom.js";
+import { table } from "../tables.js";
 import { stateChip } from "../views/runs.js";
 
 export function drawGraph(graph, chosen, choose) {
@@ -136,59 +137,24 @@ export function alarmList(run, stages) {
 
 export function healthTable(health) {
   if (!health) return null;
-  const head = ["Stage", "Alarms", ...health.columns.map((column) => column.title)];
+  const columns = health.columns.map((column) => [`${column.title}#`, column.healthy]);
+  const row = ({ stage, alarms, cells }) =>
+    element(
+      "tr",
+      null,
+      element("th", { scope: "row" }, stage),
+      element("td", { class: alarms.length ? "bad" : "good" }, alarms.length ? alarms.join("; ") : "none"),
+      cells.map((cell) => element("td", { class: "num" + (cell.ok ? "" : " bad") }, cell.text, cell.ok ? "" : " ✗")),
+    );
   return element(
     "section",
     { class: "panel" },
     element("h2", null, "Health of training"),
-    element(
-      "div",
-      { class: "scroll" },
-      element(
-        "table",
-        { class: "health" },
-        element(
-          "thead",
-          null,
-          element(
-            "tr",
-            null,
-            head.map((text, index) =>
-              element(
-                "th",
-                { scope: "col" },
-                text,
-                index > 1 && element("div", { class: "small" }, health.columns[index - 2].healthy),
-              ),
-            ),
-          ),
-        ),
-        element(
-          "tbody",
-          null,
-          health.rows.map((row) =>
-            element(
-              "tr",
-              null,
-              element("th", { scope: "row" }, row.stage),
-              element(
-                "td",
-                { class: row.alarms.length ? "bad" : "good" },
-                row.alarms.length ? row.alarms.join("; ") : "none",
-              ),
-              row.cells.map((cell) =>
-                element("td", { class: "num" + (cell.ok ? "" : " bad") }, cell.text, cell.ok ? "" : " ✗"),
-              ),
-            ),
-          ),
-        ),
-      ),
-    ),
+    table(["Stage", "Alarms", ...columns], health.rows.map(row), "health"),
   );
 }
 
 export function stageTable(stages, chosen, choose) {
-  const heads = ["Stage", "State", "Time", "Peak memory", "Tokens", "Speed", "Detail"];
   const row = (stage) => {
     const cost = stage.cost || { time: "", memory: "", tokens: "", speed: "" };
     return element(
@@ -205,30 +171,12 @@ export function stageTable(stages, chosen, choose) {
       element("td", { class: "small" }, stage.what, stage.warnings.length ? ` ⚠ ${stage.warnings.length}` : ""),
     );
   };
+  const headings = ["Stage", "State", "Time#", "Peak memory#", "Tokens#", "Speed#", "Detail"];
   return element(
     "section",
     { class: "panel" },
     element("h2", null, "Stages"),
-    element(
-      "div",
-      { class: "scroll" },
-      element(
-        "table",
-        { class: "stages" },
-        element(
-          "thead",
-          null,
-          element(
-            "tr",
-            null,
-            heads.map((text, index) =>
-              element("th", { scope: "col", class: index > 1 && index < 6 ? "num" : null }, text),
-            ),
-          ),
-        ),
-        element("tbody", null, stages.map(row)),
-      ),
-    ),
+    table(headings, stages.map(row), "stages"),
   );
 }
 
