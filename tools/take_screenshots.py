@@ -7,8 +7,8 @@
 
 It writes the run page, the scorecard and the responses to one prompt, or the named views of the studio, to
 ``docs/assets/screenshots/`` as PNG files of at most 150 kB. A name with ``dark`` is shown in dark colors, a name with
-``phone`` at 390 pixels. It needs Chromium with its driver (``make browser``), selenium and Pillow, and fetches no other
-page.
+``phone`` at 390 pixels. ``--message`` is sent in the view Chat, whose picture has the replies. It needs Chromium with
+its driver (``make browser``), selenium and Pillow, and fetches no other page.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any
 
 from PIL import Image
 from selenium import webdriver
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 FOLDER = Path(__file__).parents[1] / "docs" / "assets" / "screenshots"
 PICTURES = {"run_page": "#summary", "scorecard": "#scorecard", "rollout": "#samples"}
@@ -31,6 +33,12 @@ WIDTH, HEIGHT = 1200, 760
 PHONE_WIDTH = 390
 SECONDS_TO_LOAD = 4.0
 """Time that a view has for its first data."""
+SECONDS_TO_REPLY = 300.0
+HAS_REPLIED = """
+const replies = [...document.querySelectorAll(".reply")];
+return replies.length > 0 && replies.every((reply) => reply.getAttribute("aria-busy") === "false");
+"""
+"""Script that returns whether every model of a chat has replied."""
 MAX_BYTES = 150_000
 SWITCHES = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
 
@@ -40,6 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Take the pictures of the documentation from a report page.")
     parser.add_argument("page", help="report page of a finished run, or the address of a studio with its token")
     parser.add_argument("views", nargs="*", metavar="NAME=PLACE", help="views of the studio: studio_runs='#/runs'")
+    parser.add_argument(
+        "--message", default="", help="message for the models of the view '#/chat?models=RUN:STAGE,RUN:STAGE'"
+    )
     options = parser.parse_args()
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     is_studio = options.page.startswith("http://")
@@ -49,7 +60,7 @@ def main() -> None:
     driver = _open(browser)
     try:
         if is_studio:
-            _take_views(driver, options.page, dict(view.split("=", 1) for view in options.views))
+            _take_views(driver, options.page, dict(view.split("=", 1) for view in options.views), options.message)
         else:
             driver.get(Path(options.page).resolve().as_uri())
             for name, selector in PICTURES.items():
@@ -60,7 +71,7 @@ def main() -> None:
         driver.quit()
 
 
-def _take_views(driver: Any, address: str, views: dict[str, str]) -> None:
+def _take_views(driver: Any, address: str, views: dict[str, str], message: str) -> None:
     """Write a picture of each view; the first visit moves the token into a cookie."""
     for name, place in views.items():
         features = [{"name": "prefers-color-scheme", "value": "dark" if "dark" in name else "light"}]
@@ -72,6 +83,9 @@ def _take_views(driver: Any, address: str, views: dict[str, str]) -> None:
         driver.get(address)
         driver.get(f"{address.partition('?')[0]}{place}")
         time.sleep(SECONDS_TO_LOAD)
+        if message and place.startswith("#/chat"):
+            driver.find_element("css selector", "#message").send_keys(message, Keys.ENTER)
+            WebDriverWait(driver, SECONDS_TO_REPLY).until(lambda page: page.execute_script(HAS_REPLIED))
         _save(driver, name)
 
 
