@@ -83,6 +83,11 @@ class ModelPool:
         with self._changed:
             return [folder for (_, folder), slot in self._slots.items() if slot.model is not None]
 
+    def wait_until_unused(self, seconds: float) -> None:
+        """Wait until no model is in use, for ``seconds`` at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: all(slot.users == 0 for slot in self._slots.values()), seconds)
+
     def free_unused(self) -> None:
         """Free the models whose last use is longer ago than they are kept."""
         now = time.monotonic()

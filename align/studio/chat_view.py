@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,8 @@ ALTERNATIVES = 5
 """Likeliest tokens that each token of a reply comes with."""
 ENDPOINT_TIMEOUT = 120.0
 """Longest pause of an endpoint in seconds."""
+SECONDS_TO_END = 20.0
+"""Time that models in use have when the studio ends. torch aborts a process that ends while its threads compute."""
 MODEL = "model"
 Event = tuple[str, Any]
 Events = AsyncGenerator[Event]
@@ -91,8 +93,8 @@ class NewScores(_Body):
 
 def create_router(context: StudioContext) -> APIRouter:
     """Return the addresses of the view."""
-    router = APIRouter(prefix="/chat")
     view = ChatView(context)
+    router = APIRouter(prefix="/chat", lifespan=view.lifespan)
     router.add_api_route("", view.list_models, methods=["GET"])
     router.add_api_route("/reply", view.reply, methods=["POST"], response_model=None)
     router.add_api_route("/scores", view.score, methods=["POST"])
@@ -108,6 +110,12 @@ class ChatView:
         self.pool = pool or ModelPool()
         self._kinds: dict[Path, Kind | None] = {}
         self._scoring = threading.Lock()
+
+    @asynccontextmanager
+    async def lifespan(self, app: Any) -> AsyncIterator[None]:
+        """Wait at the end of the studio until the models are not in use. A reply ends with its next token."""
+        yield
+        await asyncio.to_thread(self.pool.wait_until_unused, SECONDS_TO_END)
 
     def list_models(self) -> dict[str, Any]:
         """Return the checkpoints of the store that reply, and those that score, with the stages that made them."""

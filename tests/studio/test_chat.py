@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
-from align.inference.replier import Replier, ReplyOptions
+from align.inference.replier import Replier, Reply, ReplyOptions, ReplyToken
 from align.models.reward import RewardModel
 from align.store.annotations import AnnotationSet
 from align.store.store import Store
@@ -195,6 +195,23 @@ def test_requests_that_name_no_model_are_refused(client: TestClient) -> None:
     assert (
         client.post("/api/chat/reply", json={"model": "smoke:sft", "messages": HI}, headers=foreign).status_code == 403
     )
+
+
+def test_studio_ends_after_a_model_that_replies(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ends while torch computes in another thread is aborted."""
+    sample = Reply.sample
+
+    def sample_slowly(reply: Reply) -> Iterator[ReplyToken]:
+        for token in sample(reply):
+            yield token
+            time.sleep(2)
+
+    monkeypatch.setattr(Reply, "sample", sample_slowly)
+    with listening(store) as http:
+        with http.stream("POST", "/api/chat/reply", json={"messages": HI, "model": "smoke:sft"}) as answer:
+            assert "event: piece" in answer.iter_lines()
+        assert replying_threads()
+    assert not replying_threads()
 
 
 def test_what_a_checkpoint_refuses_is_a_text(client: TestClient) -> None:
