@@ -13,7 +13,7 @@ from typing import Any
 
 from align.inference.transformers import pick_tokens
 from align.inference.weights import combine, digest_all
-from align.patches.vllm import count_calls, draw_once_per_row, flatten_rotary, repack_experts, use_cpu_norms
+from align.patches.vllm import count_calls, draw_once_per_row, flatten_rotary, reload_on_cpu, use_cpu_norms
 
 WORKER = f"{__name__}.WeightsKeeper"
 LOAD = "align_load_weights"
@@ -46,7 +46,7 @@ class WeightsKeeper:
             raise ValueError(f"the weights in {path} have the digest {received}, and {digest} was announced")
         self._align_count_loads()
         # 2. Load through vLLM's own method, which the counter sees.
-        with repack_experts(self.model_runner.get_model()):
+        with reload_on_cpu(self.model_runner.get_model()):
             self.reload_weights(weights_path=path)  # type: ignore[attr-defined]
         return self.align_name_weights(version, received)
 

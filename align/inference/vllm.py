@@ -42,7 +42,7 @@ from align.patches.vllm import (
     flatten_rotary,
     keep_thread_count,
     keep_transformers_classes,
-    repack_experts,
+    reload_on_cpu,
     use_cpu_norms,
 )
 from align.pipeline.process_limits import resume_collections
@@ -254,7 +254,7 @@ class VllmEngine:
         with self.watchdog.watch("load_weights"):
             with torch.no_grad(), _preserve_global_state():
                 self.sleep_mode.wake(WEIGHTS)
-                with repack_experts(self.runner.model):
+                with reload_on_cpu(self.runner.model):
                     self.runner.reload_weights(weights_iterator=self._complete(weights, loaded))
             refuse_missing(self.names, loaded)
             if not self.llm.reset_prefix_cache():

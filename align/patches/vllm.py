@@ -153,6 +153,32 @@ def repack_experts(model: Any) -> Iterator[None]:
                 method.moe_kernel = kernel
 
 
+def copy_convolutions(model: Any) -> None:
+    """Copy convolutions that a reload of weights has changed to where ``MambaMixer2`` reads them.
+
+    Writes ``MambaMixer2.conv_weights``, a view of ``conv1d.weight``. The first load on a CPU with bfloat16 replaces
+    that parameter by packed weights, so a reload does not reach the view. ``conv1d._cpu_unpacked_conv_weight`` has the
+    new weights.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    mixer = _private_name("vllm.model_executor.layers.mamba.mamba_mixer2:MambaMixer2")
+    for layer in model.modules():
+        if isinstance(layer, mixer):
+            weights = getattr(layer.conv1d, "_cpu_unpacked_conv_weight", layer.conv1d.weight)
+            layer.conv_weights.copy_(weights.view(layer.conv_weights.shape))
+
+
+@contextmanager
+def reload_on_cpu(model: Any) -> Iterator[None]:
+    """Inside, let a reload of weights reach everything that the kernels of CPUs read."""
+    with repack_experts(model):
+        yield
+    copy_convolutions(model)
+
+
 def flatten_rotary(model: Any) -> None:
     """Have the rotary embeddings of ``model`` on a CPU get queries and keys of shape (N, heads * D).
 

@@ -21,7 +21,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     parts: list[str] = []
     monkeypatch.setattr("align.inference.server_worker.use_cpu_norms", lambda: parts.append("norms"))
     monkeypatch.setattr("align.inference.server_worker.flatten_rotary", lambda model: None)
-    monkeypatch.setattr("align.inference.server_worker.repack_experts", lambda model: nullcontext())
+    monkeypatch.setattr("align.inference.server_worker.reload_on_cpu", lambda model: nullcontext())
     monkeypatch.setattr("align.inference.server_worker.draw_once_per_row", lambda runner, pick: parts.append("sampler"))
     return parts
 

@@ -80,7 +80,7 @@ def open_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("align.inference.vllm.runs_by_transformers", lambda model_dir: False)
     monkeypatch.setattr("align.inference.vllm.use_cpu_norms", lambda: False)
     monkeypatch.setattr("align.inference.vllm.flatten_rotary", lambda model: None)
-    monkeypatch.setattr("align.inference.vllm.repack_experts", lambda model: nullcontext())
+    monkeypatch.setattr("align.inference.vllm.reload_on_cpu", lambda model: nullcontext())
 
     def make(device: str, **settings: Any) -> VllmEngine:
         config = EngineConfig(name="vllm", **settings)

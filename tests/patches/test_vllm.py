@@ -102,6 +102,24 @@ def test_layer_that_is_not_reloaded_keeps_its_kernel() -> None:
     assert [layer.quant_method.moe_kernel for layer in model] == ["new", "second"]
 
 
+def test_reloaded_convolutions_reach_the_mixer() -> None:
+    from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+
+    layers = []
+    for packed in (False, True):
+        layer = object.__new__(MambaMixer2)
+        torch.nn.Module.__init__(layer)
+        layer.register_buffer("conv_weights", torch.zeros(6, 4), persistent=False)
+        layer.conv1d = torch.nn.Module()
+        layer.conv1d.weight = torch.nn.Parameter(torch.ones(6, 4) if packed else torch.full((6, 1, 4), 2.0))
+        if packed:
+            layer.conv1d._cpu_unpacked_conv_weight = torch.full((6, 4), 3.0)
+        layers.append(layer)
+    with patches.reload_on_cpu(torch.nn.Sequential(*layers)), torch.no_grad():
+        pass
+    assert [layer.conv_weights.unique().tolist() for layer in layers] == [[2.0], [3.0]]
+
+
 def test_changed_rotary_embedding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{ROTARY}.forward_cpu", lambda self, query, key: None)
     with pytest.raises(UserError, match="forward_cpu has the parameters"):

@@ -45,6 +45,7 @@ SIZES = {
 FIELDS: dict[str, dict[str, Any]] = {
     "phi": {"intermediate_size": 256},
     "deepseek_v3": {"head_dim": 8, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 32},
+    "mamba2": {"num_heads": 4},
     "lfm2": {"conv_dim": 64, "block_dim": 64, "block_multiple_of": 64, "block_ffn_dim_multiplier": 1.0},
 }
 """Fields that vLLM reads, with relations that published checkpoints have."""
