@@ -71,7 +71,7 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=int, metavar="N", help="numbers with one scale in gptq and awq")
     parser.add_argument("--text", metavar="FILE", help="text whose perplexity is measured, before and after")
     parser.add_argument(
-        "--task-items", type=int, metavar="N", help="instructions that both answer for a task score (default: 100)"
+        "--task-items", type=int, metavar="N", help="instructions that both answer for a task score (default: 50)"
     )
 
 

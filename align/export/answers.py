@@ -128,7 +128,7 @@ def answer_rows(job: Job) -> JobResult:
 
     # Room for the longest prompt with the longest answer.
     longest = max(map(len, job.rows)) + max([job.max_tokens, *map(len, job.responses)])
-    settings = {"name": job.engine, "batch_size": 16, "gpu_memory": FLOAT32_GPU_SHARE, "sleep": False}
+    settings = {"name": job.engine, "batch_size": 32, "gpu_memory": FLOAT32_GPU_SHARE, "sleep": False}
     runtime = validate_plain(Runtime, {"engine": settings})
     options: dict[str, Any] = {"precision": "float32", "max_length": longest + 1, "seed": 0, "warn": print}
     engine: Any = open_engine(Path(job.folder), runtime, **options)

@@ -57,8 +57,8 @@ LIMITS = {
     "q4_k": Limit(0.5, 0.7),
     "fp8": Limit(0.1, 0.8),
     "w8a8": Limit(0.1, 0.8),
-    "gptq": Limit(0.5, 0.5),
-    "awq": Limit(0.5, 0.5),
+    "gptq": Limit(1.5, 0.5),
+    "awq": Limit(1.5, 0.5),
 }
 """Format → limit of its weights, several times what was measured."""
 LLAMA_CPP = Limit(0.05, 0.85)

@@ -16,7 +16,7 @@ from align.data.families.embedded import generate
 if TYPE_CHECKING:
     from align.evaluation.statistics import Difference, Estimate
 
-ITEMS = 100
+ITEMS = 50
 """Default number of instructions."""
 TOKENS = 64
 """Most tokens of an answer; correct replies are shorter."""
