@@ -44,8 +44,9 @@ CAPS = {
     # evaluations with six files of queries
     # the chat with its models and streamed endpoints
     # the packages of the studio's rollouts and evaluations: two files
-    "files": 615,
-    "files over 400 lines": 4,
+    # the HTTP calls of all clients, apart from the vLLM client: a file
+    "files": 616,
+    "files over 400 lines": 3,
     "functions over 60 lines": 3,
     "test names over 60 characters": 0,
     "docstrings that begin with a question word": 1,

@@ -24,7 +24,7 @@ from align.inference.cached_client import Sink
 from align.inference.completions import read_completion
 from align.inference.rate_limits import RateLimit
 from align.inference.requests import Answer, Request
-from align.inference.servers.server_client import Reply, ReplyTooLong, Transport
+from align.inference.transport import Reply, ReplyTooLong, Transport
 
 COMPLETIONS = "/chat/completions"
 MODELS = "/models"

@@ -17,7 +17,7 @@ from align.config.endpoint import EndpointConfig
 from align.errors import UserError
 from align.inference.completions import read_completion
 from align.inference.endpoint_client import COMPLETIONS, MAX_REPLY_BYTES, Endpoint
-from align.inference.servers.server_client import CONNECT_SECONDS
+from align.inference.transport import CONNECT_SECONDS
 
 DATA = "data:"
 END = "[DONE]"

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align.inference.protocol import Progress
-from align.inference.servers.server_client import POLL_SECONDS, BadReply, EngineLost, Reply
+from align.inference.servers.server_client import POLL_SECONDS, BadReply, EngineLost
+from align.inference.transport import Reply
 
 HEALTH_SECONDS = 15.0
 """Silence after which a server's ``/health`` is asked, and time that it then has to answer."""

@@ -22,9 +22,10 @@ from align.inference.protocol import Sampling
 from align.inference.servers import server_client
 from align.inference.servers.pool import PoolEngine
 from align.inference.servers.server import ServerEngine
-from align.inference.servers.server_client import BadReply, EngineLost, Transport, background_loop
+from align.inference.servers.server_client import BadReply, EngineLost
 from align.inference.servers.server_options import ONE_PROCESS
 from align.inference.servers.server_process import BINDING
+from align.inference.transport import Transport, background_loop
 from align.inference.weights import checkpoint_weights
 from tests.support.inference.fake_server import EOS, FakeServer, completion
 from tests.support.inference.server_harness import PROMPTS, served_at, soon, wait_for
