@@ -11,6 +11,7 @@ from align.errors import UserError
 from align.patches.accelerate import use_gloo_on_cpus
 from align.patches.datasets import pin_revisions
 from align.patches.deepspeed import link_optimizer_states
+from align.patches.llmcompressor import skip_pinning
 from align.patches.nltk import without_downloads
 from align.patches.optuna import trial_id
 from align.patches.peft import has_hooks, replace_lora_linear
@@ -120,3 +121,15 @@ def test_changed_names_of_curves_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_tracker_without_module_is_refused() -> None:
     with pytest.raises(UserError, match=r"^transformers \S+: SimpleNamespace has no _wandb"):
         tracker_module(SimpleNamespace(), "wandb")
+
+
+def test_tensors_are_not_pinned_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch.Tensor.pin_memory
+    monkeypatch.setattr(torch.Tensor, "pin_memory", original)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    skip_pinning()
+    assert torch.Tensor.pin_memory is original
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    skip_pinning()
+    tensor = torch.ones(2)
+    assert tensor.pin_memory() is tensor

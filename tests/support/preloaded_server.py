@@ -91,6 +91,8 @@ def serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
                 if not message:  # the command was ended
                     connection.close()
                     continue
+                # Before the fork: a command that reads the fork's output must not see the server end without an answer.
+                _answer(connection, "started")
                 server = os.getpid()
                 pid = os.fork()
                 if pid == 0:
@@ -100,7 +102,6 @@ def serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
                 # 3. The descriptors are the fork's alone. A pidfd is readable once it has ended.
                 for descriptor in descriptors:
                     os.close(descriptor)
-                _answer(connection, f"pid {pid}")
                 selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, connection))
 
 

@@ -6,9 +6,13 @@
 """
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
+
+PATCHES = Path(__file__).parents[2] / "patches" / "llmcompressor.py"
+"""A file and no module: this interpreter cannot import ``align``."""
 
 
 def main(word: str) -> int:
@@ -22,9 +26,7 @@ def main(word: str) -> int:
     if word == "--version":
         sys.stdout.write(f"{llmcompressor.__version__}\n")
         return 0
-    if not torch.accelerator.is_available():
-        # llm-compressor 0.14 pins AWQ's activations on every machine. torch refuses that without an accelerator.
-        torch.Tensor.pin_memory = lambda tensor, *device: tensor  # type: ignore[method-assign]
+    runpy.run_path(str(PATCHES))["skip_pinning"]()
     job = json.loads(Path(word).read_text(encoding="utf-8"))
     # Weights that are not quantized keep their type on disk.
     model = transformers.AutoModelForCausalLM.from_pretrained(
