@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -82,16 +83,19 @@ class Server:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports whose number + 10,000, which SeaweedFS takes for gRPC, exists and is free as well."""
+    """Return free ports; SeaweedFS uses each of them + 10,000 for gRPC.
+
+    Both are below 32,768, where Linux takes the ports of connections from: other tests would get them meanwhile.
+    """
     values: list[int] = []
     while len(values) < count:
+        port = secrets.choice(range(20_000, 22_768))
         with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1] % 20000 + 20000
             try:
-                second.bind(("127.0.0.1", port + 10000))
+                first.bind(("127.0.0.1", port))
+                second.bind(("127.0.0.1", port + 10_000))
             except OSError:
                 continue
-            if port not in values:
-                values.append(port)
+        if port not in values:
+            values.append(port)
     return values
