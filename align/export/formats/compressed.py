@@ -177,7 +177,8 @@ def _read_weight(name: str, weight: Any, written: Mapping[str, Any], scheme: Sch
         bound = values * 0
     elif scheme.type == "int":
         values = values * scale
-        bound = scale * 0.5
+        # The quotient and the product are rounded in float32, which shows if a weight is midway between two steps.
+        bound = scale * 0.5 + values.abs() * 2.0**-22
     else:
         values = values * scale
         # e4m3 has three binary digits behind the point, and steps of 2^-9 near zero.

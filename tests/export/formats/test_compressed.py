@@ -86,6 +86,16 @@ def test_only_linear_layers_are_rounded(name: CompressedFormat, plain: Path, tmp
     assert config["config_groups"]["group_0"]["input_activations"]["dynamic"] is True
 
 
+def test_weight_midway_between_two_steps_is_rounded(plain: Path, tmp_path: Path) -> None:
+    weights = load_file(plain / "model.safetensors")
+    # 105.5 steps of 2.402363 / 127: rounding in float32 makes the error 0.50001 steps.
+    weights[MATRIX][0] = 0.0
+    weights[MATRIX][0, :2] = torch.tensor([2.4023630619049072, 1.9956636428833008])
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    write_compressed(plain, tmp_path / "out", "w8a8")
+    read_compressed(plain, tmp_path / "out", tmp_path / "read", "w8a8")
+
+
 @pytest.mark.parametrize("name", COMPRESSED_FORMATS)
 def test_changed_matrix_is_found(name: CompressedFormat, plain: Path, tmp_path: Path) -> None:
     write_compressed(plain, tmp_path / "out", name)
