@@ -28,6 +28,7 @@ from align.store.rollouts import (
     write_rollouts,
 )
 from align.synthesis.selection import PromptResponses
+from align.training.sampled_answers import response_columns
 from align.verifiers.verdict import reasons_in
 
 
@@ -57,7 +58,9 @@ class SampledRollouts:
             columns = self._prompt_columns(row, split, number)
             if columns is not None:
                 columns["prompt_ids"] = prompt_ids
-                lines += [columns | {"index": i} | self._response_columns(r) for i, r in enumerate(responses)]
+                lines += [
+                    columns | {"index": i} | response_columns(r, self.token_texts) for i, r in enumerate(responses)
+                ]
         self._write(make_table(lines), _path(self.folder, split, start))
 
     def finish(self, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -102,24 +105,6 @@ class SampledRollouts:
             "reference": reference_of(row),
             "learned": False,
         }
-
-    def _response_columns(self, response: Response) -> dict[str, Any]:
-        columns = {
-            "response": response.text,
-            "finished": response.finished,
-            "tokens": len(response.token_ids),
-            "token_ids": response.token_ids,
-            "token_texts": self.token_texts(response.token_ids),
-            "response_mask": response.mask,
-            "sampler_logprobs": response.logprobs,
-        }
-        if response.thought_tokens:
-            columns |= {
-                "thought_tokens": response.thought_tokens,
-                "thought_end": response.thought_end,
-                "open_thought": response.is_open,
-            }
-        return columns
 
     def _episode_lines(self, prompt: PromptResponses) -> Iterable[dict[str, Any]]:
         for index, episode in enumerate(prompt.episodes):

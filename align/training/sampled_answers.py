@@ -9,6 +9,7 @@ from align.config.runtime.launch import rank
 from align.data.rows import Row
 from align.evaluation.score_validation.references import reference_of
 from align.inference.protocol import Response
+from align.inference.thoughts import thought_facts
 from align.models.chat.token_texts import TokenTexts
 from align.models.compute.processes import all_gather
 from align.pipeline.context import StageContext
@@ -46,8 +47,7 @@ class AnswerRecorder:
         for index, line in enumerate(lines):
             line |= {"update": step + 1, "round": 0, "index": index, "group": index}
             line["weights_update"] = [step] * line["tokens"]
-        kept = [line for line in lines if is_kept(line["prompt_id"], self.config.keep)]
-        self.files.write(make_table(kept))
+        self.files.write(make_table([line for line in lines if is_kept(line["prompt_id"], self.config.keep)]))
 
     def finish(self) -> None:
         """Write the answers as few files into the stage's output."""
@@ -56,26 +56,27 @@ class AnswerRecorder:
 
     def _line(self, number: int, prompt_ids: list[int], answer: Response) -> dict[str, Any]:
         row = self.sources[number]
-        line = {
+        return {
             "split": "train",
             "prompt_id": identify_prompt(row),
             "prompt": row["prompt"],
             "reference": reference_of(row),
-            "response": answer.text,
-            "tokens": len(answer.token_ids),
-            "finished": answer.finished,
             "learned": True,
             "prompt_ids": prompt_ids,
-            "token_ids": answer.token_ids,
-            "token_texts": self.token_texts(answer.token_ids),
-            "response_mask": answer.mask,
             "learn_mask": answer.mask,
-            "sampler_logprobs": answer.logprobs,
+            **response_columns(answer, self.token_texts),
         }
-        if answer.thought_tokens:
-            line |= {
-                "thought_tokens": answer.thought_tokens,
-                "thought_end": answer.thought_end,
-                "open_thought": answer.is_open,
-            }
-        return line
+
+
+def response_columns(response: Response, token_texts: TokenTexts) -> dict[str, Any]:
+    """Return the columns of rollouts that a response has before it is scored."""
+    return {
+        "response": response.text,
+        "finished": response.finished,
+        "tokens": len(response.token_ids),
+        "token_ids": response.token_ids,
+        "token_texts": token_texts(response.token_ids),
+        "response_mask": response.mask,
+        "sampler_logprobs": response.logprobs,
+        **thought_facts(response),
+    }

@@ -7,7 +7,7 @@ const PAGE = 10;
 const SPLITS = ["train", "test"];
 const SPECIAL = { trained: "t", special: "s" };
 
-// Marks the words of a finding in the text of a piece, where they are there.
+// Marks the words of a finding in the text of a piece, if the piece has them.
 function marked(text, words) {
   const at = words ? text.indexOf(words) : -1;
   return at < 0 ? text : [text.slice(0, at), element("mark", null, words), text.slice(at + words.length)];
