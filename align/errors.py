@@ -48,6 +48,11 @@ def shorten(text: str, most: int = MOST_SHOWN) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
+def with_article(noun: str) -> str:
+    """Return a noun with "a" or "an", by its first letter: "an InstructionData"."""
+    return f"{'an' if noun[:1].lower() in tuple('aeiou') else 'a'} {noun}"
+
+
 def plain_number(value: float) -> str:
     """Return a number as text: a whole number with all its digits, other numbers with six digits."""
     return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:g}"

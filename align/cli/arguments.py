@@ -15,7 +15,7 @@ from align.config.validation import suggest
 from align.config.yaml import load_yaml
 from align.data.builds.build_files import is_build
 from align.data.card import read_name
-from align.errors import UserError
+from align.errors import UserError, with_article
 from align.pipeline.pipeline import Pipeline
 from align.runner.listener import Listener
 from align.runner.open_store import open_store
@@ -62,7 +62,7 @@ def find_build(word: str, store: str | None = None, workers: int | None = None) 
         raise UserError(f"{word}: neither a build's folder nor a recipe (.yaml).")
     artifact = open_store(None, store).resolve(word)
     if artifact.kind not in DATASETS:
-        raise UserError(f"{word} is a {artifact.kind}, not rows.")
+        raise UserError(f"{word} is {with_article(artifact.kind)}, not rows.")
     _warn_of_damage(artifact.path)
     return Build(artifact.path, read_name(artifact.path))
 
@@ -164,7 +164,7 @@ def find_checkpoint(name: str, store: str | None) -> Path:
             raise UserError(
                 f"{problem.path} {problem.description}. The artifact is corrupted; `--rebuild` reruns the stage."
             )
-        raise UserError(f"{name} is a {artifact.kind}, not a checkpoint that can answer.")
+        raise UserError(f"{name} is {with_article(artifact.kind)}, not a checkpoint that can answer.")
     return artifact.model
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from align.cli.arguments import HUB_NAME, find_artifact, find_build, find_checkpoint, refuse_pipeline
 from align.config.user_paths import user_path
 from align.config.validation import suggest
-from align.errors import UserError
+from align.errors import UserError, with_article
 from align.models.checkpoints import source
 from align.models.checkpoints.files import is_adapter
 from align.pipeline.registry import NAME_PATTERN, STAGES
@@ -93,7 +93,7 @@ def _find(word: str, store: str | None) -> Checkpoint:
         except UserError as error:
             raise UserError(f"{error}{_hint(word)}") from None
     if artifact.kind not in GENERATORS:
-        raise UserError(f"{word} is a {artifact.kind}, not a checkpoint that can answer.")
+        raise UserError(f"{word} is {with_article(artifact.kind)}, not a checkpoint that can answer.")
     return Checkpoint(_stage_name(artifact.stage), {"stage": "artifact", "path": str(artifact.path)}, artifact)
 
 
@@ -159,7 +159,7 @@ def find_reward(option: str, word: str, store: str | None) -> dict[str, Any]:
     else:
         artifact = find_artifact(word, store)
     if artifact.kind != Kind.REWARD:
-        raise UserError(f"{option} {word} is a {artifact.kind}, not a {Kind.REWARD}.")
+        raise UserError(f"{option} {word} is {with_article(artifact.kind)}, not a {Kind.REWARD}.")
     return {"stage": "artifact", "path": str(artifact.path)}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from align.checks.facts import check_base, has_base_digest, refuse
 from align.cli.arguments import find_artifact
 from align.cli.checkpoints import artifact_at, links_of, store_of
-from align.errors import UserError, printable
+from align.errors import UserError, printable, with_article
 from align.store.artifacts import GENERATORS, Artifact, Kind
 from align.store.fingerprint import file_digest
 from align.store.json_files import DamagedFile, parse_object
@@ -109,7 +109,7 @@ def _named_scorecard(word: str, artifact: Artifact | None, store: str | None) ->
     """Return the scorecard of ``--scorecard``; raise ``UserError`` if it did not measure the checkpoint."""
     evaluation = find_artifact(word, store)
     if evaluation.kind != Kind.SCORECARD:
-        raise UserError(f"--scorecard {word} is a {evaluation.kind}, not a {Kind.SCORECARD}.")
+        raise UserError(f"--scorecard {word} is {with_article(evaluation.kind)}, not a {Kind.SCORECARD}.")
     card = _read_scorecard(evaluation)
     if artifact is None or artifact.key not in _measured_keys(card):
         raise UserError(f"--scorecard {word}: it does not measure this checkpoint.")

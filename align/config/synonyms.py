@@ -37,14 +37,19 @@ class Synonym:
     """Sentence on a value that is written in another way, or counts something else."""
 
 
+_GROUPS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+
+
 def _load_synonyms() -> list[Synonym]:
-    groups = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-    return [Synonym(**fields) for synonyms in groups.values() for fields in synonyms]
+    return [Synonym(**fields) for synonyms in _GROUPS["fields"].values() for fields in synonyms]
 
 
 SYNONYMS = _load_synonyms()
 """Every field once. If several fields have a name, the answer is the first field that the block can have."""
 
+
+UNNEEDED: dict[str, str] = {name: reason for reason, names in _GROUPS["unneeded"].items() for name in names}
+"""Settings of other tools that have no field → the reason."""
 
 VALUES = {"gpu": "cuda", "bf16": "bfloat16", "fp32": "float32"}
 """Other words for a value → the value."""
@@ -58,13 +63,22 @@ TAGS = {
     "lisa": "LISA is `{method: full, lisa: {layers: …}}`.",
 }
 """Other words for a ``method`` of tuning → how it is written."""
+KINDS = {"pt": "pretrain", "rm": "reward"}
+"""LLaMA-Factory's words for a kind of stage → the kind."""
 COMMANDS = {"train": "run", "fit": "run", "launch": "run", "evaluate": "eval", "test": "eval", "validate": "plan"}
 """Other words for a command → the command."""
 
 
-def find_synonym(name: str, models: Sequence[type[BaseModel]]) -> str | None:
-    """Return "In align this is 'learning_rate'." for a key that no block of ``models`` has, or None."""
+def find_synonym(name: str, models: Sequence[type[BaseModel]], stage: type[BaseModel] | None = None) -> str | None:
+    """Return "In align this is 'learning_rate'." for a key that no block of ``models`` has, or None.
+
+    ``stage`` is the config class of the stage that a file without ``stages`` describes at its top, if that is known.
+    """
     matches = [synonym for synonym in SYNONYMS if name in synonym.names]
+    if _include("pipeline", models):
+        # A recipe is a file of its own. At the top of a pipeline the field of a data stage is meant.
+        matches = [synonym for synonym in matches if not synonym.target.startswith("recipe:")]
+        matches = [synonym for synonym in SYNONYMS if synonym.target == f"data:{name}"] + matches
     for synonym in matches:
         path = _path_in(synonym.target, models)
         if path is not None:
@@ -75,12 +89,21 @@ def find_synonym(name: str, models: Sequence[type[BaseModel]]) -> str | None:
         block, _, path = synonym.target.rpartition(":")
         if block:
             return _sentence(ELSEWHERE[block].format(path), synonym.note)
-    if not _include("pipeline", models):
-        return None
-    if matches:
-        return _sentence(f"'{matches[0].target}' of a stage, below 'stages'", matches[0].note)
-    is_field_of_stages = any(synonym.target == name for synonym in SYNONYMS)
-    return f"'{name}' belongs to a stage, below 'stages'." if is_field_of_stages else None
+    return _find_field_of_stages(name, matches, stage) if _include("pipeline", models) else None
+
+
+def _find_field_of_stages(name: str, matches: Sequence[Synonym], stage: type[BaseModel] | None) -> str | None:
+    """Return the answer to a key at the top of a pipeline that belongs to a stage, or None."""
+    if stage is not None:
+        matches = [synonym for synonym in matches if _path_in(synonym.target, [stage])]
+        if name in stage.model_fields:
+            return f"'{name}' belongs to a stage, below 'stages'."
+    is_field = stage is None and any(synonym.target == name for synonym in SYNONYMS)
+    if not matches:
+        return f"'{name}' belongs to a stage, below 'stages'." if is_field else None
+    targets = [synonym.target for synonym in matches] + [name] * is_field
+    note = matches[0].note if len(targets) == 1 else "The kind of the stage decides."
+    return _sentence(f"""{" or ".join(f"'{target}'" for target in targets)} of a stage, below 'stages'""", note)
 
 
 def _sentence(field: str, note: str) -> str:

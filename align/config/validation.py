@@ -22,8 +22,8 @@ from pydantic_core import ErrorDetails
 
 from align.config.base import Config
 from align.config.field_descriptions import discriminator, marked_annotation
-from align.config.synonyms import TAGS, VALUES, find_synonym
-from align.errors import MOST_SHOWN, UserError, shorten
+from align.config.synonyms import TAGS, UNNEEDED, VALUES, find_synonym
+from align.errors import MOST_SHOWN, UserError, shorten, with_article
 
 Model = TypeVar("Model", bound=BaseModel)
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -49,10 +49,11 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     return lowered[close[0]] if close else None
 
 
-def validate(config_class: type[Model], mapping: Any, where: str) -> Model:
+def validate(config_class: type[Model], mapping: Any, where: str, stage: type[BaseModel] | None = None) -> Model:
     """Return ``mapping`` as a ``config_class``; raise ``UserError`` with every mistake and its path below ``where``.
 
-    ``where`` reads like ``pipelines/hh.yaml: stages.ppo``.
+    ``where`` reads like ``pipelines/hh.yaml: stages.ppo``. ``stage`` is the config class that keys of another
+    tool at the top of a pipeline belong to, if it is known.
     """
     if not isinstance(mapping, Mapping):
         raise UserError(f"{where}: expected a mapping of keys to values, found {_shown(mapping)}.")
@@ -66,7 +67,7 @@ def validate(config_class: type[Model], mapping: Any, where: str) -> Model:
         details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")
         # pydantic reports a mistake once for every member of a union; only the most specific report helps.
         mistakes = [(detail, _locate(config_class, detail)) for detail in details]
-        lines = [_explain(detail, place, where) for detail, place in _most_specific(mistakes)]
+        lines = [_explain(detail, place, where, stage) for detail, place in _most_specific(mistakes)]
         raise UserError("\n".join(lines)) from None
 
 
@@ -120,7 +121,7 @@ def _problem(value: Any) -> str | None:
         return None
     if isinstance(value, numbers.Number) and hasattr(value, "item"):  # numpy's numbers are checked like Python's
         return _problem(value.item())
-    return f"found {_shown(value)}, a {type(value).__name__}; write text in quotes, or a number."
+    return f"found {_shown(value)}, {with_article(type(value).__name__)}; write text in quotes, or a number."
 
 
 def _shown(value: Any) -> str:
@@ -179,7 +180,7 @@ def _is_about_type(detail: ErrorDetails) -> bool:
     return kind.endswith(("_type", "_parsing")) or kind in ("literal_error", "int_from_float")
 
 
-def _explain(detail: ErrorDetails, location: _Place, where: str) -> str:
+def _explain(detail: ErrorDetails, location: _Place, where: str, stage: type[BaseModel] | None) -> str:
     """Return the message of one mistake."""
     shown = location.path
     models = location.holders
@@ -191,7 +192,7 @@ def _explain(detail: ErrorDetails, location: _Place, where: str) -> str:
     if kind == "extra_forbidden":
         parent = place.rsplit(".", 1)[0] if "." in full else prefix
         key = str(detail["loc"][-1])
-        return f"{parent}: unknown key '{shorten(key)}'. {remedy_for_unknown(key, models)}".rstrip()
+        return f"{parent}: unknown key '{shorten(key)}'. {remedy_for_unknown(key, models, stage)}".rstrip()
     if kind == "missing":
         return f"{place}: this key is required and missing."
     if kind == "union_tag_not_found":
@@ -251,19 +252,21 @@ def _is_block(kind: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def remedy_for_unknown(key: str, models: Sequence[type[BaseModel]]) -> str:
+def remedy_for_unknown(key: str, models: Sequence[type[BaseModel]], stage: type[BaseModel] | None = None) -> str:
     """Return the remedy for a key that no block of ``models`` has.
 
     The remedy for another tool's name is the field, for an option of the trainer its block, and for a misspelling the
     nearest name.
     """
-    synonym = find_synonym(key, models)
+    synonym = find_synonym(key, models, stage)
     if synonym is not None:
         return synonym
-    for model in models:
+    for model in [*models, stage] if stage else models:
         remedy = model.remedy_for_unknown(key) if issubclass(model, Config) else None
         if remedy is not None:
             return remedy
+    if key in UNNEEDED:
+        return f"Leave it out: {UNNEEDED[key]}."
     return suggest(key, [name for model in models for name in _fields_by_key(model)]).strip()
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from align.errors import shorten
+from align.errors import shorten, with_article
 
 LONGEST_CODE = 20_000
 """Characters of calls in Python's syntax that are parsed."""
@@ -81,7 +81,7 @@ def call_from_json(entry: Any, raw: str) -> ToolCall:
     if isinstance(entry, Mapping) and isinstance(entry.get("function"), Mapping):  # OpenAI's nesting
         entry = {"id": entry.get("id"), **entry["function"]}
     if not isinstance(entry, Mapping):
-        raise MalformedCall(f"is a {_json_type(entry)} and no object")
+        raise MalformedCall(f"is {with_article(_json_type(entry))}, not an object")
     name = entry.get("name")
     if not isinstance(name, str) or not name:
         raise MalformedCall('has no "name"')
@@ -92,7 +92,9 @@ def call_from_json(entry: Any, raw: str) -> ToolCall:
     if isinstance(arguments, str):  # some models write the object as text
         arguments, _ = decode_json(arguments, 0)
     if not isinstance(arguments, dict):
-        raise MalformedCall(f'of {shorten(name)} has "{key}" that are a {_json_type(arguments)} and no object')
+        raise MalformedCall(
+            f'of {shorten(name)} has "{key}" that is {with_article(_json_type(arguments))}, not an object'
+        )
     return ToolCall(name, arguments, raw, str(entry.get("id") or ""))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from align.config.validation import hint_nearest
 from align.data.rows import Message, Row, is_finished
-from align.errors import UserError, shorten
+from align.errors import UserError, shorten, with_article
 from align.lint.chat_format import ChatFormat
 from align.lint.findings import Place
 from align.models.chat.render import READ_THOUGHTS
@@ -98,7 +98,9 @@ def encoding_of(kind: str) -> RowEncoding:
         raise UserError(f"lint: stage '{kind}' names no row encoding (`lint` of its record), so it cannot be linted.")
     encoding = load_object(path)
     if not isinstance(encoding, RowEncoding):
-        raise UserError(f"lint: '{path}' is a {type(encoding).__name__}, not an align.lint.encodings.RowEncoding.")
+        raise UserError(
+            f"lint: '{path}' is {with_article(type(encoding).__name__)}, not an align.lint.encodings.RowEncoding."
+        )
     return encoding
 
 

@@ -19,15 +19,16 @@ from pydantic import Field, create_model
 from align.config.base import Config, PrecisionSetting, input_fields, input_names, names_in_block, settings_for_key
 from align.config.runtime import Runtime, StageRuntime
 from align.config.stages.continue_from import CONTINUE
+from align.config.synonyms import KINDS
 from align.config.user_functions import add_module_folder
 from align.config.validation import suggest, validate
-from align.errors import UserError, shorten
+from align.errors import UserError, shorten, with_article
 from align.pipeline.executors import choose_executor, in_long_forms, objection_to_stage, refuse_contradiction
 from align.pipeline.file import Overrides, complete_values, read_pipeline_file, settle_pipeline
 from align.pipeline.inheritance import Settings, inherit, refuse_changes
 from align.pipeline.loops import expand
 from align.pipeline.overrides import apply_overrides, parse_assignment
-from align.pipeline.registry import NAME_PATTERN, Stage, stage_of
+from align.pipeline.registry import NAME_PATTERN, STAGES, Stage, stage_of
 from align.store.artifacts import Kind
 from align.store.fingerprint import digest
 
@@ -93,8 +94,9 @@ class Pipeline:
         self.base = base or Path.cwd()
         add_module_folder(Path(where))
         self.raw: dict[str, Any] = settle_pipeline(in_long_forms(copy.deepcopy(dict(raw))), self.base, where)
+        _refuse_stages_at_top(self.raw, where)
+        self.config = validate(PipelineConfig, self.raw, where, _stage_at_top(self.raw))
         # Loops are expanded first, so the code below sees only plain stages.
-        self.config = validate(PipelineConfig, self.raw, where)
         self.expanded = expand(self.config.stages, where, self.config.seed)
         self.expanded.rounds.update(rounds or {})
         self.expanded.stages = inherit(self.expanded.stages, self._place)
@@ -348,10 +350,10 @@ class Pipeline:
                 if kind_made not in accepted.kinds:
                     fitting = [node.name for node in self.nodes.values() if node.makes in accepted.kinds]
                     remedy = f"Point it at '{fitting[-1]}'." if fitting else "Add such a stage above it."
-                    needs = " or ".join(accepted.kinds)
+                    needs = with_article(" or ".join(accepted.kinds))
                     raise UserError(
-                        f"{place} points at '{target}', a {kind_made}; {kinds[name].kind} needs a {needs} there. "
-                        f"{remedy}"
+                        f"{place} points at '{target}', {with_article(kind_made)}; "
+                        f"{kinds[name].kind} needs {needs} there. {remedy}"
                     )
 
     def _cycle(self, name: str, target: str, kinds: dict[str, Stage]) -> list[str] | None:
@@ -399,6 +401,19 @@ class Pipeline:
             "inputs": keys,
             "identities": identities,
         }
+
+
+def _refuse_stages_at_top(raw: Mapping[str, Any], where: str) -> None:
+    names = [f"'{key}'" for key, block in raw.items() if key in STAGES and isinstance(block, Mapping)]
+    if names:
+        raise UserError(f"{where}: {', '.join(names)} at the top of the file; write stages below `stages:`, indented.")
+
+
+def _stage_at_top(raw: Mapping[str, Any]) -> type[Config] | None:
+    """Return the config of the stage that a file of LLaMA-Factory (``stage: rm``) or axolotl (``rl: dpo``) trains."""
+    word = raw.get("stage", raw.get("rl"))
+    stage = STAGES.get(KINDS.get(word, word)) if isinstance(word, str) else None
+    return stage.config_class() if stage else None
 
 
 @functools.cache  # pydantic looks through every loaded module for each class it makes

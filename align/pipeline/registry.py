@@ -18,7 +18,7 @@ import yaml
 from align.config.base import Config
 from align.config.user_functions import search_module_folders
 from align.config.validation import hint_nearest, nearest, suggest
-from align.errors import UserError, shorten
+from align.errors import UserError, shorten, with_article
 from align.pipeline.context import StageContext
 from align.store.artifacts import Kind
 from align.store.record import NAME
@@ -175,7 +175,7 @@ def find_stage(kind: str) -> Stage:
         return STAGES[kind]
     stage = load_object(kind)
     if not isinstance(stage, Stage):
-        raise UserError(f"'{kind}' is a {type(stage).__name__}, not an align.pipeline.registry.Stage.")
+        raise UserError(f"'{kind}' is {with_article(type(stage).__name__)}, not an align.pipeline.registry.Stage.")
     if not re.fullmatch(NAME, stage.kind):
         raise UserError(
             f"'{kind}': its kind {stage.kind!r} cannot name a folder of the store. Write it with letters, digits and "

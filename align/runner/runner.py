@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.config.validation import suggest
-from align.errors import NO_SPACE, StageFailed, UserError, no_space
+from align.errors import NO_SPACE, StageFailed, UserError, no_space, with_article
 from align.evaluation.scorecard import Scorecard
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import StopRequest
@@ -126,7 +126,7 @@ class Run:
         artifact = self.artifact(evaluations[-1] if stage is None else stage)
         if artifact.kind != Kind.SCORECARD:
             hint = f" Evaluations here: {', '.join(evaluations)}." if evaluations else ""
-            raise UserError(f"run: stage '{stage}' makes a {artifact.kind}, not a scorecard.{hint}")
+            raise UserError(f"run: stage '{stage}' makes {with_article(artifact.kind)}, not a scorecard.{hint}")
         return Scorecard.read(artifact.path, artifact.stage)
 
     def failed_gates(self) -> list[str]:

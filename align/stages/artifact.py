@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.config.stages.inputs import ArtifactConfig
 from align.config.user_paths import user_path
-from align.errors import UserError
+from align.errors import UserError, with_article
 from align.pipeline.context import StageContext
 from align.store.artifacts import Kind, original_key
 from align.store.fingerprint import file_digest
@@ -85,7 +85,7 @@ def _refuse_other_models(folder: Path) -> None:
         ) from None
     if not str(kinds[0]).endswith("ForSequenceClassification"):
         raise UserError(
-            f"path: '{folder}' is a {kinds[0]} without a {RECORD}, a plain model folder; bring it in with "
+            f"path: '{folder}' is {with_article(kinds[0])} without a {RECORD}, a plain model folder; bring it in with "
             f"`stage: model` and `source: {folder}`."
         )
 

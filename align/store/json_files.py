@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from align.errors import with_article
+
 Model = TypeVar("Model", bound=BaseModel)
 Warn = Callable[[str], object]
 
@@ -99,7 +101,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     """Return the JSON object in ``data``. Raises ``DamagedFile``."""
     value = parse_json(data)
     if not isinstance(value, dict):
-        raise DamagedFile(f"holds a {type(value).__name__} instead of an object")
+        raise DamagedFile(f"holds {with_article(type(value).__name__)} instead of an object")
     return value
 
 

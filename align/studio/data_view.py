@@ -20,7 +20,7 @@ from fastapi import APIRouter, Query
 from align.data.builds.build_files import batches, is_build, kept_texts, message_text, rows_by_number, shards
 from align.data.builds.diff import compare
 from align.data.rows import Row, is_text
-from align.errors import UserError
+from align.errors import UserError, with_article
 from align.report.dataset.preview import load_preview_tokenizer, token_views
 from align.report.run.data_ledgers import data_sections
 from align.runs.run_page import RunOutline
@@ -195,7 +195,7 @@ class DataView:
         if artifact is None:
             raise UserError(f"{stage}: is not finished in the run '{outline.name}'.")
         if artifact.kind not in DATASETS or not is_build(artifact.path):
-            raise UserError(f"{stage}: makes a {artifact.kind}, not rows.")
+            raise UserError(f"{stage}: makes {with_article(artifact.kind)}, not rows.")
         return artifact
 
     def _read_section(self, folder: Path, stage: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
 from pydantic import Field, ValidationError
 
-from align.errors import StageFailed, UserError, printable, redact
+from align.errors import StageFailed, UserError, printable, redact, with_article
 from align.evaluation.scorecard import Scorecard
 from align.pipeline.pipeline import Pipeline
 from align.report.page.metric_series import Events
@@ -196,7 +196,7 @@ class StoreTools:
         """Read an evaluation: each system's metrics with 95 % intervals, paired differences, gates and flags."""
         artifact = self._require_artifact(run, stage)
         if artifact.kind != Kind.SCORECARD:
-            raise UserError(f"{stage}: makes a {artifact.kind}, not a scorecard.")
+            raise UserError(f"{stage}: makes {with_article(artifact.kind)}, not a scorecard.")
         card = Scorecard.read(artifact.path, stage)
         return {
             "primary": card.primary,
@@ -312,7 +312,7 @@ class StoreTools:
     def _require_data(self, run: str, stage: str) -> Artifact:
         artifact = self._require_artifact(run, stage)
         if artifact.kind not in DATASETS:
-            raise UserError(f"{stage}: makes a {artifact.kind}, not rows.")
+            raise UserError(f"{stage}: makes {with_article(artifact.kind)}, not rows.")
         return artifact
 
     def _rollout_folder(self, run: str, stage: str, validations: bool) -> Any:

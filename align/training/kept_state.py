@@ -29,7 +29,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_pt_utils import safe_globals
 
 from align.config.stages.continue_from import LARGEST_STATE, STATE, size_text
-from align.errors import UserError
+from align.errors import UserError, with_article
 from align.pipeline.context import StageContext
 from align.store.json_files import DamagedFile, read_sealed, write_sealed
 from align.training.checkpoints import MARKER, link, mark_complete
@@ -360,7 +360,7 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, dict):
         # Pairs, not an object: an optimizer's keys are numbers, which JSON would make texts.
         return {"items": [[key, _encode(item, f"{place}/{key}", tensors)] for key, item in value.items()]}
-    raise UnknownState(f"{place} is a {type(value).__name__}")
+    raise UnknownState(f"{place} is {with_article(type(value).__name__)}")
 
 
 def _separate(value: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:

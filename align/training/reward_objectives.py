@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from align.data.rows import is_finished
-from align.errors import UserError
+from align.errors import UserError, with_article
 from align.models.chat.render import render_answered
 from align.models.reward import Steps, tokenize_steps
 from align.pipeline.context import StageContext
@@ -59,7 +59,7 @@ class Objective(ABC):
         if data.kind not in self.kinds:
             raise UserError(
                 f"{context.name}: objective {self.config.objective} learns from {' or '.join(self.kinds)}, and data "
-                f"points at '{data.stage}', a {data.kind}. Change one of them."
+                f"points at '{data.stage}', {with_article(data.kind)}. Change one of them."
             )
         splits = read_splits(context)
         if "test" not in splits:

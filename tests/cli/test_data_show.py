@@ -12,6 +12,8 @@ import yaml
 from align.cli.main import main
 from align.config.recipe.recipe import Recipe
 from align.data.builds.build import build
+from align.errors import UserError
+from align.pipeline.pipeline import Pipeline
 
 
 def put(path: Path, records: list[dict[str, Any]]) -> str:
@@ -148,3 +150,66 @@ def test_records_that_cannot_be_used_are_counted_and_dropped(
     output.mkdir()
     ledger = build(Recipe.model_validate(recipe), tmp_path, tmp_path / "work", output)
     assert recipe["on_error"] == "drop" and ledger["rows_out"] == 39
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "mapping"),
+    [
+        (
+            "votes.csv",
+            "task,first,second,vote\nWhat is 2+2?,4,5,first\nSay hi,go away,hi,second\nName it,x,y,tie\n",
+            {"columns": {"prompt": "task"}, "better": {"label": "vote", "a": "first", "b": "second"}},
+        ),
+        (
+            "pandalm.csv",
+            "instruction,input,response1,response2,annotator1\nDo,now,yes,no,1\nGo,,ok,nah,2\nHop,,a,b,0\nSit,,c,d,2\n",
+            {"better": {"label": "annotator1", "a": "response1", "b": "response2"}},
+        ),
+        (
+            "evals.csv",
+            "question,answer_matching_behavior,answer_not_matching_behavior\nDo you?,(A),(B)\nWill you?,(B),(A)\n",
+            {
+                "columns": {
+                    "prompt": "question",
+                    "chosen": "answer_matching_behavior",
+                    "rejected": "answer_not_matching_behavior",
+                }
+            },
+        ),
+        (
+            "judged.csv",
+            "question,model_x,model_y,winner\nWhy?,because,so,model_x\nHow?,thus,well,model_y\n",
+            {"better": {"label": "winner", "a": "model_x", "b": "model_y"}},
+        ),
+    ],
+)
+def test_votes_are_suggested_as_better(
+    name: str,
+    text: str,
+    mapping: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(text)
+    _, recipe = show(capsys, name)
+    (source,) = recipe["sources"]
+    assert recipe["kind"] == "preferences"
+    assert {key: source[key] for key in ("columns", "better") if key in source} == mapping
+
+
+def test_plan_answers_a_file_of_votes_with_its_mapping(tmp_path: Path) -> None:
+    (tmp_path / "votes.csv").write_text("task,first,second,vote\nWhat?,4,5,first\nSay hi,go away,hi,second\n")
+    stages = {"data": {"dataset": str(tmp_path / "votes.csv")}}
+    answer = (
+        r"write next to the file's name: `columns: {prompt: task}` and `better: {label: vote, a: first, b: second}`"
+    )
+    with pytest.raises(UserError, match=answer):
+        Pipeline({"name": "p", "stages": stages}, "p.yaml")
+    stages["data"]["columns"] = {"better": {"label": "vote", "a": "first", "b": "second"}}  # type: ignore[assignment]
+    with pytest.raises(UserError) as caught:
+        Pipeline({"name": "p", "stages": stages}, "p.yaml")
+    assert str(caught.value) == (
+        "p.yaml: stages.data.columns: 'better' is a separate setting: write `better:` next to `columns:`"
+    )

@@ -186,7 +186,9 @@ def test_a_reward_stage_in_the_list_is_an_input_of_the_stage() -> None:
     assert changed["grpo"].key != nodes["grpo"].key
     with pytest.raises(UserError, match=r"grpo.score.reward: there is no stage 'rmm'. Did you mean 'rm'"):
         pipeline([{"reward": "rmm"}], pairs=sample, rm={"stage": "reward", **reward})
-    with pytest.raises(UserError, match=r"score.reward points at 'data', a .*needs a RewardCheckpoint"):
+    with pytest.raises(
+        UserError, match=r"score.reward points at 'data', an InstructionData; .*needs a RewardCheckpoint"
+    ):
         pipeline([{"reward": "data"}])
 
 

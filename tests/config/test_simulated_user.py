@@ -121,7 +121,7 @@ def test_the_users_stage_is_an_input() -> None:
         UserError, match=r"ppo\.environment\.user\.model: there is no stage 'othr'. Did you mean 'other'"
     ):
         nodes_of(ppo("othr"))
-    with pytest.raises(UserError, match=r"environment\.user\.model points at 'data', a "):
+    with pytest.raises(UserError, match=r"environment\.user\.model points at 'data', an InstructionData"):
         nodes_of(ppo("data"))
 
 

@@ -14,7 +14,7 @@ from align.config.stages.inputs import DataConfig, ModelConfig
 from align.config.synonyms import SYNONYMS, Synonym, find_synonym, has_field
 from align.config.validation import validate
 from align.errors import UserError
-from align.pipeline.pipeline import PipelineConfig
+from align.pipeline.pipeline import Pipeline, PipelineConfig
 from align.pipeline.registry import STAGES
 
 CONFIGS = {kind: stage.config_class() for kind, stage in STAGES.items()}
@@ -141,7 +141,10 @@ def test_inside_a_block_the_answer_is_its_own_field() -> None:
         ("datasets", "In align this is 'dataset' of a stage of kind data."),
         ("val_set_size", "In align this is 'test_size' of a stage of kind data."),
         ("micro_batch_size", "'micro_batch_size' belongs to a stage, below 'stages'."),
-        ("num_epochs", "In align this is 'epochs' of a stage, below 'stages'."),
+        ("num_epochs", "In align this is 'epochs' or 'num_epochs' of a stage, below 'stages'. The kind of the stage"),
+        ("save_steps", "In align this is 'save_updates' or 'save_steps' of a stage, below 'stages'. The kind of the"),
+        ("dataset", "In align this is 'dataset' of a stage of kind data."),
+        ("logging_steps", "Leave it out: every step is logged, and `align report` draws the curves."),
         ("lora_r", "In align this is 'tuning.rank' of a stage, below 'stages'. Write"),
         ("wandb_project", "In align this is 'runtime.tracking.project' at the top of the file."),
         ("sed", "Did you mean 'seed'?"),
@@ -151,3 +154,41 @@ def test_keys_of_a_flat_file_are_answered_at_the_top(name: str, answer: str) -> 
     with pytest.raises(UserError) as caught:
         validate(PipelineConfig, {name: 1}, "p.yaml")
     assert f"p.yaml: unknown key '{name}'. {answer}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "answer"),
+    [
+        ({"stage": "sft"}, "save_steps", "'save_steps' belongs to a stage, below 'stages'."),
+        ({"stage": "sft"}, "max_steps", "'max_steps' belongs to a stage, below 'stages'."),
+        ({"stage": "rm"}, "max_samples", "In align this is 'max_rows' of a stage, below 'stages'."),
+        ({"stage": "ppo"}, "max_steps", "In align this is 'updates' of a stage, below 'stages'. An update"),
+        ({"stage": "ppo"}, "save_steps", "In align this is 'save_updates' of a stage, below 'stages'."),
+        ({"rl": "grpo"}, "max_steps", "In align this is 'updates' of a stage, below 'stages'. An update"),
+        ({"stage": "ppo"}, "logging_steps", "Leave it out: every update is logged."),
+    ],
+)
+def test_keys_of_a_flat_file_follow_its_kind_of_stage(head: dict[str, str], name: str, answer: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Pipeline({**head, name: 1}, "p.yaml")
+    assert f"p.yaml: unknown key '{name}'. {answer}" in str(caught.value)
+
+
+def test_stages_at_the_top_are_answered_with_their_place() -> None:
+    with pytest.raises(UserError, match=r"p.yaml: 'model', 'sft' at the top of the file; write stages below `stages:`"):
+        Pipeline({"name": "p", "model": {"source": "x"}, "sft": {"model": "model"}}, "p.yaml")
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "ppo"])
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("optimizer", "In align this is 'trainer'. Write `trainer: {optim: …}`; AdamW is the default."),
+        ("flash_attention", "Leave it out: transformers chooses the attention for the model and the device."),
+        ("do_train", "Leave it out: the stages of the file decide what is trained."),
+        ("adapter_name_or_path", "In align this is 'source' of a stage of kind model. It is the name or folder of a"),
+        ("gradient_accumulation_steps", "per_device_train_batch_size × gradient_accumulation_steps × devices."),
+    ],
+)
+def test_settings_of_other_tools_name_their_place(kind: str, name: str, answer: str) -> None:
+    assert answer in refusal(kind, {name: 1})

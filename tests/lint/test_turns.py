@@ -67,7 +67,7 @@ def test_a_tool_that_is_not_offered(name: str) -> None:
     ("turn", "excerpt"),
     [
         (calling({"name": "add"}), 'tool_calls: a call of add has no "arguments"'),
-        (calling({"name": "add", "arguments": [1]}), '"arguments" that are a list'),
+        (calling({"name": "add", "arguments": [1]}), '"arguments" that is a list'),
         (assistant('<tool_call>{"name": "add", "arguments": {}</tool_call>'), "A tool call is no valid JSON"),
         (assistant('Well: <tool_call>\n{"name": "add"}\n</tool_call>'), 'of add has no "arguments"'),
     ],

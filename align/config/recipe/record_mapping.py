@@ -7,7 +7,7 @@ the settings of ``RecordColumns``.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -164,6 +164,15 @@ class RecordColumns(Config):
             message = f"encoding: Python has no text encoding '{encoding}'; write latin-1, cp1252 or utf-16"
             raise ValueError(message) from None
         return encoding
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _refuse_settings_among_columns(cls, columns: object) -> object:
+        """Refuse ``columns: {better: {…}}`` with one message, before every type of a value reports a mistake."""
+        for name in columns if isinstance(columns, Mapping) else ():
+            if name in cls.model_fields and name not in cls.column_names:
+                raise ValueError(f"'{name}' is a separate setting: write `{name}:` next to `columns:`")
+        return columns
 
     @field_validator("columns")
     @classmethod

@@ -38,6 +38,7 @@ from align.data.builds.shards import (
 )
 from align.data.builds.workers import BuildResources, Workers
 from align.data.card import mixture_license
+from align.data.formats.column_guess import suggest_source
 from align.data.rows import take_rows
 from align.data.sources import choose_format, identity, read, source_folder
 from align.data.steps.split import SPLITS, IdenticalStep, MaxRowsStep, SplitStep, UsableStep
@@ -229,7 +230,10 @@ class Build:
         shard = 0
         for number, source in enumerate(self.recipe.sources):
             records = read(source, self.base, self.inputs, self.recipe.seed)
-            choice = choose_format(source, records, self.recipe.kind)
+            try:
+                choice = choose_format(source, records, self.recipe.kind)
+            except UserError as error:
+                raise UserError(f"{error}{suggest_source(source, self.base, self.recipe.kind)}") from None
             if self.recipe.lacks_pairs(choice.format.form):
                 raise UserError(
                     f"{source.label}: format {choice.format.form} has several answers to a prompt; add the step `type: "

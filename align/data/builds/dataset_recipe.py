@@ -130,9 +130,13 @@ def guess(source: Source, base: Path, kind: str | None = None) -> Guess:
     Raises ``UserError`` for a source that cannot be read, and for records that fit no format or several.
     """
     # Imported late, because a plan of a recipe reads no records.
+    from align.data.formats.column_guess import suggest_source
     from align.data.sources import choose_format, read
 
-    choice = choose_format(source, read(source, base), kind)
+    try:
+        choice = choose_format(source, read(source, base), kind)
+    except UserError as error:
+        raise UserError(f"{error}{suggest_source(source, base, kind)}") from None
     form = choice.format.form
     return Guess(form, kind or kind_of(form), choice.reason)
 

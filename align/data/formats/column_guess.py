@@ -1,4 +1,4 @@
-"""A file's columns and a first mapping of them: ``align data columns`` shows both. Nothing here is used by a build.
+"""A file's columns and a first mapping of them, for ``align data columns`` and for errors. No build uses it.
 
 A guess is a source as the recipe writes it. It counts only if records convert with it, so what is printed works.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,10 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from align.config.recipe.record_mapping import ROW_FIELDS
-from align.config.recipe.source_settings import FilesSource
+from align.config.recipe.source_settings import FilesSource, Source
 from align.config.validation import validate_plain
 from align.data.formats import FieldUsage, convert
+from align.data.formats.columns import TIE_WORDS
 from align.data.formats.mapping import group_records
 from align.data.rows import BadRecord, Dropped
 from align.data.sources import choose_format, read
@@ -37,17 +41,17 @@ KINDS = ("preferences", "unpaired", "instructions", "prompts", "texts")
 
 PROMPT_NAMES = (
     *("prompt", "question", "query", "instruction", "problem", "input", "goal"),
-    *("context", "user", "human", "ask", "q"),
+    *("context", "user", "human", "ask", "task", "q"),
 )
 ANSWER_NAMES = (
     *("completion", "response", "answer", "output", "solution", "target", "reply"),
     *("assistant", "gpt", "gold", "best answer", "best_answer", "a"),
 )
-BETTER_NAMES = ("chosen", "better", "preferred", "accepted", "good", "positive")
-WORSE_NAMES = ("rejected", "worse", "dispreferred", "refused", "bad", "negative")
+BETTER_NAMES = ("chosen", "better", "preferred", "accepted", "good", "positive", "answer_matching_behavior")
+WORSE_NAMES = ("rejected", "worse", "dispreferred", "refused", "bad", "negative", "answer_not_matching_behavior")
 LABEL_NAMES = (
     *("winner", "label", "labels", "preference", "overall_preference"),
-    *("better_response_id", "better", "choice", "vote"),
+    *("better_response_id", "better", "choice", "vote", "votes", "verdict", "preferred", "annotator1"),
 )
 SCORE_NAMES = ("score", "rating", "helpfulness", "reward", "quality", "overall", "upvotes")
 KEY_NAMES = ("answer", "answerkey", "answer_key", "key", "label", "target", "gold", "correct")
@@ -73,6 +77,11 @@ class ColumnFacts:
     def is_long(self) -> bool:
         """True for texts that are long enough for an answer."""
         return self.is_text and self.characters / max(1, self.filled) >= LONG_TEXT
+
+    @property
+    def holds_answers(self) -> bool:
+        """True for texts, and for lists of messages."""
+        return bool(self.name) and (self.is_text or any(kind.startswith("list") for kind in self.types))
 
     @property
     def is_number(self) -> bool:
@@ -156,6 +165,31 @@ def _type_name(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+def suggest_source(source: Source, base: Path, kind: str | None) -> str:
+    """Return a sentence with the mapping to write for a file whose format cannot be guessed, or an empty text.
+
+    ``kind`` is the kind of dataset that is wanted, if one is.
+    """
+    if not isinstance(source, FilesSource) or source.format != "auto" or source.columns or source.better:
+        return ""
+    settings = {name: getattr(source, name) for name in source.model_fields_set if name in ("header", "records")}
+    try:
+        guess = report_columns({"paths": [str(path) for path in source.paths], **settings}, base).guess
+    except UserError:
+        return ""
+    if guess is None or kind not in (None, guess.kind):
+        return ""
+    block = {name: value for name, value in guess.source.items() if name not in ("type", "paths", *settings)}
+    lines = [f"`{_flow_line({name: value})}`" for name, value in block.items()]
+    return f" As {guess.kind} write next to the file's name: {' and '.join(lines)}."
+
+
+def _flow_line(entry: Mapping[str, Any]) -> str:
+    """Return a mapping of one key as YAML on a line, without the outer braces."""
+    text = yaml.safe_dump(entry, sort_keys=False, allow_unicode=True, default_flow_style=True, width=math.inf)
+    return text.strip()[1:-1]
+
+
 # Guesses
 
 
@@ -180,21 +214,22 @@ def _candidates(columns: Sequence[ColumnFacts], count: int) -> Iterator[tuple[st
     names = {facts.name.lower(): facts for facts in columns if facts.filled}
     prompt = _named(names, PROMPT_NAMES)
     renamed = {"columns": {"prompt": prompt.name}} if prompt and prompt.name not in ("prompt", "question") else {}
-    # Two answers, and a label that names the better one.
-    pair = _pair_of_columns(columns)
-    label = _named(names, LABEL_NAMES)
-    if pair and label and label.name not in pair:
+    # A question with its choices and the right one.
+    choices = _choice_columns(columns)
+    key = _named(names, KEY_NAMES)
+    for compared in _comparisons(names, prompt):
+        if isinstance(choices, list) and compared["a"] in choices and key and compared["label"] == key.name:
+            continue
         # Without a prompt column, each side is a conversation that begins with the prompt.
-        yield "preferences", {**renamed, "better": {"label": label.name, "a": pair[0], "b": pair[1]}}
+        yield "preferences", {"better": compared}
+        if renamed:
+            yield "preferences", {**renamed, "better": compared}
     # Two answers in columns whose names say which is better.
     better = _named(names, BETTER_NAMES)
     worse = _named(names, WORSE_NAMES)
     if better and worse and (better.name, worse.name) != ("chosen", "rejected"):
         mapped = {"prompt": prompt.name} if prompt else {}
         yield "preferences", {"columns": {**mapped, "chosen": better.name, "rejected": worse.name}}
-    # A question with its choices and the right one.
-    choices = _choice_columns(columns)
-    key = _named(names, KEY_NAMES)
     if prompt and choices and key:
         yield "prompts", {}
     # One answer with a score in each record, and several records to a prompt.
@@ -226,17 +261,25 @@ def _named(columns: Mapping[str, ColumnFacts], names: Sequence[str]) -> ColumnFa
     return next((columns[name] for name in names if name in columns), None)
 
 
-def _pair_of_columns(columns: Sequence[ColumnFacts]) -> tuple[str, str] | None:
-    """Return two columns of text or messages whose names differ in the last sign: a and b, 0 and 1, 1 and 2."""
-    names = []
-    for facts in columns:
-        holds_answers = facts.is_long or any(kind.startswith("list") for kind in facts.types)
-        if facts.name and holds_answers:
-            names.append(facts.name)
-    for first, second in itertools.combinations(names, 2):
+def _comparisons(names: Mapping[str, ColumnFacts], prompt: ColumnFacts | None) -> Iterator[dict[str, str]]:
+    """Yield the blocks ``better`` that the columns may mean: a label, and the two answers that it chooses from."""
+    # The values of a label may be the names of the two columns.
+    for label in names.values():
+        words = {value.strip().lower() for value in label.distinct} - TIE_WORDS if label.is_text else set()
+        pair = [facts.name for name, facts in names.items() if name in words and facts is not label]
+        if len(pair) == 2 and len(words) == 2:
+            yield {"label": label.name, "a": pair[0], "b": pair[1]}
+    label_column = _named(names, LABEL_NAMES)
+    if label_column is None:
+        return
+    answers = [facts for facts in names.values() if facts not in (prompt, label_column)]
+    texts = [facts.name for facts in answers if facts.is_text and not facts.is_number]
+    if len(texts) == 2:
+        yield {"label": label_column.name, "a": texts[0], "b": texts[1]}
+    # Names that differ in the last sign: a and b, 0 and 1, 1 and 2.
+    for first, second in itertools.combinations([facts.name for facts in answers if facts.holds_answers], 2):
         if first[:-1] == second[:-1] and (first[-1] + second[-1]).lower() in ("ab", "01", "12"):
-            return first, second
-    return None
+            yield {"label": label_column.name, "a": first, "b": second}
 
 
 def _choice_columns(columns: Sequence[ColumnFacts]) -> list[str] | str | None:

@@ -14,6 +14,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Any
 from urllib.parse import urlsplit
 
+from align.errors import with_article
 from align.inference.protocol import Progress
 from align.inference.transport import Reply, Transport, background_loop, root_cause
 
@@ -229,7 +230,7 @@ class Client:
             is_bytes = isinstance(content, bytes)
             text = content[: 4 * MAX_QUOTE].decode("utf-8", "replace") if is_bytes else json.dumps(content)
         except RecursionError:
-            text = f"a {type(content).__name__} that nests too deep to be shown"
+            text = f"{with_article(type(content).__name__)} that nests too deep to be shown"
         text = self._transport.hide_key(text)
         return text if len(text) <= MAX_QUOTE else f"{text[:MAX_QUOTE]}..."
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from align.errors import UserError
+from align.errors import UserError, with_article
 from align.models.checkpoints.files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -326,7 +326,7 @@ def _check_settings(folder: Path) -> None:
         for entry in template
     )
     if template is not None and not isinstance(template, str | dict) and not are_named_templates:
-        raise UserError(f"{file}: chat_template is a {type(template).__name__}; expected text. {FIX}")
+        raise UserError(f"{file}: chat_template is {with_article(type(template).__name__)}; expected text. {FIX}")
     for name in NAMES:
         value = settings.get(name)
         content = value.get("content") if isinstance(value, dict) else value
