@@ -349,7 +349,9 @@ class Pipeline:
                 kind_made = self.nodes[target].makes
                 if kind_made not in accepted.kinds:
                     fitting = [node.name for node in self.nodes.values() if node.makes in accepted.kinds]
-                    remedy = f"Point it at '{fitting[-1]}'." if fitting else "Add such a stage above it."
+                    node = self.nodes[target]
+                    advice = node.stage.remedy(node.config, self.base, accepted.kinds) or "Add such a stage above it."
+                    remedy = f"Point it at '{fitting[-1]}'." if fitting else advice
                     needs = with_article(" or ".join(accepted.kinds))
                     raise UserError(
                         f"{place} points at '{target}', {with_article(kind_made)}; "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Stage:
     inspector: str | None = None
     """Import path of the module that inspects a config's sources outside the store, if the config cannot do that
     itself: ``pinned(config, base)``, ``identities(config, base)``, ``makes(config)``, ``architecture(config, base)``,
-    ``plan_warnings(config, base)``; each is optional."""
+    ``plan_warnings(config, base)``, ``remedy(config, base, kinds)``; each is optional."""
     headline: Mapping[str, str] | None = field(default=None, hash=False)
     """Metrics of a finished stage that its closing line in a terminal shows: name → label. None shows the first
     numbers that there are."""
@@ -101,6 +101,11 @@ class Stage:
         if evaluation is not None:
             identities |= importlib.import_module(TASKS).training_identities(evaluation, base)
         return identities
+
+    def remedy(self, config: Config, base: Path, kinds: Sequence[Kind]) -> str:
+        """Return a sentence on how the stage would make an artifact of ``kinds`` instead, or an empty text."""
+        advise = self.inspect("remedy")
+        return "" if advise is None else advise(config, base, kinds)
 
     def inspect(self, name: str) -> Callable[..., Any] | None:
         """Import the inspector's function ``name``; None if the kind has no inspector with such a function."""

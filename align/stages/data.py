@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from align.config.stages.inputs import DataConfig
 from align.config.user_paths import cache_folder
 from align.config.validation import validate
 from align.data.builds.dataset_recipe import check_named_columns, dataset_recipe, guess, is_local, kind_of, sources_of
+from align.data.formats.column_guess import suggest_source
 from align.data.sources import identity
 from align.data.steps.step import step_identities
 from align.errors import UserError
@@ -92,6 +94,14 @@ logger = logging.getLogger(__name__)
 def makes(config: DataConfig) -> Kind:
     """Return the kind of dataset that the recipe states."""
     return _recipe(config, Path.cwd()).makes()
+
+
+def remedy(config: DataConfig, base: Path, kinds: Sequence[Kind]) -> str:
+    """Return the mapping with which a dataset's file gives pairs, if a stage wants them and the columns allow it."""
+    if config.dataset is None or Kind.PREFERENCES not in kinds:
+        return ""
+    source = validate(_HubOrFiles, {"source": sources_of(config, base)[0]}, f"dataset {config.dataset}").source
+    return suggest_source(source, base, "preferences").strip()
 
 
 def _recipe(config: DataConfig, base: Path) -> Recipe:

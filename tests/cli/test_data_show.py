@@ -213,3 +213,16 @@ def test_plan_answers_a_file_of_votes_with_its_mapping(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "p.yaml: stages.data.columns: 'better' is a separate setting: write `better:` next to `columns:`"
     )
+
+
+def test_pairs_that_were_read_as_prompts_get_their_mapping(tmp_path: Path) -> None:
+    lines = "question,answer_matching_behavior,answer_not_matching_behavior\nDo you?,(A),(B)\nWill you?,(B),(A)\n"
+    (tmp_path / "evals.csv").write_text(lines)
+    stages = {
+        "model": {"source": "smollm2-135m-instruct"},
+        "data": {"dataset": str(tmp_path / "evals.csv")},
+        "dpo": {"policy": "model", "data": "data", "learning_rate": 1e-4},
+    }
+    answer = "a PromptData; dpo needs a PreferenceData there. As preferences write next to the file's name: `columns: "
+    with pytest.raises(UserError, match=answer):
+        Pipeline({"name": "p", "stages": stages}, "p.yaml")

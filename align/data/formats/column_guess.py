@@ -166,11 +166,11 @@ def _type_name(value: Any) -> str:
 
 
 def suggest_source(source: Source, base: Path, kind: str | None) -> str:
-    """Return a sentence with the mapping to write for a file whose format cannot be guessed, or an empty text.
+    """Return a sentence with the mapping to write for a file whose columns do not say it, or an empty text.
 
     ``kind`` is the kind of dataset that is wanted, if one is.
     """
-    if not isinstance(source, FilesSource) or source.format != "auto" or source.columns or source.better:
+    if not isinstance(source, FilesSource) or source.columns or source.better:
         return ""
     settings = {name: getattr(source, name) for name in source.model_fields_set if name in ("header", "records")}
     try:
