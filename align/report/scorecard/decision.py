@@ -6,8 +6,8 @@ corrected together. A number without a test is not a decision: four checkpoints 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.evaluation.comparisons import correct, verdict
@@ -23,15 +23,25 @@ Columns = Mapping[tuple[str, str], Items]
 
 @dataclass(frozen=True)
 class Best:
-    """The system with the best primary value, and the paired difference of every other system to it, by system."""
+    """The system with the best primary value, and the paired difference of every other system to it, by system.
+
+    ``beaten`` has the systems that the scorecard finds clearly worse than another system: worse system → the other.
+    """
 
     name: str | None
     differences: Mapping[str, Mapping[str, Any]]
+    beaten: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def below(self) -> dict[str, str]:
+        """Systems that are clearly worse than the best or than another system → the other."""
+        worse = {name: str(self.name) for name, row in self.differences.items() if row["verdict"] == "worse"}
+        return {**self.beaten, **worse}
 
     @property
     def ties(self) -> list[str]:
-        """Systems that are not clearly below the best."""
-        return [name for name, row in self.differences.items() if row["verdict"] != "worse"]
+        """Systems that are not clearly worse than any other."""
+        return [name for name in self.differences if name not in self.below]
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,22 @@ def find_best(card: Card, columns: Columns, names: Sequence[str]) -> Best:
     # Copies: the correction writes into its rows, and the scorecard keeps its own p-values.
     tested_rows = [dict(row) for row in primary_rows if row.get("p") is not None]
     correct([*new_rows, *tested_rows], card["metrics"])
-    return Best(best, rows)
+    return Best(best, rows, _find_beaten(card, best, rows))
+
+
+def _find_beaten(card: Card, best: str, others: Collection[str]) -> dict[str, str]:
+    """Return those of ``others`` that the scorecard finds clearly worse than another system → that system."""
+    beaten: dict[str, str] = {}
+    for row in card["differences"]:
+        pair = (row["policy"], row["against"])
+        if row["metric"] != card["primary"] or not set(pair) <= {best, *others}:
+            continue
+        # The best may scatter so much that it differs from no system, while two others clearly differ.
+        if row["verdict"] in ("better", "worse"):
+            winner, loser = pair if row["verdict"] == "better" else pair[::-1]
+            if loser != best:
+                beaten.setdefault(loser, winner)
+    return beaten
 
 
 def _tested_difference(card: Card, name: str, best: str) -> dict[str, Any] | None:
@@ -117,18 +142,27 @@ def decide(card: Card, names: Sequence[str], best: Best, place: str) -> Decision
 
     ``place`` describes the measurement: ``on 400 held-out prompts``.
     """
-    primary = card["primary"]
     values = _primary_values(card, names)
     if not values:
         return None
-    title = metric_phrase(card, primary)
+    decision = _decide(card, values, best, place)
+    missing = [name for name in names if name not in values]
+    if not missing:
+        return decision
+    absent = f"{join_names(missing)} {'was' if len(missing) == 1 else 'were'} not measured"
+    return replace(decision, reason=f"{absent}; among the others, {decision.reason}")
+
+
+def _decide(card: Card, values: Mapping[str, float], best: Best, place: str) -> Decision:
+    """Return the decision between the systems that have a primary value."""
+    title = metric_phrase(card, card["primary"])
     if len(values) == 1:
         return Decision("note", "There is nothing to choose from", f"only {next(iter(values))} was measured.")
     if best.name is None:
         return Decision("note", "No checkpoint can be called best", f"{title} has no better side.")
-    chance = _chance_of_reward_model(card)
-    if chance is not None:
-        return Decision("note", "No checkpoint can be recommended", chance)
+    doubt = _doubt_reward_model(card)
+    if doubt is not None:
+        return Decision("note", "No checkpoint can be recommended", doubt)
     if len(best.differences) < len(values) - 1:
         reason = (
             f"{best.name} has the best {title} with {_value_text(card, best.name)}, but the items that would show "
@@ -140,21 +174,27 @@ def decide(card: Card, names: Sequence[str], best: Best, place: str) -> Decision
     return _clear_decision(card, best, title)
 
 
-def _chance_of_reward_model(card: Card) -> str | None:
+def _doubt_reward_model(card: Card) -> str | None:
     """Return why the reward model's scores cannot decide; None if they are not the primary metric, or it can rank."""
-    if card["primary"] != "reward":
+    reports = card.get("reward_models", ())
+    if card["primary"] != "reward" or not reports:
         return None
-    for report in card.get("reward_models", ()):
+    # The stage's ``reward``, whose scores are the metric, is reported first. A second reward model decides nothing.
+    for report in (report for report in reports if report["stage"] == reports[0]["stage"]):
         accuracy = report.get("as_labeled") or {}
         low = accuracy.get("low")
         high = accuracy.get("high")
-        if low is not None and high is not None and low <= 0.5 <= high:
-            return (
-                f"the primary metric is {metric_phrase(card, 'reward')}, and the reward model '{report['stage']}' "
-                f"ranks {number(accuracy['value'])} of {accuracy['n']} held-out pairs as labeled (95 % interval "
-                f"{interval(accuracy)}), which guessing could reach. Measure more pairs, train it on more, or give "
-                "`score:` a function."
-            )
+        if low is None or high is None or low > 0.5:
+            continue
+        if high < 0.5:
+            finding = "so it prefers what the labels reject. Check which answers are `chosen` in its data, or give"
+        else:
+            finding = "which guessing could reach. Measure more pairs, train it on more, or give"
+        return (
+            f"the primary metric is {metric_phrase(card, 'reward')}, and the reward model '{report['stage']}' "
+            f"ranks {number(accuracy['value'])} of {accuracy['n']} held-out pairs as labeled (95 % interval "
+            f"{interval(accuracy)}), {finding} `score:` a function."
+        )
     return None
 
 
@@ -187,23 +227,25 @@ def _tied_decision(card: Card, best: str, values: Mapping[str, float], place: st
 def _clear_decision(card: Card, best: Best, title: str) -> Decision:
     assert best.name is not None
     estimate = card["estimates"][best.name][card["primary"]]
-    below = [name for name in best.differences if name not in best.ties]
+    below = [name for name in best.differences if best.below.get(name) == best.name]
     worse = "above" if card["metrics"][card["primary"]]["better"] == "lower" else "below"
     verb = "is" if len(below) == 1 else "are"
+    clauses = [f"{join_names(below)} {verb} clearly {worse}{'' if best.ties else ' it'}"] if below else []
+    clauses += [f"{name} is clearly {worse} {other}" for name, other in best.below.items() if other != best.name]
     lead = f"Take {best.name}"
     if best.ties:
         tied = ", ".join(f"{name} ({_value_text(card, name)})" for name in best.ties)
         lead = f"Take {join_names([best.name, *best.ties], 'or')}"
         reason = (
             f"{best.name} has the best {title}, {number(estimate['value'])}, {tied} cannot be told apart from it, and "
-            f"{join_names(below)} {verb} clearly {worse}"
+            f"{join_names(clauses)}"
         )
     else:
-        closest = min(below, key=lambda name: abs(best.differences[name]["value"]))
+        closest = min(below or best.differences, key=lambda name: abs(best.differences[name]["value"]))
         gap = _turn(best.differences[closest])
         reason = (
             f"its {title} of {number(estimate['value'])} (95 % interval {interval(estimate)}) is the best, and "
-            f"{join_names(below)} {verb} clearly {worse} it; closest is {closest}, a difference of {evidence(gap)}"
+            f"{join_names(clauses)}; closest is {closest}, a difference of {evidence(gap)}"
         )
     problems = _reservations(card, best.name)
     kind = "worse" if problems and problems[0].startswith("it fails") else "better"

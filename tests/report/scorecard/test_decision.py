@@ -158,6 +158,71 @@ def test_reward_model_that_may_guess_decides_nothing(low, decides):
         assert "the reward model 'rm' ranks 0.600 of 15 held-out pairs as labeled" in decision.reason
 
 
+def make_reward_card(*reports):
+    """Return a card whose primary metric is a reward model's score, with the accuracies of reward models."""
+    card, by_item = make_card({"model": NOISE, "sft": NOISE + 0.3})
+    for entry in (card["metrics"], *card["estimates"].values()):
+        entry["reward"] = entry["gold"]
+    card["primary"] = "reward"
+    card["differences"] = [{**row, "metric": "reward"} for row in card["differences"]]
+    card["reward_models"] = [
+        {"stage": stage, "as_labeled": {"value": value, "low": value - 0.05, "high": value + 0.05, "n": 400}}
+        for stage, value in reports
+    ]
+    return card, by_item
+
+
+def test_inverted_reward_model_recommends_nothing():
+    """Case E of the decisions: 0.30 of the pairs, below chance with its whole interval."""
+    card, by_item = make_reward_card(("rm", 0.30))
+    decision = decide_by_items(card, by_item, checkpoints(card))
+    assert decision.lead == "No checkpoint can be recommended"
+    assert "ranks 0.300 of 400 held-out pairs" in decision.reason
+    assert "it prefers what the labels reject" in decision.reason
+
+
+@pytest.mark.parametrize(("first", "lead"), [(0.75, "Take sft"), (0.5, "No checkpoint can be recommended")])
+def test_second_reward_model_decides_nothing(first, lead):
+    """Cases F and G: only the reward model whose scores are the primary metric can forbid a decision."""
+    card, by_item = make_reward_card(("rm", first), ("other", 0.5))
+    assert decide_by_items(card, by_item, checkpoints(card)).lead == lead
+
+
+def test_clear_difference_between_others_is_named():
+    """Case C: sft is narrowly and clearly above the model, and ppo is above both with a wide spread."""
+    wide = np.where(np.arange(N) % 2, 0.5, -0.5)
+    columns = {"model": NOISE, "sft": NOISE + 0.05 + FLIPS / 5, "ppo": NOISE + 0.07 + wide}
+    kind, text = sentence(columns)
+    assert kind == "better"
+    assert text.startswith("Take ppo or sft: ppo has the best gold score")
+    assert "cannot be told apart from it, and model is clearly below sft" in text
+
+
+def test_clear_difference_names_the_other_side_if_lower_is_better():
+    wide = np.where(np.arange(N) % 2, 0.5, -0.5)
+    columns = {"model": -NOISE, "sft": -NOISE - 0.05 + FLIPS / 5, "ppo": -NOISE - 0.07 + wide}
+    card, by_item = make_card(columns)
+    card["metrics"]["gold"]["better"] = "lower"
+    for row in card["differences"]:
+        row["verdict"] = {"better": "worse", "worse": "better"}.get(row["verdict"], row["verdict"])
+    decision = decide_by_items(card, by_item, checkpoints(card))
+    assert decision.lead == "Take ppo or sft"
+    assert "model is clearly above sft" in decision.reason
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_checkpoint_without_a_measurement_is_named(remove):
+    """Case H: the primary value of ppo is missing, so the choice is among the others."""
+    card, by_item = make_card({"model": NOISE, "sft": NOISE + 0.3, "ppo": NOISE + 0.5})
+    if remove:
+        del card["estimates"]["ppo"]["gold"]
+    else:
+        card["estimates"]["ppo"]["gold"]["value"] = None
+    decision = decide_by_items(card, by_item, checkpoints(card))
+    assert decision.lead == "Take sft"
+    assert decision.reason.startswith("ppo was not measured; among the others, its gold score of")
+
+
 def test_findings_are_grouped_with_problems_first():
     findings = [{"kind": kind, "text": kind} for kind in ("note", "unclear", "better", "worse", "unclear", "higher")]
     groups = group_findings(findings + [{"kind": "unclear", "text": str(index)} for index in range(4)])
