@@ -41,7 +41,7 @@ def gae(
     end counts as 0 if the response is finished, because the episode is over. After truncation it is used
     (``bootstrap``, arXiv 1712.00378) or 0 (``terminal``). Values past a row's end are not read. If an environment's
     tokens leave a gap in the mask, the recursion skips the gap: ``V_{t+1}`` is the value before the next sampled token.
-    ``turn_discount`` multiplies gamma at such a step, unless the gap are ``forced`` tokens within a turn, (B, T).
+    ``turn_discount`` multiplies gamma at such a step, unless the gap has only ``forced`` tokens, (B, T).
     """
     batch, width = rewards.shape
     last = last_index(response_mask)  # (B,)
@@ -51,22 +51,24 @@ def gae(
     if truncation == "terminal":
         value_at_end = torch.zeros_like(value_at_end)
 
-    # A step that leads into another turn is also discounted by ``turn_discount``, (B, T). No turn follows the last.
-    crosses_turns = turn_ends(response_mask if forced is None else response_mask | forced)
-    crosses_turns[rows, last] = False
-    discounts = torch.where(crosses_turns, gamma * turn_discount, gamma).to(rewards.dtype)
-    traces = torch.where(crosses_turns, gamma * turn_discount * lam, gamma * lam).to(rewards.dtype)
+    # Number of each token's turn, (B, T). Forced tokens belong to the turn in which they stand.
+    ends = turn_ends(response_mask if forced is None else response_mask | forced)
+    turns = ends.cumsum(dim=1) - ends.long()
     advantages = torch.zeros_like(rewards)
+    next_turn = turns[rows, last]  # no turn follows the last
     next_value = value_at_end
     next_advantage = torch.zeros_like(value_at_end)
     # Go backward over the columns of all rows at once: A_t needs A_{t+1} and V_{t+1}.
     for t in range(width - 1, -1, -1):
         is_real = response_mask[:, t]
-        delta = rewards[:, t] + discounts[:, t] * next_value - values[:, t]
-        advantage = delta + traces[:, t] * next_advantage
+        # A step to a sampled token of another turn is also discounted by ``turn_discount``.
+        discount = torch.where(turns[:, t] == next_turn, gamma, gamma * turn_discount).to(rewards.dtype)
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        advantage = delta + discount * lam * next_advantage
         # Padding and gaps carry both unchanged, so a row's recursion starts at its own last token.
         next_advantage = torch.where(is_real, advantage, next_advantage)
         next_value = torch.where(is_real, values[:, t], next_value)
+        next_turn = torch.where(is_real, turns[:, t], next_turn)
         advantages[:, t] = torch.where(is_real, advantage, advantages[:, t])
     # The critic's targets stay in units of reward: they are computed before the advantages are whitened.
     returns = torch.where(response_mask, advantages + values[:, :-1], torch.zeros_like(advantages))
@@ -153,7 +155,7 @@ def _standard_deviation(values: torch.Tensor) -> torch.Tensor:
 def overlong_penalty(lengths: torch.Tensor, max_tokens: int, buffer: int, penalty: float) -> torch.Tensor:
     """Return DAPO's soft overlong punishment, (B,): 0, rising to ``penalty`` over the last ``buffer`` tokens.
 
-    ``lengths`` (B,) and ``max_tokens`` are in tokens. Source: arXiv 2503.14476, equation 13.
+    ``lengths`` (B,) counts the tokens that the policy sampled. Source: arXiv 2503.14476, equation 13.
     """
     if buffer == 0:
         return torch.zeros_like(lengths, dtype=torch.float32)

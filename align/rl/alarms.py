@@ -74,6 +74,11 @@ def alarms(history: Sequence[Entry]) -> list[Alarm]:
     if not history:
         return []
     update = int(history[-1]["update"])
+    failure_name, failure_text = _failures(history)
+    if failure_text and history[-1]["failure_rate"] == 1.0:
+        return [Alarm(failure_name, update, failure_text)]
+    # An update in which every episode failed says nothing about the policy.
+    history = [entry for entry in history if entry.get("failure_rate", 0.0) < 1.0]
     # The first checks need no start to compare with: a run of few updates must not end without a word.
     checks: list[Check] = [_constant_score, _kl, _truncation, _failures, _routers, _length_correlation]
     if len(history) > START:

@@ -61,20 +61,21 @@ def rollout_statistics(averages: Averages, rollout: Rollout, is_prefetched: bool
 def add_rollout(averages: Averages, rollout: Rollout) -> dict[str, float]:
     """Add a rollout's sums to ``averages``, and return the statistics that are not means.
 
-    Scores and lengths are of all responses that were sampled, the rest of those that are learned from.
+    Scores and lengths are of all responses that were sampled, the rest of those that are learned from. Episodes whose
+    environment failed count only in ``failure_rate`` and in the gap between engine and trainer.
     """
     candidates = rollout.candidates or rollout
     _add_scores(averages, candidates)
     tensors = rollout.tensors
-    mask = tensors["response_mask"]
-    responses = len(rollout)
+    mask = tensors["response_mask"] & rollout.judged[:, None]
+    responses = rollout.judged.sum()
     tokens = mask.sum()
     k3 = estimate_kl(tensors["logprobs"], tensors["ref_logprobs"], "k3")
-    averages.add("kl", tensors["kl"].sum(), responses)
+    averages.add("kl", tensors["kl"][rollout.judged].sum(), responses)
     averages.add("kl_k3", masked_sum(k3, mask), responses)
     averages.add("entropy", masked_sum(tensors["entropy"], mask), tokens)
     if "rewards" in tensors:
-        averages.add("reward", tensors["rewards"].sum(), responses)
+        averages.add("reward", tensors["rewards"][rollout.judged].sum(), responses)
     if "values" in tensors:
         averages.add("value", masked_sum(tensors["values"][:, :-1], mask), tokens)
         averages.add("return", masked_sum(tensors["returns"], mask), tokens)
@@ -87,15 +88,29 @@ def add_rollout(averages: Averages, rollout: Rollout) -> dict[str, float]:
     numbers = {"parity_gap_max": float(torch.where(is_known, gap, gap.new_zeros(())).max())}
     if "values" in tensors:
         values = tensors["values"][:, :-1]
-        numbers["explained_variance"] = explained_variance(values, tensors["returns"], mask)
+        numbers["explained_variance"] = explained_variance(values, tensors["returns"], mask) if tokens else 0.0
     if candidates.episodes is not None:
         add_episodes(averages, candidates.episodes)
-    scores = candidates.tensors["scores"]
-    numbers["score_range"] = float(scores.max() - scores.min())
-    # Scores are of answers.
-    numbers["score_length_correlation"] = correlation(scores, candidates.answer_lengths)
-    numbers["identical_answers"] = identical_answers(candidates.groups, candidates.answers)
-    return numbers
+    return numbers | _score_numbers(candidates)
+
+
+def _score_numbers(candidates: Rollout) -> dict[str, float]:
+    """Return range of the scores, their correlation with lengths, and the share of identical answers."""
+    judged = candidates.judged
+    if not judged.any():
+        return {}
+    scores = candidates.tensors["scores"][judged]
+    texts = [
+        (group, text)
+        for group, text, counts in zip(candidates.groups, candidates.answers, judged, strict=True)
+        if counts
+    ]
+    return {
+        "score_range": float(scores.max() - scores.min()),
+        # Scores are of answers.
+        "score_length_correlation": correlation(scores, candidates.answer_lengths[judged]),
+        "identical_answers": identical_answers(*zip(*texts, strict=True)),
+    }
 
 
 def _parity_gap(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,8 +140,9 @@ def add_staleness(averages: Averages, rollout: Rollout) -> dict[str, float]:
 
 
 def _add_scores(averages: Averages, candidates: Rollout) -> None:
-    tensors = candidates.tensors
-    responses = len(candidates)
+    judged = candidates.judged
+    tensors = {name: tensor[judged] for name, tensor in candidates.tensors.items()}
+    responses = judged.sum()
     averages.add("score", tensors["scores"].sum(), responses)
     averages.add("score_square", (tensors["scores"].double() ** 2).sum(), responses)
     for name in (name for name in tensors if name.startswith(COMPONENT)):
@@ -139,11 +155,11 @@ def _add_scores(averages: Averages, candidates: Rollout) -> None:
     averages.add("length", tensors["response_mask"].sum(), responses)
     if candidates.has_thoughts:
         averages.add("thought_length", tensors["thought_tokens"].sum(), responses)
-        averages.add("answer_length", candidates.answer_lengths.sum(), responses)
+        averages.add("answer_length", candidates.answer_lengths[judged].sum(), responses)
         averages.add("open_thoughts", tensors["open_thought"].sum(), responses)
         averages.add("forced_tokens", tensors["forced"].sum(), responses)
     averages.add("eos_rate", tensors["finished"].sum(), responses)
-    averages.add("truncation_rate", truncated(candidates).sum(), responses)
+    averages.add("truncation_rate", truncated(candidates)[judged].sum(), responses)
 
 
 def truncated(rollout: Rollout) -> torch.Tensor:
@@ -154,7 +170,9 @@ def truncated(rollout: Rollout) -> torch.Tensor:
 
 
 def add_episodes(averages: Averages, episodes: Sequence[Episode]) -> None:
-    """Add turns, calls and failures per episode, and the score of each turn."""
+    """Add turns and calls per episode that did not fail, the score of each turn, and the rate of failures."""
+    averages.add("failure_rate", sum(episode.stop == "failed" for episode in episodes), len(episodes))
+    episodes = [episode for episode in episodes if episode.stop != "failed"]
     count = len(episodes)
     calls = [call for episode in episodes for call in episode.calls]
     averages.add("turns", sum(len(episode.turns) for episode in episodes), count)
@@ -164,7 +182,6 @@ def add_episodes(averages: Averages, episodes: Sequence[Episode]) -> None:
     averages.add("tool_errors", sum(call.error in ("arguments", "raised", "timeout") for call in calls), count)
     averages.add("tool_seconds", sum(call.seconds for call in calls), count)
     averages.add("max_turns_rate", sum(episode.stop == "max_turns" for episode in episodes), count)
-    averages.add("failure_rate", sum(episode.stop == "failed" for episode in episodes), count)
     # Every process has all episodes of a rollout, so all processes add the same names.
     scored = [episode.turn_scores for episode in episodes if episode.turn_scores]
     for turn in range(max(map(len, scored), default=0)):

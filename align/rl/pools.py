@@ -69,13 +69,15 @@ class PromptPools:
         return chosen
 
     def observe(self, groups: Sequence[int], scores: torch.Tensor) -> None:
-        """Note the scores (B,) of the responses to the last choice; ``groups`` are their places in it."""
+        """Note the scores (B,) of responses to the last choice; ``groups`` are their places in it."""
         sums = dict.fromkeys(range(len(self._chosen)), 0.0)
         sizes = dict.fromkeys(sums, 0)
         for group, score in zip(groups, scores.tolist(), strict=True):
             sums[group] += score
             sizes[group] += 1
         for group, prompt in enumerate(self._chosen):
+            if not sizes[group]:
+                continue
             self.scores[prompt] = sums[group] / sizes[group]
             self.visits[prompt] = self.visits.get(prompt, 0) + 1
 

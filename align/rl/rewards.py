@@ -93,9 +93,9 @@ def adjust_scores(
 ) -> torch.Tensor:
     """Return scores (B,) clipped to [-score_clip, score_clip], minus the penalties; the input is not changed.
 
-    ``length_penalty`` is subtracted per token of ``lengths`` (B,). ``missing_eos_penalty`` is subtracted from responses
-    that were cut off; it does not replace the score, which preserves the order among them. ``finished`` (B,) is False
-    if a response has no EOS, or if an episode was cut off, whatever its last token.
+    ``length_penalty`` is subtracted per token of ``lengths`` (B,), the sampled tokens. ``missing_eos_penalty`` is
+    subtracted from responses that were cut off; it does not replace the score, which preserves the order among them.
+    ``finished`` (B,) is False if a response has no EOS, or if an episode was cut off, whatever its last token.
     """
     # Clipping first: a penalty must not vanish for a score at the edge of the range.
     adjusted = scores.clone() if score_clip is None else scores.clamp(-score_clip, score_clip)
@@ -140,6 +140,8 @@ class RunningScale:
 
     def add(self, scores: torch.Tensor) -> None:
         """Add a batch of scores (B,)."""
+        if not len(scores):
+            return
         # Merge the batch's mean and squares into the running values; the shift between the means adds to the squares.
         values = scores.double()
         batch_mean = float(values.sum()) / len(values)

@@ -87,6 +87,12 @@ class Rollout:
         return lengths + tensors["forced"].sum(dim=1) - tensors["thought_tokens"]
 
     @property
+    def judged(self) -> torch.Tensor:
+        """Responses that count in statistics, (B,): all except episodes whose environment failed."""
+        failed = self.tensors.get("failed")
+        return torch.ones(len(self), dtype=torch.bool) if failed is None else ~failed
+
+    @property
     def staleness(self) -> torch.Tensor:
         """Updates that the policy had learned from since it had the weights of each sampled token, shape (N,)."""
         mask = self.tensors["response_mask"]

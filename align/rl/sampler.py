@@ -321,15 +321,15 @@ def explain(rollout: Rollout, scorer: AnyScorer) -> list[dict[str, Any]]:
 def add_environment_scores(rollout: Rollout) -> None:
     """Add what the environments of a rollout's episodes scored to ``scores`` (B,), and their parts as components.
 
-    An episode whose environment failed gets the mean of its group's others: it then moves no other's advantage, and has
-    no loss itself. Raises ``UserError`` for a part with the name of a scorer's component.
+    An episode whose environment failed gets the mean of its group's others, whatever a scorer gave to its text, so it
+    never makes a group's scores differ. Raises ``UserError`` for a part with the name of a scorer's component.
     """
     episodes = rollout.episodes or []
     totals = torch.tensor([episode.score for episode in episodes])
-    totals = fill_failed(totals, rollout.tensors["failed"], torch.tensor(rollout.groups))
-    rollout.tensors["scores"] = _check_scores(rollout, totals.tolist(), may_lack=False) + rollout.tensors.get(
-        "scores", 0
-    )
+    failed = rollout.tensors["failed"]
+    totals = torch.where(failed, 0.0, totals) + rollout.tensors.get("scores", 0)
+    totals = fill_failed(totals, failed, torch.tensor(rollout.groups))
+    rollout.tensors["scores"] = _check_scores(rollout, totals.tolist(), may_lack=False)
     for name in dict.fromkeys(name for episode in episodes for name in episode.parts):
         if f"{COMPONENT}{name}" in rollout.tensors:
             raise UserError(

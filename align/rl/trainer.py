@@ -168,7 +168,9 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         refuse_rollout(candidates, self.objective.name, self.config)
         # The pools need the scores of every prompt, also of prompts that the method drops next.
         if self.prompts.pools is not None:
-            self.prompts.pools.observe(candidates.groups, candidates.tensors["scores"])
+            judged = candidates.judged
+            groups = torch.tensor(candidates.groups)[judged].tolist()
+            self.prompts.pools.observe(groups, candidates.tensors["scores"][judged])
         return self._select(candidates)
 
     def _select(self, candidates: Rollout) -> Rollout:
@@ -198,9 +200,12 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         kl_coef = self.kl_controller.value
         self.kl_penalty = KLPenalty(in_loss=kl_coef) if drift.kl_in == "loss" else KLPenalty(in_reward=kl_coef)
         self.objective.advantages(rollout, self.kl_penalty)
-        # Nats per response: the unit of kl_target and kl_budget.
-        kl = float(rollout.tensors["kl"].double().sum()) / len(rollout)
-        self.kl_controller.update(kl, len(rollout))  # for the next update
+        # Nats per response: the unit of kl_target and kl_budget. Failed episodes do not count.
+        judged = rollout.judged
+        count = int(judged.sum())
+        kl = float(rollout.tensors["kl"][judged].double().sum()) / max(1, count)
+        if count:
+            self.kl_controller.update(kl, count)  # for the next update
         self.totals["episodes"] += sum(len(part) for part in rollout.sampled)
         self.totals["tokens"] += sum(part.tokens for part in rollout.sampled)
         self.update_log.begin(rollout, kl_coef)

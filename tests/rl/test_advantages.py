@@ -115,3 +115,18 @@ def test_gae_skips_tokens_of_an_environment():
     settings["truncation"] = "bootstrap"
     advantages, _ = gae(rewards, values, mask, torch.tensor([False]), turn_discount=0.5, **settings)
     assert advantages[0, 4].item() == pytest.approx(1.52, abs=1e-6)
+
+
+def test_turn_discount_applies_behind_forced_tokens():
+    # A sampled token, a forced one that ends its turn, two of a tool, a sampled one: the next turn begins there.
+    mask = torch.tensor([[True, False, False, False, True]])
+    forced = torch.tensor([[False, True, False, False, False]])
+    rewards = torch.tensor([[0.3, 0.0, 0.0, 0.0, 1.0]])
+    values = torch.tensor([[0.4, 9.0, 9.0, 9.0, 0.2, 0.8]])
+    settings = {"gamma": GAMMA, "lam": LAM, "truncation": "terminal", "turn_discount": 0.5}
+    # A4 = 1 - 0.2 = 0.8; d0 = 0.3 + 0.45*0.2 - 0.4 = -0.01, A0 = -0.01 + 0.225*0.8 = 0.17
+    advantages, _ = gae(rewards, values, mask, torch.tensor([True]), forced=forced, **settings)
+    assert advantages[0].tolist() == pytest.approx([0.17, 0, 0, 0, 0.8], abs=1e-6)
+    # Only forced tokens between them: one turn. d0 = 0.3 + 0.9*0.2 - 0.4 = 0.08, A0 = 0.08 + 0.45*0.8 = 0.44
+    advantages, _ = gae(rewards, values, mask, torch.tensor([True]), forced=~mask, **settings)
+    assert advantages[0].tolist() == pytest.approx([0.44, 0, 0, 0, 0.8], abs=1e-6)

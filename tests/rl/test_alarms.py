@@ -207,3 +207,12 @@ def test_open_thoughts_that_do_not_pay_are_no_alarm(changes):
 
 def test_two_updates_of_length_correlation_are_no_alarm():
     assert alarms(history(score_length_correlation=[0.7, 0.8])) == []
+
+
+def test_update_of_only_failed_episodes_judges_no_policy():
+    """Its score of 0 is not the policy's, so neither it nor its neighbors are a constant score."""
+    failed = {"update": 4, "score": 0.0, "length": 0.0, "entropy": 0.0, "truncation_rate": 0.0, "failure_rate": 1.0}
+    healthy = {"length": 9.0, "entropy": 1.0, "truncation_rate": 0.0, "failure_rate": 0.0, "score_range": 1.0}
+    history = [{**healthy, "update": update, "score": float(update)} for update in (1, 2, 3)]
+    assert [alarm.name for alarm in alarms([*history, failed])] == ["failures"]
+    assert alarms([*history, failed, {**healthy, "update": 5, "score": 4.0}]) == []

@@ -339,9 +339,10 @@ class GrpoConfig(GroupFields):
     resample_rounds: int = Field(3, ge=1)
     """Maximum rounds of resampling in an update."""
     overlong_buffer: int = Field(0, ge=0)
-    """Tokens before ``max_tokens`` over which a penalty rises (DAPO); 0 for none. ``truncated: mask`` filters."""
+    """Tokens before ``max_tokens`` over which a penalty rises (DAPO); 0 for none. Only sampled tokens count.
+    ``truncated: mask`` filters."""
     overlong_penalty: float = Field(1.0, ge=0)
-    """Penalty of a response of ``max_tokens`` tokens."""
+    """Penalty of a response of ``max_tokens`` sampled tokens."""
 
     @property
     def preset(self) -> Preset:

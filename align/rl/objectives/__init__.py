@@ -80,7 +80,7 @@ class Objective(ABC):
         scores = tensors["scores"]
         if scale is not None:
             # The scores are added first, so the very first rollout already has a scale.
-            scale.add(scores)
+            scale.add(scores[rollout.judged])
             scores = scale.apply(scores)
         return adjust_scores(
             scores,
@@ -131,15 +131,5 @@ def mask_to_learn(rollout: Rollout, truncated: str) -> torch.Tensor:
 
     Episodes whose environment failed are always excluded, because their score is no judgment of the policy.
     """
-    mask = rollout.tensors["response_mask"]
-    if "failed" in rollout.tensors:
-        mask = mask & ~rollout.tensors["failed"][:, None]
+    mask = rollout.tensors["response_mask"] & rollout.judged[:, None]
     return mask & rollout.tensors["finished"][:, None] if truncated == "mask" else mask
-
-
-def failures(rollout: Rollout) -> list[bool]:
-    """Return which responses are episodes whose environment failed, (B,)."""
-    if "failed" not in rollout.tensors:
-        return [False] * len(rollout)
-    failed: list[bool] = rollout.tensors["failed"].tolist()
-    return failed

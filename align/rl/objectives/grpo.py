@@ -13,7 +13,6 @@ import torch
 
 from align.config.stages.policy_gradient import GrpoConfig, RlooConfig
 from align.rl.advantages import (
-    fill_failed,
     group_advantages,
     leave_one_out,
     overlong_penalty,
@@ -58,24 +57,28 @@ class GroupObjective(Objective):
         """Compare each response's score, minus its KL penalty, with its group's. All its tokens get the result."""
         tensors = rollout.tensors
         mask = tensors["response_mask"]
-        # ``max_tokens`` also counts an environment's tokens.
-        lengths = torch.tensor([len(response) for response in rollout.responses])
-        scores = self.adjusted_scores(rollout, scale=self.scale) - self.score_penalty(lengths)
+        # The policy pays only for tokens that it sampled, as with ``length_penalty``.
+        scores = self.adjusted_scores(rollout, scale=self.scale) - self.score_penalty(mask.sum(dim=1))
         kl = masked_kl(rollout)
         # In the reward, a response pays for its whole drift before it is compared with its group.
         totals = scores - penalty.in_reward * kl.sum(dim=1)
-        groups = torch.tensor(rollout.groups)
-        if "failed" in tensors:
-            # Their scores are the mean of the others, but penalties for drift, length and a missing end are their own.
-            totals = fill_failed(totals, tensors["failed"], groups)
-        advantages = self.compare(totals, groups)[:, None] * mask
+        # Failed episodes move no baseline and no deviation, and have no advantage.
+        judged = rollout.judged
+        relative = torch.zeros_like(totals)
+        if judged.any():
+            relative[judged] = self.compare(totals[judged], torch.tensor(rollout.groups)[judged])
+        advantages = relative[:, None] * mask
         tensors |= {"kl": kl, "rewards": totals, "raw_advantages": advantages, "advantages": advantages}
         tensors["learn_mask"] = mask_to_learn(rollout, self.config.truncated)
         if self.config.select is not None:
             tensors["learn_mask"] = tensors["learn_mask"] & learned_advantages(advantages, self.config.select.bounds)
         # Log this for the prompts as they came, before any resampling.
-        flat = _is_flat(rollout.candidates or rollout)
-        self.averages.add("zero_variance", flat.sum(), len(flat))
+        self._log_flat("zero_variance", rollout.candidates or rollout)
+
+    def _log_flat(self, name: str, rollout: Rollout) -> None:
+        """Add the share of responses whose group's scores are all equal, without failed episodes."""
+        judged = rollout.judged
+        self.averages.add(name, (_is_flat(rollout) & judged).sum(), judged.sum())
 
     def token_count(self, batches: list[Batch]) -> float:
         """Return the tokens or responses of an optimizer step, by the loss's aggregation."""
@@ -119,8 +122,7 @@ class GRPOObjective(GroupObjective):
         if self.config.zero_variance == "keep":
             return rollout
         selected = resample(rollout, sampler, self.config.resample_rounds)
-        flat = _is_flat(selected)
-        self.averages.add("zero_variance_left", flat.sum(), len(flat))
+        self._log_flat("zero_variance_left", selected)
         return selected
 
     def compare(self, totals: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ class PPOObjective(Objective):
             rewards = rewards + early_rewards
         if config.whiten_rewards:
             # The mean stays (arXiv 2403.17031, detail 11).
-            rewards = whiten(rewards, mask, shift_mean=False)
+            rewards = whiten(rewards, mask & rollout.judged[:, None], shift_mean=False)
         # 2. Advantages and returns, from the critic's values at the start of the update.
         advantages, returns = gae(
             rewards,

@@ -14,7 +14,7 @@ import torch
 from align.config.stages.best_of_n import OnlineDpoConfig, RejectionConfig
 from align.rl.losses import aggregate, loss_count, pair_loss
 from align.rl.masking import masked_sum
-from align.rl.objectives import Objective, Step, failures, mask_to_learn, masked_kl
+from align.rl.objectives import Objective, Step, mask_to_learn, masked_kl
 from align.rl.packing import Batch, group_members
 from align.rl.rewards import KLPenalty
 from align.rl.rollout import Rollout
@@ -40,7 +40,7 @@ class BestOfNObjective(Objective):
         good = torch.ones_like(scores, dtype=torch.bool) if threshold is None else scores >= threshold
         if self.config.truncated == "mask":
             good = good & rollout.tensors["finished"]
-        good = good & ~torch.tensor(failures(rollout))
+        good = good & rollout.judged
         selected: list[int] = []
         for members in group_members(rollout.groups):
             earlier: set[tuple[int, ...]] = set()
@@ -54,7 +54,7 @@ class BestOfNObjective(Objective):
         best = rollout.subset(selected)
         good = good[torch.tensor(selected)]
         best.tensors["good"] = good
-        self.averages.add("selected", good.sum(), len(best))
+        self.averages.add("selected", good.sum(), best.judged.sum())
         self.averages.add("selected_score", (best.tensors["scores"] * good).sum(), good.sum())
         return best
 
@@ -88,22 +88,26 @@ class OnlineDPOObjective(Objective):
         A side is 1 for the better, -1 for the worse, and 0 for both if all score the same.
         """
         scores = self.adjusted_scores(rollout).tolist()
-        failed = failures(rollout)
+        judged = rollout.judged.tolist()
         groups = group_members(rollout.groups)
         selected: list[int] = []
         sides: list[float] = []
+        pairs_judged = ties = 0
         for members in groups:
-            best = max(members, key=scores.__getitem__)
+            # Failed episodes only fill up a pair, which then has no loss.
+            best = max(members, key=lambda i: (judged[i], scores[i]))
             # Never the best one itself, even if all scores are equal.
-            worst = min((i for i in members if i != best), key=scores.__getitem__)
+            worst = min((i for i in members if i != best), key=lambda i: (not judged[i], scores[i]))
             # Neighbors: ``plan`` keeps a group together, so a pair is in one micro-batch.
             selected += [best, worst]
-            # A pair has no loss if the environment of either response failed.
-            is_decided = scores[best] > scores[worst] and not (failed[best] or failed[worst])
+            is_judged = judged[best] and judged[worst]
+            is_decided = is_judged and scores[best] > scores[worst]
             sides += [1.0, -1.0] if is_decided else [0.0, 0.0]
+            pairs_judged += is_judged
+            ties += is_judged and not is_decided
         pairs = rollout.subset(selected)
         pairs.tensors["sides"] = torch.tensor(sides)[:, None]
-        self.averages.add("tied_pairs", float(sides.count(0.0)) / 2, len(groups))
+        self.averages.add("tied_pairs", ties, pairs_judged)
         return pairs
 
     def advantages(self, rollout: Rollout, penalty: KLPenalty) -> None:

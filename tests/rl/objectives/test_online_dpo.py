@@ -39,7 +39,7 @@ def test_logged_values_are_means_over_pairs() -> None:
 
 
 def test_best_and_worst_of_each_group_are_a_pair() -> None:
-    """The second group ties, and in the third an environment failed."""
+    """The second group ties, and in the third an environment failed, which leaves two judged responses."""
     scores = [0.2, 0.9, -0.5, 1.0, 1.0, 1.0, 0.0, 3.0, 1.0]
     rollout = Rollout(
         update=0,
@@ -57,7 +57,7 @@ def test_best_and_worst_of_each_group_are_a_pair() -> None:
     )
     objective = OnlineDPOObjective(CONFIG)
     pairs = objective.select(rollout, sampler=None)  # type: ignore[arg-type]
-    assert pairs.texts[:2] == ["1", "2"] and pairs.texts[4:] == ["7", "6"]
+    assert pairs.texts[:2] == ["1", "2"] and pairs.texts[4:] == ["7", "8"]
     assert set(pairs.texts[2:4]) <= {"3", "4", "5"} and pairs.texts[2] != pairs.texts[3]
-    assert pairs.tensors["sides"].flatten().tolist() == [1.0, -1.0, 0.0, 0.0, 0.0, 0.0]
-    assert objective.averages.means(lambda totals: totals) == {"tied_pairs": pytest.approx(2 / 3)}
+    assert pairs.tensors["sides"].flatten().tolist() == [1.0, -1.0, 0.0, 0.0, 1.0, -1.0]
+    assert objective.averages.means(lambda totals: totals) == {"tied_pairs": pytest.approx(1 / 3)}
