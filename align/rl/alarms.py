@@ -53,6 +53,8 @@ OTHER_EXPERTS = 0.1
 arXiv 2510.11370; an engine in bfloat16 changed 0.5% in a small model (docs/models.md)."""
 
 
+MOST_REPEATS = 4
+"""Updates that a line names at which an alarm was raised again."""
 CONSTANT_SCORE = "constant score"
 
 
@@ -95,6 +97,22 @@ def new_alarms(history: Sequence[Entry]) -> list[Alarm]:
     return [alarm for alarm in alarms(history) if alarm.name not in earlier]
 
 
+def count_alarms(raised: Sequence[Alarm]) -> list[str]:
+    """Return a line for each name: ``update 3: KL, again at 8, 15, … (5 in all)``."""
+    updates: dict[str, list[int]] = {}
+    for alarm in raised:
+        updates.setdefault(alarm.name, []).append(alarm.update)
+    lines = []
+    for name, (first, *others) in updates.items():
+        line = f"update {first}: {name}"
+        if others:
+            shown = ", ".join(map(str, others[:MOST_REPEATS]))
+            more = f", … ({len(others) + 1} in all)" if len(others) > MOST_REPEATS else ""
+            line += f", again at {shown}{more}"
+        lines.append(line)
+    return lines
+
+
 def mean(history: Sequence[Entry], name: str) -> float:
     """Return the mean of a metric over updates."""
     return statistics.fmean(entry[name] for entry in history)
@@ -105,8 +123,16 @@ def _constant_score(history: Sequence[Entry]) -> tuple[str, str]:
     latest = history[-CONSTANT_UPDATES:]
     if len(latest) < CONSTANT_UPDATES or any(entry.get("score_range", 1.0) > 0 for entry in latest):
         return CONSTANT_SCORE, ""
+    value = latest[-1]["score"]
+    earlier = [entry["score"] for entry in history[:-CONSTANT_UPDATES]]
+    # A policy that has learned everything rises to the constant; a broken score is constant from the start, or falls.
+    if earlier and value >= max(earlier) and value > min(earlier):
+        return CONSTANT_SCORE, (
+            f"every response of {CONSTANT_UPDATES} updates scored {value:g}, the highest of the run: by this score "
+            "the task is solved, and nothing is left to learn. Use harder prompts, or fewer updates"
+        )
     return CONSTANT_SCORE, (
-        f"every response of {CONSTANT_UPDATES} updates scored {latest[-1]['score']:g}, so the policy learns nothing. "
+        f"every response of {CONSTANT_UPDATES} updates scored {value:g}, so the policy learns nothing. "
         "Check the score on the rows' own reference answers"
     )
 
@@ -238,7 +264,7 @@ def _collapse(history: Sequence[Entry]) -> tuple[str, str]:
     elif latest["length"] < COLLAPSED_LENGTH * length:
         text = (
             f"responses fell from {length:.1f} to {latest['length']:.1f} tokens: the score rewards short answers. "
-            "Look at the samples, and check the reward model on short answers"
+            "Look at the samples, and check the score of short answers"
         )
     return "collapse", text
 
@@ -270,8 +296,8 @@ def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
     if "gold" not in history[-1]:
         return name, ""
     remedy = (
-        "the policy exploits what the reward model overrates. Keep an earlier checkpoint (keep: best), raise kl_coef, "
-        "or train the reward model on this policy's responses"
+        "the policy exploits what the score overrates. Keep an earlier checkpoint (keep: best), raise kl_coef, or "
+        "correct the score on this policy's responses"
     )
     # 1. A sudden fall: compare the last window with the window before.
     before = history[-2 * WINDOW : -WINDOW]

@@ -21,6 +21,7 @@ from align.models.compute.processes import broadcast
 from align.models.tuning.apply import parameter_counts
 from align.models.tuning.peft_layers import merged_weights
 from align.pipeline.context import StageContext
+from align.rl.alarms import count_alarms
 from align.rl.checkpoint import last_checkpoint, load_checkpoint, load_random_state
 from align.rl.clipping import clip_parts
 from align.rl.evaluations import evaluate_tasks, validate
@@ -85,6 +86,9 @@ def end(trainer: Any) -> TrainOutput:
     metrics["train_loss"] = trainer.update_log.total_loss / max(trainer.state.global_step, 1)
     trainer.log(metrics)
     trainer.control = handler.on_train_end(args, trainer.state, trainer.control)
+    repeated = [line for line in count_alarms(trainer.alarms) if ", again at " in line]
+    if repeated and trainer.is_world_process_zero():
+        trainer.notify(f"alarms that were raised again: {'; '.join(repeated)}")
     if trainer.validation is not None or trainer.tasks is not None:
         _validate_last(trainer)
     return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)
@@ -106,7 +110,7 @@ def summarize(trainer: Any) -> dict[str, Any]:
     if trainer.tasks is not None:
         metrics |= trainer.tasks.finish()
     if trainer.alarms:
-        metrics["alarms"] = [f"update {alarm.update}: {alarm.name}" for alarm in trainer.alarms]
+        metrics["alarms"] = count_alarms(trainer.alarms)
     metrics["trainable_parameters"], metrics["parameters"] = parameter_counts(trainer.model.policy)
     critic = getattr(trainer.model, "critic", None)
     if critic is not None:

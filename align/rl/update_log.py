@@ -86,10 +86,16 @@ class UpdateLog:
         self._raise_alarms()
 
     def _raise_alarms(self) -> None:
-        """Notify of alarms that are new in this update, and stop the run if ``on_alarm`` says so."""
+        """Notify of alarms that no earlier update raised, and stop the run if ``on_alarm`` says so.
+
+        An alarm that is raised again, after it had ended, is only noted. The end of the run counts them.
+        """
         trainer = self.trainer
         for alarm in new_alarms([entry for entry in trainer.state.log_history if "score" in entry]):
+            is_repeated = any(alarm.name == earlier.name for earlier in trainer.alarms)
             trainer.alarms.append(alarm)
+            if is_repeated:
+                continue
             example = f" Example: {self._example}" if alarm.name == CONSTANT_SCORE else ""
             text = f"update {alarm.update}: {alarm.name}: {alarm.text}.{example}"
             if trainer.is_world_process_zero():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from align.rl.alarms import alarms, trend
+from align.rl.alarms import Alarm, alarms, count_alarms, trend
 
 
 def history(**changes):
@@ -48,7 +48,8 @@ def test_a_healthy_run_raises_none():
         ({"kl": [27.8], "length": [20.0]}, "KL", "27.8 nats in 20.0 tokens"),
         ({"truncation_rate": [1.0, 1.0, 1.0], "length": [39.0, 39.0, 39.0]}, "truncation", "cut off at max_tokens"),
         ({"grad_norm_policy": [15.0, 16.0]}, "gradient", "rose from 0.5 to 16"),
-        ({"score_range": [0.0, 0.0]}, "constant score", "scored 1.21, so the policy learns nothing"),
+        ({"score_range": [0.0, 0.0], "score": [0.0, 0.0]}, "constant score", "scored 0, so the policy learns nothing"),
+        ({"score_range": [0.0, 0.0], "score": [2.0, 2.0]}, "constant score", "by this score the task is solved"),
         ({"length": [4.0]}, "collapse", "rewards short answers"),
         ({"length": [41.0]}, "length explosion", "missing_eos_penalty"),
         ({"truncation_rate": [0.6]}, "length explosion", "60% of them truncated"),
@@ -216,3 +217,22 @@ def test_update_of_only_failed_episodes_judges_no_policy():
     history = [{**healthy, "update": update, "score": float(update)} for update in (1, 2, 3)]
     assert [alarm.name for alarm in alarms([*history, failed])] == ["failures"]
     assert alarms([*history, failed, {**healthy, "update": 5, "score": 4.0}]) == []
+
+
+def test_score_that_never_varied_is_not_called_solved():
+    entries = history(score=[1.0] * 12, score_range=[0.0] * 12)
+    (alarm,) = [alarm for alarm in alarms(entries) if alarm.name == "constant score"]
+    assert "Check the score" in alarm.text
+
+
+def test_repeated_alarms_are_counted_in_one_line():
+    raised = [Alarm("KL", update, "") for update in (3, 8, 15, 20, 22, 30)]
+    raised.insert(1, Alarm("entropy", 4, ""))
+    assert count_alarms(raised[:2]) == ["update 3: KL", "update 4: entropy"]
+    assert count_alarms(raised) == ["update 3: KL, again at 8, 15, 20, 22, … (6 in all)", "update 4: entropy"]
+
+
+def test_alarms_without_a_reward_model_name_none():
+    changes = [{"length": [4.0]}, {"gold": [0.30, 0.29, 0.31, 0.30, 0.29]}]
+    texts = [alarm.text for change in changes for alarm in alarms(history(**change))]
+    assert len(texts) == 2 and not any("reward model" in text for text in texts)

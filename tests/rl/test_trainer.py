@@ -352,6 +352,22 @@ def test_an_alarm_is_told_once_and_stops_if_asked(make_trainer, monkeypatch, on_
     assert trainer.stopped == (messages[0] if on_alarm == "stop" else None)
 
 
+def test_alarm_that_returns_is_only_counted(make_trainer, monkeypatch):
+    from align.rl.alarms import Alarm
+    from align.rl.run import summarize
+
+    # It holds at updates 2, 4 and 6, so it begins three times.
+    monkeypatch.setattr(
+        "align.rl.alarms.alarms",
+        lambda history: [Alarm("KL", len(history), "too far")] if history and len(history) % 2 == 0 else [],
+    )
+    messages = []
+    trainer = make_trainer(updates=6, notify=messages.append)
+    trainer.train()
+    assert messages == ["update 2: KL: too far.", "alarms that were raised again: update 2: KL, again at 4, 6"]
+    assert summarize(trainer)["alarms"] == ["update 2: KL, again at 4, 6"]
+
+
 def test_components_of_a_score_are_logged(make_trainer):
     from align.data.ensembles import Ensemble
     from align.data.scoring import Part, WeightedSum
