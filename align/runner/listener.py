@@ -239,7 +239,12 @@ class ConsoleListener(Listener):
         memory = (record.get("peak_memory_bytes") or 0) / 2**30
         costs = f"{duration(record['seconds']):>7}  {memory:4.1f} GiB"
         text = f"{costs}  {_headline(node.stage, artifact)}{_earlier_attempts(record)}"
-        self._print_line("✓", node.name, text, "green")
+        alarms = (record.get("metrics") or {}).get("alarms")
+        if alarms:
+            # Its result exists, but may be of no use.
+            self._print_line("!", node.name, f"{text}  alarms: {'; '.join(alarms)}", "yellow")
+        else:
+            self._print_line("✓", node.name, text, "green")
 
     def stage_failed(self, node: Node, message: str, log: Path) -> None:
         """Print that the stage failed; the command prints the message itself."""

@@ -34,6 +34,7 @@ from align.training.averaging import AverageWeights
 from align.training.checkpoints import MarkCheckpoints, last_complete, read_state, write_state
 from align.training.continued_rows import continue_rows, continuing_callbacks, keep_trained_state
 from align.training.forgetting import KLToStart, PullToStart, make_replay
+from align.training.held_out import divergence_alarm
 from align.training.kept_state import continued_facts, refuse_no_steps, restore_checkpoint
 from align.training.progress import ReportProgress, report_scores
 from align.training.stopping import VALIDATION, BestSoFar, StopOnRequest, best_so_far
@@ -78,19 +79,17 @@ def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = T
     # A stage that continues another starts from the other stage's state if it has no checkpoint itself.
     checkpoint = broadcast(lambda: last_complete(context.checkpoints, warn) or restore_checkpoint(context))
     trainer.continuation = continue_rows(context, trainer)
-    first_step = _step_of(checkpoint) + 1 if checkpoint else 0
-    with follow(context, trainer, first_step):
+    with follow(context, trainer, _step_of(checkpoint) + 1 if checkpoint else 0):
         # Decisions that follow from the scores, such as when to stop, must be the same in all processes.
         return _fit(trainer, context, gathered, before, checkpoint)
 
 
 def _note_memory(context: StageContext, trainer: Any, extras: Sequence[Any]) -> None:
     """Note the memory that training needs."""
-    tuning = context.config.tuning
     precision = context.precision
     max_trained = next((extra.most for extra in extras if isinstance(extra, OpenLayers)), None)
     low = precision == "bfloat16"  # ``Prepared`` rounds activations between layers then
-    context.note(notice(trainer.model, tuning, precision, low_residual=low, max_trained=max_trained))
+    context.note(notice(trainer.model, context.config.tuning, precision, low_residual=low, max_trained=max_trained))
 
 
 def _fit(
@@ -148,6 +147,7 @@ def _fit(
         "tokens_per_second": _timed_tokens(trainer, clock, checkpoint) / seconds,
         "state_bytes": state_bytes,
         **_first_and_last_loss(context, trainer),
+        **divergence_alarm(context, trainer.state.global_step, scores_before, scores_after),
     }
     for extra in extras:
         metrics |= getattr(extra, "facts", dict)()

@@ -6,7 +6,7 @@ trl averages the means of batches, so its numbers depend on the batch size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,13 @@ from accelerate.utils import send_to_device
 
 from align.models.checkpoints.sharding import reshard
 from align.models.compute.processes import trim_malloc
+from align.pipeline.context import StageContext
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded, pad_right
 from align.training.trainers import SCORING_TOKENS
+
+DIVERGED = 1.5
+"""Held-out loss of answers, as a multiple of the loss before training, above which training has diverged."""
 
 
 @contextmanager
@@ -162,3 +166,22 @@ def pair_facts(encoded: Encoded) -> dict[str, float]:
     facts = {"test_length_accuracy": pair_accuracy(*lengths)}
     flips = mislabeled(encoded)
     return facts | ({"test_mislabeled": sum(flips.values()) / len(flips)} if flips else {})
+
+
+def divergence_alarm(
+    context: StageContext, step: int, before: Mapping[str, float], after: Mapping[str, float]
+) -> dict[str, list[str]]:
+    """Return ``alarms``, and warn, if held-out answers became much less likely; empty if not.
+
+    Losses of pairs are no evidence: they may rise while more pairs are in order.
+    """
+    if "token_accuracy" not in after or "loss" not in before or not math.isfinite(before["loss"]):
+        return {}
+    if after["loss"] <= DIVERGED * before["loss"]:  # False for NaN
+        return {}
+    context.warn(
+        f"{context.name}: step {step}: divergence: the held-out loss rose from {before['loss']:.4g} to "
+        f"{after['loss']:.4g} nats a token, so the model answers worse than before training. Do not use it. Lower "
+        f"learning_rate ({context.config.learning_rate:g}), or train for fewer steps if the training loss fell."
+    )
+    return {"alarms": [f"step {step}: divergence"]}

@@ -48,6 +48,12 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+def test_stage_with_an_alarm_ends_with_no_tick() -> None:
+    console_listener, out = listener()
+    console_listener.stage_done(NODE, artifact("sft", {"alarms": ["step 12: divergence"]}))
+    assert out.getvalue().startswith("! one ") and "alarms: step 12: divergence" in " ".join(out.getvalue().split())
+
+
 def test_a_closing_line_has_time_memory_and_what_was_measured() -> None:
     console_listener, out = listener()
     values = {"sft": {"gold": 0.25}, "dpo": {"gold": 0.375}}

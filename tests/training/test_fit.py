@@ -16,6 +16,7 @@ from align.models.loading import load_policy
 from align.models.tuning.apply import notice
 from align.stages.sft import run
 from align.training.fit import SECONDS_FILE, TrainingClock, _timed_tokens, _warn_of_lost_progress
+from align.training.held_out import divergence_alarm
 from tests.support.training.harness import events
 from tests.support.training.training_stages import make_stage
 
@@ -112,3 +113,34 @@ def test_tokens_without_seconds_are_not_counted(tmp_path: Path) -> None:
     trainer = SimpleNamespace(state=SimpleNamespace(num_input_tokens_seen=1000))
     assert _timed_tokens(trainer, clock, checkpoint) == 300
     assert _timed_tokens(trainer, TrainingClock(None), None) == 1000
+
+
+# ---- divergence ----
+
+
+def test_diverged_sft_is_an_alarm(tiny_model: Path, tmp_path: Path) -> None:
+    """A learning rate of 1 ruins the model: the stage still ends, with an alarm in its record and its log."""
+    stage = make_stage("sft", tmp_path, tiny_model, {"method": "full"}, max_steps=4, learning_rate=1.0)
+    metrics = run(stage)
+    assert metrics["test_loss_after"] > 2 * metrics["test_loss_before"]
+    assert metrics["alarms"] == ["step 4: divergence"]
+    messages = [event["message"] for event in events(stage, "warning")]
+    assert any(f"{stage.name}: step 4: divergence: the held-out loss rose from" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rings"),
+    [
+        ({"loss": 5.9}, {"loss": 25.0, "token_accuracy": 0.0}, True),
+        ({"loss": 5.9}, {"loss": float("nan"), "token_accuracy": 0.0}, True),
+        ({"loss": 2.0}, {"loss": 2.9, "token_accuracy": 0.5}, False),
+        ({"loss": 0.69}, {"loss": 2.0, "accuracy": 0.7}, False),  # pairs
+        ({}, {"loss": 25.0, "token_accuracy": 0.0}, False),  # not measured before
+    ],
+)
+def test_divergence_is_a_much_higher_loss_of_answers(
+    before: dict[str, float], after: dict[str, float], rings: bool
+) -> None:
+    warnings: list[str] = []
+    context: Any = SimpleNamespace(name="sft", config=SimpleNamespace(learning_rate=0.1), warn=warnings.append)
+    assert bool(divergence_alarm(context, 7, before, after)) == bool(warnings) == rings

@@ -18,7 +18,7 @@ from align.store.artifacts import Artifact
 
 LOGGED = {"score", "kl", "entropy", "truncation_rate"}
 """Metrics by which a stage that learns from rollouts is recognized."""
-ALARM = re.compile(r"^(?P<stage>[^:]+): update (?P<update>\d+): (?P<name>[\w -]+): ")
+ALARM = re.compile(r"^(?P<stage>[^:]+): (?P<place>(?:update|step) \d+): (?P<name>[\w -]+): ")
 """Beginning of the warning about an alarm."""
 
 
@@ -74,7 +74,7 @@ def training_health(events: Mapping[str, Events]) -> dict[str, Any] | None:
 def raised_alarms(warnings: Sequence[str]) -> list[str]:
     """Return the alarms among a stage's warnings, such as ``KL since update 12``."""
     matches = (ALARM.match(warning) for warning in warnings)
-    return [f"{match['name']} since update {match['update']}" for match in matches if match]
+    return [f"{match['name']} since {match['place']}" for match in matches if match]
 
 
 def _cell(measure: Health, events: Events) -> dict[str, Any]:

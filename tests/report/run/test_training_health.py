@@ -48,10 +48,15 @@ def test_alarms_are_read_from_warnings():
     warnings = [
         "ppo: update 12: over-optimization: in 5 updates the score rose",
         "ppo: update 3: KL: the KL to the reference is 30 nats",
+        "sft: step 12: divergence: the held-out loss rose from 5.9 to 25 nats a token",
         "ppo ended early, at update 3: KL: the KL to the reference is 30 nats",
         "ppo: 3 of 20 prompts are longer than max_prompt_tokens",
     ]
-    assert raised_alarms(warnings) == ["over-optimization since update 12", "KL since update 3"]
+    assert raised_alarms(warnings) == [
+        "over-optimization since update 12",
+        "KL since update 3",
+        "divergence since step 12",
+    ]
 
 
 def test_first_screen_shows_health_and_alarms(tmp_path):
