@@ -234,6 +234,12 @@ def metric_functions(score: MetricFunctions | None) -> list[MetricFunction]:
     return [MetricFunction(function=entry) if isinstance(entry, str) else entry for entry in entries]
 
 
+CheckName = Literal[
+    "reference", "empty", "other", "prompt", "wrong", "hedged", "long", "row", "twice", "answer_matters"
+]
+"""Checks of a score, as ``waive`` names them."""
+
+
 class ScoreValidation(Config):
     """Validation of the score on a sample of rows before a model is loaded (docs/rewards.md).
 
@@ -246,7 +252,9 @@ class ScoreValidation(Config):
     """Rows to validate on, spread over the data, plus up to 6 for each form of answer (``1,080``, ``-4``, ``3/4``);
     0 for no validation."""
     judge_rows: int = Field(8, ge=0, le=10_000)
-    """Rows to ask judges about, with four requests a row; 0 asks no judge."""
+    """Rows to ask judges about, with five requests a row; 0 asks no judge."""
     reference: str | None = Field(None, min_length=1)
     """Column with the row's right answer, or ``checks.answer`` for an entry of one. By default the completion, else the
     column ``answer``, else ``checks.answer``, else the chosen answer of a pair."""
+    waive: list[CheckName] = Field([])
+    """Checks that are shown, but refuse nothing (docs/rewards.md)."""

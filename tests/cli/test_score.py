@@ -145,9 +145,12 @@ def test_validation_shows_the_table_and_refuses(score: Run, build: Path, capsys:
     assert score(build, "--with", "{number: answer}", "--with", f"{MODULE}:without_separators", "--validate") == 1
     shown = capsys.readouterr().out
     header, row = shown.splitlines()[1:3]
-    titles = ("reward", "rows", "reference best", "empty lower", "other lower", "prompt lower", "same twice", "varies")
+    titles = (
+        *("reward", "rows", "reference best", "empty lower", "other lower", "prompt lower"),
+        *("wrong lower", "hedged lower", "long not higher", "same twice", "varies"),
+    )
     assert header.split() == " ".join(titles).split()
-    assert row.split() == ["number", "22", "22/22", "22/22", "22/22", "22/22", "16/16", "-"]
+    assert row.split() == ["number", "22", "22/22", "22/22", "22/22", "22/22", "-", "-", "-", "16/16", "-"]
     assert "A stage would accept this score (floor 0.9)." in shown
     assert "✗ 'without_separators' does not give references its maximum" in shown
     assert score(build, "--with", f"{MODULE}:without_separators", "--validate", "--floor", "0") == 0

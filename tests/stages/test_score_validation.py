@@ -69,7 +69,8 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "random": (f"{MODULE}:drawn", "gives the same answer another score the second time"),
     "copied prompt": (f"{MODULE}:copied", "a copy of the prompt 1"),
     "inverted sign": ([{"number": "answer", "weight": -1.0}], "does not give references its maximum"),
-    "empty answers are best": (f"{MODULE}:brief", "gives an empty answer as much as the reference"),
+    "empty answers are best": (f"{MODULE}:brief", "reads neither the row's answer nor its prompt"),
+    "style on rows with answers": (f"{MODULE}:vowels", "score_validation: {waive: [row]}"),
 }
 
 
@@ -114,7 +115,6 @@ CORRECT: dict[str, Any] = {
     "verifier": [{"number": "answer"}],
     "function": f"{MODULE}:right",
     "function and brevity": [{"function": f"{MODULE}:right"}, {"function": f"{MODULE}:brief", "weight": 0.2}],
-    "style": f"{MODULE}:vowels",
     "forms": [{"regex": "#### [0-9,]+$"}, {"number": "answer", "weight": 0.5}],
     "logged reward": [{"number": "answer"}, {"function": f"{MODULE}:constant", "weight": 0.0}],
     "penalty": [{"number": "answer"}, {"regex": "forbidden", "weight": -1.0}],
@@ -126,11 +126,15 @@ def test_correct_reward_is_accepted(tmp_path: Path, score: Any) -> None:
     assert start("grpo", tmp_path, score)
 
 
+def test_style_is_accepted_if_the_row_is_waived(tmp_path: Path) -> None:
+    assert start("grpo", tmp_path, f"{MODULE}:vowels", score_validation={"waive": ["row"]})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_stage_that_learns_from_a_score_refuses(tmp_path: Path, kind: str) -> None:
     message = refuse(kind, tmp_path, f"{MODULE}:constant")
     assert message.startswith(f"{kind}: the score cannot teach the task")
-    assert "score_validation: {floor: 0}" in message
+    assert "score_validation: {waive: [reference, " in message
 
 
 @pytest.mark.parametrize("kind", KINDS)

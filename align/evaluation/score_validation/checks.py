@@ -15,13 +15,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from align.config.scores import CheckName
 from align.evaluation.score_validation.probing import ProbeScores, excerpt
 from align.evaluation.score_validation.references import FORMS, Probe
 
-CheckName = Literal["reference", "empty", "other", "prompt", "twice", "answer_matters"]
 Compare = Callable[[float, float], bool]
 """Comparison of the reference's score with another answer's: True if the order is right."""
 LENIENT_FLOOR = 0.5
@@ -33,11 +33,18 @@ CAUSES: dict[CheckName, str] = {
     "twice": "gives the same answer another score the second time. Remove its randomness, or set its temperature to 0",
     "answer_matters": "gives all answers to a row the same score, the reference included. Check the column that it "
     "compares with, and that it reads the answer",
+    "row": "reads neither the row's answer nor its prompt, though the rows have right answers. Compare the response "
+    "with the row's answer",
     "reference": "does not give references its maximum. Check the column that it compares with, and how it reads the "
     "answer",
     "empty": "gives an empty answer as much as the reference. A policy would learn to say nothing",
     "other": "gives another row's answer as much as the row's own. Check that it reads the row",
     "prompt": "gives a copy of the prompt as much as the reference. A policy would learn to repeat the prompt",
+    "wrong": "gives a wrong answer in the reference's form as much as the reference. Check that it compares the entire "
+    "answer",
+    "hedged": "gives a list of answers as much as the reference, wherever the right answer is in the list. A policy "
+    "would learn to guess often",
+    "long": "gives a long wrong answer more than the reference. A policy would learn to write much",
 }
 """Descriptions of failures, for messages. An earlier failure is often the cause of a later failure."""
 
@@ -90,6 +97,13 @@ class Report:
     scores: ProbeScores
     checks: list[Check]
     notes: list[str] = field(default_factory=list)
+    label: str = ""
+    """Name in messages, such as a function's, if it is not the reward's name."""
+
+    @property
+    def title(self) -> str:
+        """Name in messages."""
+        return self.label or self.name
 
     def means(self) -> dict[str, float]:
         """Return the mean score of each kind of answer."""
@@ -98,13 +112,21 @@ class Report:
             "empty": self.scores.empty,
             "other": self.scores.other,
             "prompt": self.scores.prompt,
+            "wrong": self.scores.wrong,
+            "hedged": self.scores.hedged,
+            "long": self.scores.long,
         }
         present = {name: [score for score in scores if score is not None] for name, scores in columns.items()}
         return {name: statistics.fmean(scores) for name, scores in present.items() if scores}
 
-    def problem(self) -> str | None:
-        """Return a sentence with an example for the first check that fails; None if none does."""
-        checks = {check.name: check for check in self.checks}
+    def failing(self, waived: Sequence[CheckName]) -> list[CheckName]:
+        """Return the names of the checks that fail, without waived checks."""
+        failing = [check for check in self.checks if check.fails or check.failing_form(self.probes) is not None]
+        return [check.name for check in failing if check.name not in waived]
+
+    def problem(self, waived: Sequence[CheckName] = ()) -> str | None:
+        """Return a sentence with an example for the first check that fails and is not waived; None if none does."""
+        checks = {check.name: check for check in self.checks if check.name not in waived}
         for name in CAUSES:
             check = checks.get(name)
             if check is None:
@@ -125,7 +147,7 @@ class Report:
         failed = [index for index, result in enumerate(check.results) if result is False]
         if form is not None:
             failed = [index for index in failed if form in self.probes[index].forms]
-        text = f"'{self.name}' {CAUSES[check.name]} ({rows})"
+        text = f"'{self.title}' {CAUSES[check.name]} ({rows})"
         if check.name == "twice":
             first, second = self.scores.repeated[failed[0]]
             return f"{text}. An answer scored {first:g}, then {second:g}"
@@ -141,6 +163,10 @@ class Report:
             numbers.append(f"another row's answer {scores.other[index]:g}")
         if scores.prompt[index] is not None:
             numbers.append(f"a copy of the prompt {scores.prompt[index]:g}")
+        further = {"a wrong answer": scores.wrong, "a list of answers": scores.hedged, "a long answer": scores.long}
+        for description, values in further.items():
+            if values and values[index] is not None:
+                numbers.append(f"{description} {values[index]:g}")
         return f"Row {excerpt(str(probe.row.get('id', index)))}: {', '.join(numbers)}"
 
 
@@ -171,24 +197,34 @@ def check_part(name: str, kind: str, probes: Sequence[Probe], scores: ProbeScore
     return Report(name, kind, probes, scores, _decisive(checks, len(probes)))
 
 
-def check_sum(name: str, kind: str, probes: Sequence[Probe], scores: ProbeScores, floor: float) -> Report:
-    """Check that the score gives each row's reference more than the other answers."""
+def check_sum(
+    name: str, kind: str, probes: Sequence[Probe], scores: ProbeScores, floor: float, waived: Sequence[CheckName] = ()
+) -> Report:
+    """Check that the score gives each row's reference more than the other answers.
+
+    A score that compares with no reference, such as a style, has no right answer. It is refused if the rows have right
+    answers and it reads no row, unless ``row`` is waived.
+    """
     lenient = min(floor, LENIENT_FLOOR)
     is_lenient = kind in ("judge", "model") or _are_chosen(probes)
     compare = _is_not_higher if is_lenient else _is_lower
     checks = _relative_checks(scores, lenient if is_lenient else floor, lenient, compare)
-    if not is_row_independent(probes, scores):
+    ignores_row = is_row_independent(probes, scores)
+    has_answers = sum(probe.answer is not None for probe in probes) > len(probes) / 2
+    reads_reference = any(not _are_equal(*pair) for pair in scores.by_columns)
+    is_function = bool(scores.by_columns)
+    if ignores_row and has_answers and kind not in ("judge", "model") and "row" not in waived:
+        # The other checks would only repeat the cause.
+        checks = [*(_with_floor(check, None) for check in checks), Check("row", [False for _ in probes], floor)]
         return Report(name, kind, probes, scores, _decisive(checks, len(probes)))
-    # A reward for a style has no right answer. It must not be highest for an empty answer.
-    best = max(scores.reference)
-    empty = [_is_lower(best, score) for score in scores.empty]
-    by_name = {check.name: check for check in checks}
-    checks = [
-        *(_with_floor(by_name[shown], None) for shown in ("reference", "other", "prompt")),
-        Check("empty", list(empty), lenient),
-        *(by_name[deciding] for deciding in ("twice", "answer_matters")),
-    ]
-    note = "does not depend on the row, so references are not compared with other answers"
+    if not ignores_row and (has_answers or reads_reference or not is_function):
+        return Report(name, kind, probes, scores, _decisive(checks, len(probes)))
+    # No right answer is known to the score, so only its repetition and its variation are certain. A judge must still
+    # not be led by length.
+    deciding = ("twice", "answer_matters", "empty", "long") if kind == "judge" else ("twice", "answer_matters")
+    checks = [check if check.name in deciding else _with_floor(check, None) for check in checks]
+    subject = "does not depend on the row" if ignores_row else "compares with no reference"
+    note = f"{subject}, so references are not compared with other answers"
     return Report(name, kind, probes, scores, _decisive(checks, len(probes)), [note])
 
 
@@ -209,13 +245,18 @@ def _relative_checks(scores: ProbeScores, floor: float, lenient: float, compare:
     ``compare`` compares another row's answer, and the prompt, with the reference.
     """
     references = scores.reference
-    highest = [_is_highest(scores.of(index)) for index in range(len(references))]
+    # The checks of wrong, hedged and long answers have causes of their own.
+    plain = replace(scores, wrong=[], hedged=[], long=[])
+    highest = [_is_highest(plain.of(index)) for index in range(len(references))]
     matters = [_differ(scores.of(index)) for index in range(len(references))]
     return [
         Check("reference", list(highest), floor),
         Check("empty", _compare(scores.empty, _is_lower, references), floor),
         Check("other", _compare(scores.other, compare, references), lenient),
         Check("prompt", _compare(scores.prompt, compare, references), lenient),
+        Check("wrong", _compare(scores.wrong, _is_lower, references), lenient),
+        Check("hedged", _compare(scores.hedged, _is_lower, references), lenient),
+        Check("long", _compare(scores.long, _is_not_higher, references), lenient),
         _twice(scores, floor),
         Check("answer_matters", list(matters), lenient),
     ]

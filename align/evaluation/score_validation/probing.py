@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from align.data.final_answers import AnswerText
+from align.data.final_answers import AnswerText, split_thought
 from align.data.scoring import FunctionScorer, Part, Parts, ScoreFailed, parts_of
 from align.errors import UserError, shorten
 from align.evaluation.score_validation.references import Probe
@@ -20,6 +20,8 @@ COMPARING = frozenset({"math", "number", "choice", "exact", "contains", "code"})
 REPEATED_BY_VERIFIERS = 8
 """References that verifiers score twice: each may be a program that runs."""
 EMPTY = AnswerText.cut("", 0)
+UNUSUAL = (" \n", "####", "The answer is", "\\boxed{", "1/0", "-", "²", "1,,2", "1.2.3", "...", "{", "[]", "$")
+"""Answers that a policy samples early and a careless parser fails at."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,19 @@ class ProbeScores:
     """First and second score of answers that were scored twice."""
     reasons: list[str]
     """Reasons of a verifier for the references; empty texts without one."""
+    wrong: list[float | None] = field(default_factory=list)
+    """Highest score of the wrong answers in the reference's form."""
+    hedged: list[float | None] = field(default_factory=list)
+    """Lowest score of the lists of answers with the right answer among them, which has another place in each."""
+    long: list[float | None] = field(default_factory=list)
+    by_columns: list[tuple[float, float]] = field(default_factory=list)
+    """Scores of references, and their scores if all columns but the prompt are another row's."""
 
     def of(self, index: int) -> list[float]:
         """Return all scores of a probe."""
-        scores = [self.reference[index], self.empty[index], self.other[index], self.prompt[index]]
+        columns = (self.other, self.prompt, self.wrong, self.hedged, self.long)
+        others = [scores[index] for scores in columns if scores]
+        scores = [self.reference[index], self.empty[index], *others]
         return [score for score in scores if score is not None]
 
 
@@ -72,7 +83,15 @@ def score_probes(part: Part, probes: Sequence[Probe], place: str) -> ProbeScores
         for answers, scores in zip(again, (first, parts[1]), strict=True):
             pairs = zip(scores[""], answers.score()[""], strict=False)
             repeated += [(score, second) for score, second in pairs if score is not None and second is not None]
+    long = _Answers(part, probes, [probe.long for probe in probes], "a long wrong answer", place)
+    reads_form = kind == "function"
+    if kind == "function":
+        _score_unusual(part, probes, place)
     return ProbeScores(
+        wrong=_score_lists(part, probes, [probe.wrong for probe in probes], place, max) if reads_form else [],
+        hedged=_score_lists(part, probes, [probe.hedged for probe in probes], place, min) if reads_form else [],
+        long=long.score()[""] if kind in ("function", "judge", "model") else [],
+        by_columns=_score_foreign_columns(part, probes, first[""], place) if kind == "function" else [],
         reference=[_number(score) for score in first[""]],
         empty=[_number(score) for score in parts[0][""]],
         other=parts[1][""],
@@ -80,6 +99,45 @@ def score_probes(part: Part, probes: Sequence[Probe], place: str) -> ProbeScores
         repeated=repeated,
         reasons=[_reason(first, index) for index in range(len(probes))],
     )
+
+
+def _score_lists(
+    part: Part,
+    probes: Sequence[Probe],
+    lists: Sequence[Sequence[AnswerText]],
+    place: str,
+    combine: Callable[[list[float]], float],
+) -> list[float | None]:
+    """Return ``combine`` of the scores of each probe's answers; None for a probe without any."""
+    owners = [index for index, texts in enumerate(lists) for _ in texts]
+    flat = [text for texts in lists for text in texts]
+    answers = _Answers(part, [probes[index] for index in owners], flat, "a wrong answer", place)
+    by_probe: dict[int, list[float]] = {}
+    for index, score in zip(owners, answers.score()[""], strict=True):
+        by_probe.setdefault(index, []).append(_number(score))
+    return [combine(by_probe[index]) if index in by_probe else None for index in range(len(lists))]
+
+
+def _score_foreign_columns(
+    part: Part, probes: Sequence[Probe], references: Sequence[float | None], place: str
+) -> list[tuple[float, float]]:
+    """Return the references' scores with the row's columns, and with another row's columns behind the same prompt."""
+    present = [index for index, probe in enumerate(probes) if probe.other is not None]
+    foreign = [
+        replace(probes[index], row=probes[other].row | {name: probes[index].row.get(name) for name in ("id", "prompt")})
+        for index in present
+        if (other := probes[index].other) is not None
+    ]
+    answers = _Answers(part, foreign, [probe.reference for probe in foreign], "another row's columns", place)
+    scores = answers.score()[""]
+    return [(_number(references[index]), _number(score)) for index, score in zip(present, scores, strict=True)]
+
+
+def _score_unusual(part: Part, probes: Sequence[Probe], place: str) -> None:
+    """Score answers that parsers fail at. Raises ``UserError`` with the first that a function fails at."""
+    for text in UNUSUAL:
+        answers = [split_thought(text)] * min(len(probes), 2)
+        _Answers(part, probes[:2], answers, f"the answer {excerpt(text)}", place).score()
 
 
 @dataclass(frozen=True)

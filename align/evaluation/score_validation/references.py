@@ -21,6 +21,9 @@ MAX_SCANNED = 50_000
 """Rows among which the sample is drawn."""
 ROWS_PER_FORM = 6
 """Rows of each form of answer in the sample: a parser often fails at a form that few rows have."""
+MAX_ANSWER = 60
+"""Characters of a right answer that is replaced in a reference."""
+FILLER = "Let us think about this question carefully, step by step, and consider all that matters here. " * 16
 FORMS: Mapping[str, re.Pattern[str]] = {
     "a thousands separator": re.compile(r"\d,\d{3}(?!\d)"),
     "a decimal point": re.compile(r"\d\.\d"),
@@ -48,6 +51,14 @@ class Probe:
     """Index of the probe whose reference is the other answer; None if all other references may be right, too."""
     prompt: AnswerText | None = None
     """Copy of the prompt's last message; None if it is the reference."""
+    answer: str | None = None
+    """The row's right answer, if a column has it; None if the row only has an example of a response."""
+    wrong: tuple[AnswerText, ...] = ()
+    """The reference with another answer in place of the right answer."""
+    hedged: tuple[AnswerText, ...] = ()
+    """The reference with a list of answers in place of the right answer, which has another place in each list."""
+    long: AnswerText | None = None
+    """Another row's answer behind many sentences without content."""
 
 
 def reference_of(row: Row, column: str | None = None) -> str | None:
@@ -116,7 +127,14 @@ def _probe(row: Row, reference: AnswerText, settings: ScoreValidation) -> Probe:
         prompt = None
     without_pair = {name: value for name, value in row.items() if name != "chosen"}
     is_chosen = settings.reference is None and reference_of(without_pair) is None
-    return Probe(row, reference, is_chosen, forms, prompt=None if prompt is None else split_thought(prompt))
+    copied = None if prompt is None else split_thought(prompt)
+    return Probe(row, reference, is_chosen, forms, prompt=copied, answer=_right_answer(row, settings.reference))
+
+
+def _right_answer(row: Row, column: str | None) -> str | None:
+    """Return what a column of the row gives as its right answer."""
+    names = ("answer", "checks.answer") if column is None else (column,)
+    return next((answer for name in names if (answer := _text(_optional_value(row, name))) is not None), None)
 
 
 def _with_other(probes: Sequence[Probe], index: int, columns: Sequence[str]) -> Probe:
@@ -125,8 +143,47 @@ def _with_other(probes: Sequence[Probe], index: int, columns: Sequence[str]) -> 
     for distance in range(1, len(probes)):
         other = (index + distance) % len(probes)
         if _differ(probe, probes[other], columns):
-            return replace(probe, other=other)
+            return _with_wrong_answers(replace(probe, other=other), probes)
     return replace(probe, other=None)
+
+
+def _with_wrong_answers(probe: Probe, probes: Sequence[Probe]) -> Probe:
+    """Return a probe with wrong answers in the form of its reference, as far as its right answer is known."""
+    assert probe.other is not None
+    long = split_thought(f"{FILLER}\n{probes[probe.other].reference}")
+    span = _answer_span(probe)
+    if span is None or probe.answer is None:
+        return replace(probe, long=long)
+    answer = probe.reference[slice(*span)]
+    others = [other.answer.strip() for other in (*probes[probe.other :], *probes[: probe.other]) if other.answer]
+    others = [other for other in dict.fromkeys(others) if not _overlap(other, answer) and len(other) <= MAX_ANSWER][:2]
+    if not others:
+        return replace(probe, long=long)
+
+    def write(text: str) -> AnswerText:
+        return split_thought(probe.reference[: span[0]] + text + probe.reference[span[1] :])
+
+    # A right number is also part of a longer number.
+    wrong = [others[0], f"{answer}7"] if answer.isdecimal() else others[:1]
+    hedged = [" or ".join((*others[:place], answer, *others[place:])) for place in range(len(others) + 1)]
+    return replace(probe, long=long, wrong=tuple(map(write, wrong)), hedged=tuple(map(write, hedged)))
+
+
+def _answer_span(probe: Probe) -> tuple[int, int] | None:
+    """Return where the right answer is in the reference for the last time, alone or with thousands separators."""
+    answer = (probe.answer or "").strip()
+    if not answer or len(answer) > MAX_ANSWER or "\n" in answer:
+        return None
+    forms = [answer, *([f"{int(answer):,}"] if re.fullmatch(r"-?[0-9]{4,40}", answer) else [])]
+    pattern = "|".join(map(re.escape, sorted(forms, key=len, reverse=True)))
+    spans = [match.span() for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", probe.reference)]
+    return spans[-1] if spans else None
+
+
+def _overlap(first: str, second: str) -> bool:
+    """Return True if one answer is part of the other, so a list of both may be right in full."""
+    shorter, longer = sorted((first.casefold(), second.casefold().replace(",", "")), key=len)
+    return shorter in longer
 
 
 def _differ(probe: Probe, other: Probe, columns: Sequence[str]) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.config.scores import RewardEntry, ScoreValidation
 from align.data.rows import Row
-from align.data.scoring import Part
+from align.data.scoring import FunctionScorer, Part
 from align.errors import UserError
 from align.evaluation.score_validation.checks import MIN_ROWS, Check, Report, check_part, check_sum, check_verifier
 from align.evaluation.score_validation.probing import ProbeScores, kind_of, score_probes
@@ -16,10 +16,13 @@ from align.evaluation.score_validation.references import Probe, choose_probes, r
 
 SUM = "sum"
 """Name of the weighted sum in tables."""
-COLUMNS = ("reference", "empty", "other", "prompt", "twice", "answer_matters")
+COLUMNS = ("reference", "empty", "other", "prompt", "wrong", "hedged", "long", "twice", "answer_matters")
 DESCRIPTIONS = {"model": "checkpoint", "judge": "judge, and judge_rows is 0"}
 """Reasons not to validate a reward, by its kind."""
-TITLES = ("reward", "rows", "reference best", "empty lower", "other lower", "prompt lower", "same twice", "varies")
+TITLES = (
+    *("reward", "rows", "reference best", "empty lower", "other lower", "prompt lower"),
+    *("wrong lower", "hedged lower", "long not higher", "same twice", "varies"),
+)
 """Titles of the table's columns."""
 
 
@@ -35,7 +38,7 @@ class Validation:
 
     def problems(self) -> list[str]:
         """Return the reasons to refuse the score; none for a floor of 0."""
-        texts = [report.problem() for report in self.reports]
+        texts = [report.problem(self.settings.waive) for report in self.reports]
         return [text for text in texts if text is not None]
 
     def table(self) -> list[list[str]]:
@@ -58,12 +61,12 @@ class Validation:
             report = self.reports[len(texts)]
             shown = [f"{title} {cell}" for title, cell in zip(TITLES[2:], cells[1:], strict=True) if cell != "-"]
             means = ", ".join(f"{name} {mean:.3g}" for name, mean in report.means().items())
-            texts.append(f"score of '{report.name}' on {cells[0]} rows: {', '.join(shown)} (means: {means})")
+            texts.append(f"score of '{report.title}' on {cells[0]} rows: {', '.join(shown)} (means: {means})")
         return texts + self.all_notes()
 
     def all_notes(self) -> list[str]:
         """Return what was not validated, and why."""
-        return [*self.notes, *(f"'{report.name}' {note}" for report in self.reports for note in report.notes)]
+        return [*self.notes, *(f"'{report.title}' {note}" for report in self.reports for note in report.notes)]
 
     def to_json(self) -> dict[str, Any]:
         """Return the reports as plain data, by name."""
@@ -126,12 +129,14 @@ def refuse_problems(validation: Validation, place: str) -> None:
     if not problems:
         return
     listed = "\n".join(f"  {text}." for text in problems)
+    waived = validation.settings.waive
+    failing = dict.fromkeys((*waived, *(name for report in validation.reports for name in report.failing(waived))))
     floor = validation.settings.floor
     raise UserError(
         f"{place}: the score cannot teach the task; fewer than {floor:.0%} of the rows pass a check:\n{listed}\n"
         "Correct it and repeat the check with `align score DATA --with SPEC --validate` (docs/rewards.md). If the "
-        f"references are not meant to score best, name others (`score_validation: {{reference: COLUMN}}`), or start "
-        "anyway with `score_validation: {floor: 0}`."
+        f"references are not meant to score best, name others (`score_validation: {{reference: COLUMN}}`). If the "
+        f"score is meant so, start with `score_validation: {{waive: [{', '.join(failing)}]}}`."
     )
 
 
@@ -185,8 +190,10 @@ class _Validator:
         # A reference may lack the form, so references are not compared.
         if is_single and part.weight and kind != "format":
             # The sign of the weight decides what the policy learns.
-            return check_sum(part.name, kind, item.probes, _weighted([item]), floor)
-        return check_part(part.name, kind, item.probes, item.scores, floor)
+            report = check_sum(part.name, kind, item.probes, _weighted([item]), floor, self.settings.waive)
+        else:
+            report = check_part(part.name, kind, item.probes, item.scores, floor)
+        return replace(report, label=_label(part))
 
     def _report_sum(self, items: Sequence[_Scored]) -> Report:
         """Report the weighted sum, on the rows that all its rewards have scored."""
@@ -200,10 +207,15 @@ class _Validator:
                 item if item.probes is probes else _Scored(item.part, probes, self._score_judged(item))
                 for item in items
             ]
-        return check_sum(SUM, kind, probes, _weighted(items), self.settings.floor)
+        return check_sum(SUM, kind, probes, _weighted(items), self.settings.floor, self.settings.waive)
 
     def _score_judged(self, item: _Scored) -> ProbeScores:
         return score_probes(item.part, self.judged, self.place)
+
+
+def _label(part: Part) -> str:
+    """Return a function's path if its reward has no other name than 'function'."""
+    return part.scorer.path if part.name == "function" and isinstance(part.scorer, FunctionScorer) else ""
 
 
 def _weighted(items: Sequence[_Scored]) -> ProbeScores:
@@ -218,7 +230,15 @@ def _weighted(items: Sequence[_Scored]) -> ProbeScores:
             totals.append(total if len(present) == len(items) else None)
         return totals
 
+    def add_present(columns: Sequence[Sequence[float | None]]) -> list[float | None]:
+        return add(columns) if all(columns) else []
+
+    # Only a single function is called with another row's columns.
     return ProbeScores(
+        wrong=add_present([item.scores.wrong for item in items]),
+        hedged=add_present([item.scores.hedged for item in items]),
+        long=add_present([item.scores.long for item in items]),
+        by_columns=items[0].scores.by_columns if len(items) == 1 else [],
         reference=[score or 0.0 for score in add([item.scores.reference for item in items])],
         empty=[score or 0.0 for score in add([item.scores.empty for item in items])],
         other=add([item.scores.other for item in items]),

@@ -97,15 +97,16 @@ def test_reward_model_is_validated_only_on_request() -> None:
     assert [report.name for report in validated(model, with_models=True).reports] == ["rm"]
 
 
-def test_style_must_not_be_best_for_an_empty_answer() -> None:
-    style = function(lambda row, text: text.count("i") / 10)
-    validation = validated(style, rows=[row | {"completion": [assistant("i" * int(row["answer"]))]} for row in ROWS])
+def test_style_is_not_compared_with_references() -> None:
+    """Rows with examples of responses accept a style, and rows with right answers do not."""
+    style = function(lambda row, text: -float(len(text)))
+    validation = validated(style, rows=[row | {"answer": None} for row in ROWS])
     assert validation.problems() == []
     assert validation.all_notes() == [
         "'own' does not depend on the row, so references are not compared with other answers"
     ]
-    (problem,) = validated(function(lambda row, text: -float(len(text)))).problems()
-    assert "'own' gives an empty answer as much as the reference" in problem
+    (problem,) = validated(style).problems()
+    assert "'own' reads neither the row's answer nor its prompt" in problem
 
 
 def test_few_rows_refuse_nothing_but_randomness() -> None:
@@ -144,7 +145,9 @@ def test_refusal_has_place_cause_and_remedy() -> None:
         refuse_problems(validated(function(lambda row, text: 0.5)), "grpo")
     message = str(refusal.value)
     assert message.startswith("grpo: the score cannot teach the task; fewer than 90% of the rows pass a check:\n")
-    assert "`align score DATA --with SPEC --validate`" in message and "score_validation: {floor: 0}" in message
+    assert (
+        "`align score DATA --with SPEC --validate`" in message and "score_validation: {waive: [reference, " in message
+    )
 
 
 def test_hostile_text_is_quoted() -> None:
