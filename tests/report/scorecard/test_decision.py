@@ -198,7 +198,7 @@ def test_clear_difference_between_others_is_named():
     assert "cannot be told apart from it, and model is clearly below sft" in text
 
 
-def test_clear_difference_names_the_other_side_if_lower_is_better():
+def test_clear_difference_is_above_if_lower_is_better():
     wide = np.where(np.arange(N) % 2, 0.5, -0.5)
     columns = {"model": -NOISE, "sft": -NOISE - 0.05 + FLIPS / 5, "ppo": -NOISE - 0.07 + wide}
     card, by_item = make_card(columns)
