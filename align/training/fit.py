@@ -120,7 +120,6 @@ def _fit(
     clock = _add_last_callbacks(context, trainer, checkpoint)
     if tasks is not None and checkpoint is None:
         tasks.evaluate(0)  # a resumed run has these scores in its checkpoint
-
     if checkpoint is not None:
         context.note(f"resuming from {checkpoint}")
     with frozen_weights_rounded(trainer), _untrimmed_heap_for(trainer):
