@@ -10,10 +10,12 @@ import atexit
 import contextlib
 import errno
 import functools
+import json
 import logging
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 import traceback
@@ -33,6 +35,7 @@ from align.pipeline.stop_signal import Stopped, die_with_parent
 from align.runner.stage_result import RESULT, read_work, write_result
 from align.runner.stage_speed import choose_precision, emulation_warning, measured_speed, watch
 from align.store.artifacts import CHECKPOINTS, EVENTS, OUTPUT, Artifact
+from align.store.fingerprint import file_state, watch_digests
 from align.store.json_files import write_text_atomically
 from align.store.record import read_artifact
 from align.store.retry import UNREACHABLE_STORE, is_unreachable
@@ -154,9 +157,9 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
             # Before the stage imports transformers and accelerate, which use a group that is there.
             load_object(f"{PROCESSES}:join")(_runtime(work))
         context = _context(folder, work, started, result_file)
-        require_planned_code(find_stage(work["stage"]), context.config, work["identities"], context.name)
-        with _speed_watched(context):
-            metrics = _run(context, find_stage(work["stage"]))
+        stage = find_stage(work["stage"])
+        with planned_inputs(folder, stage, context, work["identities"]), _speed_watched(context):
+            metrics = _run(context, stage)
         result: dict[str, Any] = {"status": "done", "metrics": metrics}
         if hasattr(context.config, "precision"):
             result["precision"] = context.precision
@@ -318,25 +321,61 @@ def start(arguments: list[str], parent: int | None = None) -> int:
     return code
 
 
-CODE_DIGEST = "sha256:"
-"""Part of every identity of a function or an environment that has code of the user's."""
+INPUT_STATES = "input_states.json"
+"""File of a partial with the states of the files that its checkpoints were made from."""
 
 
-def require_planned_code(stage: Stage, config: Config, planned: Mapping[str, str], name: str) -> None:
-    """Raise ``UserError`` if an environment or a function that scores has changed since the stage was planned.
+@contextlib.contextmanager
+def planned_inputs(folder: Path, stage: Stage, context: StageContext, planned: Mapping[str, str]) -> Iterator[None]:
+    """Inside, the stage reads what its key names; ``UserError`` before or after if any of it has changed.
 
-    ``planned`` are the identities in the stage's key, ``name`` is the stage's. Only stages that sample are checked.
+    ``planned`` are the identities in the stage's key. They are compared before the stage reads, and again when it is
+    done. A file that changed and changed back in between has equal contents, but another state, and is refused as well.
     """
-    names = [place for place, identity in planned.items() if CODE_DIGEST in identity]
-    if not stage.samples or not names:
+    with watch_digests() as states:
+        require_planned(stage, context.config, planned, context.name)
+    if states and not rank():  # of several processes the first one keeps the checkpoints
+        _drop_other_checkpoints(folder / INPUT_STATES, states, context)
+    yield
+    require_planned(stage, context.config, planned, context.name)
+    for path, state in states.items():
+        if file_state(os.stat(path)) != state:
+            raise UserError(
+                f"{context.name}: {path} changed while the stage read it, so the result may not be what the stage's "
+                "key says. Nothing was stored. Run the command again while the file stays as it is."
+            )
+
+
+def _drop_other_checkpoints(file: Path, states: dict[str, list[int]], context: StageContext) -> None:
+    """Delete the checkpoints of an earlier attempt if a file was changed since; note the states in ``file``."""
+    text = json.dumps(states, sort_keys=True)
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        context.warn(f"{context.name}: its files were changed since the last attempt, so it starts from the beginning")
+        shutil.rmtree(context.checkpoints)
+        context.checkpoints.mkdir()
+    write_text_atomically(file, text)
+
+
+CODE_DIGEST = " sha256:"
+"""Part of every identity of a function that has code of the user's."""
+
+
+def require_planned(stage: Stage, config: Config, planned: Mapping[str, str], name: str) -> None:
+    """Raise ``UserError`` if a file, a folder or code that the stage reads has changed since the stage was planned.
+
+    ``planned`` are the identities in the stage's key, ``name`` is the stage's.
+    """
+    if not planned:
         return
     current = stage.identities(config, Path.cwd())
-    changed = [place for place in names if current.get(place) != planned[place]]
+    changed = [place for place in sorted({*planned, *current}) if current.get(place) != planned.get(place)]
     if changed:
+        is_code = "environment" in changed[0] or CODE_DIGEST in planned.get(changed[0], "")
+        part = "code" if is_code else "content"
         raise UserError(
-            f"{name}.{changed[0]}: its code has changed since this run was started, so the result would be stored "
-            "under the key of the old code. Nothing was run, and all episodes on disk are kept. Run the command again "
-            "to use the new code, or restore the old code to continue."
+            f"{name}.{changed[0]}: its {part} has changed since this run was started, so the result would be stored "
+            f"under the key of the old {part}. Nothing was stored, and all episodes on disk are kept. Run the command "
+            f"again to use the new {part}, or restore the old {part} to continue."
         )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -41,9 +43,39 @@ def file_digest(path: Path) -> str:
     """Return the sha256 of a file's bytes, 64 hex digits."""
     hasher = hashlib.sha256()
     with path.open("rb") as file:
+        # The state before the first byte is read: a change from here on shows.
+        for states in _watchers:
+            states[str(path.absolute())] = file_state(os.fstat(file.fileno()))
         while chunk := file.read(CHUNK_BYTES):
             hasher.update(chunk)
     return hasher.hexdigest()
+
+
+def file_state(stat: os.stat_result) -> list[int]:
+    """Return numbers that differ after any change of a file, also one that sets the old time again.
+
+    Programs can set the modification time, but not the time of the last change of the inode (``ctime``).
+    """
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+_watchers: list[dict[str, list[int]]] = []
+
+
+@contextlib.contextmanager
+def watch_digests() -> Iterator[dict[str, list[int]]]:
+    """Collect the state of each file of data that is digested inside: absolute path → ``file_state``.
+
+    Source code is not collected. It is read once, when it is imported.
+    """
+    states: dict[str, list[int]] = {}
+    _watchers.append(states)
+    try:
+        yield states
+    finally:
+        _watchers.remove(states)
+        for path in [path for path in states if path.endswith(SUFFIXES)]:
+            del states[path]
 
 
 def _plain(value: Any, where: str) -> Any:

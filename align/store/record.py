@@ -204,6 +204,27 @@ def find_problems(artifact: Artifact, thorough: bool) -> list[Problem]:
         # Hashing a checkpoint needs minutes, so a file with the recorded size and time counts as unchanged.
         elif (thorough or stat.st_mtime_ns != recorded["mtime_ns"]) and file_digest(path) != recorded["sha256"]:
             problems.append(Problem(path, "has another sha256 than its record"))
+    return problems or (_find_other_sources(artifact) if thorough else [])
+
+
+LEDGER = "ledger.json"
+
+
+def _find_other_sources(artifact: Artifact) -> list[Problem]:
+    """Return a problem for each source of a data artifact that was built from other content than its key names."""
+    if LEDGER not in artifact.record["outputs"]:
+        return []
+    ledger = artifact.path / LEDGER
+    planned = artifact.record.get("identities") or {}
+    problems = []
+    for index, source in enumerate(json.loads(ledger.read_text(encoding="utf-8")).get("sources", [])):
+        identity = source.get("identity") or {}
+        places = {f"sources[{index}] {name}".strip(): value for name, value in identity.items()}
+        problems += [
+            Problem(ledger, f"names other content of {place} than the artifact's key")
+            for place, value in places.items()
+            if place in planned and planned[place] != value
+        ]
     return problems
 
 

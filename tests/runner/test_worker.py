@@ -13,7 +13,7 @@ from align.errors import UserError
 from align.pipeline.registry import find_stage
 from align.runner import worker
 from align.runner.stage_result import RESULT, read_result, write_work
-from align.runner.worker import require_planned_code
+from align.runner.worker import require_planned
 
 CODE = """class Room:
     '''A room.'''
@@ -44,10 +44,10 @@ def config() -> SampleConfig:
 
 def test_changed_environment_is_refused(module: Path) -> None:
     stage, planned = find_stage("sample"), config().identities(Path.cwd())
-    require_planned_code(stage, config(), planned, "pairs")
+    require_planned(stage, config(), planned, "pairs")
     module.write_text(CODE.replace("1.0", "2.0"))
     with pytest.raises(UserError, match=r"^pairs\.environment: its code has changed since .* Run the command again"):
-        require_planned_code(stage, config(), planned, "pairs")
+        require_planned(stage, config(), planned, "pairs")
 
 
 def test_changed_score_is_refused(module: Path) -> None:
@@ -55,7 +55,7 @@ def test_changed_score_is_refused(module: Path) -> None:
     module.write_text(CODE + "\n")
     scored = SampleConfig(policy="sft", prompts="data", score="room_of_test:Room")
     with pytest.raises(UserError, match=r"^pairs\.score: its code"):
-        require_planned_code(find_stage("sample"), scored, planned, "pairs")
+        require_planned(find_stage("sample"), scored, planned, "pairs")
 
 
 def test_stage_process_refuses_changed_code(module: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from align.models.built_in import WHEEL_SHA256
 from align.models.checkpoints import files
 from align.models.checkpoints.files import CONFIG
 from align.models.checkpoints.folder_checks import check_adapter, check_folder, check_gguf
-from align.store.fingerprint import digest, file_digest
+from align.store.fingerprint import digest, file_digest, file_state
 
 TINY = "tiny"
 TINY_VERSION = 1
@@ -137,14 +137,13 @@ def identity(source: str, revision: str | None, base: Path) -> str:
 
 
 def _digest(path: Path) -> str:
-    # Size and time identify an unchanged file, so a digest of gigabytes is computed once.
-    status = path.stat()
-    return _cached_digest(path, status.st_size, status.st_mtime_ns)
+    # The state identifies an unchanged file, so a digest of gigabytes is computed once.
+    return _cached_digest(path, tuple(file_state(path.stat())))
 
 
 @lru_cache(maxsize=1024)
-def _cached_digest(path: Path, size: int, modified: int) -> str:
-    """Return a file's digest, computed once per process while size and time are unchanged: a plan needs it often."""
+def _cached_digest(path: Path, state: tuple[int, ...]) -> str:
+    """Return a file's digest, computed once per process while its state is unchanged: a plan needs it often."""
     return file_digest(path)
 
 
