@@ -225,13 +225,23 @@ class AnnotationSet:
         return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
     def entries(self) -> list[Answer | Undo]:
-        """Return all entries in the order of their times. Raises ``UserError`` for a damaged line."""
-        entries: list[Answer | Undo] = []
+        """Return each entry once, in the order of their times.
+
+        Raises ``UserError`` for a damaged line, and for two lines with the same id and other content.
+        """
+        entries: dict[str, tuple[str, Answer | Undo]] = {}
         for path in sorted((self.folder / "answers").glob("*/*.jsonl")):
             for place, fields in _journal_lines(path):
                 entry_class: type[Answer] | type[Undo] = Undo if fields.get("kind") == "undo" else Answer
-                entries.append(_read_line(entry_class, fields, place))
-        return sorted(entries, key=lambda entry: (entry.time, entry.id))
+                entry = _read_line(entry_class, fields, place)
+                # A copied file or a repeated line brings an entry again.
+                first_place, first = entries.setdefault(entry.id, (place, entry))
+                if entry != first:
+                    raise UserError(
+                        f"{place}: the entry '{entry.id}' differs from the entry with the same id in {first_place}; "
+                        "each entry is written once. Delete the line that the annotator did not write."
+                    )
+        return sorted((entry for _, entry in entries.values()), key=lambda entry: (entry.time, entry.id))
 
     def answers(self) -> list[Answer]:
         """Return the answers that were not undone, in the order of their times."""

@@ -59,6 +59,34 @@ def test_undo_is_an_entry_and_changes_the_digest(tmp_path: Path) -> None:
     assert annotations.content_digest() != before
 
 
+def write_twice(annotations: AnnotationSet, **changes: str) -> None:
+    """Write an answer, and again with the same id and other fields in a file of another session."""
+    pair = make_pair()
+    annotations.add_pairs([pair])
+    answer = make_answer(pair)
+    for entry in (answer, answer.model_copy(update=changes)):
+        AnswerWriter(annotations, "ann").write(entry)
+
+
+def test_repeated_entry_counts_once(tmp_path: Path) -> None:
+    annotations = AnnotationSet(tmp_path, "s")
+    write_twice(annotations)
+    assert len(annotations.answers()) == 1
+    assert annotations.ledger()["ann"]["answers"] == 1
+    # The same line once more in the same file.
+    path = next((annotations.folder / "answers").glob("*/*.jsonl"))
+    path.write_bytes(path.read_bytes() * 2)
+    assert len(annotations.answers()) == 1
+
+
+@pytest.mark.parametrize("changes", [{"preferred": "b"}, {"verdict": "much_better"}, {"annotator": "bob"}])
+def test_other_entry_with_the_same_id_is_refused(tmp_path: Path, changes: dict[str, str]) -> None:
+    annotations = AnnotationSet(tmp_path, "s")
+    write_twice(annotations, **changes)
+    with pytest.raises(UserError, match=r"\.jsonl:1: the entry .* differs from the entry .* in .*\.jsonl:1;"):
+        annotations.answers()
+
+
 def test_torn_last_line_is_skipped_in_all_places(tmp_path: Path) -> None:
     annotations, pair = AnnotationSet(tmp_path, "s"), make_pair()
     annotations.add_pairs([pair])
