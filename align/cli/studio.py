@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import os
 import secrets
 import socket
 import sys
@@ -38,7 +39,11 @@ def run(options: argparse.Namespace) -> int:
     from align.runner.open_store import open_store
     from align.studio.context import StudioContext
 
-    context = StudioContext(open_store(None, options.store), read_only=options.read_only)
+    keys = frozenset(options.chat_key)
+    missing = sorted(key for key in keys if not os.environ.get(key))
+    if missing:
+        raise UserError(f"--chat-key {missing[0]}: this environment variable is not set; put the endpoint's key in it.")
+    context = StudioContext(open_store(None, options.store), read_only=options.read_only, chat_keys=keys)
     listener = listen(options.host, options.port)
     with contextlib.closing(listener):
         serve(context, listener, options)
@@ -122,4 +127,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default=HOSTS[0], help="address of this machine to listen on (default: 127.0.0.1)")
     parser.add_argument("--open", action="store_true", help="open the studio in a browser")
     parser.add_argument("--read-only", action="store_true", help="refuse every action that writes into the store")
+    parser.add_argument(
+        "--chat-key",
+        action="append",
+        default=[],
+        metavar="VARIABLE",
+        help="environment variable with a key that the chat may send to endpoints; may be given again",
+    )
     add_store(parser)

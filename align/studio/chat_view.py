@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse
 
 from align.data.final_answers import split_thought
-from align.errors import UserError
+from align.errors import UserError, shorten
 from align.store.artifacts import GENERATORS, Kind
 from align.store.record import read_artifact
 from align.studio.chat_models import ModelPool
@@ -147,7 +147,7 @@ class ChatView:
             raise UserError("Name a checkpoint or an endpoint.")
         check_tools(request.tools)
         if request.endpoint is not None:
-            return _ReplyResponse(_ask_endpoint(request, request.endpoint))
+            return _ReplyResponse(_ask_endpoint(request, request.endpoint, self.context.chat_keys))
         assert request.model is not None
         folder = await asyncio.to_thread(self._find, request.model, GENERATORS)
         return _ReplyResponse(_ask_checkpoint(request, folder, self.pool))
@@ -313,10 +313,16 @@ def _sample(request: NewReply, folder: Path, pool: ModelPool, put: Any) -> None:
 # ---- endpoints ----
 
 
-async def _ask_endpoint(request: NewReply, choice: EndpointChoice) -> Events:
-    """Yield the events of an endpoint's reply."""
+async def _ask_endpoint(request: NewReply, choice: EndpointChoice, chat_keys: frozenset[str]) -> Events:
+    """Yield the events of an endpoint's reply. ``chat_keys`` are the variables whose keys may be sent."""
     from align.inference.endpoint_stream import open_endpoint
 
+    # The page names the address as well, so any other variable could be sent to anybody.
+    if choice.key_variable and choice.key_variable not in chat_keys:
+        raise UserError(
+            f"The studio may not send the key in {shorten(choice.key_variable)}. Start it with "
+            "`align studio --chat-key VARIABLE` for each variable whose key the chat may send."
+        )
     endpoint = open_endpoint(choice.url, choice.model, choice.key_variable, ENDPOINT_TIMEOUT)
     settings: dict[str, Any] = {
         "temperature": request.temperature,

@@ -46,6 +46,8 @@ class StudioContext:
     store: Store
     read_only: bool = False
     """True if ``--read-only`` forbids every action that writes."""
+    chat_keys: frozenset[str] = frozenset()
+    """Environment variables with keys that the chat may send to endpoints."""
     secret: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
     """Key of the tickets of report pages (``security.report_ticket``)."""
 

@@ -23,6 +23,14 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().err
 
 
+def test_chat_key_that_is_not_set_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_KEY", raising=False)
+    text = refusal(capsys, "--chat-key", "NO_KEY", "--store", str(tmp_path / "store"))
+    assert "--chat-key NO_KEY: this environment variable is not set" in text
+
+
 def test_other_hosts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"):
         text = refusal(capsys, "--host", host, "--store", str(tmp_path / "store"))

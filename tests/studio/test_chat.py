@@ -38,7 +38,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_rewar
 
 @pytest.fixture(scope="module")
 def client(store: Path) -> TestClient:
-    return open_client(store)
+    return open_client(store, chat_keys=("CHAT_KEY", "NO_KEY"))
 
 
 @pytest.fixture
@@ -311,6 +311,16 @@ def test_problems_of_endpoints_are_texts_without_the_key(
     assert "could not be asked" in problem(ask(client, endpoint={"url": "http://127.0.0.1:9/v1", "model": "m"}))
     assert "NO_KEY is not set" in problem(ask(client, endpoint=endpoint | {"key_variable": "NO_KEY"}))
     assert "use https" in problem(ask(client, endpoint=endpoint | {"url": "http://example.com/v1"}))
+
+
+def test_key_that_was_not_named_is_not_sent(
+    client: TestClient, fake: FakeChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTHER_KEY", KEY)
+    error = problem(ask(client, endpoint={"url": fake.url, "model": "good-model", "key_variable": "OTHER_KEY"}))
+    assert "may not send the key in OTHER_KEY" in error
+    assert "--chat-key" in error
+    assert not fake.bodies
 
 
 def test_a_closed_request_ends_the_endpoints_answer(store: Path) -> None:
