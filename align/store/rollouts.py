@@ -7,8 +7,10 @@ a reader may open the files while the run continues.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from align.errors import UserError
 from align.store.json_files import atomic_draft
 
 ROLLOUTS, VALIDATIONS = "rollouts", "validations"
@@ -300,8 +303,17 @@ def _write_groups(groups: Sequence[pa.Table], folder: Path, settings: str) -> No
 
 
 def rollout_files(folder: Path) -> list[Path]:
-    """Return the files of a folder in the order of their updates; a missing folder has none."""
-    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+    """Return the files of a folder in the order of their updates; a missing folder has none.
+
+    Raises ``UserError`` for an entry that is not a regular file: a pipe would block its reader forever.
+    """
+    files = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+    for path in files:
+        # A running stage may delete a file at any time.
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise UserError(f"{path}: not a regular file, so it is not read; remove it.")
+    return files
 
 
 def open_rollouts(folder: str | Path) -> ds.Dataset:

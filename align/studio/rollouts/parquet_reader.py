@@ -23,6 +23,8 @@ MEMORY, THREADS = "512MB", 2
 """Memory that the queries of all requests share, and threads."""
 MAX_QUERIES = 2
 """Queries that run at the same time; further ones wait."""
+SECONDS = 60.0
+"""Time limit of a query, and of waiting for its turn."""
 ATTEMPTS = 8
 """Attempts at a query whose files were replaced or deleted while it ran."""
 CONFIG: dict[str, str | bool | int | float | list[str]] = {
@@ -56,15 +58,23 @@ class ParquetReader:
 
     def rows(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any]) -> Rows:
         """Return the rows of a statement as dictionaries; ``parameters`` are bound."""
-        with self._slots:
+        if not self._slots.acquire(timeout=SECONDS):
+            raise UserError(f"{self.root}: other queries take longer than {SECONDS:g} s. Ask again, for fewer rows.")
+        try:
             # A cursor is a separate connection. DuckDB needs one in each thread.
             cursor = self._database.cursor()
+            limit = threading.Timer(SECONDS, cursor.interrupt)
+            limit.daemon = True
+            limit.start()
             try:
                 cursor.execute(sql, parameters)
                 names = [column[0] for column in cursor.description or ()]
                 return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
             finally:
+                limit.cancel()
                 cursor.close()
+        finally:
+            self._slots.release()
 
     def read(self, list_files: Callable[[], list[Path]], query: Callable[[list[Path]], Result]) -> Result:
         """Return the result of ``query`` for files that did not change while it ran.

@@ -14,6 +14,8 @@ from align.store.rollouts import make_table, write_rollouts
 from align.store.store import Store
 from align.studio.app import create_app
 from align.studio.context import StudioContext
+from align.studio.rollouts import parquet_reader
+from tests.support.records import put_record
 
 KEY = "0123456789abcdef" * 4
 HOSTILE = ["..", "%2e%2e", "..%2f..%2fetc", "a/../../b", "ppo%00", "'; DROP TABLE x; --", "<b>", "ppo'", "."]
@@ -139,3 +141,54 @@ def test_curves_lead_from_a_step_to_its_update(store: Store, client: TestClient)
     write_rollouts(make_table(rows(2)), folder / "000001.parquet", {"num_epochs": 2, "num_mini_batches": 4})
     for stage, steps in (("ppo", 8), ("sft", 1)):
         assert client.get(f"/api/runs/smoke/stages/{stage}/curves").json()["steps_per_update"] == steps
+
+
+def damage(path: Path, how: str) -> None:
+    """Put something else in the place of a file, or next to it."""
+    other = path.with_name("000009.parquet")
+    if how == "pipe":
+        os.mkfifo(other)
+    elif how == "folder":
+        other.mkdir()
+    elif how == "link":
+        other.symlink_to(path)
+    elif how == "garbage":
+        other.write_bytes(b"garbage")
+    elif how == "other run":
+        write_rollouts(make_table(rows(2)), other, {})
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        times = path.stat()
+        path.write_bytes(content)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+KINDS = ("pipe", "folder", "link", "garbage")
+RECORDED = (*KINDS, "other run", "flipped bit")
+"""What only the record of a finished stage can tell is not asked of a running stage."""
+
+
+@pytest.mark.parametrize(("how", "is_finished"), [*((how, True) for how in RECORDED), *((how, False) for how in KINDS)])
+def test_file_of_another_kind_is_named(store: Store, client: TestClient, how: str, is_finished: bool) -> None:
+    folder = store.folder("ppo", KEY) if is_finished else store.partial("ppo", KEY) / "checkpoints"
+    write(folder / "rollouts")
+    if is_finished:
+        put_record(folder)
+    path = folder / "rollouts" / "000001.parquet"
+    assert client.get("/api/rollouts/smoke/ppo/rollouts").status_code == 200
+    damage(path, how)
+    answer = client.get("/api/rollouts/smoke/ppo/rollouts")
+    assert 400 <= answer.status_code < 500
+    assert ("000001" if how == "flipped bit" else "000009") in answer.text
+
+
+def test_long_query_is_ended_and_frees_its_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    monkeypatch.setattr(parquet_reader, "SECONDS", 0.2)
+    reader = parquet_reader.ParquetReader(tmp_path)
+    for _ in range(parquet_reader.MAX_QUERIES + 1):
+        with pytest.raises(duckdb.InterruptException):
+            reader.rows("SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b", [])
+    assert reader.rows("SELECT 1 AS one", []) == [{"one": 1}]
+    reader.close()
