@@ -96,8 +96,8 @@ class RunningStage:
         seconds_left = self.pace.seconds_left()
         tokens = self.pace.tokens_per_second()
         units = self.pace.units_per_second()
-        # Parts of a stage have different durations, so the first parts do not tell about the others.
-        if seconds_left is not None and unit != PARTS:
+        # Parts of a stage differ in duration, so the first parts predict nothing. After the last unit, other work follows.
+        if seconds_left is not None and unit != PARTS and event["done"] < event["total"]:
             parts.append(f"{duration(seconds_left)} left")
         if tokens is not None:
             parts.append(f"{tokens:.0f} tok/s")
@@ -304,6 +304,9 @@ def _headline(stage: Stage, artifact: Artifact) -> str:
             score = values.get(programs[0] if programs else "reward")
             if score is not None:
                 parts.append(f"{policy} {_short(score)}")
+            else:
+                numbers = [(name, value) for name, value in values.items() if isinstance(value, (int, float))]
+                parts += [f"{policy} {name} {_short(value)}" for name, value in numbers[:1]]
     return "  ".join(parts)
 
 

@@ -69,6 +69,21 @@ def test_what_was_not_measured_is_not_shown() -> None:
     assert "None" not in out.getvalue() and "RM accuracy" not in out.getvalue()
 
 
+def test_evaluation_without_a_score_shows_its_first_numbers() -> None:
+    console_listener, out = listener()
+    values = {"sft": {"gsm8k.accuracy": 0.25, "gsm8k.unparsed": 0.5}, "base": {"gsm8k.accuracy": 0.125}}
+    console_listener.stage_done(NODE, artifact("evaluate", {"values": values}))
+    assert out.getvalue().endswith("sft gsm8k.accuracy 0.25  base gsm8k.accuracy 0.125\n")
+
+
+def test_no_time_is_left_after_the_last_unit() -> None:
+    stage = RunningStage()
+    for done, at in ((39, 0.0), (40, 5.0)):
+        stage.pace.update({"done": done, "total": 40, "unit": "steps", "time": at})
+    stage.phase = "scoring held-out rows"
+    assert "left" not in stage.report(6.0) and "40/40 steps" in stage.report(6.0)
+
+
 def test_foreign_text_is_escaped_on_the_console() -> None:
     console_listener, out = listener(terminal=True)
     console_listener.stage_event(NODE, {"event": "warning", "message": "bad\x1b[2Jrow [bold]x[/bold] \x07"})
