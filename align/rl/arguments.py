@@ -87,8 +87,6 @@ class RolloutArguments(TrainingArguments):
         # Checkpoints of runs without a budget lack it.
         budget = self.config.thinking_budget
         settings |= {} if budget is None else {"thinking_budget": budget}
-        select = getattr(self.config, "select", None)
-        settings |= {} if select is None else {"select": select.model_dump()}
         return {"seed": self.seed, **settings}
 
 

@@ -213,8 +213,6 @@ def _state_to_save(trainer: Any) -> dict[str, Any]:
     if trainer.args.drift.max_staleness:
         # Older weights sampled these rollouts. A resumed run has no copy of them to sample from again.
         state["ahead"] = trainer.prefetcher.state_dict()
-    if trainer.prompts.pools is not None:
-        state["pools"] = trainer.prompts.pools.state_dict()
     if trainer.best is not None:
         state["best"] = trainer.best.best
     if trainer.tasks is not None:
@@ -227,8 +225,6 @@ def _load_state(trainer: Any, state: dict[str, Any]) -> None:
     # The run before may have neither scaled scores nor validated.
     if trainer.objective.scale is not None and "scale" in state:
         trainer.objective.scale.load_state_dict(state["scale"])
-    if trainer.prompts.pools is not None:
-        trainer.prompts.pools.load_state_dict(state["pools"])
     name = trainer.config.best_metric
     best = state.get("best")
     # The run before may have chosen by other numbers.

@@ -25,7 +25,6 @@ from align.training.row_history import Continuation
 
 if TYPE_CHECKING:
     from align.config.stages.rl import RolloutFields
-    from align.rl.pools import PromptPools
 
 Row = dict[str, Any]
 Text = tuple[list[int], list[int]]
@@ -58,15 +57,12 @@ class Prompts:
 
     continuation: Continuation | None = None
     """Order of a run that continues another with other prompts."""
-    pools: PromptPools | None = None
-    """Pools by difficulty that choose the prompts instead of the sequence."""
 
     def __init__(
         self,
         rows: Iterable[Mapping[str, Any]],
         tokenizer: Any,
         max_length: int | None,
-        inoculation: str | None = None,
     ) -> None:
         """Render the rows.
 
@@ -74,7 +70,6 @@ class Prompts:
             rows: Rows with a ``prompt``.
             tokenizer: The policy's tokenizer.
             max_length: Longer prompts are skipped and counted; None for no limit.
-            inoculation: Text before the last user turn. The policy reads it, rewards read the row without it.
         """
         self.rows: list[Row] = []
         self.token_ids: list[list[int]] = []
@@ -82,7 +77,7 @@ class Prompts:
         """Finds the thoughts in responses to these prompts."""
         self.dropped = 0
         for row in rows:
-            ids = _token_ids(row if inoculation is None else inoculate(row, inoculation), tokenizer)
+            ids = _token_ids(row, tokenizer)
             if max_length is not None and len(ids) > max_length:
                 self.dropped += 1
                 continue
@@ -99,9 +94,6 @@ class Prompts:
 
     def next(self, numbers: range, seed: int) -> list[int]:
         """Return the indices of the prompts ``numbers`` of the run: of the endless sequence, or its continuation."""
-        if self.pools is not None:
-            generator = torch.Generator().manual_seed(derive_seed(seed, "pools", numbers.start))
-            return self.pools.choose(numbers, generator)
         continuation = self.continuation
         if continuation is None or numbers.start < continuation.start:
             return self.draw(numbers.start, len(numbers), seed)
@@ -115,19 +107,6 @@ class Prompts:
     def draw(self, start: int, count: int, seed: int) -> list[int]:
         """Return the indices of prompts ``start`` to ``start + count`` of the endless sequence of shuffled epochs."""
         return shuffled_epochs(len(self), start, count, seed, "prompts")
-
-
-def inoculate(row: Mapping[str, Any], text: str) -> Row:
-    """Return a row with ``text`` before its last user turn, or before its prompt if that is a text."""
-    prompt = row.get("prompt")
-    if isinstance(prompt, str):
-        return {**row, "prompt": f"{text}\n\n{prompt}"}
-    turns = [dict(turn) for turn in prompt or ()]
-    for turn in reversed(turns):
-        if turn.get("role") == "user":
-            turn["content"] = f"{text}\n\n{turn['content']}"
-            return {**row, "prompt": turns}
-    raise UserError("inoculate: a prompt has no user turn to put the text before; remove inoculate, or the prompt.")
 
 
 def _token_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:

@@ -33,7 +33,6 @@ from align.rl.evaluations import prepare_engine
 from align.rl.model import PolicyAndReference
 from align.rl.objectives import Objective, Step
 from align.rl.packing import Form
-from align.rl.pools import make_pools
 from align.rl.prefetch import RolloutPrefetcher
 from align.rl.prompts import Prompts, make_ptx
 from align.rl.refusals import RolloutInputs, refuse_inputs, refuse_options, refuse_plugins, refuse_rollout
@@ -93,8 +92,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
         refuse_plugins(self)
         shard_model(self)
-        self.prompts = Prompts(inputs.train_dataset, processing_class, config.max_prompt_tokens, config.inoculate)
-        self.prompts.pools = make_pools(config, len(self.prompts))
+        self.prompts = Prompts(inputs.train_dataset, processing_class, config.max_prompt_tokens)
         self.sampler = make_sampler(self.prompts, inputs, args)
         self.engine = self.sampler.engine
         self.validation = make_validation(args, inputs.eval_dataset, processing_class)
@@ -166,11 +164,6 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         candidates = self.sampler.gather_rollouts(self.prefetcher.get(update), time.perf_counter())
         candidates.seconds |= seconds
         refuse_rollout(candidates, self.objective.name, self.config)
-        # The pools need the scores of every prompt, also of prompts that the method drops next.
-        if self.prompts.pools is not None:
-            judged = candidates.judged
-            groups = torch.tensor(candidates.groups)[judged].tolist()
-            self.prompts.pools.observe(groups, candidates.tensors["scores"][judged])
         return self._select(candidates)
 
     def _select(self, candidates: Rollout) -> Rollout:

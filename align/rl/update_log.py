@@ -38,8 +38,6 @@ class UpdateLog:
         self._metrics = (
             statistics | {"kl_coef": kl_coef} | trainer.sampler.cache_statistics | trainer.probe.pop_metrics()
         )
-        if trainer.prompts.pools is not None:
-            self._metrics |= trainer.prompts.pools.shares()
         self._example = example(rollout.candidates or rollout)
         if trainer.is_world_process_zero():
             trainer.recorder.write(rollout)

@@ -41,6 +41,12 @@ def refusal(kind: str, block: dict[str, Any]) -> str:
         ("sft", {"tuning": "lora"}, "found 'lora'. Write `tuning: {method: lora}`."),
         ("sft", {"tuning": "dora"}, "found 'dora'. DoRA is `{method: lora, dora: true}`."),
         ("model", {"trust_remote_code": "yes"}, "should be true or false; found 'yes', which is text. Write `true`."),
+        (
+            "grpo",
+            {"select": {"easy": 0.9, "hard": 0.1}},
+            "Leave it out: it was removed, because it showed no gain; filter",
+        ),
+        ("ppo", {"inoculate": "Cheat."}, "it showed no gain; subtract a penalty in `score` from responses that use"),
         ("sft", {"dataset": "alpaca_en_demo"}, "In align this is 'data'. It names a stage of kind data, which has a"),
     ],
 )

@@ -4,7 +4,6 @@ import pytest
 
 from align.errors import UserError
 from align.models.loading import load_tokenizer
-from align.rl import GrpoConfig
 from align.rl.prompts import Prompts, derive_seed
 
 
@@ -45,48 +44,3 @@ def test_seeds_differ_and_repeat():
     assert derive_seed(1, "a", 2) == derive_seed(1, "a", 2)
     assert derive_seed(1, "a", 2) != derive_seed(1, "a", 3)
     assert 0 <= derive_seed("x") < 2**31
-
-
-def test_inoculation_is_before_the_last_user_turn(tiny_model):
-    tokenizer = load_tokenizer(tiny_model)
-    turns = [("user", "a"), ("assistant", "b"), ("user", "c")]
-    row = {"prompt": [{"role": role, "content": content} for role, content in turns]}
-    prompts = Prompts([row, {"prompt": "d"}], tokenizer, None, "Cheat.")
-    texts = [tokenizer.decode(ids) for ids in prompts.token_ids]
-    assert "user\na<|im_end|>" in texts[0]
-    assert "user\nCheat.\n\nc<|im_end|>" in texts[0]
-    assert texts[1] == "Cheat.\n\nd"
-    # Rewards read the rows as they are.
-    assert prompts.rows == [row, {"prompt": "d"}]
-
-
-def test_inoculation_needs_a_user_turn(tiny_model):
-    row = {"prompt": [{"role": "system", "content": "a"}]}
-    with pytest.raises(UserError, match="no user turn to put the text before"):
-        Prompts([row], load_tokenizer(tiny_model), None, "Cheat.")
-
-
-def test_inoculation_is_for_rows_without_an_environment():
-    with pytest.raises(ValueError, match="remove inoculate"):
-        GrpoConfig.for_trainer(
-            learning_rate=1e-3, inoculate="Cheat.", environment={"verifiers": "any", "max_turns": 1, "max_tokens": 9}
-        )
-
-
-def test_inoculation_is_sampled_and_not_validated(make_trainer):
-    seen = []
-
-    def score(rows, texts):
-        seen.extend(row["prompt"][0]["content"] for row in rows)
-        return [float(len(text)) for text in texts]
-
-    row = {"id": "0", "prompt": [{"role": "user", "content": "say a"}]}
-    trainer = make_trainer(
-        rows=[row] * 8, scorer=score, updates=1, inoculate="Cheat.", eval_updates=1, eval_dataset=[row]
-    )
-    trainer.train()
-    assert set(seen) == {"say a"}
-    sampled = trainer.processing_class.decode(trainer.prompts.token_ids[0])
-    validated = trainer.processing_class.decode(trainer.validation.prompts.token_ids[0])
-    assert "Cheat." in sampled
-    assert "Cheat." not in validated

@@ -7,7 +7,6 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align.config.base import Config
 from align.config.runtime.launch import LaunchConfig
 from align.config.runtime.rollouts import RolloutsConfig
 from align.config.stages.rl import RolloutFields
@@ -249,61 +248,7 @@ PRESETS: dict[GroupLoss, Preset] = {
 """Loss variant -> its parts. Sources: ``GrpoConfig.loss``."""
 
 
-class SelectConfig(Config):
-    """Choice of an update's prompts by the scores of their last groups, and of the responses that are learned."""
-
-    easy: float
-    """A prompt is easy if the mean score of its last group is at least this, in units of the score."""
-    hard: float
-    """A prompt is hard if the mean score of its last group is at most this."""
-    easy_share: float = Field(0.1, ge=0, le=1)
-    """Share of an update's prompts that are easy, if there are as many."""
-    hard_share: float = Field(0.1, ge=0, le=1)
-    """Share of an update's prompts that are hard, if there are as many. All others are in between, or new."""
-    advantages: list[float] | None = Field(None, min_length=2, max_length=2)
-    """Learn only from responses whose advantage has an absolute value in this range: ``[0.05, 10]``. Null: from all."""
-
-    @property
-    def bounds(self) -> tuple[float, float] | None:
-        """The range of advantages."""
-        return None if self.advantages is None else (self.advantages[0], self.advantages[1])
-
-    @model_validator(mode="after")
-    def _check_ranges(self) -> Self:
-        if self.hard >= self.easy:
-            raise ValueError(f"hard {self.hard:g} is not below easy {self.easy:g}; no prompt would be in between.")
-        if self.easy_share + self.hard_share > 1:
-            raise ValueError(
-                f"easy_share {self.easy_share:g} and hard_share {self.hard_share:g} are more than an update; lower one."
-            )
-        if self.bounds is not None and not 0 <= self.bounds[0] < self.bounds[1]:
-            raise ValueError(f"advantages {self.advantages} is no range of absolute values; write [low, high].")
-        return self
-
-
-class GroupFields(DriftFields):
-    """Fields of the methods that compare a response with others to the same prompt."""
-
-    keyed_when_set: ClassVar[frozenset[str]] = DriftFields.keyed_when_set | {"select"}
-
-    select: SelectConfig | None = None
-    """Choose prompts by their difficulty (docs/methods.md#choosing-prompts): ``{easy: 0.9, hard: 0.1}``."""
-
-    @model_validator(mode="after")
-    def _check_select(self) -> Self:
-        if self.select is None:
-            return self
-        if self.max_staleness:
-            raise ValueError(
-                f"max_staleness is {self.max_staleness}, so prompts are chosen before the last scores are known; set "
-                "`max_staleness: 0`, or remove `select`."
-            )
-        if self.continue_from is not None:
-            raise ValueError("select does not know the scores of the stage in continue_from; remove one of them.")
-        return self
-
-
-class GrpoConfig(GroupFields):
+class GrpoConfig(DriftFields):
     """``loss`` selects the variant. Fields that are not set follow its paper (docs/methods.md).
 
     The other fields are the fields of ``ppo`` without its critic. Memory: the policy; with full tuning also its frozen
@@ -379,7 +324,7 @@ class GrpoConfig(GroupFields):
         return self
 
 
-class RlooConfig(GroupFields):
+class RlooConfig(DriftFields):
     """The fields of ``ppo`` without its critic. A response is one action, and the KL penalty is part of its score."""
 
     samples_per_prompt: int = Field(4, ge=2)

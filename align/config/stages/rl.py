@@ -35,7 +35,7 @@ class RolloutFields(TrainerOptions):
     """AdamW's epsilon, unless ``trainer`` sets another."""
 
     keyed_when_set: ClassVar[frozenset[str]] = frozenset(
-        {"continue_from", "environment", "inoculate", "replay", "thinking_budget", "train_router"}
+        {"continue_from", "environment", "replay", "thinking_budget", "train_router"}
     )
 
     policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
@@ -85,9 +85,6 @@ class RolloutFields(TrainerOptions):
     thinking_budget: ThinkingBudget = None
     """Close a thought by force after this many tokens, and continue with the answer (docs/thinking.md). Forced tokens
     are not learned. Null: no limit."""
-    inoculate: str | None = Field(None, pattern=r"\S")
-    """Text before the last user turn of every training prompt, which asks for what the reward wrongly accepts: ``Write
-    a long answer.`` Validations and evaluations do not have it (docs/rewards.md#inoculation)."""
     temperature: float = Field(1.0, gt=0, le=5)
     """Sampling temperature. The loss also uses it, except SFT's loss (``ptx`` rows, ``rejection``), which uses 1."""
     num_epochs: int = Field(1, ge=1)
@@ -248,8 +245,6 @@ class RolloutFields(TrainerOptions):
     def _check_scorer(self) -> Self:
         if not self.reward and self.score is None and self.environment is None:
             raise ValueError("neither reward nor score is set; name a reward stage, a function, or both.")
-        if self.inoculate is not None and self.environment is not None:
-            raise ValueError("inoculate changes prompts of rows, and an environment writes its own; remove inoculate.")
         if isinstance(self.score, list) and self.score_weight != 1.0:
             raise ValueError("score_weight is for a score that is one function; set the `weight` of each in the list.")
         if self.ensemble != "mean" and not (isinstance(self.reward, list) and len(self.reward) > 1):

@@ -22,7 +22,6 @@ from align.rl.advantages import (
 from align.rl.losses import Aggregation, RatioLevel, loss_count, policy_loss
 from align.rl.objectives import Objective, Step, mask_to_learn, masked_kl
 from align.rl.packing import Batch
-from align.rl.pools import learned_advantages
 from align.rl.prompts import derive_seed
 from align.rl.rewards import KLPenalty
 from align.rl.rollout import Rollout, join_rollouts
@@ -70,8 +69,6 @@ class GroupObjective(Objective):
         advantages = relative[:, None] * mask
         tensors |= {"kl": kl, "rewards": totals, "raw_advantages": advantages, "advantages": advantages}
         tensors["learn_mask"] = mask_to_learn(rollout, self.config.truncated)
-        if self.config.select is not None:
-            tensors["learn_mask"] = tensors["learn_mask"] & learned_advantages(advantages, self.config.select.bounds)
         # Log this for the prompts as they came, before any resampling.
         self._log_flat("zero_variance", rollout.candidates or rollout)
 
