@@ -71,7 +71,12 @@ _QUOTED_COLUMN = re.compile(r"\{row\[([^\[\]{}]+)\]\}")
 _MARKED_VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 _BARE_VERDICT = re.compile(r"\W*(?:answer\s+)?([ABC])\W*", re.IGNORECASE)
 _VERDICTS: dict[str, Verdict] = {"A": "first", "B": "second", "C": "tie"}
-_MARKED_GRADE = re.compile(r"\[\[\s*(\d{1,2}(?:\.\d+)?)\s*(?:/\s*10\s*)?\]\]")
+_MARKED_GRADE = re.compile(
+    r"[\s*_`]*(?:(?:final\s+)?(?:grade|rating|score|verdict)\s*[:=]?[\s*_`]*)?"
+    r"\[\[\s*(\d{1,2}(?:\.\d+)?)\s*(?:/\s*10\s*)?\]\][\s*_`]*\.?[\s*_`]*",
+    re.IGNORECASE,
+)
+"""A line that holds a grade alone, or after a word for it. A quoted grade stands after ``>`` or among other words."""
 _BARE_GRADE = re.compile(r"\s*(\d{1,2}(?:\.\d+)?)(?:\s*/\s*10)?\s*\.?\s*")
 
 
@@ -166,14 +171,18 @@ def read_verdict(text: str) -> Verdict | None:
 
 
 def read_grade(text: str) -> float | None:
-    """Parse a grade: the mark in the last line that has one, or a text that is only the number.
+    """Parse a grade: the last line if it holds the grade alone, or a text that is only the number.
 
-    Return None for anything else: grades outside 1 to 10, and a line with different marks.
+    Return None for anything else: grades outside 1 to 10, and other lines with another grade alone. A judge that quotes
+    the answer after its grade repeats what the policy wrote.
     """
-    mark = last_mark(text, _MARKED_GRADE, _BARE_GRADE)
-    if mark is None or not MIN_GRADE <= float(mark) <= MAX_GRADE:
+    lines = [_MARKED_GRADE.fullmatch(line) for line in text.splitlines() if line.strip()]
+    bare = _BARE_GRADE.fullmatch(text)
+    last = lines[-1] if lines and lines[-1] is not None else bare
+    grades = {float(match[1]) for match in (*lines, last) if match is not None}
+    if last is None or len(grades) > 1 or not MIN_GRADE <= float(last[1]) <= MAX_GRADE:
         return None
-    return float(mark)
+    return float(last[1])
 
 
 def last_mark(text: str, marked: re.Pattern[str], bare: re.Pattern[str]) -> str | None:

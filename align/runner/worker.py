@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -47,6 +48,9 @@ PROCESSES = "align.models.compute.processes"
 LAUNCHER = "align.runner.ranks"
 """Modules that are loaded only once the process of a stage needs them."""
 
+OUT_OF_MEMORY = "out of memory; lower micro_batch_size or max_length."
+NO_MEMORY = re.compile(r"enforce fail at alloc_cpu|DefaultCPUAllocator: (?:can't|not enough)|std::bad_alloc")
+"""What torch raises as a RuntimeError on a CPU without memory, such as under `ulimit -v`."""
 
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
@@ -169,7 +173,7 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
         result = {"status": "stopped", "message": str(error)}
     except MemoryError:
         _print_trace()
-        result = {"status": "failed", "message": "out of memory; lower micro_batch_size or max_length."}
+        result = {"status": "failed", "message": OUT_OF_MEMORY}
     except Exception as error:
         _print_trace()
         result = _explain(error, folder)
@@ -202,6 +206,8 @@ def _explain(error: Exception, folder: Path) -> dict[str, Any]:
         return {"status": "failed", "message": str(error)}
     if isinstance(error, OSError):
         return {"status": "failed", "message": explain_os_error(error, folder)}
+    if isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
+        return {"status": "failed", "message": OUT_OF_MEMORY}
     full = os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers wrap it in their own errors
     return {"status": "failed", "message": no_space(folder) if full else f"{type(error).__name__}: {error}"}
 

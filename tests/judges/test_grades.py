@@ -23,7 +23,7 @@ TEXTS = ["alpha", "bravo", "charlie", "delta"]
 
 @pytest.fixture
 def fake() -> Any:
-    server = FakeChat(lambda body: completion("Fine. [[10]]"))
+    server = FakeChat(lambda body: completion("Fine.\n[[10]]"))
     yield server
     server.stop()
 

@@ -562,3 +562,11 @@ def test_output_of_a_stage_is_limited(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_failed_reward_is_told_without_its_class(tmp_path: Path) -> None:
     text = "rewards 'own_judge' (rw.py:5): ReadError: no message, for row 12"
     assert worker._explain(ScoreFailed(text), tmp_path) == {"status": "failed", "message": text}
+
+
+def test_failed_allocation_is_explained_as_memory(tmp_path: Path) -> None:
+    """Under `ulimit -v` torch raises a RuntimeError, and the system kills nothing."""
+    text = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
+    for error in (RuntimeError(text), RuntimeError("std::bad_alloc")):
+        assert "lower micro_batch_size" in worker._explain(error, tmp_path)["message"]
+    assert "micro_batch_size" not in worker._explain(RuntimeError("shape mismatch"), tmp_path)["message"]

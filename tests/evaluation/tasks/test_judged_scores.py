@@ -62,7 +62,7 @@ def _grade_by(grades: dict[str, str]) -> Any:
 
     def reply(body: dict[str, Any]) -> Any:
         answer = shown(body["messages"][-1]["content"], "Assistant, the answer to grade")
-        return completion(f"Because. {grades[answer]}")
+        return completion(f"Because.\n{grades[answer]}")
 
     return reply
 
@@ -98,7 +98,7 @@ def test_each_turn_is_graded_with_conversation_and_references(fake: FakeChat, tm
     assert task.extras() == {}
     lines = task.judgments()
     assert [(line["system"], line["turn"], line["grade"], line["text"]) for line in lines[:3]] == [
-        ("sft", 1, 2.0, "Because. [[2]]"), ("sft", 2, 5.0, "Because. [[5]]"), ("sft", 1, 10.0, "Because. [[10]]"),
+        ("sft", 1, 2.0, "Because.\n[[2]]"), ("sft", 2, 5.0, "Because.\n[[5]]"), ("sft", 1, 10.0, "Because.\n[[10]]"),
     ]  # fmt: skip
     assert lines[2]["id"] == task.items[1].id and len(lines) == 8
 
