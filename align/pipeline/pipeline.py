@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, create_model
+from pydantic import Field, create_model, field_validator
 
 from align.config.base import Config, PrecisionSetting, input_fields, input_names, names_in_block, settings_for_key
 from align.config.runtime import Runtime, StageRuntime
@@ -46,6 +47,18 @@ class PipelineConfig(Config):
     """Type of the matrix products of every stage that sets none itself; by default each stage's own default, auto."""
     runtime: Runtime = Runtime()
     """Machine, engine and store settings of the pipeline; they change no result and no key."""
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _name_can_be_written(cls, name: object) -> object:
+        """Refuse a name that is not allowed, with the nearest name that is."""
+        if not isinstance(name, str) or re.fullmatch(NAME_PATTERN, name):
+            return name
+        allowed = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[:64]
+        allowed = allowed if allowed[:1].isalpha() else f"run_{allowed}"[:64].rstrip("_")
+        rule = "letters, digits, - and _, at most 64, beginning with a letter"
+        raise ValueError(f"expected {rule}; found {shorten(repr(name))}. Write `name: {allowed}`.")
+
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
     """The stages in order; a name that is a stage kind needs no ``stage:``. A ``loop`` among them repeats some."""
 

@@ -96,7 +96,7 @@ class RunningStage:
         seconds_left = self.pace.seconds_left()
         tokens = self.pace.tokens_per_second()
         units = self.pace.units_per_second()
-        # Parts of a stage differ in duration, so the first parts predict nothing. After the last unit, other work follows.
+        # Parts of a stage differ in duration: the first parts predict nothing. Other work follows the last unit.
         if seconds_left is not None and unit != PARTS and event["done"] < event["total"]:
             parts.append(f"{duration(seconds_left)} left")
         if tokens is not None:

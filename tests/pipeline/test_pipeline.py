@@ -15,6 +15,14 @@ def refused(raw: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "allowed"), [("x-0.03", "x-0_03"), ("0.5", "run_0_5"), ("a" * 65, "a" * 64), ("日本", "run")]
+)
+def test_refused_run_name_offers_one_to_write(name: str, allowed: str) -> None:
+    assert refused({**toy.pipeline(), "name": name}).endswith(f"Write `name: {allowed}`.")
+    assert Pipeline({**toy.pipeline(), "name": allowed}).name == allowed
+
+
 def test_inputs_and_order() -> None:
     nodes = Pipeline(toy.pipeline()).nodes
     assert list(nodes) == ["one", "two", "total"]
