@@ -46,7 +46,7 @@ CAPS = {
     # the packages of the studio's rollouts and evaluations: two files
     # the HTTP calls of all clients, apart from the vLLM client: a file
     "files": 617,
-    "files over 400 lines": 3,
+    "files over 400 lines": 2,
     "functions over 60 lines": 3,
     "test names over 60 characters": 0,
     "docstrings that begin with a question word": 1,

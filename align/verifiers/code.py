@@ -1,7 +1,7 @@
 """The verifier ``code``: programs against tests, by their output or by asserts, in a sandbox.
 
 Tests by output start the program once for each input. Asserts run in a sandbox of their own, and call the program's
-functions in two others (``sandbox/replicas.py``): no process sees another, and only plain values pass between them
+functions in two others (``sandbox/session.py``): no process sees another, and only plain values pass between them
 (``sandbox/confined.py``).
 """
 
@@ -17,8 +17,7 @@ from typing import Any
 
 from align.data.final_answers import answer_text
 from align.verifiers.sandbox.isolation import Limits, Sandbox
-from align.verifiers.sandbox.replicas import Replicas, SeparateObjects
-from align.verifiers.sandbox.session import Session
+from align.verifiers.sandbox.session import Replicas, SeparateObjects, Session
 from align.verifiers.verdict import (
     CRASHED,
     NO_ANSWER,

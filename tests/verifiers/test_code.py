@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from align.verifiers.code import find_program
-from align.verifiers.sandbox.replicas import Replicas, SeparateObjects
+from align.verifiers.sandbox.session import Replicas, SeparateObjects
 
 OTHER = "```\n6\n```"
 

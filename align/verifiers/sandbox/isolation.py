@@ -1,15 +1,17 @@
 """Sandboxes: how a process is isolated, the level that this machine offers, and the refusal if there is none.
 
-A sandbox starts Python with ``confined.py``, which limits its own process before it runs foreign code. The levels:
+A sandbox starts Python with the texts of ``limits.py`` and ``confined.py``. The process limits itself before it runs
+foreign code. The levels:
 
 ``bubblewrap``: new namespaces without a network, an empty root with Python's standard library, read-only, and a small
-``/tmp`` in memory. Root switches to another user first, because no limit of processes holds for root.
+``/tmp`` in memory.
 ``landlock``: no file but the standard library can be opened, and none written; needs no privileges.
 ``command``: a user's command, such as docker's.
 ``unsafe``: no isolation, by permission of the user.
 
-All levels but ``command`` and ``unsafe`` require the filter of system calls, and all limit processor time, wall-clock
-time, memory and output. Packages are hidden: a benchmark's solutions may be among them.
+The first two levels require the filter of system calls and limit the number of threads, for which root switches to
+another user. ``command`` has the filter if the kernel allows it. All levels limit processor time, wall-clock time,
+memory and output. Packages are hidden: a benchmark's solutions may be among them.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ from align.errors import UserError, shorten
 from align.verifiers.sandbox.session import SandboxFailed, Session
 
 Level = Literal["bubblewrap", "landlock", "command", "unsafe"]
-CONFINED = Path(__file__).with_name("confined.py").read_text(encoding="utf-8")
-OPTIONS = ("-P", "-s", "-S", "-c", CONFINED)
+TEXTS = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("limits.py", "confined.py")]
+FUTURE = "from __future__ import annotations\n"
+"""Statement that only the beginning of a text may have."""
+OPTIONS = ("-P", "-s", "-S", "-c", FUTURE + "\n".join(text.replace(FUTURE, "", 1) for text in TEXTS))
 """Python's options: no packages, and no modules of the current folder."""
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
@@ -49,7 +53,7 @@ TMP_BYTES = 16 << 20
 FIRST_USER = 600_000_000
 """Number of a user that root switches to; such a user has no files and no processes."""
 USERS = itertools.count(FIRST_USER + os.getpid() % 100_000 * 1000)
-"""Another user for each process, since the limit of processes counts all processes of a user."""
+"""Another user for each process, since the limit of threads counts all threads of a user."""
 MIB = 1 << 20
 
 
@@ -62,8 +66,8 @@ class Limits:
     memory_mb: int = 512
     output: int = MIB
     """Bytes of its output, or of one result."""
-    processes: int = 32
-    """Threads; no level allows another process."""
+    threads: int = 32
+    """Threads of a program; no level allows another process."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,9 @@ class Sandbox:
                 "cpu": max(1, -int(-limits.seconds // 1)),
                 "memory": limits.memory_mb * MIB,
                 "file_size": TMP_BYTES,
-                "processes": limits.processes,
+                "threads": limits.threads,
                 "readable": readable_paths() if self.level == "landlock" else [],
-                "user": next(USERS) if self.level == "bubblewrap" and os.geteuid() == 0 else None,
+                "user": next(USERS) if self.level in ("bubblewrap", "landlock") and os.geteuid() == 0 else None,
             }
             yield session
         finally:

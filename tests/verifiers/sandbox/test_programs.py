@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -154,3 +157,58 @@ def test_command_runs_programs() -> None:
     assert sandbox.level == "command"
     assert verify("print(input())", output("a", "a"), sandbox, LIMITS).score == 1.0
     assert verify(SOLUTION, asserts("assert double(2) == 5"), sandbox, LIMITS).reason == "unequal"
+
+
+IPC_CALLS = {
+    "x86_64": [*range(29, 32), *range(64, 72), 220, *range(240, 246)],
+    "aarch64": list(range(180, 198)),
+}
+"""Numbers of the calls of System V and of POSIX for shared memory, semaphores and queues."""
+
+
+@pytest.mark.skipif(platform.machine() not in IPC_CALLS, reason="the numbers of the system calls are not listed")
+def test_shared_memory_and_queues_are_denied(sandbox: Sandbox) -> None:
+    numbers = IPC_CALLS[platform.machine()]
+    program = f"""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+for number in {numbers}:
+    ctypes.set_errno(0)
+    print(libc.syscall(number, 0, 0, 0, 0, 0), ctypes.get_errno())
+"""
+    verdict = verify(program, output(f"-1 {errno.EPERM}\n" * len(numbers)), sandbox, LIMITS)
+    assert verdict.reason == ""
+
+
+def test_memory_of_the_same_user_cannot_be_attached(sandbox: Sandbox) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    segment = libc.shmget(0, 4096, 0o1666)
+    assert segment >= 0
+    try:
+        program = (
+            "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.shmat.restype = ctypes.c_ssize_t\n"
+            f"print(libc.shmat({segment}, None, 0), libc.shmctl({segment}, 0, None))"
+        )
+        assert verify(program, output("-1 -1"), sandbox, LIMITS).reason == ""
+    finally:
+        libc.shmctl(segment, 0, None)
+
+
+@pytest.mark.parametrize("before", ["", "import ctypes\nctypes.CDLL(None).setresuid(0, 0, 0)\n"])
+def test_program_has_at_most_32_threads(sandbox: Sandbox, before: str) -> None:
+    program = f"""{before}
+import threading
+threading.stack_size(1 << 15)
+ended = threading.Event()
+count = 1
+try:
+    while count < 200:
+        threading.Thread(target=ended.wait).start()
+        count += 1
+except RuntimeError:
+    pass
+ended.set()
+print(count)
+"""
+    verdict = verify(program, output(str(LIMITS.threads)), sandbox, LIMITS)
+    assert verdict.reason == ""
