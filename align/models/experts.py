@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from align.models.compute.layers import FEED_FORWARD, KERNEL_MATRICES, READ_BY_KERNELS
+from align.patches.transformers import computes_router_loss, record_router_logits
 
 EXPERTS = "experts"
 """Name of the module with a block's experts."""
@@ -27,9 +29,23 @@ def has_experts(config: Any) -> bool:
     return any(getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
 
 
-def router_loss_weight(config: Any) -> float:
-    """Return the weight of the load-balancing loss that a config asks for; 0 for a model without experts."""
-    return float(getattr(config.get_text_config(), "router_aux_loss_coef", 0.0)) if has_experts(config) else 0.0
+def router_loss_weight(model: PreTrainedModel) -> float:
+    """Return the weight of the load-balancing loss that a model's config asks for.
+
+    It is 0 for a model without experts, and for a class that computes no such loss, as Llama 4's.
+    """
+    config = model.config
+    if not has_experts(config) or not computes_router_loss(model):
+        return 0.0
+    return float(getattr(config.get_text_config(), "router_aux_loss_coef", 0.0))
+
+
+def return_router_logits(model: PreTrainedModel) -> None:
+    """Let a Granite mixture return its routers' logits, which its load-balancing loss needs."""
+    if str(model.config.get_text_config().model_type).startswith("granitemoe"):
+        for _, block in mixture_blocks(model):
+            record_router_logits(model, type(block.router))
+            return
 
 
 def mixture_blocks(model: Any) -> Iterator[tuple[str, Any]]:

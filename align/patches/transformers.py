@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import types
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
 from align.patches.signatures import private_name
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
 
 def wrap_templates(limit: Callable[[Any], Any]) -> None:
@@ -77,6 +82,38 @@ def attention_name(config: Any) -> str:
     """
     private_name("transformers", "transformers:PreTrainedConfig._attn_implementation")
     return str(config._attn_implementation)
+
+
+def record_router_logits(model: PreTrainedModel, router: type[nn.Module]) -> None:
+    """Have the forward pass of a Granite mixture return the logits of its routers, of the class ``router``.
+
+    Adds ``router_logits`` to ``_can_record_outputs``, from which transformers installs its hooks. Its Granite mixtures
+    lack the entry: their load-balancing loss is the integer 0, for which training crashes. A model that has the entry
+    stays as it is. The patch was written for transformers 5.17.
+
+    Args:
+        model: The causal language model; all models of its family change.
+        router: Class of the routers, whose forward pass returns experts, weights and logits.
+    """
+    private_name("transformers", "transformers:PreTrainedModel._can_record_outputs")
+    recorder = private_name(
+        "transformers",
+        "transformers.utils.output_capturing:OutputRecorder",
+        ["target_class", "index", "layer_name", "class_name", "capture_initial_hidden_state"],
+    )
+    recorded = type(model)._can_record_outputs
+    if recorded is not None:
+        recorded.setdefault("router_logits", recorder(router, index=2))
+
+
+def computes_router_loss(model: PreTrainedModel) -> bool:
+    """Return whether a mixture's class computes a load-balancing loss; Llama 4 has only the config's fields for it.
+
+    Looks for ``load_balancing_loss_func`` in the class's module. The function was written for transformers 5.17.
+    """
+    private_name("transformers", "transformers.models.mixtral.modeling_mixtral:load_balancing_loss_func")
+    modules = {base.__module__ for base in type(model).__mro__}
+    return any("load_balancing_loss_func" in vars(sys.modules[module]) for module in modules)
 
 
 def use_one_device(arguments: Any) -> None:

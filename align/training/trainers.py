@@ -18,7 +18,7 @@ from align.config.runtime.launch import world_size
 from align.models.checkpoints.conversion import plain_of
 from align.models.compute.precision import low_residual
 from align.models.compute.processes import all_gather
-from align.models.experts import has_experts, router_loss_weight
+from align.models.experts import has_experts, return_router_logits, router_loss_weight
 from align.models.fast.real_tokens import compute_real_tokens, computes_real_tokens
 from align.models.parameter_groups import ParameterGroup, layer_stack, parameter_groups
 from align.patches.trainer import check_overrides
@@ -55,13 +55,15 @@ def prepare_router_loss(model: Any, arguments: Any) -> dict[str, Any]:
     A weight of None in ``arguments`` becomes the config's weight; it is 0 for a model without experts. Trainers without
     this option read the config, which then asks for no such loss.
     """
-    config = plain_of(model).config.get_text_config()
+    plain = plain_of(model)
+    config = plain.config.get_text_config()
+    return_router_logits(plain)
     fields = {name: getattr(config, name) for name in ROUTER_FIELDS if hasattr(config, name)}
     if not hasattr(arguments, ROUTER_LOSS):
         if fields:
             config.output_router_logits = False
     elif getattr(arguments, ROUTER_LOSS) is None:
-        setattr(arguments, ROUTER_LOSS, router_loss_weight(config))
+        setattr(arguments, ROUTER_LOSS, router_loss_weight(plain))
     if has_experts(config) and not hasattr(config, "num_experts"):
         config.num_experts = config.num_local_experts  # Granite 4 lacks the name that trl reads
     return fields

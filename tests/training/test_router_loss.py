@@ -24,9 +24,12 @@ def first_loss(folder: Path, kind: str, model_type: str, **fields: Any) -> tuple
     """Train one step; return its loss and the config of the trained model."""
     rows = PAIRS if kind in ("dpo", "orpo") else ROWS
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = folder / model_type
+    if not model.exists():
+        write_family(model_type, model)
     policy = {"model": "model"} if kind == "sft" else {"policy": "model"}
     stages = {
-        "model": {"source": str(write_family(model_type, folder / model_type))},
+        "model": {"source": str(model)},
         "data": {"dataset": str(folder / "rows.jsonl")},
         kind: {**policy, "data": "data", **SHARED, **fields},
     }
@@ -44,8 +47,10 @@ def test_dpo_has_no_router_loss_unless_it_is_set(tmp_path: Path) -> None:
     assert LN_2 + 0.9 < with_router < LN_2 + 1.5 and not config["output_router_logits"]
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "granitemoe", "granitemoeshared", "granitemoehybrid"])
 def test_sft_has_the_router_loss_of_the_config(model_type: str, tmp_path: Path) -> None:
+    changes = {"num_local_experts": 4, "num_experts_per_tok": 2} if model_type == "granitemoehybrid" else {}
+    write_family(model_type, tmp_path / model_type, changes)
     with_router, config = first_loss(tmp_path, "sft", model_type)
     without, _ = first_loss(tmp_path, "sft", model_type, trainer={"router_aux_loss_coef": 0.0})
     assert 0.0015 < with_router - without < 0.01  # 0.001 times about 2, per layer or in all

@@ -64,6 +64,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_local_experts": 0,
         "position_embedding_type": "rope",
     },
+    "granitemoe": {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
     "cohere2": {**DECODER, **MIXED_WINDOWS},
     "glm4": DECODER,
     "exaone4": {**DECODER, **MIXED_WINDOWS},
@@ -135,6 +136,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Type of model -> the fields of its config that make it tiny."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "granitemoeshared": {
+        **DECODER,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32,
+    },
     "qwen3_5_moe_text": {**DECODER, **EXPERTS, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 32},
     "lfm2_moe": {**DECODER, **EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "olmo_hybrid": {**DECODER, **LINEAR_ATTENTION},

@@ -45,20 +45,18 @@ TOLERANCE = 1e-5
 ROWS = 8
 EXACT = {"precision": "float32", "learning_rate": 1e-3}
 TRAINING = {**EXACT, "max_steps": 1, "batch_size": 4, "max_length": 128, "max_grad_norm": 1e9}
-NO_ROUTER_LOSS = {"trainer": {"router_aux_loss_coef": 0.0}}
-"""For SFT: the load-balancing loss depends on all tokens of a batch (tests/training/test_router_loss.py)."""
 ROLLOUTS = {**EXACT, "updates": 1, "rollout_batch": 8, "max_tokens": 8, "max_prompt_tokens": 64}
 LORA = {"method": "lora", "rank": 4}
 CELLS: dict[str, dict[str, Any]] = {
-    "sft": {"stage": "sft", "model": "model", "data": "data", **NO_ROUTER_LOSS, **TRAINING},
-    "packed": {"stage": "sft", "model": "model", "data": "data", "packing": True, **NO_ROUTER_LOSS, **TRAINING},
-    "lora": {"stage": "sft", "model": "model", "data": "data", "tuning": LORA, **NO_ROUTER_LOSS, **TRAINING},
+    "sft": {"stage": "sft", "model": "model", "data": "data", **TRAINING},
+    "packed": {"stage": "sft", "model": "model", "data": "data", "packing": True, **TRAINING},
+    "lora": {"stage": "sft", "model": "model", "data": "data", "tuning": LORA, **TRAINING},
     "qlora": {
         "stage": "sft",
         "model": "model",
         "data": "data",
         "tuning": {**LORA, "method": "qlora"},
-        **NO_ROUTER_LOSS,
+       
         **TRAINING,
     },
     "reward": {"stage": "reward", "model": "model", "data": "pairs", **TRAINING},
@@ -84,14 +82,15 @@ CELLS: dict[str, dict[str, Any]] = {
         "stage": "sft",
         "model": "model",
         "data": "data",
-        **NO_ROUTER_LOSS,
+       
         **TRAINING,
         "continue_from": "sft",
         "max_steps": 2,
     },
     "merge": {"stage": "merge", "policies": ["sft", "dpo"], "weights": [0.5, 0.5]},
     # The first step of a warm-up changes no weight.
-    "export": {"stage": "sft", "model": "model", "data": "data", **NO_ROUTER_LOSS, **TRAINING, "warmup_ratio": 0.0},
+    "export": {"stage": "sft", "model": "model", "data": "data", **TRAINING, "warmup_ratio": 0.0},
+    # The load-balancing loss depends on the tokens of a process.
     # AdamW's first step would be as large for gradients of rounding errors as for others.
     "processes": {
         "stage": "sft",

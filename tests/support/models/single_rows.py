@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from align.models.experts import router_loss_weight
 
 BETA = 0.1
 CENTER = 0.01
@@ -32,7 +36,24 @@ def reference_loss(model: Any, inputs: dict[str, torch.Tensor], column: str) -> 
     if column == "kto":
         signs = torch.where(inputs["label"].bool(), -BETA / 4, BETA / 4)
         return (signs * torch.stack(sums)).mean()
-    return -torch.stack(sums).sum() / sum(int(mask.sum()) for _, mask in answers)
+    loss = -torch.stack(sums).sum() / sum(int(mask.sum()) for _, mask in answers)
+    return loss + router_loss(model, [ids for ids, _ in answers])
+
+
+def router_loss(model: Any, sequences: Sequence[torch.Tensor]) -> torch.Tensor | float:
+    """Return the load-balancing loss over the tokens of all rows together, with the config's weight; 0 if dense.
+
+    Its shares of tokens and probabilities are means over the batch, so single rows give their routers' logits only.
+    """
+    weight = router_loss_weight(model)
+    if not weight:
+        return 0.0
+    model.config.output_router_logits = True
+    logits = [model(input_ids=ids[None], use_cache=False, output_router_logits=True).router_logits for ids in sequences]
+    model.config.output_router_logits = False
+    layers = tuple(torch.cat([layer.flatten(0, -2) for layer in of_rows]) for of_rows in zip(*logits, strict=True))
+    balance = sys.modules[type(model).__module__].load_balancing_loss_func  # type: ignore[attr-defined]
+    return weight * balance(layers, model.num_experts, model.num_experts_per_tok)  # type: ignore[no-any-return]
 
 
 def answer_sum(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
