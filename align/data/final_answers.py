@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 
-from align.data.number_forms import plain_numbers
+from align.data.number_forms import plain_numbers, unformatted
 
 TAGS = ("think", "thinking", "thought", "reasoning")
 """Names of the tags that models write around a thought."""
@@ -137,9 +137,12 @@ _RATIO = re.compile(
 """A number, a fraction (7/2) or a mixed number (3 1/2); 3/4/2024 is none of these as a whole."""
 _MARKED = re.compile(r"####[^\S\n]*" + NUMBER.pattern)
 _MARKED_PLACE = re.compile(r"####([^\n#]*)")
+_BOX = re.compile(r"\\boxed\s*\{")
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
-_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
+_LATEX_TEXT = re.compile(
+    r"\\(?:text|textbf|textit|texttt|emph|underline|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox)\s*\{([^{}]*)\}"
+)
 _NEXT_QUESTION = re.compile(r"\n\s*(?:question|problem|q|user|human)\s*\d*\s*:", re.IGNORECASE)
 """Heading of a question that a base model asks itself after its answer."""
 
@@ -157,6 +160,8 @@ _OPERAND_BEFORE = re.compile(
 )
 _OPERAND_AFTER = re.compile(r"\s*(?:[⁰¹²³⁴⁵⁶⁷⁸⁹]|(?:[*×·÷^]|\*\*|\\(?:times|cdot|div)\b)\s*[\d({])")
 """Signs that make a number a part of a product, a power or a root that is left to compute."""
+_CLOCK = re.compile(r"(?<![\d:.,])\d{1,2}(?::\d{1,2})+(?![\d:])")
+"""A time of day or a ratio, whose numbers are no answers: ``10:30``, ``3:2``."""
 _DENIAL = re.compile(
     r"(?:\b(?:not|never)\b(?:(?!\bbut\b)[^.,:;=\n\d]){0,16}|\b(?:than|least|most)\b\W*(?:about|around)?\W*)\Z",
     re.IGNORECASE,
@@ -168,6 +173,10 @@ REFUSAL_REACH = 120
 """Characters before a number in which a refusal makes it no answer."""
 _DOUBT = Decimal("NaN")
 """A second value for a number that is no answer: a set with two values has none."""
+
+
+LONGEST = 100_000
+"""Characters of an answer that are read, the last ones, so that no answer holds up its reader."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,9 @@ def final_number(text: str) -> Decimal | None:
     answer = answer_text(text)
     if answer is None:
         return None
-    answer = _without_latex(plain_numbers(answer))
+    answer = _without_latex(plain_numbers(unformatted(answer[-LONGEST:])))
+    if _has_open_box(answer):
+        return None
     marked = _marked_values(answer) | _boxed_values(answer)
     values = marked or _last_values(answer)
     return values.pop() if len(values) == 1 and _DOUBT not in values else None
@@ -210,7 +221,9 @@ def _marked_values(text: str) -> set[Decimal]:
         return values
     question = _NEXT_QUESTION.search(text, start)
     for place in _MARKED_PLACE.finditer(text, start, question.start() if question else len(text)):
-        values |= _joined_values(place[1], list(_numbers(place[1])))
+        # The right side of ``16 + 2 = 18`` is the answer.
+        result = place[1].rpartition("=")[2]
+        values |= _joined_values(result, list(_numbers(result)))
     return values
 
 
@@ -220,6 +233,17 @@ def _boxed_values(text: str) -> set[Decimal]:
     for box in _BOXED.finditer(text):
         values |= _joined_values(box[1], list(_numbers(box[1]))[::-1])
     return values
+
+
+def _has_open_box(text: str) -> bool:
+    r"""Return True for a last ``\boxed{`` that is never closed: the response was cut inside its answer."""
+    last = deque(_BOX.finditer(text), maxlen=1)
+    depth = 1
+    for sign in re.finditer(r"[{}]", text[last[0].end() :]) if last else ():
+        depth += 1 if sign[0] == "{" else -1
+        if not depth:
+            return False
+    return bool(last)
 
 
 def _last_values(text: str) -> set[Decimal]:
@@ -249,6 +273,8 @@ def _joined_values(text: str, numbers: list[_Number]) -> set[Decimal]:
             if not (is_list or is_range or _is_joined(gap, text[later.end : later.end + 80])):
                 break
         values.add(number.value)
+        if len(values) > 1:  # no answer, however many more follow
+            break
         if text[max(0, number.start - 6) : number.start].rstrip(" $").endswith(("±", "\\pm")):
             values.add(-number.value)
         before = number
@@ -260,7 +286,10 @@ def _is_stated(text: str, number: _Number) -> bool:
     before = text[max(0, number.start - 40) : number.start]
     if _OPERAND_BEFORE.search(before) or _DENIAL.search(before):
         return False
-    return _OPERAND_AFTER.match(text, number.end) is None
+    if _OPERAND_AFTER.match(text, number.end) is not None:
+        return False
+    clocks = _CLOCK.finditer(text, max(0, number.start - 6), number.end + 6)
+    return not any(clock.start() <= number.start < clock.end() for clock in clocks)
 
 
 def _is_line(text: str, number: _Number) -> bool:

@@ -1,4 +1,4 @@
-"""Numbers in other forms as decimals: scales, powers of ten, fractions of one character, separators. Torch-free."""
+"""Texts without formatting, and numbers in other forms as decimals: scales, powers of ten, fractions. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,21 +17,45 @@ _MANTISSA = r"(?<![\w.,])(\d{1,20}(?:,\d{3}){0,6}(?:\.\d{1,20})?)"
 _POWER = re.compile(
     _MANTISSA + r"(?:\s*(?:\\times|\\cdot|[×*·x])\s*10\s*(?:\^|\*\*)\s*\{?([-−+]?\d{1,2})\}?|[eE]([-+]?\d{1,2}))(?!\w)"
 )
-_SCALED = re.compile(_MANTISSA + r"(?:\s?(thousand|million|billion|trillion)|(k))\b")
-_SCALES = {"k": 3, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALED = re.compile(_MANTISSA + r"(?:\s?(thousand|million|billion|trillion)|([kK]))\b")
+_MONEY = re.compile(r"([$€£]\s?)(\d{1,20}(?:,\d{3}){0,6}(?:\.\d{1,20})?)(M|mn|B|bn)\b")
+_SCALES = {"k": 3, "thousand": 3, "m": 6, "mn": 6, "million": 6, "b": 9, "bn": 9, "billion": 9, "trillion": 12}
+_ZERO_WIDTH = re.compile("[\u00ad\u200b\u200e\u200f\u2060\ufeff]")
+_TAG = re.compile(r"</?(?:b|i|u|em|strong|code|mark|span|p|div|center)\b[^<>\n]{0,200}>", re.IGNORECASE)
+_STRUCK = re.compile(r"~~[^~\n]+~~")
+_EMPHASIS = re.compile(
+    r"(?<![\w*\\)\]}])(\*{1,3})(?=[^\s*])([^*\n]+)(?<!\s)\1(?![\d(*])"
+    r"|(?<![\w\\)\]}])(_{1,3})(?=[^\s_])([^_\n]+)(?<!\s)\3(?!\w)"
+    r"|(?<!`)(`{1,2})(?!`)([^`\n]+)\5(?!`)"
+)
+"""Bold, italics and code. A mark next to an operand is a product, a power or an index: ``2**3``, ``3*6*2``, ``x_1``."""
+_MOST_NESTED = 4
+"""Marks around each other that are removed: ``**_`18`_**`` has three."""
+
+
+def unformatted(text: str) -> str:
+    """Return a text as a reader of the rendered text sees it: no marks of emphasis, inline tags, or comments."""
+    text = _STRUCK.sub(" ", _TAG.sub("", _ZERO_WIDTH.sub("", _COMMENT.sub(" ", text))))
+    for _ in range(_MOST_NESTED):
+        shown = _EMPHASIS.sub(lambda match: match[2] or match[4] or match[6], text)
+        if shown == text:
+            break
+        text = shown
+    return text
 
 
 def plain_numbers(text: str) -> str:
     """Return a text whose numbers have one form: ``1.5 million`` and ``1.5e6`` become ``1500000``, ``3½`` ``3 1/2``.
 
-    Comments of HTML and hexadecimal numbers are removed.
+    Hexadecimal numbers are removed.
     """
-    text = _HEXADECIMAL.sub("", _COMMENT.sub(" ", text))
+    text = _HEXADECIMAL.sub("", text)
     text = _DASH.sub("−", _SPACED_GROUPS.sub("", text))
     text = _INDIAN.sub(lambda match: match[0].replace(",", ""), text)
     text = _FRACTION.sub(_spell_fraction, text)
     text = _POWER.sub(lambda match: _shift(match[1], int((match[2] or match[3]).replace("−", "-"))), text)
-    return _SCALED.sub(lambda match: _shift(match[1], _SCALES[match[2] or match[3]]), text)
+    text = _MONEY.sub(lambda match: match[1] + _shift(match[2], _SCALES[match[3].lower()]), text)
+    return _SCALED.sub(lambda match: _shift(match[1], _SCALES[(match[2] or match[3]).lower()]), text)
 
 
 def _spell_fraction(match: re.Match[str]) -> str:
