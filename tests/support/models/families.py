@@ -137,7 +137,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": DECODER,
     "olmo": DECODER,
     "apertus": DECODER,
-    "seed_oss": DECODER,
+    "seed_oss": {**DECODER, "attention_dropout": 0.0, "residual_dropout": 0.0},
     "hunyuan_v1_dense": DECODER,
     "exaone4": {**DECODER, **MIXED_WINDOWS},
     "helium": DECODER,
@@ -170,13 +170,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 16},
     "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": MAX_POSITIONS},
     "vaultgemma": {**DECODER, **MIXED_WINDOWS, "query_pre_attn_scalar": 16},
-    "recurrent_gemma": {
-        **DECODER,
-        "num_hidden_layers": 3,
-        "lru_width": 32,
-        "attention_window_size": MAX_POSITIONS,
-        "block_types": ["recurrent", "recurrent", "attention"],
-    },
 }
 """Type of model -> the fields of its config that make it tiny."""
 
@@ -188,21 +181,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 32,
     },
     "qwen3_5_moe_text": {**DECODER, **EXPERTS, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 32},
-    "lfm2_moe": {**DECODER, **EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "olmo_hybrid": {**DECODER, **LINEAR_ATTENTION},
-    "nemotron_h": {
-        **DECODER,
-        "num_hidden_layers": 4,
-        "layer_types": ["linear_attention", "moe", "full_attention", "mlp"],
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "ssm_state_size": 16,
-        "n_groups": 1,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "moe_shared_expert_intermediate_size": 32,
-    },
 }
 """Relatives of these families that are not in the matrix."""
 
