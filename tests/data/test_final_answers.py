@@ -168,7 +168,22 @@ def test_reward_and_evaluation_give_every_text_the_same_verdict(tmp_path: Path) 
 
 def test_long_answers_take_linear_time() -> None:
     started = time.process_time()
-    for piece in ("\\boxed{", "\\boxed{1}", "\\boxed {a{", "{}", "\\boxed{{1}", "\\frac1", "1 1/", "1 or ", "<think>", "1,", "**1** ", "_1_ ", "`1", "1:"):
+    for piece in (
+        "\\boxed{",
+        "\\boxed{1}",
+        "\\boxed {a{",
+        "{}",
+        "\\boxed{{1}",
+        "\\frac1",
+        "1 1/",
+        "1 or ",
+        "<think>",
+        "1,",
+        "**1** ",
+        "_1_ ",
+        "`1",
+        "1:",
+    ):
         final_number(piece * 100_000)
     assert time.process_time() - started < 5
 

@@ -21,7 +21,7 @@ from align.models.experts import (
 )
 from align.models.tuning.lora import wrap
 from align.models.tuning.peft_layers import merged_weights
-from tests.support.models.families import family_config, family_model
+from tests.support.models.families import family_model
 
 MIXTURES = ["qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3", "qwen3_next"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]

@@ -139,7 +139,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "apertus": DECODER,
     "seed_oss": {**DECODER, "attention_dropout": 0.0, "residual_dropout": 0.0},
     "hunyuan_v1_dense": DECODER,
-    "exaone4": {**DECODER, **MIXED_WINDOWS},
     "helium": DECODER,
     "qwen2_moe": {**DECODER, **EXPERTS, "shared_expert_intermediate_size": 32},
     "glm4_moe": {

@@ -56,7 +56,6 @@ CELLS: dict[str, dict[str, Any]] = {
         "model": "model",
         "data": "data",
         "tuning": {**LORA, "method": "qlora"},
-       
         **TRAINING,
     },
     "reward": {"stage": "reward", "model": "model", "data": "pairs", **TRAINING},
@@ -82,7 +81,6 @@ CELLS: dict[str, dict[str, Any]] = {
         "stage": "sft",
         "model": "model",
         "data": "data",
-       
         **TRAINING,
         "continue_from": "sft",
         "max_steps": 2,
