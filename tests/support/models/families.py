@@ -166,13 +166,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "moe_shared_expert_intermediate_size": 32,
     },
-    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 16},
-    "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": MAX_POSITIONS},
-    "vaultgemma": {**DECODER, **MIXED_WINDOWS, "query_pre_attn_scalar": 16},
 }
 """Type of model -> the fields of its config that make it tiny."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 16},
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": MAX_POSITIONS},
+    "vaultgemma": {**DECODER, **MIXED_WINDOWS, "query_pre_attn_scalar": 16},
     "granitemoeshared": {
         **DECODER,
         "num_local_experts": 4,
