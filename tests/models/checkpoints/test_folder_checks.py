@@ -180,7 +180,7 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "settings garbage": (put(SETTINGS, "{"), SETTINGS, "cannot be read as JSON"),
     "settings a list": (put(SETTINGS, "[]"), SETTINGS, "found list"),
     "settings with a number for a token": (edit(SETTINGS, eos_token=7), SETTINGS, "eos_token is 7"),
-    "settings with a number for a template": (edit(SETTINGS, chat_template=7), SETTINGS, "chat_template is a int"),
+    "settings with a number for a template": (edit(SETTINGS, chat_template=7), SETTINGS, "chat_template is an int"),
     "settings with another tokenizer file": (
         edit(SETTINGS, fast_tokenizer_files=["../tokenizer.4.0.json"]),
         SETTINGS,
