@@ -21,7 +21,9 @@ _SCALED = re.compile(_MANTISSA + r"(?:\s?(thousand|million|billion|trillion)|([k
 _MONEY = re.compile(r"([$€£]\s?)(\d{1,20}(?:,\d{3}){0,6}(?:\.\d{1,20})?)(M|mn|B|bn)\b")
 _SCALES = {"k": 3, "thousand": 3, "m": 6, "mn": 6, "million": 6, "b": 9, "bn": 9, "billion": 9, "trillion": 12}
 _ZERO_WIDTH = re.compile("[\u00ad\u200b\u200e\u200f\u2060\ufeff]")
-_TAG = re.compile(r"</?(?:b|i|u|em|strong|code|mark|span|p|div|center)(?:\s+[\w-]{1,30}=\"[^\"\n]{0,200}\")*\s*/?>", re.IGNORECASE)
+_TAG = re.compile(
+    r"</?(?:b|i|u|em|strong|code|mark|span|p|div|center)(?:\s+[\w-]{1,30}=\"[^\"\n]{0,200}\")*\s*/?>", re.IGNORECASE
+)
 _STRUCK = re.compile(r"~~[^~\n]+~~")
 _EMPHASIS = re.compile(
     r"(?<![\w*\\)\]}])(\*{1,3})(?=[^\s*])([^*\n]+)(?<!\s)\1(?![\d(*])"
