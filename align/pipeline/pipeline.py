@@ -23,7 +23,7 @@ from align.config.stages.continue_from import CONTINUE
 from align.config.synonyms import KINDS
 from align.config.user_functions import add_module_folder
 from align.config.validation import suggest, validate
-from align.errors import UserError, shorten, with_article
+from align.errors import UserError, redact, shorten, with_article
 from align.pipeline.executors import choose_executor, in_long_forms, objection_to_stage, refuse_contradiction
 from align.pipeline.file import Overrides, complete_values, read_pipeline_file, settle_pipeline
 from align.pipeline.inheritance import Settings, inherit, refuse_changes
@@ -54,7 +54,8 @@ class PipelineConfig(Config):
         """Refuse a name that is not allowed, with the nearest name that is."""
         if not isinstance(name, str) or re.fullmatch(NAME_PATTERN, name):
             return name
-        allowed = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[:64]
+        # The suggestion must not repeat a password that the message hides.
+        allowed = re.sub(r"[^A-Za-z0-9_-]+", "_", redact(name)).strip("_")[:64]
         allowed = allowed if allowed[:1].isalpha() else f"run_{allowed}"[:64].rstrip("_")
         rule = "letters, digits, - and _, at most 64, beginning with a letter"
         raise ValueError(f"expected {rule}; found {shorten(repr(name))}. Write `name: {allowed}`.")

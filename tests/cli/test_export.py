@@ -159,7 +159,7 @@ def test_a_scorecard_is_named_and_must_be_of_this_checkpoint(
     assert export("00000000", "--scorecard", "44444444", output=tmp_path / "other") == 2
     assert "it does not measure this checkpoint" in capsys.readouterr().err
     assert export("22222222", "--scorecard", "11111111", output=tmp_path / "other") == 2
-    assert "--scorecard 11111111 is a InstructionData, not a Scorecard" in capsys.readouterr().err
+    assert "--scorecard 11111111 is an InstructionData, not a Scorecard" in capsys.readouterr().err
 
 
 def test_lineage_and_pipeline_come_from_the_store(example: ExampleStore) -> None:
@@ -239,7 +239,7 @@ def test_missing_base_is_refused_and_unrecorded_base_noted(
         (["22222222", "--dry-run"], "go with --push REPO; name one"),
         (["22222222", "--push", "one-word"], "is no name of a Hub model"),
         (["22222222", "--license", "a;b"], "is no name of a license"),
-        (["11111111"], "is a InstructionData, not a checkpoint"),
+        (["11111111"], "is an InstructionData, not a checkpoint"),
         (["99999999"], "no artifact's key starts with"),
         (["22222222", "--dtype", "float16"], "invalid choice"),
     ],
