@@ -2,9 +2,10 @@ r"""The verifier ``math``: an answer and a reference as expressions of sympy, by
 
 The place of the answer, the first of these that the text outside thoughts has:
 
-1. the last ``\boxed{}``. Boxes with different contents are several answers, so there is none;
+1. ``\boxed{}``. Several boxes must all be right, or they are several answers and there is none;
 2. the line after ``####``, likewise; if there is a box as well, both must be right;
-3. the text after the last "answer is" or "answer:", up to the end of its line. The line before must have no other;
+3. the text after the last "answer is" or "answer:", up to the end of its line, or the line below such a heading. The
+   line before must have no other;
 4. the whole answer, if it is one line.
 
 math-verify reads that place as a whole. It never searches the text for an expression, because its fallbacks to the last
@@ -20,10 +21,14 @@ from collections import deque
 from typing import Any
 
 from align.data.final_answers import answer_text
+from align.data.number_forms import unformatted
+from align.verifiers.units import SCALES, UNITS, Measure, read_measure
 from align.verifiers.verdict import NO_ANSWER, UNEQUAL, UNPARSABLE, BadReference, Verdict, equal_or
 
 LONGEST = 1000
 """Characters of the longest answer that is parsed."""
+TOLERANCE = 1.001e-6
+"""Relative difference of two numbers that are equal: ``0.333333`` is 1/3."""
 MOST_BOXES = 100
 """Boxes that are read, the last ones."""
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -31,12 +36,25 @@ _MARK = re.compile(r"####([^\n#]*)")
 _ANSWER = re.compile(r"\banswer(?:\s+is\b|[ \t]*:)[ \t]*:?([^\n]*)", re.IGNORECASE)
 _MATH = re.compile(r"\$\$?(.+?)\$\$?[\s.]*|\\\((.+?)\\\)[\s.]*|\\\[(.+?)\\\][\s.]*", re.DOTALL)
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
-_UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{\s*([^{}\d]+?)s?\s*\}")
+_WRAPPED = re.compile(
+    r"\{([^{},]+)\}|\\(?:displaystyle|textstyle|bf|large)\b(.+)"
+    r"|\\(?:mathbf|mathit|boldsymbol|bm|emph|underline|textbf|textit)\s*(?:\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}|(\w))",
+    re.DOTALL,
+)
+"""A text within one mark of emphasis."""
+_HEADING = re.compile(
+    r"(\banswer(?:[ \t]+is\b[ \t]*:?|[ \t]*:)|^[#> \t]*(?:final[ \t]+)?answer)[ \t]*\n\s*(?=\S)", re.I | re.M
+)
+_DISPLAY = re.compile(r"\$\$([^$]{1,1000})\$\$|\\\[((?:(?!\\\]).){1,1000})\\\]", re.DOTALL)
+_AFTER_BOX = re.compile(r"(?:\\[,; ]|[ \t$])*(?:(\\(?:text|mathrm)\s*\{[^{}]*\})|([A-Za-z]{4,})\b)")
+_EXPONENT = re.compile(r"(?<=\d)[eE]([-+]?\d{1,3})(?![\d.^])")
 _TAG = re.compile(r"</?answer>", re.IGNORECASE)
 _GROUPS = re.compile(r"(?<=\d)(?:\\[,! ]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 _FRACTION = re.compile("[¼-¾⅐-⅞]")
 _CALCULUS = re.compile(r"\\(?:int|sum|prod|lim|partial)\b|\\frac\s*\{\s*d\s*\}")
-_FUNCTION = re.compile(r"\\(?:[dt]?binom|gcd|max|min|log|ln|exp|sin|cos|tan|lfloor|lceil|det)\b")
+_FUNCTION = re.compile(
+    r"\\(?:[dt]?binom|gcd|max|min|log|ln|exp|sin|cos|tan|lfloor|lceil|det|bmod|pmod)\b|\\begin\{vmatrix\}"
+)
 """Operations that math-verify performs, and a number does not have."""
 _QUOTIENT = re.compile(r"\\[dt]?frac[\s{(-]*\d|\d\s*/\s*\d")
 _DOUBT = re.compile(r"\d|\b(?:or|not|maybe|perhaps|possibly)\b")
@@ -46,36 +64,84 @@ _ADJACENT = re.compile(r"\d\s+\d")
 
 def verify(reference: Any, text: str) -> Verdict:
     """Return the verdict on an answer. Raises ``BadReference`` for a reference that math-verify cannot read."""
-    gold_text = str(reference).strip()
-    if not _parse(_inner(gold_text)):
+    gold_text = _inner(str(reference).strip())
+    if not _parse((read_measure(gold_text) or Measure(gold_text)).number):
         raise BadReference("cannot be read by math-verify")
-    pieces = _find_answers(answer_text(text) or "")
+    pieces = _find_answers(unformatted(answer_text(text) or ""))
     if not pieces:
         return Verdict(0.0, NO_ANSWER)
     # An answer in a box and another behind ``####`` must both be right, or it would be a choice of two.
     verdicts = [_compare(gold_text, piece) for piece in pieces]
-    return next((verdict for verdict in verdicts if verdict.score < 1), verdicts[0])
+    wrong = [verdict for verdict in verdicts if verdict.score < 1]
+    if wrong and len(wrong) < len(verdicts):
+        return Verdict(0.0, NO_ANSWER)
+    return (wrong or verdicts)[0]
 
 
 def _compare(gold_text: str, piece: str) -> Verdict:
     """Return the verdict on one place of an answer."""
     if len(piece) > LONGEST or (_hides_answer(piece) and not _hides_answer(gold_text)):
         return Verdict(0.0, UNPARSABLE)
-    gold = _parse(_inner(gold_text))
-    parsed = _parse(piece)
+    gold_measure, measure = read_measure(gold_text), read_measure(piece)
+    if measure is None and gold_measure is not None:
+        return Verdict(0.0, UNPARSABLE)
+    # Words that are no unit are compared as they are if the reference has some.
+    gold_measure = gold_measure or Measure(gold_text)
+    measure = measure or Measure(piece)
+    gold, parsed = _parse(gold_measure.number), _parse(measure.number)
     if not parsed:
         return Verdict(0.0, UNPARSABLE)
     if _is_computation(gold[0], gold_text, parsed[0], piece) or _is_contradiction(parsed[0]):
         return Verdict(0.0, UNEQUAL)
     if _ADJACENT.search(piece) and not _ADJACENT.search(gold_text):
         return Verdict(0.0, UNEQUAL)
-    units = [set(_UNIT.findall(part)) for part in (gold_text, piece)]
-    # A unit that only one side writes is ignored.
-    if all(units) and units[0] != units[1]:
+    # A unit that only one side writes is ignored. A base counts if the answer writes it.
+    units = gold_measure.units, measure.units
+    if (all(units) and units[0] != units[1]) or (measure.base and measure.base != gold_measure.base):
         return Verdict(0.0, UNEQUAL)
     from math_verify import verify as compare
 
-    return equal_or(compare(gold, parsed, timeout_seconds=None))
+    gold, parsed = _scaled(gold_measure), _scaled(measure)
+    # math-verify rounds to six places: without the second check all numbers near 0 are equal.
+    return equal_or(compare(gold, parsed, timeout_seconds=None) and _are_close(gold[0], parsed[0]))
+
+
+def _scaled(measure: Measure) -> list[Any]:
+    """Return the expression of a number with its scale word: 42 million."""
+    return _parse(f"({measure.number})\\times {measure.factor}" if measure.factor else measure.number)
+
+
+def _are_close(gold: Any, answer: Any) -> bool:
+    """Return False if two numbers, or any numbers at the same place of two lists, differ by more than ``TOLERANCE``.
+
+    Whole numbers must be equal. ``50`` and ``50 %`` may differ by the factor 100.
+    """
+    import sympy
+
+    gold, answer = _right_side(gold), _right_side(answer)
+    pairs = [_entries(side) for side in (gold, answer)]
+    if pairs[0] and pairs[1]:
+        return len(pairs[0]) == len(pairs[1]) and all(map(_are_close, *pairs))
+    if not all(isinstance(side, sympy.Expr) and side.is_number and side.is_real for side in (gold, answer)):
+        return True
+    tolerance = 0 if gold.is_Integer and answer.is_Integer else TOLERANCE
+    values = [sympy.N(side, 30) for side in (gold, answer)]
+    factors = (1, 100, sympy.Rational(1, 100))
+    return any(abs(values[0] * factor - values[1]) <= tolerance * abs(values[1]) for factor in factors)
+
+
+def _entries(expression: Any) -> list[Any]:
+    """Return the entries of a tuple, an interval, a set of real numbers or a matrix; none for anything else."""
+    import sympy
+
+    if isinstance(expression, sympy.FiniteSet):
+        are_real = all(entry.is_number and entry.is_real for entry in expression.args)
+        return sorted(expression.args, key=float) if are_real else []
+    if isinstance(expression, sympy.Interval):
+        return [expression.start, expression.end]
+    if isinstance(expression, sympy.MatrixBase):
+        return list(expression)
+    return list(expression.args) if isinstance(expression, sympy.Tuple) else []
 
 
 def _is_computation(gold: Any, gold_text: str, parsed: Any, piece: str) -> bool:
@@ -86,12 +152,42 @@ def _is_computation(gold: Any, gold_text: str, parsed: Any, piece: str) -> bool:
     if not set(_CALCULUS.findall(piece)) <= set(_CALCULUS.findall(gold_text)):
         return True
     answer = _right_side(parsed)
+    if _is_left_to_compute(answer) and not _is_left_to_compute(_right_side(gold)):
+        return True
+    if not getattr(gold, "free_symbols", set()) and not set(_FUNCTION.findall(piece)) <= set(
+        _FUNCTION.findall(gold_text)
+    ):
+        return True
     if not _is_value(gold):
         return _has_symbols_below(answer) and not _has_symbols_below(gold)
     if _FUNCTION.search(piece) or not _is_value(answer):
         return True
     # ``10/2`` is left to compute if the reference is a whole number.
     return bool(getattr(gold, "is_Integer", False)) and _QUOTIENT.search(piece) is not None
+
+
+def _is_left_to_compute(expression: Any) -> bool:
+    """Return True for an expression in which numbers could be joined: 3 + 4, 3 * 4 x, 2^3, (1 + 3, 2), sin(1)."""
+    import sympy
+
+    if isinstance(expression, sympy.MatrixBase):
+        return any(_is_left_to_compute(entry) for entry in expression)
+    if not isinstance(expression, sympy.Basic):
+        return False
+    numbers = [part for part in expression.args if isinstance(part, sympy.Number) and part != -1]
+    if isinstance(expression, sympy.Add) and len(numbers) > 1:
+        return len(expression.args) > 2 or not _is_mixed(*numbers)
+    if isinstance(expression, sympy.Add) and expression.is_number and not numbers:
+        return len(sympy.Add.make_args(sympy.Add(*expression.args))) < len(expression.args)  # like terms
+    if isinstance(expression, sympy.Mul) and len(numbers) > 1:
+        return True
+    if isinstance(expression, sympy.Pow) and len(numbers) == 2:
+        base, exponent = expression.args
+        is_scale = base == 10 and exponent.is_Integer
+        return not is_scale and bool((base**exponent).is_Rational) and exponent != -1
+    if isinstance(expression, sympy.Function) and expression.is_number and not isinstance(expression, sympy.exp):
+        return True
+    return any(_is_left_to_compute(part) for part in expression.args)
 
 
 def _has_symbols_below(expression: Any) -> bool:
@@ -115,13 +211,14 @@ def _is_contradiction(parsed: Any) -> bool:
 
 def _find_answers(answer: str) -> list[str]:
     """Return the places of the answer without their dollar signs; none if there are several that differ."""
-    answer = _TAG.sub(" ", answer)
+    answer = _DISPLAY.sub(lambda match: f"$${' '.join((match[1] or match[2]).split())}$$", _TAG.sub(" ", answer))
+    answer = _HEADING.sub(lambda match: f"{match[1].removesuffix(':')}: ", answer)
     boxes = {_unwrap(box.strip()) for box in _boxes(answer)}
     marks = {match[1].strip() for match in _MARK.finditer(answer)}
     # 1. Places that are marked as the answer count before any others.
     if boxes or marks:
         places = sorted(boxes) + sorted(marks)
-        is_single = len(boxes) <= 1 and len(marks) <= 1 and not any(_BOX.search(box) for box in boxes)
+        is_single = len(marks) <= 1 and not any(_BOX.search(box) for box in boxes)
         return [_inner(_unwrap(place)) for place in places] if is_single and all(places) else []
     # 2. Otherwise the last line that states an answer counts, or a text of a single line.
     lines = [line for line in answer.splitlines() if line.strip()]
@@ -159,25 +256,47 @@ def _boxes(answer: str) -> list[str]:
         while end < limit and depth:
             depth += {"{": 1, "}": -1}.get(answer[end], 0)
             end += 1
-        boxes.append("" if depth else answer[match.end() : end - 1])
+        boxes.append("" if depth else answer[match.end() : end - 1] + _unit_behind(answer, end))
     return boxes
+
+
+def _unit_behind(answer: str, end: int) -> str:
+    r"""Return the unit or the scale word that follows a box, as in ``\boxed{90} \text{ radians}``, or an empty text."""
+    match = _AFTER_BOX.match(answer, end)
+    if match is None:
+        return ""
+    word = (match[2] or "").lower()
+    if word:
+        names = (word, word.removesuffix("s"))
+        return f" \\text{{ {word}}}" if any(name in UNITS or name in SCALES for name in names) else ""
+    measure = read_measure(f"1 {match[1]}")
+    return f" {match[1]}" if measure is not None and (measure.units or measure.factor) else ""
 
 
 def _inner(text: str) -> str:
     """Return a text without asterisks, the signs of a formula around it, and a full stop at its end."""
-    stripped = _plain_digits(text).replace("**", "").strip()
+    stripped = _without_marks(_plain_digits(text))
     words = _TEXT.fullmatch(stripped)
     if words is not None and any(sign.isdigit() for sign in words[1]):
         stripped = words[1].strip()
     match = _MATH.fullmatch(stripped)
     if match is not None and "$" not in (inner := match[1] or match[2] or match[3]):
-        return inner.strip()
-    return stripped.removesuffix(".").strip()
+        return _without_marks(inner)
+    return _without_marks(stripped.removesuffix("."))
+
+
+def _without_marks(text: str) -> str:
+    """Return an answer without the marks of emphasis around it."""
+    text = text.strip()
+    while (match := _WRAPPED.fullmatch(text)) is not None:
+        text = next(filter(None, match.groups()), "").strip()
+    return text
 
 
 def _plain_digits(text: str) -> str:
     """Return a text whose digits are ASCII, without separators of thousands, and with LaTeX's fractions."""
     text = "".join(str(unicodedata.decimal(sign)) if sign.isdecimal() else sign for sign in text)
+    text = _EXPONENT.sub(r"\\times 10^{\1}", text)
     return _FRACTION.sub(_spell_fraction, _GROUPS.sub("", text))
 
 

@@ -16,6 +16,7 @@ from align.config.verifiers import EnvironmentVerifier
 from align.data.checkers import gsm8k_answer
 from align.environments.sources import open_environment
 from align.errors import StageFailed, UserError
+from align.verifiers import mathematics
 from align.verifiers.scorer import open_verifier
 from align.verifiers.verdict import reasons_in
 from align.verifiers.workers import Comparison, Worker
@@ -90,7 +91,7 @@ MATH = [
     ("5", "\\boxed{6 \\boxed{5}}", NO_ANSWER),
     ("5", "The answer is 6.\nThe answer is 5.", NO_ANSWER),
     ("5", "The answer is 6?\nLet me check.\nThe answer is 5.", RIGHT),
-    ("5", "#### 6\n\\boxed{5}", UNEQUAL),
+    ("5", "#### 6\n\\boxed{5}", NO_ANSWER),
     ("5", "\\boxed{6 = 5}", UNEQUAL),
     ("10", "\\boxed{\\binom{5}{2}}", UNEQUAL),  # copied from the question
     ("13", "\\boxed{\\frac{1001}{77}}", UNEQUAL),
@@ -109,6 +110,112 @@ MATH = [
 def test_math_has_a_reason_for_each_verdict() -> None:
     pairs = [(reference, answer) for reference, answer, _ in MATH]
     assert reasons({"math": "answer", "seconds": 60.0}, pairs) == [reason for *_, reason in MATH]
+
+
+WRONG_FORMS = [
+    ("5 \\text{ cm}^2", "5 cm^3"),
+    ("5\\text{ cm}^2", "\\boxed{5\\text{ cm}^3}"),
+    ("90^\\circ", "\\boxed{90}\\text{ radians}"),
+    ("90^\\circ", "\\boxed{90 \\text{ radians}}"),
+    ("90^\\circ", "\\boxed{90 \\text{ rad}}"),
+    ("\\$5", "\\boxed{5 \\text{ cents}}"),
+    ("42", "\\boxed{42 \\text{ million}}"),
+    ("42", "\\boxed{42 million}"),
+    ("42", "\\boxed{42 \\text{ dozen}}"),
+    ("42", "\\boxed{42 \\text{ is wrong}}"),
+    ("42", "\\boxed{42_5}"),
+    ("1011_2", "\\boxed{1011_3}"),
+    ("42", "<!-- \\boxed{42} -->"),
+    ("42", "I don't know <!-- \\boxed{42} -->"),
+    ("\\frac{\\sqrt3}{2}", "\\boxed{\\sin\\frac\\pi3}"),
+    ("(4,6)", "\\boxed{(1+3,2+4)}"),
+    ("-2", "\\boxed{\\det\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}}"),
+    ("6.63e-34", "\\boxed{1.6e-19}"),
+    ("6.63 \\times 10^{-34}", "\\boxed{1.6 \\times 10^{-19}}"),
+    ("0.0001", "\\boxed{0.0002}"),
+    ("1e-9", "\\boxed{0}"),
+    ("\\sqrt{2}", "\\boxed{\\sqrt{1+1}}"),
+    ("2\\sqrt3", "\\boxed{\\sqrt{12}+0\\cdot 5}"),
+    ("\\pi", "\\boxed{3.14}"),
+    ("\\frac{1}{3}", "\\boxed{0.33}"),
+    ("5", "\\boxed{4 or 5}"),
+    ("5", "\\boxed{5, 6}"),
+    ("\\{1,2\\}", "\\boxed{\\{1,2,3\\}}"),
+    ("(0,1)", "\\boxed{[0,1]}"),
+    ("10", "\\boxed{10^{10}}"),
+    ("100", "\\boxed{1000}"),
+    ("x^2+1", "\\boxed{x^2+2}"),
+    ("12", "\\boxed{3\\times4}"),
+    ("8", "\\boxed{2^3}"),
+    ("e", "\\boxed{\\exp(1)}"),
+    ("\\ln 2", "\\boxed{\\int_1^2 \\frac1x dx}"),
+    ("7", "\\boxed{3+4}"),
+]
+"""Reference and wrong answer: other units, scales and bases, values left to compute, tiny numbers, hidden boxes."""
+RIGHT_FORMS = [
+    ("5", "\\boxed{{5}}"),
+    ("5", "\\boxed{\\mathbf 5}"),
+    ("5", "\\boxed{\\mathbf{5}}"),
+    ("42", "Final Answer:\n42"),
+    ("42", "**Answer:**\n\n42"),
+    ("42", "\\boxed{42}\u200b"),
+    ("42", "The answer is **42**."),
+    ("0.5", "\\boxed{\\frac12} = \\boxed{0.5}"),
+    ("\\frac12", "\\boxed{0.5}. So \\boxed{\\frac{1}{2}}"),
+    ("42", "**Final Answer:** $42$"),
+    ("42", "**Final Answer**: \\(42\\)"),
+    ("5\\text{ cm}", "\\boxed{5 \\text{ cm}}"),
+    ("5", "\\boxed{5\\text{ cm}}"),
+    ("90^\\circ", "\\boxed{90}"),
+    ("90^\\circ", "\\boxed{90 \\text{ degrees}}"),
+    ("\\$5", "\\boxed{\\$5.00}"),
+    ("5", "\\boxed{5 \\text{ dollars}}"),
+    ("\\frac{1}{2}", "\\boxed{\\tfrac12}"),
+    ("(3,-4)", "\\boxed{(3, -4)}"),
+    ("(3,-4)", "\\boxed{\\left(3,-4\\right)}"),
+    ("\\{1,2\\}", "\\boxed{\\{2,1\\}}"),
+    ("x^2+2x+1", "\\boxed{(x+1)^2}"),
+    ("1,000", "\\boxed{1000}"),
+    ("1000", "\\boxed{1{,}000}"),
+    ("50\\%", "\\boxed{50\\%}"),
+    ("x=5", "\\boxed{5}"),
+    ("5", "\\boxed{x=5}"),
+    ("2\\sqrt{3}", "\\boxed{2\\sqrt 3}"),
+    ("\\frac{\\sqrt3}{2}", "\\boxed{\\frac{\\sqrt{3}}{2}}"),
+    ("3.14", "\\boxed{3.140}"),
+    ("6.63e-34", "\\boxed{6.63\\times 10^{-34}}"),
+    ("[0,1)", "\\boxed{[0,1)}"),
+    ("x \\le 3", "\\boxed{(-\\infty,3]}"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\boxed{\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}}"),
+    ("1011_2", "\\boxed{1011_2}"),
+    ("42", "### Answer\n\n42"),
+    ("42", "The final answer is\n\n$$\\boxed{42}$$"),
+    ("42", "Therefore, the answer is:\n\n$$42$$"),
+    ("42", "Answer: 42\n\nHope this helps!"),
+    ("\\text{Monday}", "\\boxed{\\text{Monday}}"),
+    ("A", "\\boxed{A}"),
+    ("5 \\text{ million}", "\\boxed{5 \\text{ million}}"),
+    ("\\pi", "\\boxed{\\pi}"),
+    ("\\sqrt{2}", "\\boxed{\\sqrt{2}}"),
+    ("2+3i", "\\boxed{2+3i}"),
+    ("\\frac{3}{4}", "\\boxed{3/4}"),
+    ("10", "\\boxed{10 \\text{ km/h}}"),
+    ("10\\text{ m/s}", "\\boxed{10\\,\\mathrm{m/s}}"),
+    ("5 \\text{ cm}^2", "\\boxed{5\\text{ cm}^2}"),
+    ("5 \\text{ cm}^2", "\\boxed{5}"),
+    ("-\\frac{1}{2}", "\\boxed{\\frac{-1}{2}}"),
+    ("7", "`7`"),
+    ("7", "\\boxed{\\textbf{7}}"),
+    ("7", "\\boxed{\\displaystyle 7}"),
+    ("7", "\\boxed{\\,7\\,}"),
+    ("7", "$\\boxed{7}$ apples"),
+]
+
+
+@pytest.mark.parametrize(("cases", "score"), [(WRONG_FORMS, 0.0), (RIGHT_FORMS, 1.0)], ids=["wrong", "right"])
+def test_math_reads_units_marks_and_values(cases: list[tuple[str, str]], score: float) -> None:
+    verdicts = [mathematics.verify(reference, answer).score for reference, answer in cases]
+    assert [case for case, verdict in zip(cases, verdicts, strict=True) if verdict != score] == []
 
 
 def test_worker_that_hangs_is_killed_and_replaced() -> None:
