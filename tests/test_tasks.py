@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -11,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from align.cli.main import main
-from align.models.built_in import make_tiny
+from tests.support.document_files import write_files
 from tests.support.inference.fake_chat import FakeChat, completion
 from tests.support.installed import InstalledAlign
 
 PAGE = Path("docs/tasks.md")
 MAX_LINES = 15
-ROWS = 24
 PIPELINES = ("sft", "dpo", "ppo", "judged", "grpo", "more")
 TINY = ["runtime.engine.name=transformers"]
 MODEL = "stages.model.source=tiny"
@@ -44,10 +42,6 @@ def code_lines(block: str) -> int:
     return sum(not line.startswith("# ") for line in block.strip().splitlines())
 
 
-def write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the page's files and data of the user's, which is the current folder."""
@@ -56,30 +50,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             name = re.match(r"# (\S+\.(?:yaml|py))\n", block)
             if name:
                 (tmp_path / name.group(1)).write_text(block)
-    numbers = range(ROWS)
-    turns = [("user", "Say {}."), ("assistant", "{}, of course.")]
-    chats = [[{"role": role, "content": text.format(number)} for role, text in turns] for number in numbers]
-    write_jsonl(tmp_path / "chats.jsonl", [{"messages": messages} for messages in chats])
-    pairs = [f"What is {number}?,It is {number}.,No idea {number}.\n" for number in numbers]
-    (tmp_path / "pairs.csv").write_text("question,better,worse\n" + "".join(pairs))
-    sums = [{"question": f"{number} + 3 = ?", "answer": number + 3} for number in numbers]
-    write_jsonl(tmp_path / "sums.jsonl", sums)
-    problems = [{"question": f"{number} eggs and 2?", "answer": f"A sum.\n#### {number + 2}"} for number in numbers]
-    write_jsonl(tmp_path / "problems.jsonl", problems)
-    make_base(tmp_path / "base")
+    write_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
-
-
-def make_base(path: Path) -> None:
-    """Write a tiny model without a chat template, as a base model is."""
-    make_tiny(path)
-    for file in path.glob("chat_template*"):
-        file.unlink()
-    config = json.loads((path / "tokenizer_config.json").read_text())
-    config.pop("chat_template", None)
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def test_every_task_is_short_and_the_table_counts_its_lines() -> None:

@@ -40,17 +40,21 @@ LINK_OR_MENTION = re.compile(
     re.VERBOSE,
 )
 SUMMARY_LENGTH = 200
+NOT_RUN = re.compile(r'^(```\w+) not_run="[^"\n]*"$', re.MULTILINE)
 DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 """A diagram of Mermaid, which GitHub draws itself."""
 
 
 def collect_pages() -> dict[str, str]:
-    """Return every page of the site, path below ``docs/`` → Markdown, with links that hold on the site."""
+    """Return every page of the site, path below ``docs/`` → Markdown, with links that hold on the site.
+
+    Blocks of code that no test runs say why in an attribute of their fence, which mkdocs would print.
+    """
     sources = {path.relative_to(ROOT / "docs").as_posix(): path for path in sorted((ROOT / "docs").rglob("*.md"))}
     texts = {page: path.read_text(encoding="utf-8") for page, path in sources.items()}
     texts |= {page: (ROOT / name).read_text(encoding="utf-8") for page, name in COPIED.items()}
     texts |= reference_pages()
-    return {page: rewrite_links(page, text, texts) for page, text in texts.items()}
+    return {page: rewrite_links(page, NOT_RUN.sub(r"\1", text), texts) for page, text in texts.items()}
 
 
 def arrange(pages: Mapping[str, str]) -> dict[str, list[str]]:

@@ -29,6 +29,11 @@ from align.store.artifacts import Kind
 ROOT = Path(__file__).parents[2]
 
 
+def test_reasons_of_blocks_that_are_not_run_are_dropped(pages):
+    assert 'not_run="' in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [page for page, text in pages.items() if 'not_run="' in text and page != "contributing.md"]
+
+
 @pytest.fixture(scope="module")
 def pages() -> dict[str, str]:
     return collect_pages()

@@ -192,7 +192,7 @@ def test_what_the_readme_and_the_guides_show_is_accepted(tmp_path: Path) -> None
     from align.pipeline.file import fill_in_variables, merge
     from align.pipeline.registry import STAGES
 
-    pages = ["README.md", "docs/getting_started.md", "docs/pipelines.md", "docs/ppo.md", "docs/rewards.md"]
+    pages = ["README.md", "docs/getting_started.md", "docs/pipelines.md", "docs/ppo.md"]
     rewarded = {"policy": "sft", "prompts": "data", "learning_rate": 1e-5}
     evaluated = {"policies": ["sft"], "prompts": "data", "reference": "sft"}
     scored = {**rewarded, "score": "gold"}

@@ -16,10 +16,13 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz ,.!?_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROWS, WIDTH, STEPS = 8, 240, 40
 
 
-def make_talker(tiny_model: Path, folder: Path, words: Sequence[str]) -> Path:
-    """Write a copy of the tiny model that says ``words``, each as often, after a few steps of training."""
+def make_talker(tiny_model: Path, folder: Path, words: Sequence[str], template: str = TEMPLATE) -> Path:
+    """Write a copy of the tiny model that says ``words``, each as often, after a few steps of training.
+
+    ``template`` is its chat template.
+    """
     tokenizer, model = load_tokenizer(tiny_model), load_policy(tiny_model)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = template
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         generator = random.Random(0)
@@ -43,7 +46,9 @@ def _row(tokenizer: Any, generator: random.Random, words: Sequence[str]) -> tupl
     labels: list[int] = []
     while len(ids) < WIDTH:
         said = "".join(generator.choices(LETTERS, k=generator.randint(1, 90)))
-        before = tokenizer(f"<|im_start|>u{said}<|im_end|><|im_start|>a")["input_ids"]
+        messages = [{"role": "user", "content": said}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before = tokenizer(text)["input_ids"]
         word = tokenizer(f"{generator.choice(words)}<|im_end|>")["input_ids"]
         ids += [*before, *word]
         labels += [*([-100] * len(before)), *word]
