@@ -93,13 +93,14 @@ def _check_options(options: argparse.Namespace) -> None:
 def _validate(options: argparse.Namespace, data: ScoreData, specs: list[ScoreSpec], scorers: list[WeightedSum]) -> int:
     from align.config.scores import ScoreValidation
     from align.config.validation import validate
-    from align.evaluation.score_validation.validation import columns_of, validate_parts
+    from align.evaluation.score_validation.validation import check_references, columns_of, validate_parts
 
     fields = {"floor": options.floor, "rows": options.max_rows, "reference": options.reference}
     settings = validate(ScoreValidation, {name: value for name, value in fields.items() if value is not None}, "score")
     validations = []
     for spec, scorer in zip(specs, scorers, strict=True):
         columns = columns_of(spec.entries)
+        check_references(scorer.parts, data.rows)
         validations.append(
             validate_parts(scorer.parts, data.rows, settings, place=spec.name, columns=columns, with_models=True)
         )

@@ -14,7 +14,7 @@ from align.config.base import Config
 from align.config.endpoint import RewardJudge
 from align.store.fingerprint import canonical
 
-VERSION = 2
+VERSION = 3
 """Increased when an answer gets another verdict than before; part of the key of every stage with a verifier."""
 PROGRAMS = ("math", "number", "choice", "exact", "contains", "regex", "json_schema", "ifeval", "code")
 """Fields that name a program."""
@@ -24,7 +24,7 @@ CRITERIA_VERSION = 1
 """Increased when a judge of criteria is asked or read in another way than before; part of keys with ``criteria``."""
 UNREADABLE, NO_ANSWER, SATISFIED = "unreadable", "no_answer", "satisfied"
 """Metrics of ``criteria``."""
-CODE_FIELDS = ("language", "memory_mb", "sandbox")
+CODE_FIELDS = ("language", "memory_mb", "packages", "tolerance", "sandbox")
 """Fields that only ``code`` reads."""
 
 
@@ -108,6 +108,11 @@ class VerifierFields(Config):
     limited to twice as much."""
     memory_mb: int = Field(512, ge=64, le=1_048_576)
     """Address space of a program of ``code``, in MiB."""
+    packages: list[str] = Field(default_factory=list)
+    """Packages that programs of ``code`` and their tests may import, such as ``numpy``, each with what it needs."""
+    tolerance: float | None = Field(None, gt=0, le=1)
+    """Difference that a number in an output of ``code`` may have, absolutely or relative to the expected number. Whole
+    numbers must be equal."""
     sandbox: SandboxConfig | None = None
     """Isolation of the programs of ``code``; by default bubblewrap, else Landlock."""
 
@@ -121,6 +126,14 @@ class VerifierFields(Config):
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"is no regular expression: {error}.") from None
         return pattern
+
+    @field_validator("packages")
+    @classmethod
+    def _check_packages(cls, packages: list[str]) -> list[str]:
+        for name in packages:
+            if not name.isidentifier():
+                raise ValueError(f"'{name}' is no name of a package; write the name that `import` has, such as numpy.")
+        return packages
 
     @model_validator(mode="after")
     def _check_fields_used(self) -> Self:
@@ -159,7 +172,11 @@ class VerifierFields(Config):
                 criteria = [item.model_dump() for item in self.criteria]
             return {"criteria": criteria, "judge": self.judge.identity(), "version": CRITERIA_VERSION}
         identity = {kind: getattr(self, kind), "seconds": self.seconds, "version": VERSION}
-        return identity | {"memory_mb": self.memory_mb} if kind == "code" else identity
+        if kind != "code":
+            return identity
+        # Only what is set: a field with its default leaves the key as it was.
+        changed = {name: getattr(self, name) for name in self.changed("packages", "tolerance")}
+        return identity | {"memory_mb": self.memory_mb} | changed
 
 
 class EnvironmentVerifier(VerifierFields):

@@ -19,8 +19,7 @@ from align.data.scoring import Part, Scorer, WeightedSum, function_scorer
 from align.judges.checkpoint import CheckpointJudge
 from align.judges.client import Judge, JudgmentCaches, checkpoint_judge, stage_judge
 from align.judges.criteria_scorer import CriteriaScorer, criteria_by, criteria_scorer
-from align.judges.grades import GradeScorer
-from align.judges.scorer import JudgeScorer
+from align.judges.scorer import GradeScorer, JudgeScorer
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 from align.verifiers.scorer import VerifierScorer, open_verifier

@@ -1,4 +1,4 @@
-"""Judges as scorers of responses: what grades and criteria have in common. Torch-free."""
+"""Judges as scorers of responses: what grades and criteria have in common, and grades from 1 to 10. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align.config.endpoint import RewardJudge
-from align.data.rows import Row
+from align.config.verifiers import UNREADABLE
+from align.data.rows import Row, assistant
 from align.data.scoring import Parts
 from align.errors import UserError, shorten
 from align.inference.requests import Answer
+from align.judges import prompts
 from align.judges.client import READY, Judge, judge_request, unreadable_remedy
 
 MIN_JUDGMENTS = 32
@@ -91,4 +93,39 @@ class JudgeScorer:
             f"{self.place}: the judge {self.judge.name} gave no readable grade in {self.unreadable} of "
             f"{self.judgments} judgments; max_unreadable is {self.config.max_unreadable:g}. "
             f"{unreadable_remedy(self.config, unreadable)}"
+        )
+
+
+class GradeScorer(JudgeScorer):
+    """Scores responses by a judge's grade, from 0 to 1. ``unreadable`` is 1 for a grade that could not be read."""
+
+    def score_parts(
+        self, rows: Sequence[Row], responses: Sequence[str], truncated: Sequence[bool] | None = None
+    ) -> Parts:
+        """Return the scores under ``""``, and ``unreadable`` per response, 0 or 1. Equal responses are asked once.
+
+        Raises as ``JudgeScorer.score_parts`` does.
+        """
+        requests = [
+            judge_request(
+                self.judge.identity,
+                self.config,
+                prompts.grade_prompt([*row["prompt"], assistant(response)], self._rubric(row), self._reference(row)),
+            )
+            for row, response in zip(rows, responses, strict=True)
+        ]
+        answers = self.judge.ask(requests)
+        grades = [prompts.read_grade(answer.text) for answer in answers]
+        self._count([answer for answer, grade in zip(answers, grades, strict=True) if grade is None], len(requests))
+        # An unreadable grade counts as the lowest one, and ``unreadable`` marks it.
+        scale = prompts.MAX_GRADE - prompts.MIN_GRADE
+        return {
+            "": [0.0 if grade is None else (grade - prompts.MIN_GRADE) / scale for grade in grades],
+            UNREADABLE: [float(grade is None) for grade in grades],
+        }
+
+    def _rubric(self, row: Row) -> str:
+        """Return the rubric for a response to this row, with the columns that it quotes."""
+        return prompts.fill_rubric(
+            self.config.rubric or prompts.GRADE_RUBRIC, row, f"{self.place}.judge.rubric: row {row['id']}"
         )

@@ -90,7 +90,7 @@ def run(context: StageContext) -> dict[str, Any]:
     validation_facts: dict[str, Any] = {}
     if replay is None:
         # One process validates: a judge is asked once.
-        validation_facts = broadcast(lambda: validate_stage_score(context, parts, prompts))
+        validation_facts = broadcast(lambda: validate_stage_score(context, parts, prompts, validation_prompts or ()))
     tokenizer = load_tokenizer(source)
     check_stage_room(context, tokenizer)
     # A rollout is used once, so a server's outage may fail episodes: the update continues.

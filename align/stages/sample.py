@@ -64,7 +64,8 @@ def run(context: StageContext) -> dict[str, Any]:
     scorer = _open_scorer(context)
     validation_facts: dict[str, Any] = {}
     if scorer is not None:
-        validation_facts = validate_stage_score(context, scorer.parts, _read_rows(context, "train"))
+        train, test = (_read_rows(context, split) for split in SPLITS)
+        validation_facts = validate_stage_score(context, scorer.parts, train, test)
     tokenizer = load_tokenizer(context.artifact("policy").model)
     TemplateSettings.of(context.config).apply(tokenizer, f"stages.{context.name}.")
     check_stage_room(context, tokenizer)

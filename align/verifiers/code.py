@@ -1,7 +1,7 @@
 """The verifier ``code``: programs against tests, by their output or by asserts, in a sandbox.
 
 Tests by output start the program once for each input. Asserts run in a sandbox of their own, and call the program's
-functions in two others (``sandbox/session.py``): no process sees another, and only plain values pass between them
+functions in two others (``Replicas``): no process sees another, and only plain values pass between them
 (``sandbox/confined.py``).
 """
 
@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from align.data.final_answers import answer_text
-from align.verifiers.sandbox.isolation import Limits, Sandbox
-from align.verifiers.sandbox.session import Replicas, SeparateObjects, Session
+from align.verifiers.sandbox.isolation import Limits, Sandbox, Session
 from align.verifiers.verdict import (
     CRASHED,
     NO_ANSWER,
@@ -38,6 +37,12 @@ SYNTAX_ERRORS = ("SyntaxError", "IndentationError", "TabError")
 SYNTAX_EXIT = 3
 """Exit code of ``confined.py`` for a program that is not valid Python."""
 MOST_MESSAGES = 1_000_000
+LINE_ENDS = " \t\r\n"
+"""Space that does not count at the end of an output or a line. No other sign ends a line."""
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+CHECKED_AT_ONCE = 50
+"""References that one process checks."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,13 @@ def defines(program: str, name: str) -> bool:
     return re.search(rf"^[^\S\n]*(?:async )?def {re.escape(name)}\b", program, re.MULTILINE) is not None
 
 
-def verify(program: str, tests: ProgramTests, sandbox: Sandbox, limits: Limits) -> Verdict:
-    """Return the verdict on a program: it passes all tests, or none counts. Raises ``SandboxFailed``."""
+def verify(
+    program: str, tests: ProgramTests, sandbox: Sandbox, limits: Limits, tolerance: float | None = None
+) -> Verdict:
+    """Return the verdict on a program: it passes all tests, or none counts. Raises ``SandboxFailed``.
+
+    With ``tolerance`` a number of an output may differ by this much, absolutely or relative to the expected one.
+    """
     if not program.strip():
         return Verdict(0.0, NO_ANSWER)
     if tests.asserts:
@@ -152,14 +162,79 @@ def verify(program: str, tests: ProgramTests, sandbox: Sandbox, limits: Limits) 
             output = session.read_output()
             if output is None:
                 return _failure(session)
-        if _lines(output) != _lines(expected):
+        if not _is_equal_output(output, expected, tolerance):
             return Verdict(0.0, UNEQUAL)
     return RIGHT
 
 
+def _is_equal_output(output: str, expected: str, tolerance: float | None) -> bool:
+    """Return True for outputs of equal lines, in which numbers may differ within a tolerance."""
+    lines, expected_lines = _lines(output), _lines(expected)
+    if lines == expected_lines or tolerance is None:
+        return lines == expected_lines
+    if len(lines) != len(expected_lines):
+        return False
+    for line, expected_line in zip(lines, expected_lines, strict=True):
+        words, expected_words = line.split(), expected_line.split()
+        if len(words) != len(expected_words):
+            return False
+        if not all(_is_near(*pair, tolerance) for pair in zip(words, expected_words, strict=True)):
+            return False
+    return True
+
+
+def _is_near(word: str, expected: str, tolerance: float) -> bool:
+    """Return True for equal words, or for two numbers of which one is no integer and that are near each other."""
+    if word == expected:
+        return True
+    if not (_NUMBER.fullmatch(word) and _NUMBER.fullmatch(expected)):
+        return False
+    if _INTEGER.fullmatch(expected):
+        # Only the form may differ: 3.0 for 3. A relative tolerance would accept other large integers.
+        return not _INTEGER.fullmatch(word) and abs(float(word) - float(expected)) <= tolerance
+    return abs(float(word) - float(expected)) <= tolerance * max(1.0, abs(float(expected)))
+
+
 def _lines(output: str) -> list[str]:
     """Return the lines of an output without space at their ends, and without empty lines at the end."""
-    return [line.rstrip() for line in output.rstrip().splitlines()]
+    return [line.rstrip(LINE_ENDS) for line in output.rstrip(LINE_ENDS).split("\n")]
+
+
+def check_references(
+    references: Sequence[ProgramTests], sandbox: Sandbox, limits: Limits, run: Callable[..., Iterable[Any]] = map
+) -> list[BadReference | None]:
+    """Return what is wrong with each of the tests, or None. ``run`` is ``map``, or a pool's.
+
+    Asserts run with programs that return nothing, or the same object each time. Tests that exceed the limits are
+    accepted.
+    """
+    problems: list[BadReference | None] = [None] * len(references)
+    numbers = []
+    for number, tests in enumerate(references):
+        if tests.asserts:
+            numbers.append(number)
+        elif not any(expected.strip() for _, expected in tests.cases):
+            problems[number] = BadReference("expects no output, so a program that does nothing would pass")
+    batches = [numbers[start : start + CHECKED_AT_ONCE] for start in range(0, len(numbers), CHECKED_AT_ONCE)]
+
+    def check(batch: list[int]) -> None:
+        while batch:
+            with sandbox.start("check", limits) as session:
+                session.begin({"references": [_to_json(references[number]) for number in batch]})
+                checked = 0
+                while checked < len(batch) and (reply := session.receive()) is not None:
+                    if reply["problem"]:
+                        problems[batch[checked]] = BadReference(str(reply["problem"]))
+                    checked += 1
+            # The next tests ended the process, or spent the time. As the first of a process they get all of it.
+            batch = batch[max(checked, 1) :]
+
+    list(run(check, batches))
+    return problems
+
+
+def _to_json(tests: ProgramTests) -> dict[str, Any]:
+    return {"tests": tests.asserts, "setup": tests.setup, "entry_point": tests.entry_point}
 
 
 def _failure(session: Session) -> Verdict:
@@ -191,7 +266,7 @@ def _run_asserts(program: str, tests: ProgramTests, sandbox: Sandbox, limits: Li
         # 1. Load the program in each of its processes.
         solutions = [stack.enter_context(sandbox.start("serve", limits)) for _ in range(count)]
         grader = stack.enter_context(sandbox.start("grade", limits))
-        names: list[str] = []
+        contents: dict[str, Any] = {}
         for solution in solutions:
             solution.begin({"program": program})
             loaded = solution.receive()
@@ -199,10 +274,9 @@ def _run_asserts(program: str, tests: ProgramTests, sandbox: Sandbox, limits: Li
                 return _failure(solution)
             if "names" not in loaded:
                 return Verdict(0.0, UNPARSABLE if loaded.get("error") in SYNTAX_ERRORS else CRASHED)
-            # A process of the program has sent this, so its content is not trusted.
-            names = [name for name in loaded["names"] if isinstance(name, str)]
+            contents = _read_contents(loaded)
         # 2. Start the tests in a process that has none of the program's objects.
-        grader.begin({"tests": tests.asserts, "setup": tests.setup, "entry_point": tests.entry_point, "names": names})
+        grader.begin({**_to_json(tests), **contents})
         # 3. Carry calls and results until the tests have a verdict. The number bounds tests that call without end.
         replicas = Replicas(solutions)
         for _ in range(MOST_MESSAGES):
@@ -218,7 +292,90 @@ def _run_asserts(program: str, tests: ProgramTests, sandbox: Sandbox, limits: Li
     return Verdict(0.0, TIMED_OUT)
 
 
+def _read_contents(loaded: dict[str, Any]) -> dict[str, Any]:
+    """Return the names in a program. A process of the program has sent them, so they are not trusted."""
+
+    def texts(value: Any) -> list[str]:
+        return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+
+    exceptions = loaded.get("exceptions")
+    exceptions = exceptions if isinstance(exceptions, dict) else {}
+    return {
+        "names": texts(loaded["names"]),
+        "functions": texts(loaded.get("functions")),
+        "exceptions": {name: texts(bases) for name, bases in exceptions.items()}
+        if isinstance(exceptions, dict)
+        else {},
+    }
+
+
 def _read_verdict(message: dict[str, Any]) -> Verdict:
     if message["verdict"] == "passed":
         return RIGHT
     return Verdict(0.0, UNEQUAL if message["verdict"] == "failed" else CRASHED)
+
+
+class SeparateObjects(Exception):
+    """A call needs objects of different processes."""
+
+
+class Replicas:
+    """Processes of one program, among which the calls of its functions alternate.
+
+    A function that answers from what an earlier call stored, such as the argument of ``encode`` for the result of
+    ``decode``, gives another result in a process that has not seen that call. An object of the program's class stays in
+    the process that made it, and so do the calls of its methods. Tests see one number for each object.
+    """
+
+    def __init__(self, sessions: Sequence[Session]) -> None:
+        self._sessions = sessions
+        self._calls = 0
+
+    def ask(self, request: dict[str, Any]) -> tuple[Session, dict[str, Any] | None]:
+        """Return the process that a request went to, and its reply; None if there is none.
+
+        Raises ``SeparateObjects``.
+        """
+        # Tests see the number ``own number * count + index of the process``, so its remainder tells which process has
+        # the object.
+        count = len(self._sessions)
+        owners = {handle % count for handle in _handles(request)}
+        if len(owners) > 1:
+            raise SeparateObjects
+        if owners:
+            index = owners.pop()
+        else:
+            index = self._calls % count
+            self._calls += 1
+        session = self._sessions[index]
+        reply = None
+        if session.send(_renumber(request, lambda handle: handle // count)):
+            reply = session.receive()
+        try:
+            return session, reply and _renumber(reply, lambda handle: handle * count + index)
+        except RecursionError:
+            return session, None
+
+
+def _handles(data: Any) -> Iterator[int]:
+    """Yield the numbers of the objects in a message."""
+    if isinstance(data, dict):
+        if isinstance(data.get("handle"), int):
+            yield data["handle"]
+        for value in data.values():
+            yield from _handles(value)
+    elif isinstance(data, list):
+        for value in data:
+            yield from _handles(value)
+
+
+def _renumber(data: Any, number: Callable[[int], int]) -> Any:
+    """Return a message whose objects have other numbers."""
+    if isinstance(data, dict):
+        return {
+            key: number(value) if key == "handle" and isinstance(value, int) else _renumber(value, number)
+            for key, value in data.items()
+        }
+    if isinstance(data, list):
+        return [_renumber(value, number) for value in data]
+    return data

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.config.verifiers import VerifierFields
@@ -12,7 +13,7 @@ from align.data.rows import Row
 from align.data.scoring import Parts
 from align.errors import UserError, require_extra, shorten
 from align.verifiers import answers, code
-from align.verifiers.sandbox.isolation import Limits, Sandbox, open_sandbox
+from align.verifiers.sandbox.isolation import Limits, Sandbox, is_installed, open_sandbox
 from align.verifiers.verdict import CRASHED, REASONS, TIMED_OUT, UNPARSABLE, BadReference, Verdict, reference_value
 from align.verifiers.workers import Comparison, cores, shared_pool
 
@@ -36,6 +37,8 @@ class VerifierScorer:
     """Place of the entry in the YAML, for messages."""
     sandbox: Sandbox | None = None
     """Isolation of the programs of ``code``."""
+    _checked: dict[str, code.ProgramTests | BadReference] = field(default_factory=dict, repr=False, compare=False)
+    """Tests by their reference as JSON, or what is wrong with them."""
 
     @property
     def path(self) -> str:
@@ -79,6 +82,20 @@ class VerifierScorer:
             verdicts = shared_pool().verify(comparisons)
         return [self._check(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
 
+    def check_references(self, rows: Sequence[Row]) -> None:
+        """Read the references of all rows. Raises as ``score_parts`` does.
+
+        Tests of programs run once with a program that returns nothing.
+        """
+        if self.path == "code":
+            references = [self._reference(row) for row in rows]
+            problems = self._read_tests(references)
+            for row, problem in zip(rows, problems, strict=True):
+                if isinstance(problem, BadReference):
+                    raise self._refusal(row, problem)
+        else:
+            self.verify(rows, [""] * len(rows))
+
     def _reference(self, row: Row) -> Any:
         value = getattr(self.config, self.path)
         if self.path == "regex" or isinstance(value, dict):
@@ -87,21 +104,42 @@ class VerifierScorer:
             return {name: reference_value(row, name, self.place) for name in ("instruction_id_list", "kwargs")}
         return reference_value(row, value, f"{self.place}.{self.path}")
 
+    def _read_tests(self, references: Sequence[Any]) -> list[code.ProgramTests | BadReference]:
+        """Return the tests in each reference, or what is wrong with it. Each is checked once."""
+        names = [json.dumps(reference, sort_keys=True, default=str) for reference in references]
+        unread = {
+            name: reference for name, reference in zip(names, references, strict=True) if name not in self._checked
+        }
+        for name, reference in unread.items():
+            try:
+                self._checked[name] = code.read_tests(reference)
+            except BadReference as error:
+                self._checked[name] = error
+        tests = {name: each for name in unread if isinstance(each := self._checked[name], code.ProgramTests)}
+        assert self.sandbox is not None
+        with ThreadPoolExecutor(cores(), "references") as threads:
+            problems = code.check_references(list(tests.values()), self.sandbox, self._limits, threads.map)
+        for name, problem in zip(tests, problems, strict=True):
+            if problem is not None:
+                self._checked[name] = problem
+        return [self._checked[name] for name in names]
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(self.config.seconds, self.config.memory_mb)
+
     def _run_programs(self, references: Sequence[Any], responses: Sequence[str]) -> list[Verdict | BadReference]:
         """Run the program of each response against its tests, as many at the same time as there are cores."""
-        limits = Limits(self.config.seconds, self.config.memory_mb)
         assert self.sandbox is not None
-        sandbox = self.sandbox
+        sandbox, limits, tolerance = self.sandbox, self._limits, self.config.tolerance
 
-        def run(reference: Any, response: str) -> Verdict | BadReference:
-            try:
-                tests = code.read_tests(reference)
-            except BadReference as error:
-                return error
-            return code.verify(code.find_program(response, tests.entry_point), tests, sandbox, limits)
+        def run(tests: code.ProgramTests | BadReference, response: str) -> Verdict | BadReference:
+            if isinstance(tests, BadReference):
+                return tests
+            return code.verify(code.find_program(response, tests.entry_point), tests, sandbox, limits, tolerance)
 
         with ThreadPoolExecutor(cores(), "programs") as threads:
-            return list(threads.map(run, references, responses))
+            return list(threads.map(run, self._read_tests(references), responses))
 
     def _compare(self, reference: Any, response: str) -> Verdict | BadReference:
         try:
@@ -112,9 +150,12 @@ class VerifierScorer:
     def _check(self, row: Row, verdict: Verdict | BadReference) -> Verdict:
         if isinstance(verdict, Verdict):
             return verdict
+        raise self._refusal(row, verdict)
+
+    def _refusal(self, row: Row, problem: BadReference) -> UserError:
         value = shorten(repr(self._reference(row)), 80)
-        raise UserError(
-            f"{self.place}.{self.path}: row {row.get('id', '')}: the reference {value} {verdict}. Correct or drop the "
+        return UserError(
+            f"{self.place}.{self.path}: row {row.get('id', '')}: the reference {value} {problem}. Correct or drop the "
             "row, or use another verifier."
         )
 
@@ -133,4 +174,12 @@ def open_verifier(config: VerifierFields, place: str) -> VerifierScorer:
     kind = str(config.verifier)
     if kind in PACKAGES:
         require_extra(PACKAGES[kind], "verify", f"{place}.{kind}:")
-    return VerifierScorer(config, place, open_sandbox(config.sandbox, place) if kind == "code" else None)
+    if kind != "code":
+        return VerifierScorer(config, place)
+    sandbox = open_sandbox(config.sandbox, place)
+    for name in config.packages if sandbox.level != "command" else ():
+        if not is_installed(name):
+            raise UserError(
+                f"{place}.packages: {name} is not installed here. Install it (`pip install`), or remove it."
+            )
+    return VerifierScorer(config, place, replace(sandbox, packages=tuple(config.packages)))

@@ -1,5 +1,7 @@
 """Comparisons in worker processes, each with a wall-clock limit after which its process is killed.
 
+The module run as a program is such a process (``serve``). Messages are JSON.
+
 A comparison may hang inside C code, where no exception and no signal handler reaches it, and math-verify's own limit is
 an alarm that works only in the main thread.
 """
@@ -12,20 +14,24 @@ import functools
 import json
 import os
 import queue
+import resource
+import select
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from align.errors import StageFailed
-from align.verifiers.verdict import CRASHED, TIMED_OUT, BadReference, Verdict
+from align.verifiers.verdict import CRASHED, TIMED_OUT, UNPARSABLE, BadReference, Verdict
 
 START_SECONDS = 300.0
 """Time to start a worker and import its packages; sympy needs seconds, or a minute on a busy machine."""
@@ -33,6 +39,11 @@ MOST_WORKERS = 8
 MAX_REQUESTS = 2000
 """Requests after which a worker is replaced, since sympy keeps what it has computed."""
 LARGEST_REPLY = 1 << 20
+MEMORY = 2**31
+"""Address space in bytes that comparisons may use in addition to the imported packages."""
+ORPHAN_SECONDS = 10.0
+"""Pause between two looks for the parent, and time after which an overdue request ends the worker without it."""
+Verify = Callable[[Any, str], Verdict]
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ class Worker:
         ours, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "align.verifiers.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "align.verifiers.workers", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -200,3 +211,81 @@ def shared_pool() -> WorkerPool:
     """Return the pool of this process, whose workers live until it ends."""
     with _START:
         return _shared_pool(os.getpid())  # a fork has no threads
+
+
+# ---- in the worker process ----
+
+
+def find_verifier(kind: str) -> Verify:
+    """Return the function of a verifier, after the import of its packages."""
+    if kind == "math":
+        import math_verify  # noqa: F401 - part of the start, not of the first comparison
+
+        from align.verifiers import mathematics
+
+        return mathematics.verify
+    if kind == "ifeval":
+        import if_verifiable.ifeval.instructions_registry  # noqa: F401
+
+        from align.verifiers import instructions
+
+        return instructions.verify
+    from align.verifiers import answers
+
+    if kind == "json_schema":
+        import jsonschema  # noqa: F401
+    function: Verify = getattr(answers, kind)
+    return function
+
+
+def load_verifier(kind: str) -> Verify:
+    """Return the function of a verifier, and limit the memory that its comparisons may use."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # a CUDA build of torch maps many GiB when it is imported
+    function = find_verifier(kind)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    limit = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    return function
+
+
+def serve() -> None:
+    """Answer requests on the descriptor that is the first argument, until it closes or the parent is gone."""
+    connection = Connection(int(sys.argv[1]))
+    parent = os.getppid()
+    load = functools.cache(load_verifier)
+    while True:
+        # Another process may have inherited the other end, so its closing does not prove that the parent ended.
+        while not select.select([connection], [], [], ORPHAN_SECONDS)[0]:
+            if os.getppid() != parent:
+                return
+        try:
+            request = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        connection.send_bytes(json.dumps(_answer(load, request)).encode())
+
+
+def _answer(load: Callable[[str], Verify], request: dict[str, Any]) -> dict[str, Any]:
+    """Return the verdict on a request, or its ``error`` for a package or a reference that cannot be used."""
+    try:
+        function = load(request["kind"])
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    if "text" not in request:
+        return {}
+    # If the parent dies during a comparison that hangs, the kernel ends this process: the default action of the alarm.
+    signal.setitimer(signal.ITIMER_REAL, 4 * request["seconds"] + ORPHAN_SECONDS)
+    try:
+        verdict = function(request["reference"], request["text"])
+    except BadReference as error:
+        return {"error": str(error)}
+    except RecursionError:  # thousands of brackets
+        return {"score": 0.0, "reason": UNPARSABLE}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return {"score": verdict.score, "reason": verdict.reason}
+
+
+if __name__ == "__main__":
+    serve()

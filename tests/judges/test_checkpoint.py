@@ -16,7 +16,7 @@ from align.inference.protocol import Response
 from align.judges.checkpoint import CheckpointJudge
 from align.judges.client import JudgmentCaches, checkpoint_judge
 from align.judges.criteria_scorer import criteria_by
-from align.judges.grades import GradeScorer
+from align.judges.scorer import GradeScorer
 from align.models.built_in import make_tiny_tokenizer
 from align.store.artifacts import Artifact, Kind
 

@@ -151,7 +151,7 @@ def test_verifier_whose_processes_die_changes_no_score(make_context: Maker, monk
 
     def kill_workers() -> None:
         for child in psutil.Process().children():
-            if "align.verifiers.worker" in child.cmdline():
+            if "align.verifiers.workers" in child.cmdline():
                 child.kill()
                 killed.append(child.pid)
 

@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
-from align.verifiers.code import find_program
-from align.verifiers.sandbox.session import Replicas, SeparateObjects
+from align.config.validation import validate
+from align.config.verifiers import EnvironmentVerifier
+from align.errors import UserError
+from align.verifiers.code import Replicas, SeparateObjects, check_references, find_program, read_tests
+from align.verifiers.sandbox.isolation import Limits, open_sandbox
+from align.verifiers.scorer import open_verifier
 
 OTHER = "```\n6\n```"
 
@@ -78,3 +82,129 @@ def test_calls_alternate_and_objects_stay_in_their_process() -> None:
     assert session is sessions[1] and sessions[1].requests[-1]["handle"] == 1
     with pytest.raises(SeparateObjects):
         replicas.ask({"name": "f", "arguments": {"list": [{"handle": 0}, {"handle": 1}]}})
+
+
+UNITTEST = "import unittest\nclass T(unittest.TestCase):\n    def {}(self):\n        self.assertEqual(f(1), 2)"
+
+
+@pytest.mark.parametrize(
+    ("reference", "problem"),
+    [
+        (" ", "executes no assert"),
+        ("# assert f(1) == 2", "executes no assert"),
+        (["f(1) == 2"], "executes no assert"),
+        (["print(f(1) + 1)"], "has no assert"),
+        ("if f(1) != 2:\n    print('no')", "executes no assert"),
+        ("def run():\n    assert f(1) == 2", "executes no assert"),
+        ("async def test_f():\n    assert f(1) == 2", "executes no assert"),
+        ("def test_f():\n    return f(1) == 2", "executes no assert"),
+        ("import pytest\n@pytest.mark.skip\ndef test_f():\n    assert f(1) == 2", "executes no assert"),
+        (UNITTEST.format("f_test"), "executes no assert"),
+        ({"test": "def verify(candidate):\n    assert candidate(1) == 2", "entry_point": "f"}, "executes no assert"),
+        ({"test": "", "entry_point": "f"}, "executes no assert"),
+        (["assert (f(1) == 2, 'message')"], "any object"),
+        ("try:\n    assert f(1) == 2\nexcept AssertionError:\n    pass", "any object"),
+        (["assert callable(f)"], "any object"),
+        (["assert close(f(1), 2)"], "needs close"),
+        (["result = f(1)\nassert close(result, 2)"], "needs close"),
+        (["assert distance(f(1), 2) < 0.1"], "needs distance"),
+        (["assert all(close(a, b) for a, b in zip(f(1), [2]))"], "needs close"),
+        ({"test": "def check(candidate):\n    assert close(candidate(1), 2)", "entry_point": "f"}, "needs close"),
+        (["assert f(1) == = 2"], "no Python"),
+        (["import no_such_package\nassert f(1) == 2"], "`packages`"),
+        (["def test_f(page): assert f(page)"], "no fixture"),
+        ([{"input": "1", "output": " "}], "expects no output"),
+    ],
+)  # fmt: skip
+def test_tests_that_decide_nothing_are_refused(reference: Any, problem: str) -> None:
+    (error,) = check_references([read_tests(reference)], open_sandbox(None, "test"), Limits())
+    assert error is not None and problem in str(error)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        ["assert f(1) == 2"],
+        ["assert find([1], 2) is None"],
+        ["assert Item(1) == make(1)"],
+        ["if f(1) != 2:\n    raise ValueError"],
+        ["assert decode(encode('a')) == 'a'"],
+        ["assert is_prime(next_prime(8))", "assert is_prime(7)"],
+        ["root = insert(None, 5)\nassert search(root, 5)\nassert not search(root, 7)"],
+        {"test": "assert close(f(1), 2)", "setup": "def close(a, b): return abs(a - b) < 0.1"},
+        UNITTEST.format("test_f"),
+        "from solution import f\n\ndef test_f():\n    assert f(1) == 2",
+        [{"input": "1", "output": "2"}],
+    ],
+)
+def test_tests_that_decide_are_accepted(reference: Any) -> None:
+    assert check_references([read_tests(reference)], open_sandbox(None, "test"), Limits()) == [None]
+
+
+def test_references_behind_one_that_hangs_are_checked() -> None:
+    references = [["while True: pass"], ["import os\nos._exit(0)"], ["f(1)"], ["assert f(1) == 2"]]
+    errors = check_references(list(map(read_tests, references)), open_sandbox(None, "test"), Limits(seconds=0.5))
+    assert [error is not None for error in errors] == [False, False, True, False]
+
+
+def verdict(tests: Any, program: str, **fields: Any) -> str:
+    config = validate(EnvironmentVerifier, {"code": "tests", **fields}, "p.yaml")
+    (verdict,) = open_verifier(config, "score").verify([{"id": "7", "tests": tests}], [program])
+    return verdict.reason or "right"
+
+
+def test_scorer_refuses_a_reference_and_names_its_row() -> None:
+    with pytest.raises(UserError, match="score.code: row 7: the reference .* executes no assert"):
+        verdict("# no test", "def f(): pass")
+
+
+@pytest.mark.parametrize(
+    ("tests", "program", "expected"),
+    [
+        ("assert np.allclose(f(np.ones(2)), [2, 2])", "def f(x): return 2 * x", "right"),
+        ("np.testing.assert_allclose(f(2), np.eye(2))", "import numpy\ndef f(n): return numpy.ones((n, n))", "unequal"),
+        ("assert not (abs(f() - 1) > 0.1).any()", "import numpy\ndef f(): return numpy.full(2, numpy.nan)", "unequal"),
+        ("a = np.zeros(2)\nf(a)\nassert (a == 1).all()", "def f(a): a[:] = 1", "right"),
+    ],
+)
+def test_programs_import_the_packages_that_are_named(tests: str, program: str, expected: str) -> None:
+    pytest.importorskip("numpy")
+    assert verdict(f"import numpy as np\n{tests}", program, packages=["numpy"]) == expected
+
+
+def test_packages_are_hidden_and_a_missing_package_is_named() -> None:
+    assert verdict(["assert f() == 1"], "import numpy\ndef f(): return 1") == "crashed"
+    with pytest.raises(UserError, match=r"score.packages: no_such is not installed here. Install it"):
+        verdict(["assert f() == 1"], "def f(): return 1", packages=["no_such"])
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "tolerance", "reason"),
+    [
+        ("0.33333 yes", "0.333333 yes", 1e-3, "right"),
+        ("0.33333 no", "0.333333 yes", 1e-3, "unequal"),
+        ("123456.7891", "123456.789", 1e-6, "right"),
+        ("2.0", "2", 1e-6, "right"),
+        ("1000000006", "1000000007", 1e-3, "unequal"),
+        ("0.51", "0.5", 1e-3, "unequal"),
+        ("nan", "0.5", 1e-3, "unequal"),
+        ("0.5 0.6", "0.5", 1e-3, "unequal"),
+        ("0.33333", "0.333333", None, "unequal"),
+    ],
+)
+def test_numbers_of_outputs_may_differ_within_the_tolerance(
+    output: str, expected: str, tolerance: float | None, reason: str
+) -> None:
+    fields = {} if tolerance is None else {"tolerance": tolerance}
+    assert verdict([{"input": "", "output": expected}], f"print('{output}')", **fields) == reason
+
+
+def test_packages_and_tolerance_are_part_of_the_identity() -> None:
+    configs = [{}, {"packages": ["numpy"]}, {"tolerance": 0.1}]
+    identities = [validate(EnvironmentVerifier, {"code": "t", **each}, "p").verifier_identity() for each in configs]
+    assert "packages" not in identities[0] and identities[1]["packages"] == ["numpy"]
+    assert identities[2]["tolerance"] == 0.1
+    with pytest.raises(UserError, match="tolerance is for code, and this is number"):
+        validate(EnvironmentVerifier, {"number": "t", "tolerance": 0.1}, "p")
+    with pytest.raises(UserError, match="'no-name' is no name of a package"):
+        validate(EnvironmentVerifier, {"code": "t", "packages": ["no-name"]}, "p")

@@ -13,7 +13,7 @@ from align.config.validation import validate
 from align.config.verifiers import PROGRAMS, EnvironmentVerifier
 from align.verifiers.scorer import open_verifier
 from align.verifiers.verdict import REASONS
-from align.verifiers.worker import MEMORY
+from align.verifiers.workers import MEMORY
 
 LATEX = r"""
 \boxed{ \frac{ \sqrt{ \text{ \left( \right) \int_0^1 \sum_{i=1}^{n} \cdot \pm \begin{pmatrix} \end{pmatrix} \infty \log

@@ -10,12 +10,20 @@ from align.config.verifiers import EnvironmentVerifier
 from align.data.rows import Row
 from align.data.scoring import Part
 from align.evaluation.score_validation.probing import kind_of
-from align.evaluation.score_validation.validation import Validation, columns_of, refuse_problems, validate_parts
+from align.evaluation.score_validation.validation import (
+    Validation,
+    check_references,
+    columns_of,
+    refuse_problems,
+    validate_parts,
+)
 from align.pipeline.context import StageContext
 from align.verifiers.scorer import open_verifier
 
 
-def validate_stage_score(context: StageContext, parts: Sequence[Part], rows: Sequence[Row]) -> dict[str, Any]:
+def validate_stage_score(
+    context: StageContext, parts: Sequence[Part], rows: Sequence[Row], held_out: Sequence[Row] = ()
+) -> dict[str, Any]:
     """Validate the score of a stage that learns from it, and return facts for the record.
 
     In episodes only verifiers are validated, since other rewards may read what a single answer lacks.
@@ -24,9 +32,10 @@ def validate_stage_score(context: StageContext, parts: Sequence[Part], rows: Seq
         context: The stage's context, whose config has ``score_validation``.
         parts: Rewards of ``score`` with their weights. Reward models among them are not loaded.
         rows: Rows whose prompts the policy answers.
+        held_out: Rows that the stage only measures on. Their references are also read.
 
     Raises:
-        UserError: The score fails a check, or a function fails at an answer.
+        UserError: The score fails a check, a function fails at an answer, or a verifier cannot use a reference.
     """
     config: Any = context.config
     settings: ScoreValidation = config.score_validation
@@ -40,6 +49,7 @@ def validate_stage_score(context: StageContext, parts: Sequence[Part], rows: Seq
     if all(kind_of(part) == "model" for part in parts):
         return {}
     context.phase("validating the score")
+    check_references(parts, [*rows, *held_out])
     decides_sum = config.environment is None and not config.reward
     validation = validate_parts(parts, rows, settings, place=context.name, columns=columns, decides_sum=decides_sum)
     for line in validation.lines():

@@ -13,6 +13,7 @@ from align.errors import UserError
 from align.evaluation.score_validation.checks import MIN_ROWS, Check, Report, check_part, check_sum, check_verifier
 from align.evaluation.score_validation.probing import ProbeScores, kind_of, score_probes
 from align.evaluation.score_validation.references import Probe, choose_probes, refuse_missing_reference, select_probes
+from align.verifiers.scorer import VerifierScorer
 
 SUM = "sum"
 """Name of the weighted sum in tables."""
@@ -84,6 +85,13 @@ def columns_of(score: str | list[RewardEntry] | None) -> list[str]:
             values.append(entry.judge.reference)
         columns += [value for value in values if isinstance(value, str)]
     return columns
+
+
+def check_references(parts: Sequence[Part], rows: Sequence[Row]) -> None:
+    """Read the references of all rows. Raises ``UserError`` for one that a verifier cannot use."""
+    for part in parts:
+        if isinstance(part.scorer, VerifierScorer):
+            part.scorer.check_references(rows)
 
 
 def validate_parts(

@@ -1,84 +1,163 @@
-"""The first program inside a sandbox: it limits its own process for good, then runs code that nobody trusts.
+"""The program inside a sandbox: it limits its own process for good, then runs code that nobody trusts.
 
-The parent passes the texts of ``limits.py`` and of this file to Python (``-c``), so a container needs no align. They
-import only the standard library. One line of JSON on standard input says what to do:
+The parent passes the texts of ``limits.py`` and of this file to Python (``-c``), and with tests also those of
+``remote.py``, ``harness.py`` and ``grader.py``, so a container needs no align. They import only the standard library.
+One line of JSON on standard input says what to do:
 
 ``run``: execute the program as ``__main__``; ``stdin`` is its input, and its output is the process's.
 ``serve``: execute the program, then answer requests for calls of its functions, one JSON line each.
 ``grade``: execute tests, whose calls of the program's functions are requests to the parent, then write the verdict.
+``check``: execute tests with programs that always return the same, and write what is wrong with each of them.
 
 A program and its tests never share a process: only plain values pass between them. So no ``__eq__`` of the program
-takes part in a comparison, an early exit is a missing result, and the program cannot read its tests.
+decides about a plain value, an early exit is a missing result, and the program cannot read its tests.
 """
 
 from __future__ import annotations
 
 import builtins
+import copy
+import io
 import json
+import operator
 import os
 import sys
 import types
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `typing` costs milliseconds in every program
+    from collections.abc import Callable
+    from importlib.machinery import ModuleSpec
     from typing import Any
 
     from align.verifiers.sandbox.limits import confine
 
-MOST_ITEMS = 100_000
-"""Items that are read from an iterator, which may have no end."""
 SYNTAX_ERROR = 3
 """Exit code of a program that is not valid Python."""
+LONGEST_PRINT = 1 << 18  # characters of one call
+MOST_DEPTH = 200  # levels of nested values
+LARGEST_INTEGER = 1 << 53
+"""Larger integers are written in hexadecimal digits, whose number Python does not limit."""
+
 
 # ---- plain values as JSON ----
 
 
-def encode(value: Any, handles: dict[int, Any], depth: int = 0) -> Any:
-    """Return a value as JSON data. Objects of the program's own classes are stored in ``handles``, by number."""
-    if depth > 100:
+def standard(module: str, name: str) -> Callable[..., Any]:
+    """Return a function that builds a value of a class, which is imported when the first one is built."""
+    return lambda *arguments: getattr(__import__(module), name)(*arguments)
+
+
+def from_text(module: str, name: str) -> Callable[[str], Any]:
+    """Return a function that reads a date or a time."""
+    return lambda text: getattr(__import__(module), name).fromisoformat(text)
+
+
+# Class -> what it is built from, and what builds it. A value of a subclass counts as a value of the class.
+CLASSES: dict[str, tuple[Callable[[Any], list[Any]], Callable[..., Any]]] = {
+    "builtins.complex": (lambda value: [value.real, value.imag], complex),
+    "builtins.bytes": (lambda value: [value.hex()], bytes.fromhex),
+    "builtins.bytearray": (lambda value: [value.hex()], bytearray.fromhex),
+    "builtins.range": (lambda value: [value.start, value.stop, value.step], range),
+    "builtins.dict_keys": (lambda value: [list(value)], lambda items: dict.fromkeys(items).keys()),
+    "builtins.dict_values": (lambda value: [list(value)], lambda items: dict(enumerate(items)).values()),
+    "builtins.dict_items": (lambda value: [list(value)], lambda items: dict(items).items()),
+    "fractions.Fraction": (lambda value: [value.numerator, value.denominator], standard("fractions", "Fraction")),
+    "decimal.Decimal": (lambda value: [str(value)], standard("decimal", "Decimal")),
+    "datetime.datetime": (lambda value: [value.isoformat()], from_text("datetime", "datetime")),
+    "datetime.date": (lambda value: [value.isoformat()], from_text("datetime", "date")),
+    "datetime.time": (lambda value: [value.isoformat()], from_text("datetime", "time")),
+    "datetime.timedelta": (
+        lambda value: [value.days, value.seconds, value.microseconds],
+        standard("datetime", "timedelta"),
+    ),
+    "collections.deque": (lambda value: [list(value), value.maxlen], standard("collections", "deque")),
+    "collections.Counter": (lambda value: [dict(value)], standard("collections", "Counter")),
+    "collections.defaultdict": (
+        lambda value: [value.default_factory, list(value.items())],
+        standard("collections", "defaultdict"),
+    ),
+    "collections.OrderedDict": (lambda value: [list(value.items())], standard("collections", "OrderedDict")),
+    "numpy.ndarray": (lambda value: [value.tolist(), value.dtype.str], standard("numpy", "array")),
+}
+COLLECTIONS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+
+
+class Objects:
+    """The objects that the other process knows by number only. An object has the same number each time."""
+
+    def __init__(self) -> None:
+        self._objects: list[Any] = []
+        self._numbers: dict[int, int] = {}
+
+    def add(self, value: Any) -> int:
+        """Return the number of an object."""
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self._objects)
+            self._objects.append(value)  # which keeps it alive, so its id is not used again
+        return self._numbers[id(value)]
+
+    def __getitem__(self, number: int) -> Any:
+        return self._objects[number]
+
+
+def encode(value: Any, number_of: Callable[[Any], Any], depth: int = 0) -> Any:
+    """Return a value as JSON data. ``number_of`` gives the data for an object of another class."""
+
+    def nested(part: Any) -> Any:
+        return encode(part, number_of, depth + 1)
+
+    if depth > MOST_DEPTH:
         raise ValueError("a value nests too deep")
-    if value is None or type(value) in (bool, int, str, float):
+    kind = type(value)
+    if value is None or kind in (bool, str, float):
         return value
-    if isinstance(value, (int, str, float)):  # a subclass counts as its value
-        base: Any = next(kind for kind in (int, str, float) if isinstance(value, kind))
-        return base(value)
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if isinstance(value, (bytes, bytearray)):
-        return {"bytes": bytes(value).hex()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        name = next(kind.__name__ for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
-        return {name: [encode(item, handles, depth + 1) for item in value]}
+    # A subclass counts as its value, which its own methods do not decide about.
+    if isinstance(value, int):
+        plain = int.__index__(value)
+        return plain if abs(plain) < LARGEST_INTEGER else {"int": hex(plain)}
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    paths = [f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__]
+    if "numpy.generic" in paths:
+        return nested(value.item())
+    for path in paths:
+        if path in CLASSES:
+            return {path: [nested(part) for part in CLASSES[path][0](value)]}
+    if isinstance(value, tuple) and isinstance(getattr(kind, "_fields", None), tuple):
+        return {"namedtuple": [kind.__name__, list(kind._fields), [nested(item) for item in value]]}
+    for name, collection in COLLECTIONS.items():
+        if isinstance(value, collection):
+            return {name: [nested(item) for item in value]}
     if isinstance(value, dict):
-        pairs = [[encode(key, handles, depth + 1), encode(item, handles, depth + 1)] for key, item in value.items()]
-        return {"dict": pairs}
-    if isinstance(value, Remote):
-        return {"handle": value._number}
-    if hasattr(type(value), "__next__"):
-        items = [item for _, item in zip(range(MOST_ITEMS), value, strict=False)]
-        return {"iterator": [encode(item, handles, depth + 1) for item in items]}
-    number = len(handles)
-    handles[number] = value
-    return {"handle": number}
+        return {"dict": [[nested(key), nested(item)] for key, item in value.items()]}
+    name = getattr(value, "__name__", "")
+    if isinstance(value, type) and vars(builtins).get(name) is value:
+        return {"type": name}
+    return number_of(value)
 
 
-def decode(data: Any, resolve: Any) -> Any:
-    """Return the value of JSON data; ``resolve`` gives the object behind a handle."""
+def decode(data: Any, resolve: Callable[[str, Any], Any]) -> Any:
+    """Return the value of JSON data; ``resolve`` gives the object behind a handle or a global name."""
     if not isinstance(data, dict):
         return data
     ((kind, content),) = data.items()
-    if kind == "complex":
-        return complex(*content)
-    if kind == "bytes":
-        return bytes.fromhex(content)
+    if kind == "int":
+        return int(content, 16)
+    if kind == "type":
+        return {name: each for name, each in vars(builtins).items() if isinstance(each, type)}[content]
+    if kind == "namedtuple":
+        # Without the methods of its class.
+        return standard("collections", "namedtuple")(*content[:2])(*(decode(item, resolve) for item in content[2]))
     if kind == "dict":
         return {decode(key, resolve): decode(item, resolve) for key, item in content}
-    if kind == "iterator":
-        return iter([decode(item, resolve) for item in content])
-    if kind == "handle":
-        return resolve(content)
-    collection: Any = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind]
-    return collection(decode(item, resolve) for item in content)
+    if kind in CLASSES:
+        return CLASSES[kind][1](*(decode(part, resolve) for part in content))
+    if kind in COLLECTIONS:
+        return COLLECTIONS[kind](decode(item, resolve) for item in content)
+    return resolve(kind, content)
 
 
 class Channel:
@@ -105,7 +184,7 @@ class Channel:
 
 def run(task: dict[str, Any]) -> None:
     """Execute a program with its input on descriptor 0, where ``input()`` and ``open(0)`` read it."""
-    namespace = main_module()
+    namespace = new_module("__main__")
     try:
         program = compile(task["program"], "program.py", "exec")
     except (SyntaxError, ValueError):
@@ -114,124 +193,176 @@ def run(task: dict[str, Any]) -> None:
 
 
 def serve(task: dict[str, Any], channel: Channel) -> None:
-    """Execute a program, then call its functions on request."""
-    namespace = main_module()
-    handles: dict[int, Any] = {}
+    """Execute a program, then call its functions on request.
+
+    Of arguments that a call without a result has changed, such as a list that it sorts, the new content is sent.
+    """
+    # A guard of ``__main__`` is false, as in any program that is imported.
+    namespace = new_module("program")
+    objects = Objects()
+    sys.stdin = NoInput()  # type: ignore[assignment]
     try:
         exec(compile(task["program"], "program.py", "exec"), namespace)  # noqa: S102
-        names = [name for name, value in namespace.items() if callable(value) and not name.startswith("_")]
+    except EOFError:
+        pass  # It reads its input after its functions.
     except BaseException as error:
         channel.write({"error": type(error).__name__})
         return
-    channel.write({"names": names})
+    public = {name: value for name, value in namespace.items() if callable(value) and not name.startswith("_")}
+    own = [name for name, value in public.items() if isinstance(value, types.FunctionType)]
+    kinds = {name: value for name, value in public.items() if isinstance(value, type)}
+    exceptions = {name: class_names(kind) for name, kind in kinds.items() if issubclass(kind, BaseException)}
+    channel.write({"names": list(public), "functions": own, "exceptions": exceptions})
+
+    def resolve(kind: str, content: Any) -> Any:
+        return objects[content] if kind == "handle" else namespace[content]
+
+    def number_of(value: Any) -> Any:
+        return {"handle": objects.add(value)}
+
     while True:
         request = channel.read()
+        sys.stdout = output = io.StringIO()
         try:
-            target = namespace[request["name"]] if "name" in request else handles[request["handle"]]
-            if request["attribute"] is not None:
-                target = getattr(target, request["attribute"])
-            arguments = decode(request["arguments"], handles.__getitem__)
-            keywords = decode(request["keywords"], handles.__getitem__)
-            value = target(*arguments, **keywords) if request["is_call"] else target
-            reply = {"value": encode(value, handles)}
+            arguments = decode(request["arguments"], resolve)
+            keywords = decode(request["keywords"], resolve)
+            reply = {"value": encode(perform(request, arguments, keywords, resolve), number_of)}
+            if reply["value"] is None:
+                reply["changed"] = encode([arguments, keywords], number_of)
             # A reply that JSON cannot hold is an error of the call. In ``write`` it would end the process.
             json.dumps(reply)
         except BaseException as error:
-            reply = {"error": type(error).__name__}
-        channel.write(reply)
+            reply = describe_exception(error, number_of)
+        channel.write(reply | {"printed": "" if output.closed else output.getvalue()[:LONGEST_PRINT]})
 
 
-class Remote:
-    """An object of the program's own, seen from its tests: its attributes are asked for, and it is equal to nothing."""
+class NoInput:
+    """The input of a program whose functions are called. A program that reads it has defined them before."""
 
-    def __init__(self, channel: Channel, number: int) -> None:
-        self._channel = channel
-        self._number = number
+    def __getattr__(self, name: str = "") -> Any:
+        raise EOFError
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return ask(self._channel, {"handle": self._number, "attribute": None, "is_call": True}, arguments, keywords)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return ask(self._channel, {"handle": self._number, "attribute": name, "is_call": False}, (), {})
-
-    def __eq__(self, other: object) -> bool:
-        raise TypeError("objects of the program cannot be compared")
-
-    __hash__ = None  # type: ignore[assignment]
+    __iter__ = __getattr__
 
 
-def ask(channel: Channel, request: dict[str, Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """Return the result of a call in the program's process; raise its exception, by name."""
-    handles: dict[int, Any] = {}
-    message = {**request, "arguments": encode(list(arguments), handles), "keywords": encode(dict(keywords), handles)}
-    if handles:
-        raise TypeError("the tests pass an object that is no plain value")
-    channel.write(message)
-    reply = channel.read()
-    if "error" in reply:
-        # Only built-in exceptions are raised by name, so a program cannot choose any other object.
-        kind = getattr(builtins, str(reply["error"]), None)
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            raise kind(reply["error"])
-        raise Exception(reply["error"])
-    return decode(reply["value"], lambda number: Remote(channel, number))
+def perform(request: dict[str, Any], arguments: list[Any], keywords: dict[str, Any], resolve: Any) -> Any:
+    """Return the result of an operation, of a call, or an attribute."""
+    if "operation" in request:
+        name = request["operation"]
+        function = OPERATIONS.get(name) or getattr(operator, name, None) or getattr(builtins, name)
+        return function(*arguments)
+    target = decode(request["target"], resolve)
+    if request["attribute"] is not None:
+        target = getattr(target, request["attribute"])
+    return target(*arguments, **keywords) if request["is_call"] else target
 
 
-def grade(task: dict[str, Any], channel: Channel) -> None:
-    """Execute tests against functions that run in another process, and report the verdict.
+def class_names(kind: type) -> list[str]:
+    """Return the names of a class and of its bases, those of the standard library with their module."""
+    names = [
+        each.__name__ if each.__module__ == "program" else f"{each.__module__}.{each.__name__}" for each in kind.__mro__
+    ]
+    return [name.removeprefix("builtins.") for name in names]
 
-    The setup is trusted code. Of the program, tests see its entry point, and those names that they use and that neither
-    the setup, nor Python, nor its standard library has: a program must not replace ``abs`` or ``math`` in its tests.
+
+def describe_exception(error: BaseException, number_of: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return an exception's classes, arguments, text and attributes, without those that are no plain values."""
+    reply: dict[str, Any] = {"error": class_names(type(error)), "arguments": [], "text": "", "state": {}}
+    parts = {"arguments": lambda: list(error.args), "text": lambda: str(error), "state": lambda: dict(vars(error))}
+    for name, read in parts.items():
+        try:
+            data = encode(read(), number_of)
+            json.dumps(data)
+            reply[name] = data
+        except BaseException:  # noqa: S112 - of a program
+            continue
+    return reply
+
+
+def take(iterator: Any, count: int) -> tuple[list[Any], bool]:
+    """Return the next items of an iterator, and True if it has ended."""
+    items = [item for _, item in zip(range(count), iterator, strict=False)]
+    return items, len(items) < count
+
+
+def is_equal(first: Any, second: Any) -> bool:
+    """Return True for equal objects of the program whose ``__eq__`` reads them.
+
+    An ``__eq__`` that is true for anything, or for any object of its class, has no meaning: it must be false for
+    another object, and for copies of the second object with other values of some attribute.
     """
-    namespace = main_module()
+    if first is second:
+        return True
+    if not differs(first, object()) or differs(first, second):
+        return False
+    values = dict(getattr(second, "__dict__", {}))
+    values |= {name: getattr(second, name) for name in getattr(type(second), "__slots__", ()) if hasattr(second, name)}
+    copies = [[changed_copy(second, name, value) for value in other_values(values[name])] for name in values]
+    is_read = not values or any(all(differs(first, changed) for changed in each) for each in copies)
+    # Once more, for an ``__eq__`` that counts its calls.
+    return is_read and not differs(first, second)
+
+
+def differs(first: Any, second: Any) -> bool:
+    """Return True for objects that are not equal, or cannot be compared."""
     try:
-        exec(compile(task["setup"], "setup.py", "exec"), namespace)  # noqa: S102
-        tests = [compile(test, "tests.py", "exec") for test in task["tests"]]
-        for name in {name for test in tests for name in names_in(test)}:
-            if name in namespace or hasattr(builtins, name):
-                continue
-            if name in sys.stdlib_module_names:
-                namespace[name] = __import__(name)
-            elif name in task["names"]:
-                namespace[name] = proxy(channel, name)
-        entry_point = task["entry_point"]
-        if entry_point:
-            namespace[entry_point] = proxy(channel, entry_point)
-        for test in tests:
-            exec(test, namespace)  # noqa: S102
-        if entry_point and "check" in namespace:
-            namespace["check"](namespace[entry_point])
-        channel.write({"verdict": "passed"})
-    except AssertionError:
-        channel.write({"verdict": "failed"})
-    except BaseException as error:
-        channel.write({"verdict": "raised", "error": type(error).__name__})
+        return not (first == second)  # noqa: SIM201 - ``!=`` may be another method
+    except Exception:
+        return True
 
 
-def names_in(code: types.CodeType) -> set[str]:
-    """Return the global names of code and of its functions; attributes are among them."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= names_in(constant)
-    return names
+def other_values(value: Any) -> list[Any]:
+    """Return an object that equals no other, and if possible a value of the same class as ``value``."""
+    others: list[Any] = [object()]
+    if isinstance(value, bool):
+        others.append(not value)
+    elif isinstance(value, (int, float)):
+        others.append(value + 1)
+    elif isinstance(value, str):
+        others.append(f"{value} other")
+    elif isinstance(value, (list, tuple)):
+        others.append(type(value)([*value, "other"]))
+    return others
 
 
-def proxy(channel: Channel, name: str) -> Any:
-    """Return a function that calls the program's function of this name."""
+def changed_copy(value: Any, name: str, other: Any) -> Any:
+    """Return a copy of an object with another value of an attribute."""
+    try:
+        changed = copy.copy(value)
+        object.__setattr__(changed, name, other)
+        return changed
+    except Exception:
+        return value
 
-    def call(*arguments: Any, **keywords: Any) -> Any:
-        return ask(channel, {"name": name, "attribute": None, "is_call": True}, arguments, keywords)
 
-    return call
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "equal": is_equal,
+    "take": take,
+    "copy": copy.copy,
+    "deepcopy": lambda value, memory: copy.deepcopy(value),
+}
 
 
-def main_module() -> dict[str, Any]:
-    """Return the namespace of a new ``__main__``, which has none of this file's names."""
-    sys.modules["__main__"] = module = types.ModuleType("__main__")
+def new_module(name: str) -> dict[str, Any]:
+    """Return the namespace of a new module, which has none of this file's names."""
+    sys.modules[name] = module = types.ModuleType(name)
     return module.__dict__
+
+
+class PackageFinder:
+    """Finds packages by their folders, because all other packages stay hidden."""
+
+    def __init__(self, places: dict[str, str]) -> None:
+        self._places = places
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Return the spec of a package, or None for any other name."""
+        from importlib.util import spec_from_file_location
+
+        place = self._places.get(name, "")
+        if place.endswith(".py") or not place:
+            return spec_from_file_location(name, place) if place else None
+        return spec_from_file_location(name, f"{place}/__init__.py", submodule_search_locations=[place])
 
 
 def main() -> None:
@@ -250,14 +381,20 @@ def main() -> None:
         os.dup2(null, 0)
         os.dup2(null, 1)
     sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+    if task["packages"]:
+        sys.meta_path.append(PackageFinder(task["packages"]))
     confine(task)
     channel.write({})
+    # Programs may print large integers.
+    getattr(sys, "set_int_max_str_digits", int)(0)
     # Until here standard error could tell the parent which limit failed. From here on the program would write to it.
     os.dup2(null, 2)
     if kind == "run":
         run(task)
-    else:
-        (serve if kind == "serve" else grade)(task, channel)
+    elif kind == "serve":
+        serve(task, channel)
+    else:  # ``grade`` and ``check`` of ``grader.py``, whose text precedes this file's
+        globals()[kind](task, channel)
 
 
 main()

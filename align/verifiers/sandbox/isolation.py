@@ -1,7 +1,7 @@
 """Sandboxes: how a process is isolated, the level that this machine offers, and the refusal if there is none.
 
-A sandbox starts Python with the texts of ``limits.py`` and ``confined.py``. The process limits itself before it runs
-foreign code. The levels:
+A sandbox starts Python with the text of ``confined.py`` and of others. The process limits itself before it runs foreign
+code, and its messages have limits of time and size. The levels:
 
 ``bubblewrap``: new namespaces without a network, an empty root with Python's standard library, read-only, and a small
 ``/tmp`` in memory.
@@ -11,35 +11,38 @@ foreign code. The levels:
 
 The first two levels require the filter of system calls and limit the number of threads, for which root switches to
 another user. ``command`` has the filter if the kernel allows it. All levels limit processor time, wall-clock time,
-memory and output. Packages are hidden: a benchmark's solutions may be among them.
+memory and output. Packages are hidden unless a user names them: a benchmark's solutions may be among them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
+import importlib.util
 import itertools
+import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from align.config.verifiers import SandboxConfig
-from align.errors import UserError, shorten
-from align.verifiers.sandbox.session import SandboxFailed, Session
+from align.errors import StageFailed, UserError, shorten
 
 Level = Literal["bubblewrap", "landlock", "command", "unsafe"]
-TEXTS = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("limits.py", "confined.py")]
-FUTURE = "from __future__ import annotations\n"
-"""Statement that only the beginning of a text may have."""
-OPTIONS = ("-P", "-s", "-S", "-c", FUTURE + "\n".join(text.replace(FUTURE, "", 1) for text in TEXTS))
-"""Python's options: no packages, and no modules of the current folder."""
+OPTIONS = ("-P", "-s", "-S", "-c")
+"""Python's options: no packages, no modules of the current folder, and a text as the program."""
+PACKAGES = "/packages"
+"""Folder of the packages that a program may import, inside bubblewrap."""
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/tmp",  # noqa: S108 - inside the sandbox
@@ -47,6 +50,7 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONUTF8": "1",
+    "OPENBLAS_NUM_THREADS": "1",
 }
 TMP_BYTES = 16 << 20
 """Size of ``/tmp`` inside bubblewrap, and of a file in it."""
@@ -55,6 +59,122 @@ FIRST_USER = 600_000_000
 USERS = itertools.count(FIRST_USER + os.getpid() % 100_000 * 1000)
 """Another user for each process, since the limit of threads counts all threads of a user."""
 MIB = 1 << 20
+START_SECONDS = 120.0
+"""Time until the limits are in force. It is not the program's."""
+LINE = 1 << 16
+CPU_EXIT = (-signal.SIGXCPU, 128 + signal.SIGXCPU)
+
+
+class SandboxFailed(StageFailed):
+    """The sandbox could not be started."""
+
+
+class Session:
+    """An isolated process and its descriptors. What it writes is hostile."""
+
+    def __init__(self, process: subprocess.Popen[bytes], most_bytes: int, seconds: float) -> None:
+        self.task: dict[str, Any] = {}
+        """The limits, to which ``begin`` adds the work."""
+        self._process = process
+        self._most_bytes = most_bytes
+        self._seconds = seconds
+        self._deadline = time.monotonic() + START_SECONDS
+        self._pending = b""
+        assert process.stdin is not None and process.stdout is not None
+        self._input = process.stdin.fileno()
+        self._output = process.stdout.fileno()
+        # A program that does not read must not block this process. ``send`` waits until the deadline at most.
+        os.set_blocking(self._input, False)
+
+    def begin(self, work: dict[str, Any]) -> None:
+        """Send the work and wait until the limits are in force; from then on the time of the program counts.
+
+        Raises ``SandboxFailed``.
+        """
+        self.send(self.task | work)
+        if self.receive() != {}:
+            self.kill()
+            assert self._process.stderr is not None
+            reason = self._process.stderr.read(LINE).decode(errors="replace").strip().splitlines()[-1:]
+            raise SandboxFailed(f"the sandbox did not start: {shorten(reason[0]) if reason else 'it ended silently'}.")
+        self._deadline = time.monotonic() + self._seconds
+
+    def send(self, message: dict[str, Any]) -> bool:
+        """Write a message; return False if the process ended or did not read it in time."""
+        content = memoryview(json.dumps(message).encode() + b"\n")
+        while content:
+            if not self._wait(self._input, select.POLLOUT):
+                return False
+            try:
+                content = content[os.write(self._input, content[:LINE]) :]
+            except OSError:
+                return False
+        return True
+
+    def receive(self) -> dict[str, Any] | None:
+        """Return the next message; None if there is none in time, a longer one than allowed, or no JSON."""
+        while b"\n" not in self._pending:
+            if len(self._pending) > self._most_bytes or not self._read():
+                return None
+        line, _, self._pending = self._pending.partition(b"\n")
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        return message if isinstance(message, dict) else None
+
+    def read_output(self) -> str | None:
+        """Return all output of a program that ended with exit code 0 in time; None for any other."""
+        while self._read():
+            if len(self._pending) > self._most_bytes:
+                self.kill()
+                return None
+        return self._pending.decode(errors="replace") if self.exit_code() == 0 else None
+
+    def exit_code(self) -> int | None:
+        """Return the exit code of a process that has closed its output; None if it did not end in time."""
+        try:
+            return self._process.wait(max(0.0, self._deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return None
+
+    @property
+    def is_over_time(self) -> bool:
+        """True if the process has spent its wall-clock time or its processor time."""
+        if time.monotonic() >= self._deadline:
+            return True
+        return self._process.poll() in CPU_EXIT
+
+    def kill(self) -> None:
+        """Kill the process with its group, and wait for its end."""
+        # bubblewrap's death ends its process namespace.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def close(self) -> None:
+        """Kill the process and close all its descriptors."""
+        self.kill()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+    def _read(self) -> bool:
+        """Read some output; return False at its end or at the limit of time."""
+        if not self._wait(self._output, select.POLLIN):
+            return False
+        content = os.read(self._output, LINE)
+        self._pending += content
+        return bool(content)
+
+    def _wait(self, descriptor: int, event: int) -> bool:
+        poll = select.poll()
+        poll.register(descriptor, event)
+        remaining = self._deadline - time.monotonic()
+        return remaining > 0 and bool(poll.poll(remaining * 1000))
 
 
 @dataclass(frozen=True)
@@ -76,18 +196,22 @@ class Sandbox:
 
     level: Level
     command: tuple[str, ...] = field(default=(), repr=False)
+    packages: tuple[str, ...] = ()
+    """Packages that programs and tests may import. With a command they are those of its Python."""
 
-    @contextmanager
+    @contextlib.contextmanager
     def start(self, kind: str, limits: Limits) -> Iterator[Session]:
         """Start a process for a task of ``confined.py``; it is killed with its descendants at the end of the block.
 
         Raises ``SandboxFailed`` if it cannot be started.
         """
-        before = list(self.command) if self.level != "bubblewrap" else bubblewrap()
+        before = list(self.command) if self.level != "bubblewrap" else _bubblewrap_with(self.packages)
         interpreter = "python3" if self.level == "command" else python()
+        # The packages of a command's Python are at their usual place.
+        options = [option for option in OPTIONS if option != "-S" or self.level != "command" or not self.packages]
         try:
             process = subprocess.Popen(
-                [*before, interpreter, *OPTIONS],
+                [*before, interpreter, *options, confined_text(kind)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -107,12 +231,61 @@ class Sandbox:
                 "memory": limits.memory_mb * MIB,
                 "file_size": TMP_BYTES,
                 "threads": limits.threads,
-                "readable": readable_paths() if self.level == "landlock" else [],
+                "readable": readable_paths() + _package_paths(self.packages) if self.level == "landlock" else [],
+                "writable": ["/dev/null"],
+                "packages": self._importable_packages(),
                 "user": next(USERS) if self.level in ("bubblewrap", "landlock") and os.geteuid() == 0 else None,
             }
             yield session
         finally:
             session.close()
+
+    def _importable_packages(self) -> dict[str, str]:
+        """Return the place of each package inside the sandbox."""
+        if self.level == "command":
+            return {}
+        places = {name: package_place(name) for name in self.packages}
+        if self.level != "bubblewrap":
+            return places
+        return {name: f"{PACKAGES}/{Path(place).name}" for name, place in places.items()}
+
+
+@functools.cache
+def confined_text(kind: str) -> str:
+    """Return the program of a task of ``confined.py``: the texts of the files that it needs."""
+    names = (
+        ["limits", "remote", "harness", "grader", "confined"] if kind in ("grade", "check") else ["limits", "confined"]
+    )
+    texts = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in names]
+    first = "from __future__ import annotations\n"  # which only the beginning of a text may have
+    return first + "\n".join(text.replace(first, "", 1) for text in texts)
+
+
+def is_installed(name: str) -> bool:
+    """Return True for a package of this Python."""
+    return importlib.util.find_spec(name) is not None
+
+
+@functools.cache
+def package_place(name: str) -> str:
+    """Return the folder or the file of an installed package."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SandboxFailed(f"the package {name} is not installed.")
+    return str(Path(spec.origin).parent) if spec.submodule_search_locations else spec.origin
+
+
+def _package_paths(packages: Sequence[str]) -> list[str]:
+    """Return the places of packages, and of the libraries that wheels put next to them."""
+    places = [package_place(name) for name in packages]
+    return [path for place in places for path in (place, f"{place}.libs") if os.path.exists(path)]
+
+
+def _bubblewrap_with(packages: Sequence[str]) -> list[str]:
+    """Return the command before Python, which also shows packages."""
+    binds = [("--ro-bind", path, f"{PACKAGES}/{Path(path).name}") for path in _package_paths(packages)]
+    # bubblewrap's root is a file system in memory. A program must not fill it.
+    return [*bubblewrap(), *(part for bind in binds for part in bind), "--remount-ro", "/"]
 
 
 @functools.cache
@@ -136,7 +309,7 @@ def readable_paths() -> list[str]:
 
 @functools.cache
 def bubblewrap() -> list[str]:
-    """Return the command before Python.
+    """Return the beginning of the command before Python.
 
     Root creates no user namespace, because it could not switch to another user there (``confined.py`` does).
     """
@@ -161,10 +334,10 @@ def bubblewrap() -> list[str]:
             arguments += ["--symlink", os.readlink(name), name]
         elif os.path.isdir(name):
             arguments += ["--ro-bind", name, name]
+    arguments += ["--perms", "0755", "--dir", "/dev"]
     for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
         arguments += ["--dev-bind", device, device]
-    # bubblewrap's root is a file system in memory. A program must not fill it.
-    return [*arguments, "--remount-ro", "/"]
+    return [*arguments, "--perms", "0755", "--dir", PACKAGES]
 
 
 @functools.cache

@@ -97,7 +97,7 @@ def confine(task: dict[str, Any]) -> None:
     if os.geteuid() == 0:
         drop_capabilities(libc)
     if task["level"] == "landlock":
-        restrict_files(libc, task["readable"])
+        restrict_files(libc, task["readable"], task["writable"])
     filter_system_calls(libc, is_required=task["level"] != "command")
 
 
@@ -162,8 +162,8 @@ def drop_capabilities(libc: ctypes.CDLL) -> None:
         raise OSError("capset")
 
 
-def restrict_files(libc: ctypes.CDLL, readable: list[str]) -> None:
-    """Allow the process to read files below ``readable``, and no other access to files, by Landlock."""
+def restrict_files(libc: ctypes.CDLL, readable: list[str], writable: list[str]) -> None:
+    """Allow the process to read files below ``readable``, to write ``writable``, and no other access, by Landlock."""
     abi = libc.syscall(444, None, ctypes.c_size_t(0), 1)
     if abi < 1:
         raise OSError("Landlock")
@@ -178,8 +178,8 @@ def restrict_files(libc: ctypes.CDLL, readable: list[str]) -> None:
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue
-        # Read a file; in folders also list them.
-        access = 4 | (8 if os.path.isdir(path) else 0)
+        # Read a file; in folders also list them. To open a file for writing may truncate it.
+        access = 4 | (8 if os.path.isdir(path) else 0) | ((2 | 1 << 14) & files if path in writable else 0)
         libc.syscall(445, ruleset, 1, struct.pack("=Qi", access, descriptor), 0)
         os.close(descriptor)
     if libc.syscall(446, ruleset, 0):

@@ -12,7 +12,7 @@ from align.config.verifiers import EnvironmentVerifier
 from align.data.rows import Row, assistant, user
 from align.data.scoring import FunctionScorer, Part
 from align.errors import UserError
-from align.evaluation.score_validation.validation import Validation, refuse_problems, validate_parts
+from align.evaluation.score_validation.validation import Validation, check_references, refuse_problems, validate_parts
 from align.verifiers.scorer import open_verifier
 
 ROWS: list[Row] = [
@@ -154,3 +154,11 @@ def test_hostile_text_is_quoted() -> None:
     rows = [row | {"completion": [assistant("\x1b[2J" + row["answer"])]} for row in ROWS]
     (problem,) = validated(function(lambda row, text: 0.0), rows=rows).problems()
     assert "\x1b" not in problem and r"\x1b[2J2" in problem
+
+
+@pytest.mark.parametrize("bad", ["none", None])
+def test_references_of_all_rows_are_read_before_training(bad: str | None) -> None:
+    rows = [{"id": str(index), "answer": str(index)} for index in range(200)] + [{"id": "last", "answer": bad}]
+    check_references([number()], rows[:-1])
+    with pytest.raises(UserError, match="row last"):
+        check_references([number()], rows)

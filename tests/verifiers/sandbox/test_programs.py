@@ -21,6 +21,10 @@ LIMITS = Limits(seconds=5.0, memory_mb=256)
 LEVELS: tuple[Level, ...] = ("bubblewrap", "landlock")
 SOLUTION = "def double(x):\n    return 2 * x\n"
 EQUAL = "class Equal(int):\n    def __eq__(self, other): return True\n    def __hash__(self): return 0\n"
+POINT = (
+    "class P:\n    def __init__(self, x): self.x = x\n    def __add__(self, o): return P(self.x + o.x)\n"
+    "    def __str__(self): return f'P{self.x}'\n    def __hash__(self): return hash(self.x)\n"
+)
 
 
 @pytest.fixture(params=LEVELS, scope="module")
@@ -55,6 +59,29 @@ def asserts(*lines: str, **fields: str) -> ProgramTests:
         ("import math\ndef f(): return 1.0", asserts("assert math.isclose(f(), 1)", setup="import math")),
         ("class S:\n    def __init__(self, a): self.a = a\ndef f(s, t): return s.a + t.a",
          asserts("assert f(S(1), S(2)) == 3")),
+        # Forms of tests.
+        (SOLUTION, asserts("import pytest\nfrom solution import double\n@pytest.mark.parametrize('x', [1, 2])\n"
+                           "def test_double(x):\n    assert double(x) == pytest.approx(2 * x)")),
+        (SOLUTION, asserts("import unittest\nclass T(unittest.TestCase):\n    def test(self):\n"
+                           "        self.assertEqual(double(2), 4)\nif __name__ == '__main__':\n    unittest.main()")),
+        (SOLUTION, asserts("def check(candidate):\n    if candidate(2) != 4:\n        raise ValueError")),
+        ("def greet(): print('Hi')", asserts("def test(capsys):\n    greet()\n"
+                                             "    assert capsys.readouterr().out == 'Hi\\n'")),
+        # Values of classes.
+        ("from fractions import Fraction\ndef f(x): return Fraction(x, 2)",
+         asserts("from fractions import Fraction\nassert f(1) == Fraction(1, 2) and f(1) < 1")),
+        ("def f(x, d): x.sort(); d[0] = 1", asserts("x, d = [2, 1], {}\nf(x, d)\nassert x == [1, 2] and d == {0: 1}")),
+        ("import math\ndef f(n): return math.factorial(n)", asserts("assert f(3000) // f(2999) == 3000")),
+        ("from collections import deque\ndef f(x): return deque(x, 2)",
+         asserts("from collections import deque\nassert f([1, 2, 3]) == deque([2, 3])")),
+        ("from enum import Enum\nclass E(Enum):\n    A = 1\ndef f(): return E.A", asserts("assert f() is E.A")),
+        (POINT + "    def __eq__(self, o): return isinstance(o, P) and self.x == o.x",
+         asserts("assert P(1) + P(2) == P(3) and P(1) != P(2)\nassert str(P(1)) == 'P1' and len({P(1)}) == 1")),
+        ("class Poor(ValueError): pass\ndef f(): raise Poor('short of 4')",
+         asserts("try:\n    f()\nexcept ValueError as e:\n    assert str(e) == 'short of 4' and isinstance(e, Poor)")),
+        # Input and files.
+        (SOLUTION + "import sys\nprint(double(int(sys.stdin.readline())))", asserts("assert double(2) == 4")),
+        ("print(1, file=open('/dev/null', 'w'))\nprint(2 ** 20000 > 1, len(str(2 ** 20000)))", output("True 6021")),
     ],
 )  # fmt: skip
 def test_right_program_passes(sandbox: Sandbox, program: str, tests: ProgramTests) -> None:
@@ -71,12 +98,25 @@ def test_right_program_passes(sandbox: Sandbox, program: str, tests: ProgramTest
         ("print(1); import sys; sys.exit(1)", output("1"), "crashed"),
         ("def f(): return 2", asserts("assert f() == 1"), "unequal"),
         ("raise OSError", asserts("assert True"), "crashed"),
+        ("print('1\\x0c2\\u20283')", output("1\n2\n3"), "unequal"),
+        # A loop ends, or a NaN compares, without a right result.
+        ("def f(x): raise StopIteration", asserts("for a, b in zip(map(f, [1, 2]), [1, 4]):\n    assert a == b"),
+         "crashed"),
+        ("def f(x): return []", asserts("assert all(a == b for a, b in zip(f([1, 2]), [1, 4]))"), "unequal"),
+        ("def f(): return float('nan')", asserts("assert not abs(f() - 1.5) > 1e-6"), "unequal"),
+        ("def f(x): return float('inf')", asserts("assert not abs(f(1) - f(2)) > 1e-6"), "unequal"),
+        # Their objects are equal to others of the class.
+        (POINT + "    def __eq__(self, o): return isinstance(o, P)", asserts("assert P(1) + P(2) == P(4)"), "unequal"),
+        (POINT + "    def __eq__(self, o): return isinstance(o.x, int)", asserts("assert P(1) + P(2) == P(4)"),
+         "unequal"),
+        ("class E:\n    def startswith(self, o): return True\ndef f(): return E()",
+         asserts("assert f().startswith('a')"), "crashed"),
         # They end early: a result that is missing is a failure.
         ("import sys; sys.exit(0)", asserts("assert f() == 1"), "crashed"),
         ("import os\ndef f(): os._exit(0)", asserts("assert f() == 1"), "crashed"),
         # They change what the tests compare with, or the functions that tests use.
         (EQUAL + "def f(): return Equal(7)", asserts("assert f() == 1"), "unequal"),
-        ("class E:\n    def __eq__(self, o): return True\ndef f(): return E()", asserts("assert f() == 1"), "crashed"),
+        ("class E:\n    def __eq__(self, o): return True\ndef f(): return E()", asserts("assert f() == 1"), "unequal"),
         ("def abs(x): return 0\ndef f(): return 9.0", asserts("assert abs(f() - 1) < 0.1"), "unequal"),
         ("class math:\n    fabs = abs\n    isclose = lambda *a: True\ndef f(): return 9",
          asserts("assert math.isclose(f(), 1)"), "unequal"),

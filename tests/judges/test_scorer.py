@@ -11,9 +11,8 @@ from align.config.endpoint import RewardJudge
 from align.data.rows import user
 from align.errors import UserError
 from align.inference.endpoint_client import EndpointLost
-from align.judges.client import JudgmentCaches
-from align.judges.grades import GradeScorer, grade_scorer
-from align.judges.scorer import MIN_JUDGMENTS
+from align.judges.client import JudgmentCaches, stage_judge
+from align.judges.scorer import MIN_JUDGMENTS, GradeScorer
 from tests.support.evaluation.judged_harness import endpoint
 from tests.support.inference.fake_chat import FakeChat, completion
 
@@ -30,7 +29,8 @@ def fake() -> Any:
 
 def judge(fake: FakeChat, folder: Path, shared: Path | None = None, processes: int = 1, **settings: Any) -> GradeScorer:
     config = RewardJudge(**endpoint(fake, **settings.pop("at", {})), **settings)
-    return grade_scorer(config, JudgmentCaches(folder, shared, print), "score[1]", processes)
+    backend = stage_judge(config, JudgmentCaches(folder, shared, print), "score[1]", processes)
+    return GradeScorer(config, backend, "score[1]")
 
 
 def by_text(**grades: str) -> Any:
