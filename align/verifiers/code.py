@@ -330,6 +330,8 @@ class Replicas:
     def __init__(self, sessions: Sequence[Session]) -> None:
         self._sessions = sessions
         self._calls = 0
+        self._callers: list[int] = []
+        """Processes that wait for the result of a function of the tests."""
 
     def ask(self, request: dict[str, Any]) -> tuple[Session, dict[str, Any] | None]:
         """Return the process that a request went to, and its reply; None if there is none.
@@ -340,6 +342,8 @@ class Replicas:
         # the object.
         count = len(self._sessions)
         owners = {handle % count for handle in _handles(request)}
+        if "returned" in request:
+            owners.add(self._callers.pop())
         if len(owners) > 1:
             raise SeparateObjects
         if owners:
@@ -351,6 +355,8 @@ class Replicas:
         reply = None
         if session.send(_renumber(request, lambda handle: handle // count)):
             reply = session.receive()
+        if reply and "callback" in reply:
+            self._callers.append(index)
         try:
             return session, reply and _renumber(reply, lambda handle: handle * count + index)
         except RecursionError:

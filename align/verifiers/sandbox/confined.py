@@ -27,17 +27,15 @@ import types
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # `typing` costs milliseconds in every program
     from collections.abc import Callable
-    from importlib.machinery import ModuleSpec
     from typing import Any
 
-    from align.verifiers.sandbox.limits import confine
+    from align.verifiers.sandbox.limits import PackageFinder, confine
 
 SYNTAX_ERROR = 3
 """Exit code of a program that is not valid Python."""
 LONGEST_PRINT = 1 << 18  # characters of one call
 MOST_DEPTH = 200  # levels of nested values
-LARGEST_INTEGER = 1 << 53
-"""Larger integers are written in hexadecimal digits, whose number Python does not limit."""
+LARGEST_INTEGER = 1 << 53  # larger ones are written in hexadecimal digits, whose number Python does not limit
 
 
 # ---- plain values as JSON ----
@@ -45,12 +43,7 @@ LARGEST_INTEGER = 1 << 53
 
 def standard(module: str, name: str) -> Callable[..., Any]:
     """Return a function that builds a value of a class, which is imported when the first one is built."""
-    return lambda *arguments: getattr(__import__(module), name)(*arguments)
-
-
-def from_text(module: str, name: str) -> Callable[[str], Any]:
-    """Return a function that reads a date or a time."""
-    return lambda text: getattr(__import__(module), name).fromisoformat(text)
+    return lambda *arguments: operator.attrgetter(name)(__import__(module))(*arguments)
 
 
 # Class -> what it is built from, and what builds it. A value of a subclass counts as a value of the class.
@@ -64,9 +57,9 @@ CLASSES: dict[str, tuple[Callable[[Any], list[Any]], Callable[..., Any]]] = {
     "builtins.dict_items": (lambda value: [list(value)], lambda items: dict(items).items()),
     "fractions.Fraction": (lambda value: [value.numerator, value.denominator], standard("fractions", "Fraction")),
     "decimal.Decimal": (lambda value: [str(value)], standard("decimal", "Decimal")),
-    "datetime.datetime": (lambda value: [value.isoformat()], from_text("datetime", "datetime")),
-    "datetime.date": (lambda value: [value.isoformat()], from_text("datetime", "date")),
-    "datetime.time": (lambda value: [value.isoformat()], from_text("datetime", "time")),
+    "datetime.datetime": (lambda value: [value.isoformat()], standard("datetime", "datetime.fromisoformat")),
+    "datetime.date": (lambda value: [value.isoformat()], standard("datetime", "date.fromisoformat")),
+    "datetime.time": (lambda value: [value.isoformat()], standard("datetime", "time.fromisoformat")),
     "datetime.timedelta": (
         lambda value: [value.days, value.seconds, value.microseconds],
         standard("datetime", "timedelta"),
@@ -78,27 +71,26 @@ CLASSES: dict[str, tuple[Callable[[Any], list[Any]], Callable[..., Any]]] = {
         standard("collections", "defaultdict"),
     ),
     "collections.OrderedDict": (lambda value: [list(value.items())], standard("collections", "OrderedDict")),
+    "pathlib.PurePath": (lambda value: [str(value)], standard("pathlib", "Path")),
+    "array.array": (lambda value: [value.typecode, value.tolist()], standard("array", "array")),
     "numpy.ndarray": (lambda value: [value.tolist(), value.dtype.str], standard("numpy", "array")),
 }
 COLLECTIONS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
-class Objects:
+class Objects(list):  # type: ignore[type-arg]
     """The objects that the other process knows by number only. An object has the same number each time."""
 
     def __init__(self) -> None:
-        self._objects: list[Any] = []
+        super().__init__()
         self._numbers: dict[int, int] = {}
 
     def add(self, value: Any) -> int:
         """Return the number of an object."""
         if id(value) not in self._numbers:
-            self._numbers[id(value)] = len(self._objects)
-            self._objects.append(value)  # which keeps it alive, so its id is not used again
+            self._numbers[id(value)] = len(self)
+            self.append(value)  # which keeps it alive, so its id is not used again
         return self._numbers[id(value)]
-
-    def __getitem__(self, number: int) -> Any:
-        return self._objects[number]
 
 
 def encode(value: Any, number_of: Callable[[Any], Any], depth: int = 0) -> Any:
@@ -193,13 +185,9 @@ def run(task: dict[str, Any]) -> None:
 
 
 def serve(task: dict[str, Any], channel: Channel) -> None:
-    """Execute a program, then call its functions on request.
-
-    Of arguments that a call without a result has changed, such as a list that it sorts, the new content is sent.
-    """
+    """Execute a program, then call its functions on request."""
     # A guard of ``__main__`` is false, as in any program that is imported.
     namespace = new_module("program")
-    objects = Objects()
     sys.stdin = NoInput()  # type: ignore[assignment]
     try:
         exec(compile(task["program"], "program.py", "exec"), namespace)  # noqa: S102
@@ -213,27 +201,68 @@ def serve(task: dict[str, Any], channel: Channel) -> None:
     kinds = {name: value for name, value in public.items() if isinstance(value, type)}
     exceptions = {name: class_names(kind) for name, kind in kinds.items() if issubclass(kind, BaseException)}
     channel.write({"names": list(public), "functions": own, "exceptions": exceptions})
-
-    def resolve(kind: str, content: Any) -> Any:
-        return objects[content] if kind == "handle" else namespace[content]
-
-    def number_of(value: Any) -> Any:
-        return {"handle": objects.add(value)}
-
+    server = Server(namespace, channel)
     while True:
-        request = channel.read()
+        server.answer(channel.read())
+
+
+class Server:
+    """Answers requests for calls of a program's functions."""
+
+    def __init__(self, namespace: dict[str, Any], channel: Channel) -> None:
+        self._namespace = namespace
+        self._channel = channel
+        self._objects = Objects()
+        self._callbacks: dict[Any, int] = {}  # functions of the tests, as the program sees them
+
+    def answer(self, request: dict[str, Any]) -> None:
+        """Perform a request and write the reply, with the arguments that a call without a result may have changed."""
         sys.stdout = output = io.StringIO()
         try:
-            arguments = decode(request["arguments"], resolve)
-            keywords = decode(request["keywords"], resolve)
-            reply = {"value": encode(perform(request, arguments, keywords, resolve), number_of)}
+            arguments = decode(request["arguments"], self._resolve)
+            keywords = decode(request["keywords"], self._resolve)
+            reply = {"value": encode(self._perform(request, arguments, keywords), self._number_of)}
             if reply["value"] is None:
-                reply["changed"] = encode([arguments, keywords], number_of)
+                reply["changed"] = encode([arguments, keywords], self._number_of)
             # A reply that JSON cannot hold is an error of the call. In ``write`` it would end the process.
             json.dumps(reply)
         except BaseException as error:
-            reply = describe_exception(error, number_of)
-        channel.write(reply | {"printed": "" if output.closed else output.getvalue()[:LONGEST_PRINT]})
+            reply = describe_exception(error, self._number_of)
+        self._channel.write(reply | {"printed": "" if output.closed else output.getvalue()[:LONGEST_PRINT]})
+
+    def _perform(self, request: dict[str, Any], arguments: list[Any], keywords: dict[str, Any]) -> Any:
+        if "operation" in request:
+            return OPERATIONS[request["operation"]](*arguments)
+        target = decode(request["target"], self._resolve)
+        if request["attribute"] is not None:
+            target = getattr(target, request["attribute"])
+        return target(*arguments, **keywords) if request["is_call"] else target
+
+    def _resolve(self, kind: str, content: Any) -> Any:
+        if kind != "callback":
+            return self._objects[content] if kind == "handle" else self._namespace[content]
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            return self._ask(content, list(arguments), keywords)
+
+        self._callbacks[call] = content
+        return call
+
+    def _number_of(self, value: Any) -> dict[str, int]:
+        if isinstance(value, types.FunctionType) and value in self._callbacks:
+            return {"callback": self._callbacks[value]}
+        return {"handle": self._objects.add(value)}
+
+    def _ask(self, number: int, arguments: list[Any], keywords: dict[str, Any]) -> Any:
+        """Return the result of a function of the tests, which may call the program in turn."""
+        content = [encode(each, self._number_of) for each in (arguments, keywords)]
+        self._channel.write({"callback": number, "arguments": content[0], "keywords": content[1]})
+        while "returned" not in (message := self._channel.read()):
+            self.answer(message)
+        if "error" in message:
+            kind = next(kind for name in message["error"] if isinstance(kind := vars(builtins).get(name), type))
+            raise kind(*decode(message["arguments"], self._resolve))
+        return decode(message["returned"], self._resolve)
 
 
 class NoInput:
@@ -245,24 +274,10 @@ class NoInput:
     __iter__ = __getattr__
 
 
-def perform(request: dict[str, Any], arguments: list[Any], keywords: dict[str, Any], resolve: Any) -> Any:
-    """Return the result of an operation, of a call, or an attribute."""
-    if "operation" in request:
-        name = request["operation"]
-        function = OPERATIONS.get(name) or getattr(operator, name, None) or getattr(builtins, name)
-        return function(*arguments)
-    target = decode(request["target"], resolve)
-    if request["attribute"] is not None:
-        target = getattr(target, request["attribute"])
-    return target(*arguments, **keywords) if request["is_call"] else target
-
-
 def class_names(kind: type) -> list[str]:
     """Return the names of a class and of its bases, those of the standard library with their module."""
-    names = [
-        each.__name__ if each.__module__ == "program" else f"{each.__module__}.{each.__name__}" for each in kind.__mro__
-    ]
-    return [name.removeprefix("builtins.") for name in names]
+    names = [f"{each.__module__}.{each.__name__}" for each in kind.__mro__]
+    return [name.removeprefix("builtins.").removeprefix("program.") for name in names]
 
 
 def describe_exception(error: BaseException, number_of: Callable[[Any], Any]) -> dict[str, Any]:
@@ -295,10 +310,9 @@ def is_equal(first: Any, second: Any) -> bool:
         return True
     if not differs(first, object()) or differs(first, second):
         return False
-    values = dict(getattr(second, "__dict__", {}))
-    values |= {name: getattr(second, name) for name in getattr(type(second), "__slots__", ()) if hasattr(second, name)}
-    copies = [[changed_copy(second, name, value) for value in other_values(values[name])] for name in values]
-    is_read = not values or any(all(differs(first, changed) for changed in each) for each in copies)
+    names = [*getattr(second, "__dict__", ()), *getattr(type(second), "__slots__", ())]
+    copies = [[changed_copy(second, name, value) for value in other_values(getattr(second, name, 0))] for name in names]
+    is_read = any(all(differs(first, changed) for changed in each) for each in copies)
     # Once more, for an ``__eq__`` that counts its calls.
     return is_read and not differs(first, second)
 
@@ -336,6 +350,9 @@ def changed_copy(value: Any, name: str, other: Any) -> Any:
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
+    # A copy: a program may change the modules.
+    **vars(builtins),
+    **vars(operator),
     "equal": is_equal,
     "take": take,
     "copy": copy.copy,
@@ -347,22 +364,6 @@ def new_module(name: str) -> dict[str, Any]:
     """Return the namespace of a new module, which has none of this file's names."""
     sys.modules[name] = module = types.ModuleType(name)
     return module.__dict__
-
-
-class PackageFinder:
-    """Finds packages by their folders, because all other packages stay hidden."""
-
-    def __init__(self, places: dict[str, str]) -> None:
-        self._places = places
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Return the spec of a package, or None for any other name."""
-        from importlib.util import spec_from_file_location
-
-        place = self._places.get(name, "")
-        if place.endswith(".py") or not place:
-            return spec_from_file_location(name, place) if place else None
-        return spec_from_file_location(name, f"{place}/__init__.py", submodule_search_locations=[place])
 
 
 def main() -> None:
@@ -381,8 +382,7 @@ def main() -> None:
         os.dup2(null, 0)
         os.dup2(null, 1)
     sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
-    if task["packages"]:
-        sys.meta_path.append(PackageFinder(task["packages"]))
+    sys.meta_path.append(PackageFinder(task["packages"]))
     confine(task)
     channel.write({})
     # Programs may print large integers.

@@ -14,6 +14,7 @@ import types
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
     from align.verifiers.sandbox.confined import Channel, class_names, new_module
@@ -63,13 +64,14 @@ class Tests:
         nodes = [node for tree in (*self.trees, setup) for node in ast.walk(tree)]
         imports = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         imports |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        self._imports_all = any(isinstance(node, ast.alias) and node.name == "*" for node in nodes)
         self.expected_numbers = {name for name in UNUSUAL_NUMBERS for node in nodes if names_number(node, name)}
         self.helpers = Helpers(self.trees)
         self._loops: dict[int, bool] = {}
-        """Number of a loop or of a call of ``all`` -> True if it has had an item."""
+        """Number of a loop, or of a call of ``all``, that has ended -> True if it has had an item."""
         # A test file is run as a program, so a guard of ``__main__`` is true.
         self.namespace = new_module("__main__")
-        tools = {"(count)": self._count, "(loop)": self._loop, "(all)": self._all, "(zip)": complete_zip}
+        tools = {"(count)": self._count, "(items)": self._items, "(zip)": complete_zip}
         self.namespace.update(tools, **{"(is)": is_same, "(type)": class_of})
         if "pytest" in imports:
             sys.modules["pytest"] = replace_pytest()
@@ -94,24 +96,19 @@ class Tests:
         return ast.Module(body, [])
 
     @property
-    def is_compared(self) -> bool:
-        """True if comparisons were executed, and each loop and ``all`` had an item."""
-        return self.count > 0 and all(self._loops.values())
+    def has_empty_loop(self) -> bool:
+        """True if a loop with comparisons, ``all`` or ``any`` never had an item."""
+        return not all(self._loops.values())
 
     def _count(self, value: Any = None) -> Any:
         self.count += 1
         return value
 
-    def _loop(self, number: int, has_item: bool) -> None:
-        self._loops[number] = has_item or self._loops.get(number, False)
-
-    def _all(self, number: int, values: Any) -> bool:
-        self._loop(number, False)
+    def _items(self, number: int, values: Any) -> Iterator[Any]:
         for value in values:
-            self._loop(number, True)
-            if not value:
-                return False
-        return True
+            self._loops[number] = True
+            yield value
+        self._loops.setdefault(number, False)
 
     def _compile(self, tree: ast.Module, name: str) -> types.CodeType:
         return compile(ast.fix_missing_locations(self.instruments.visit(tree)), name, "exec")
@@ -139,7 +136,7 @@ class Tests:
             used = {node.id for node in ast.walk(ast.parse(self.entry_point)) if isinstance(node, ast.Name)}
             names = {name for name in self.missing - used if not name[0].isupper()} - {"candidate"}
         else:
-            names = self.helpers.find(self.missing)
+            names = self.helpers.find(self.missing, self._modules)
         if names:
             raise BadTests(f"needs {', '.join(sorted(names))}, which only the program could define; add it to `setup`")
 
@@ -149,6 +146,10 @@ class Tests:
         self.namespace.update({module: types.SimpleNamespace(**names) for module in self._modules})
         if "candidate" in self.missing:
             self.namespace["candidate"] = candidate
+        # A test that expects any exception would accept a NameError.
+        lacking = {name for name in self.missing - set(self.namespace) if name != self.entry_point}
+        if lacking and not self._imports_all:
+            raise NameError(f"the program does not define {', '.join(sorted(lacking))}")
         if self.entry_point:
             if self.entry_point.isidentifier():
                 self.namespace[self.entry_point] = candidate
@@ -252,7 +253,8 @@ def grade(task: dict[str, Any], channel: Channel) -> None:
             names = {name: value for name, value in names.items() if name in used or name[0].isupper()}
         tests.run(names, candidate)
         # A result that is empty, or a NaN, must not pass without a comparison.
-        is_right = (tests.is_compared or program.has_raised) and program.unusual_numbers <= tests.expected_numbers
+        is_compared = (tests.count > 0 or program.has_raised) and not tests.has_empty_loop
+        is_right = is_compared and program.unusual_numbers <= tests.expected_numbers
         channel.write({"verdict": "passed" if is_right else "failed"})
     except AssertionError:
         channel.write({"verdict": "failed"})

@@ -32,8 +32,8 @@ class Instruments(ast.NodeTransformer):
     """Adds calls to tests that tell which of their comparisons are executed.
 
     Comparisons are asserts, conditions of ``raise``, and functions such as ``assertEqual``. A loop with comparisons,
-    and ``all``, must have items, and ``zip`` must use up a list that the tests write. ``is`` and ``type`` are asked of
-    the program.
+    ``all`` and ``any`` must have items, and ``zip`` must use up a list that the tests write. ``is`` and ``type`` are
+    asked of the program.
     """
 
     def __init__(self) -> None:
@@ -52,15 +52,18 @@ class Instruments(ast.NodeTransformer):
         self.generic_visit(node)
         return [self._count(node), node] if is_condition else [node]
 
-    def visit_For(self, node: ast.For) -> list[ast.stmt]:
-        """Put calls before a loop with comparisons and into it."""
+    def visit_Raise(self, node: ast.Raise) -> ast.stmt:
+        """Count a place that only a wrong program may reach."""
+        self.places += 1
+        return node
+
+    def visit_For(self, node: ast.For) -> ast.stmt:
+        """Watch the items of a loop with comparisons."""
         before = self.places
         self.generic_visit(node)
-        if self.places == before:
-            return [node]
-        self.loops += 1
-        node.body.insert(0, _statement(node, "(loop)", self.loops, True))
-        return [_statement(node, "(loop)", self.loops, False), node]
+        if self.places > before:
+            node.iter = self._watch(node.iter)
+        return node
 
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
         """Ask the program if two of its objects are the same one."""
@@ -72,7 +75,7 @@ class Instruments(ast.NodeTransformer):
         return call if isinstance(node.ops[0], ast.Is) else ast.copy_location(ast.UnaryOp(ast.Not(), call), node)
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        """Replace ``all``, ``zip`` and ``type``, and count the calls of functions that compare."""
+        """Replace ``zip`` and ``type``, watch the items of ``all`` and ``any``, and count functions that compare."""
         self.generic_visit(node)
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         lists = [place for place, each in enumerate(node.args) if isinstance(each, (ast.List, ast.Tuple))]
@@ -81,25 +84,23 @@ class Instruments(ast.NodeTransformer):
             return _call(node, "(count)", node)
         if not isinstance(node.func, ast.Name) or node.keywords:
             return node
-        if name == "all" and len(node.args) == 1:
-            self.loops += 1
-            return _call(node, "(all)", ast.Constant(self.loops), *node.args)
+        if name in ("all", "any") and any(isinstance(each, (ast.GeneratorExp, ast.ListComp)) for each in node.args):
+            node.args = [self._watch(each) for each in node.args]
         if name == "zip" and lists:
             return _call(node, "(zip)", ast.Tuple([ast.Constant(place) for place in lists], ast.Load()), *node.args)
         return _call(node, "(type)", *node.args) if name == "type" and len(node.args) == 1 else node
 
+    def _watch(self, items: ast.expr) -> ast.expr:
+        self.loops += 1
+        return _call(items, "(items)", ast.Constant(self.loops), items)
+
     def _count(self, node: ast.stmt) -> ast.stmt:
         self.places += 1
-        return _statement(node, "(count)")
+        return ast.copy_location(ast.Expr(ast.Call(ast.Name("(count)", ast.Load()), [], [])), node)
 
 
 def _call(node: ast.expr, name: str, *arguments: ast.expr) -> ast.expr:
     return ast.copy_location(ast.Call(ast.Name(name, ast.Load()), list(arguments), []), node)
-
-
-def _statement(node: ast.stmt, name: str, *arguments: Any) -> ast.stmt:
-    call = ast.Call(ast.Name(name, ast.Load()), [ast.Constant(each) for each in arguments], [])
-    return ast.copy_location(ast.Expr(call), node)
 
 
 class Helpers:
@@ -112,12 +113,14 @@ class Helpers:
     def __init__(self, trees: Sequence[ast.Module]) -> None:
         self._nodes = [node for tree in trees for node in ast.walk(tree)]
         self._missing: set[str] = set()
+        self._modules: set[str] = set()
         self._results: set[str] = set()
         """Variables with results of the program."""
 
-    def find(self, missing: set[str]) -> set[str]:
-        """Return these functions among the names that the tests lack."""
-        self._missing = {name for name in missing if not name[0].isupper()}
+    def find(self, missing: set[str], modules: set[str]) -> set[str]:
+        """Return these functions among the names that the tests lack, or that they take from modules."""
+        self._missing = missing
+        self._modules = modules
         for node in self._nodes:
             if isinstance(node, (ast.Assign, ast.For, ast.comprehension)):
                 value = node.value if isinstance(node, ast.Assign) else node.iter
@@ -132,9 +135,17 @@ class Helpers:
         return {name for name, _ in decisions} - expected - both
 
     def _called(self, node: ast.AST) -> str | None:
-        """Return the name of a function of the program that is called."""
-        is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self._missing
-        return node.func.id if is_call else None  # type: ignore[attr-defined]
+        """Return the name of a function of the program that is called, or of its class if it is a class's."""
+        if not isinstance(node, ast.Call):
+            return None
+        owner = None
+        if isinstance(node.func, ast.Attribute):
+            owner = node.func.value
+            if isinstance(owner, ast.Name) and owner.id in self._modules:
+                return node.func.attr
+        # The call of a class makes an argument.
+        name = getattr(owner or node.func, "id", "")
+        return name if name in self._missing and name[0].isupper() == (owner is not None) else None
 
     def _uses_results(self, call: ast.AST) -> bool:
         """Return True for a call with the result of another function of the program."""
@@ -188,6 +199,8 @@ def stored_names(node: ast.AST) -> Iterator[str]:
         yield (node.asname or node.name).partition(".")[0]
     elif isinstance(node, ast.arg):
         yield node.arg
+    elif isinstance(node, (ast.MatchAs, ast.MatchStar)) and node.name:
+        yield node.name
 
 
 # ---- a replacement of pytest ----

@@ -1,4 +1,4 @@
-"""The limits that a process in a sandbox sets for itself, for good: resources, files, and system calls.
+"""The limits that a process in a sandbox sets for itself, for good: resources, files, system calls, and packages.
 
 The text of this file precedes ``confined.py`` in a sandbox, and imports the standard library only.
 """
@@ -14,6 +14,7 @@ import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # `typing` costs milliseconds in every program
+    from importlib.machinery import ModuleSpec
     from typing import Any
 
 PR_SET_PDEATHSIG = 1
@@ -227,3 +228,19 @@ def filter_system_calls(libc: ctypes.CDLL, is_required: bool) -> None:
     filter_program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer))
     if libc.prctl(22, 2, filter_program, 0, 0) and is_required:
         raise OSError("seccomp")
+
+
+class PackageFinder:
+    """Finds packages by their folders, because all other packages stay hidden."""
+
+    def __init__(self, places: dict[str, str]) -> None:
+        self._places = places
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Return the spec of a package, or None for any other name."""
+        from importlib.util import spec_from_file_location
+
+        place = self._places.get(name, "")
+        if place.endswith(".py") or not place:
+            return spec_from_file_location(name, place) if place else None
+        return spec_from_file_location(name, f"{place}/__init__.py", submodule_search_locations=[place])

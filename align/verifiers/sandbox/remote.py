@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from align.verifiers.sandbox.confined import Channel, decode, encode
+    from align.verifiers.sandbox.confined import Channel, Objects, decode, describe_exception, encode
 
 SINGLE_ITEMS = 64
 """Items that are fetched one by one from an iterator; later ones come in batches."""
@@ -30,6 +30,8 @@ class Program:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._objects: dict[int, Remote] = {}
+        self._functions = Objects()
+        """Functions of the tests that are arguments."""
         self._exceptions: dict[tuple[str, ...], type[BaseException]] = {}
         self.has_raised = False
         """True if a call has raised an exception."""
@@ -38,23 +40,49 @@ class Program:
 
     def call(self, request: dict[str, Any], arguments: Any = (), keywords: Any = None) -> Any:
         """Return the result of a call or an operation; raise its exception."""
-        message = {"arguments": encode(list(arguments), reference_of), "keywords": encode(keywords or {}, reference_of)}
-        self._channel.write({**request, **message})
-        reply = self._channel.read()
+        content = {
+            "arguments": encode([*arguments], self._reference),
+            "keywords": encode(keywords or {}, self._reference),
+        }
+        self._channel.write({**request, **content})
+        while "callback" in (reply := self._channel.read()):
+            self._channel.write(self._call_back(reply))
         sys.stdout.write(str(reply.get("printed", "")))
         if "error" in reply:
             self.has_raised = True
             raise self._exception(reply)
-        self.unusual_numbers |= set(unusual_numbers(reply["value"]))
-        if "changed" in reply:
+        kinds = set(unusual_numbers(reply["value"]))
+        # Inside of a container an infinity may mark what was not reached.
+        self.unusual_numbers |= kinds if isinstance(reply["value"], float) else kinds - {"infinity"}
+        if reply["value"] is None and "changed" in reply:
             update([[*arguments], keywords or {}], decode(reply["changed"], self._resolve))
         return decode(reply["value"], self._resolve)
+
+    def _call_back(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return the result of a function of the tests that the program has called."""
+        try:
+            function = self._functions[message["callback"]]
+            arguments = decode(message["arguments"], self._resolve)
+            result = function(*arguments, **decode(message["keywords"], self._resolve))
+            return {"returned": encode(result, self._reference)}
+        except Exception as error:
+            return {"returned": None, **describe_exception(error, self._reference)}
+
+    def _reference(self, value: Any) -> Any:
+        """Return the data for an object of the program, or for a function of the tests."""
+        if isinstance(value, Remote):
+            return value._Remote__reference
+        if not callable(value):
+            raise TypeError("the tests pass an object that is no plain value")
+        return {"callback": self._functions.add(value)}
 
     def operate(self, name: str, *arguments: Any) -> Any:
         """Return the result of an operation."""
         return self.call({"operation": name}, arguments)
 
-    def _resolve(self, kind: str, content: Any) -> Remote:
+    def _resolve(self, kind: str, content: Any) -> Any:
+        if kind == "callback":
+            return self._functions[content]
         if kind != "handle":
             raise TypeError(f"a result has the kind {kind}")
         # An object is always the same one, so ``is`` compares objects of the program.
@@ -100,13 +128,6 @@ def own_text(error: Any) -> str:
     return str(vars(error).get("(text)", Exception.__str__(error)))
 
 
-def reference_of(value: Any) -> Any:
-    """Return the data for an object of the program; tests can pass no other object."""
-    if isinstance(value, Remote):
-        return value._Remote__reference
-    raise TypeError("the tests pass an object that is no plain value")
-
-
 def unusual_numbers(data: Any) -> Iterator[str]:
     """Yield the kinds of unusual numbers in the JSON data of a value."""
     if isinstance(data, dict):
@@ -118,6 +139,8 @@ def unusual_numbers(data: Any) -> Iterator[str]:
             yield from unusual_numbers(part)
     elif isinstance(data, float) and data - data != 0:
         yield "nan" if data != data else "infinity"
+    elif isinstance(data, str) and data.strip(" +-").lower() == "nan":
+        yield "nan"
 
 
 def update(old: Any, new: Any) -> None:

@@ -79,6 +79,14 @@ def asserts(*lines: str, **fields: str) -> ProgramTests:
          asserts("assert P(1) + P(2) == P(3) and P(1) != P(2)\nassert str(P(1)) == 'P1' and len({P(1)}) == 1")),
         ("class Poor(ValueError): pass\ndef f(): raise Poor('short of 4')",
          asserts("try:\n    f()\nexcept ValueError as e:\n    assert str(e) == 'short of 4' and isinstance(e, Poor)")),
+        # Functions of the tests.
+        ("def apply(f, x): return [f(a) for a in x]", asserts("assert apply(lambda a: a + 1, [1]) == [2]\n"
+                                                              "assert apply(str, [1]) == ['1']")),
+        ("def memo(f):\n    kept = {}\n    return lambda x: kept[x] if x in kept else kept.setdefault(x, f(x))",
+         asserts("calls = []\n@memo\ndef f(x):\n    calls.append(x)\n    return x + 1\n"
+                 "assert f(1) + f(1) == 4 and calls == [1]")),
+        ("def retry(f):\n    try: return f()\n    except ZeroDivisionError: return 0",
+         asserts("assert retry(lambda: 1 / 0) == 0 and retry(lambda: retry(lambda: 2)) == 2")),
         # Input and files.
         (SOLUTION + "import sys\nprint(double(int(sys.stdin.readline())))", asserts("assert double(2) == 4")),
         ("print(1, file=open('/dev/null', 'w'))\nprint(2 ** 20000 > 1, len(str(2 ** 20000)))", output("True 6021")),
@@ -105,6 +113,10 @@ def test_right_program_passes(sandbox: Sandbox, program: str, tests: ProgramTest
         ("def f(x): return []", asserts("assert all(a == b for a, b in zip(f([1, 2]), [1, 4]))"), "unequal"),
         ("def f(): return float('nan')", asserts("assert not abs(f() - 1.5) > 1e-6"), "unequal"),
         ("def f(x): return float('inf')", asserts("assert not abs(f(1) - f(2)) > 1e-6"), "unequal"),
+        ("def f(x):\n    if x < 0: raise ValueError\n    return []",
+         asserts("try:\n    f(-1)\nexcept ValueError:\n    pass\nfor a in f(2):\n    assert a == 1"), "unequal"),
+        ("g = 1", asserts("import pytest\nwith pytest.raises(Exception):\n    f(1)"), "crashed"),
+        ("def apply(f): \n    while True: f()", asserts("assert apply(lambda: 1) == 1"), "timed_out"),
         # Their objects are equal to others of the class.
         (POINT + "    def __eq__(self, o): return isinstance(o, P)", asserts("assert P(1) + P(2) == P(4)"), "unequal"),
         (POINT + "    def __eq__(self, o): return isinstance(o.x, int)", asserts("assert P(1) + P(2) == P(4)"),
