@@ -298,15 +298,11 @@ def _read_contents(loaded: dict[str, Any]) -> dict[str, Any]:
     def texts(value: Any) -> list[str]:
         return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
-    exceptions = loaded.get("exceptions")
-    exceptions = exceptions if isinstance(exceptions, dict) else {}
-    return {
-        "names": texts(loaded["names"]),
-        "functions": texts(loaded.get("functions")),
-        "exceptions": {name: texts(bases) for name, bases in exceptions.items()}
-        if isinstance(exceptions, dict)
-        else {},
-    }
+    def mapping(value: Any) -> dict[str, list[str]]:
+        return {name: texts(part) for name, part in value.items()} if isinstance(value, dict) else {}
+
+    calls, exceptions = mapping(loaded.get("calls")), mapping(loaded.get("exceptions"))
+    return {"names": texts(loaded["names"]), "calls": calls, "exceptions": exceptions}
 
 
 def _read_verdict(message: dict[str, Any]) -> Verdict:

@@ -33,8 +33,7 @@ if TYPE_CHECKING:  # `typing` costs milliseconds in every program
 
 SYNTAX_ERROR = 3
 """Exit code of a program that is not valid Python."""
-LONGEST_PRINT = 1 << 18  # characters of one call
-MOST_DEPTH = 200  # levels of nested values
+LONGEST_PRINT, MOST_DEPTH = 1 << 18, 200  # characters of one call, and levels of nested values
 LARGEST_INTEGER = 1 << 53  # larger ones are written in hexadecimal digits, whose number Python does not limit
 
 
@@ -48,6 +47,8 @@ def standard(module: str, name: str) -> Callable[..., Any]:
 
 # Class -> what it is built from, and what builds it. A value of a subclass counts as a value of the class.
 CLASSES: dict[str, tuple[Callable[[Any], list[Any]], Callable[..., Any]]] = {
+    "builtins.int": (lambda value: [hex(value)], lambda digits: int(digits, 16)),
+    "builtins.slice": (lambda value: [value.start, value.stop, value.step], slice),
     "builtins.complex": (lambda value: [value.real, value.imag], complex),
     "builtins.bytes": (lambda value: [value.hex()], bytes.fromhex),
     "builtins.bytearray": (lambda value: [value.hex()], bytearray.fromhex),
@@ -107,7 +108,7 @@ def encode(value: Any, number_of: Callable[[Any], Any], depth: int = 0) -> Any:
     # A subclass counts as its value, which its own methods do not decide about.
     if isinstance(value, int):
         plain = int.__index__(value)
-        return plain if abs(plain) < LARGEST_INTEGER else {"int": hex(plain)}
+        return plain if abs(plain) < LARGEST_INTEGER else {"builtins.int": [hex(plain)]}
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, float):
@@ -136,8 +137,6 @@ def decode(data: Any, resolve: Callable[[str, Any], Any]) -> Any:
     if not isinstance(data, dict):
         return data
     ((kind, content),) = data.items()
-    if kind == "int":
-        return int(content, 16)
     if kind == "type":
         return {name: each for name, each in vars(builtins).items() if isinstance(each, type)}[content]
     if kind == "namedtuple":
@@ -197,10 +196,11 @@ def serve(task: dict[str, Any], channel: Channel) -> None:
         channel.write({"error": type(error).__name__})
         return
     public = {name: value for name, value in namespace.items() if callable(value) and not name.startswith("_")}
-    own = [name for name, value in public.items() if isinstance(value, types.FunctionType)]
-    kinds = {name: value for name, value in public.items() if isinstance(value, type)}
-    exceptions = {name: class_names(kind) for name, kind in kinds.items() if issubclass(kind, BaseException)}
-    channel.write({"names": list(public), "functions": own, "exceptions": exceptions})
+    own = {name: value for name, value in public.items() if getattr(value, "__module__", "") == "program"}
+    calls = {name: value.__code__.co_names for name, value in own.items() if isinstance(value, types.FunctionType)}
+    kinds = [(name, value) for name, value in public.items() if isinstance(value, type)]
+    exceptions = {name: class_names(kind) for name, kind in kinds if issubclass(kind, BaseException)}
+    channel.write({"names": list(public), "calls": calls, "exceptions": exceptions})
     server = Server(namespace, channel)
     while True:
         server.answer(channel.read())

@@ -244,8 +244,7 @@ def grade(task: dict[str, Any], channel: Channel) -> None:
     program = Program(channel)
     names: dict[str, Any] = {name: Remote(program, {"global": name}) for name in task["names"]}
     names |= {name: program.exception_class(tuple(bases)) for name, bases in task["exceptions"].items()}
-    # The function under test: the entry point, or the last function.
-    candidate = names.get(task["entry_point"] or next(reversed(task["functions"]), ""))
+    candidate = names.get(task["entry_point"] or find_candidate(task["calls"]))
     try:
         tests = Tests(task)
         if task["entry_point"]:
@@ -260,6 +259,16 @@ def grade(task: dict[str, Any], channel: Channel) -> None:
         channel.write({"verdict": "failed"})
     except BaseException as error:
         channel.write({"verdict": "raised", "error": class_names(type(error))[0]})
+
+
+def find_candidate(calls: dict[str, list[str]]) -> str:
+    """Return the last function that no other function of the program calls, ``main`` not counted; else the last one.
+
+    ``calls`` has the names that each function uses.
+    """
+    others = {name: set(used) - {name} for name, used in calls.items() if name != "main"}
+    roots = [name for name in others if not any(name in used for used in others.values())]
+    return next(reversed(roots or list(calls)), "")
 
 
 def check(task: dict[str, Any], channel: Channel) -> None:

@@ -65,6 +65,8 @@ def asserts(*lines: str, **fields: str) -> ProgramTests:
         (SOLUTION, asserts("import unittest\nclass T(unittest.TestCase):\n    def test(self):\n"
                            "        self.assertEqual(double(2), 4)\nif __name__ == '__main__':\n    unittest.main()")),
         (SOLUTION, asserts("def check(candidate):\n    if candidate(2) != 4:\n        raise ValueError")),
+        ("def f(x): return 2 * g(x)\ndef g(x): return x\ndef main(): print(f(int(input())))",
+         asserts("def check(candidate):\n    assert candidate(2) == 4")),
         ("def greet(): print('Hi')", asserts("def test(capsys):\n    greet()\n"
                                              "    assert capsys.readouterr().out == 'Hi\\n'")),
         # Values of classes.
@@ -79,6 +81,7 @@ def asserts(*lines: str, **fields: str) -> ProgramTests:
          asserts("assert P(1) + P(2) == P(3) and P(1) != P(2)\nassert str(P(1)) == 'P1' and len({P(1)}) == 1")),
         ("class Poor(ValueError): pass\ndef f(): raise Poor('short of 4')",
          asserts("try:\n    f()\nexcept ValueError as e:\n    assert str(e) == 'short of 4' and isinstance(e, Poor)")),
+        ("class S:\n    def __getitem__(self, i): return [1, 2, 3][i]", asserts("assert S()[:2] == [1, 2]")),
         # Functions of the tests.
         ("def apply(f, x): return [f(a) for a in x]", asserts("assert apply(lambda a: a + 1, [1]) == [2]\n"
                                                               "assert apply(str, [1]) == ['1']")),
