@@ -174,8 +174,10 @@ def _describe_annotated(arguments: tuple[Any, ...], name_blocks: BlockNaming) ->
 
 def describe_bounds(field: FieldInfo) -> str:
     """Return a field's bounds, ``> 0, ≤ 1``; empty if it has none."""
+    members = [member for member in get_args(field.annotation) if get_origin(member) is Annotated]
+    infos = [info for member in members for info in get_args(member)[1:] if isinstance(info, FieldInfo)]
     words = []
-    for constraint in field.metadata:
+    for constraint in (constraint for info in (field, *infos) for constraint in info.metadata):
         for name, form in BOUNDS.items():
             value = getattr(constraint, name, None)
             if value is not None and not isinstance(constraint, annotated_types.Len):

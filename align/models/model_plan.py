@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from align.models.chat.named_templates import (
     require_tokens,
     template_file,
 )
-from align.models.checkpoints.files import CONFIG, read_optional
+from align.models.checkpoints.files import CONFIG, read_header, read_optional
 from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE, TOKENIZER
 from align.models.checkpoints.source import Origin, Source, resolve
 from align.models.compute.architecture import Architecture, UnknownArchitecture
@@ -134,7 +135,46 @@ def known_architecture(source: str, revision: str | None, base: Path) -> Archite
         raise UnknownArchitecture(f"'{source}' is an adapter; its base has the sizes")
     if origin.origin is Origin.GGUF:
         raise UnknownArchitecture(f"'{source}' has no config.json before its model stage has run")
-    return read_architecture(_cached(origin.name, origin.revision))
+    return read_architecture(_cached(origin))
+
+
+def known_parameters(source: str, revision: str | None, base: Path) -> int:
+    """Return the number of parameters of a model stage's ``source``.
+
+    A model without a rule for its architecture is counted by the headers of its files. Raises ``UnknownArchitecture``.
+    """
+    try:
+        return known_architecture(source, revision, base).parameters
+    except UnknownArchitecture as error:
+        origin = resolve(source, revision, base)
+        tensors: Iterable[int] = ()
+        if origin.origin is Origin.GGUF and origin.path is not None:
+            from gguf import GGUFReader
+
+            tensors = (int(tensor.n_elements) for tensor in GGUFReader(origin.path).tensors)
+        elif origin.path is not None:
+            headers = (read_header(file) for file in origin.path.glob("*.safetensors"))
+            tensors = (math.prod(entry.shape) for header in headers for entry in header.values())
+        elif origin.origin is Origin.HUB:
+            tensors = _hub_counts(origin)
+        count = sum(tensors)
+        if not count:
+            raise error
+        return count
+
+
+def _hub_counts(source: Source) -> list[int]:
+    """Return the numbers of parameters by type, from the headers of a Hub model's files; empty if it has none."""
+    import httpx
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+
+    if small_file(source.name, str(source.revision), CONFIG) is None:  # also if the Hub does not answer
+        return []
+    try:
+        return list(get_safetensors_metadata(source.name, revision=source.revision).parameter_count.values())
+    except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, httpx.HTTPError, OSError):
+        return []
 
 
 def known_positions(source: str, revision: str | None, base: Path) -> int | None:
@@ -147,7 +187,7 @@ def known_positions(source: str, revision: str | None, base: Path) -> int | None
         config = origin.path / CONFIG
     elif origin.origin is Origin.HUB:
         with contextlib.suppress(UnknownArchitecture):
-            config = _cached(origin.name, origin.revision)
+            config = _cached(origin)
     if config is None or not config.is_file():
         return None
     settings = read_optional(config)
@@ -156,13 +196,12 @@ def known_positions(source: str, revision: str | None, base: Path) -> int | None
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def _cached(name: str, revision: str | None) -> Path:
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(name, "config.json", revision=revision)
-    if not isinstance(path, str):
+def _cached(source: Source) -> Path:
+    """Return a Hub model's ``config.json``, from the cache or fetched into it."""
+    path = small_file(source.name, str(source.revision), CONFIG)
+    if path is None:
         raise UnknownArchitecture(
-            f"the config.json of '{name}' is not on this machine; "
-            f"`hf download {name} config.json --revision {revision}` fetches it alone"
+            f"the config.json of '{source.name}' is not on this machine; "
+            f"`hf download {source.name} config.json --revision {source.revision}` fetches it alone"
         )
-    return Path(path)
+    return path

@@ -1,4 +1,4 @@
-"""Stages that continue a finished stage: the fields that they inherit, and the fields that they must not change.
+"""Fields that follow from earlier stages: those of the stage that is continued, and default learning rates.
 
 ``sft_more: {continue_from: sft, max_steps: 12}`` is ``sft`` with more steps, so it has every field of ``sft`` that it
 does not set itself. Never imports torch.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from align.config.base import Config
 from align.config.stages.continue_from import CONTINUE, DATA, LENGTHS, must_be_equal
+from align.config.stages.training import DefaultRates
 from align.config.tuning import FullTuning
 from align.config.validation import suggest
 from align.errors import UserError, plain_number
-from align.pipeline.registry import STAGES
+from align.pipeline.registry import STAGES, Stage
 
 START_FIELDS = ("model", "policy")
 """Fields of the checkpoint that a stage starts from."""
@@ -69,6 +71,53 @@ def _start_field(kind: Any) -> str:
 def _weights_field(config_class: type[Config]) -> str | None:
     """Return the field that names the checkpoint from which a stage starts."""
     return next((field for field in START_FIELDS if field in config_class.model_fields), None)
+
+
+class Predecessor(Protocol):
+    """An earlier stage of a pipeline."""
+
+    @property
+    def stage(self) -> Stage: ...
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def inputs(self) -> Mapping[str, str | list[str] | None]: ...
+
+
+def default_rates(
+    config: Config, start: str, nodes: Mapping[str, Predecessor], base: Path, place: str
+) -> Mapping[str, float]:
+    """Return the learning rates that a stage leaves open, for the size of the model of the stage ``start``.
+
+    Training keeps the size, so the models of a pipeline have the size of the first one. It is read from files that the
+    key counts, never from the store, so a key does not depend on what has finished. Raises ``UserError`` with ``place``
+    if the size is not known.
+    """
+    if not isinstance(config, DefaultRates) or not config.default_rates(1):
+        return {}
+    name = start
+    while True:
+        node = nodes[name]
+        count = node.stage.inspect("parameters")
+        if count is not None:
+            break
+        sources = [node.inputs.get(field) for field in (*START_FIELDS, "base", "policies")]
+        names = [source if isinstance(source, str) else source[0] for source in sources if source]
+        if not names:
+            raise UserError(
+                f"{place}.learning_rate: auto needs the number of parameters of '{start}', and stage '{name}' of kind "
+                f"{node.stage.kind} does not tell it before it has run. Set learning_rate."
+            )
+        name = names[0]
+    try:
+        return config.default_rates(count(node.config, base))
+    except ValueError as error:
+        raise UserError(
+            f"{place}.learning_rate: auto needs the number of parameters of '{name}', which is not known: {error}. Set "
+            "learning_rate, or make the file known."
+        ) from None
 
 
 @dataclass(frozen=True)

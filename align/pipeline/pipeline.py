@@ -26,7 +26,7 @@ from align.config.validation import suggest, validate
 from align.errors import UserError, redact, shorten, with_article
 from align.pipeline.executors import choose_executor, in_long_forms, objection_to_stage, refuse_contradiction
 from align.pipeline.file import Overrides, complete_values, read_pipeline_file, settle_pipeline
-from align.pipeline.inheritance import Settings, inherit, refuse_changes
+from align.pipeline.inheritance import START_FIELDS, Settings, default_rates, inherit, refuse_changes
 from align.pipeline.loops import expand
 from align.pipeline.overrides import apply_overrides, parse_assignment
 from align.pipeline.registry import NAME_PATTERN, STAGES, Stage, stage_of
@@ -118,7 +118,7 @@ class Pipeline:
         self.runtimes: dict[str, Runtime] = {}
         """The runtime of each stage: ``runtime`` with the stage's own part of it."""
         self.pins: dict[str, dict[str, Any]] = {}
-        """Fields that pin a source of a stage, such as a Hub model's commit, if the file does not set them."""
+        """Fields that the file leaves open and their values, such as a Hub model's commit or a learning rate."""
         kinds = {name: stage_of(name, block, f"{where}: stages") for name, block in self.expanded.stages.items()}
         # Check all keys and values first, to find a mistake in the last stage even if the first stage's file is
         # missing.
@@ -302,18 +302,23 @@ class Pipeline:
         # 1. The stages that it reads: are they there, above it, and of a kind that fits?
         inputs = {field_name: input_names(config, field_name) for field_name in input_fields(config_class)}
         self._check_inputs(name, config_class, inputs, kinds)
-        # 2. A stage that continues another stage may change only some of that stage's fields.
+        # 2. Default learning rates, which follow from the size of the model: the key holds their values.
+        start = next((inputs[field_name] for field_name in START_FIELDS if field_name in inputs), None)
+        if isinstance(start, str):
+            rates = default_rates(config, start, self.nodes, self.base, self._place(name))
+            config = self._pin(name, config, config.model_copy(update=rates))
+        # 3. A stage that continues another stage may change only some of that stage's fields.
         continued = inputs.get(CONTINUE)
         if isinstance(continued, str):
             source = self.nodes[continued]
             before = Settings(source.name, source.config, source.seed)
             refuse_changes(self._place(name), Settings(name, config, seed), before)
-        # 3. What it reads outside the store: pin names, such as a Hub model to a commit, and digest files.
+        # 4. What it reads outside the store: pin names, such as a Hub model to a commit, and digest files.
         with self._saying_where(name):
-            config = self._pinned(name, stage, config)
+            config = self._pin(name, config, stage.pinned(config, self.base))
             makes = stage.makes_with(config)
             identities = stage.identities(config, self.base)
-        # 4. The key: a digest of what decides the result.
+        # 5. The key: a digest of what decides the result.
         parts = self._key_parts(stage, config, seed, inputs, identities)
         try:
             key = digest(parts)
@@ -321,13 +326,12 @@ class Pipeline:
             raise UserError(f"{self._place(name)}: {str(error).removeprefix('$.config.')}.") from None
         return Node(name, stage, config, seed, inputs, makes, identities, key, parts)
 
-    def _pinned(self, name: str, stage: Stage, config: Config) -> Config:
-        """Return the config with what it names pinned, and note the fields that this fills in."""
-        pinned = stage.pinned(config, self.base)
+    def _pin(self, name: str, config: Config, pinned: Config) -> Config:
+        """Return ``pinned``, a stage's config with fields filled in, and note these fields."""
         before, after = config.model_dump(mode="json"), pinned.model_dump(mode="json")
         fields = {field: value for field, value in after.items() if value != before[field]}
         if fields:
-            self.pins[name] = fields
+            self.pins[name] = {**self.pins.get(name, {}), **fields}
             # A cluster's jobs read the plain pipeline, and must not resolve the names again.
             self.expanded.stages[name] = {**self.expanded.stages[name], **fields}
         return pinned

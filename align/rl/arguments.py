@@ -113,7 +113,7 @@ def rollout_arguments(
     micro_batch = config.micro_batch_of(world_size())
     steps = config.steps_per_update
     derived: dict[str, Any] = {
-        "learning_rate": config.learning_rate,
+        "learning_rate": config.peak_rate,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "per_device_train_batch_size": micro_batch,

@@ -52,6 +52,8 @@ class MethodTrainer(RLTrainer):
         callbacks: list[TrainerCallback] | None = None,
         notify: Callable[[str], None] = logger.warning,
     ) -> None:
+        # A stage's config has numbers already.
+        config = config.model_copy(update=config.default_rates(model.num_parameters()))
         args = rollout_arguments(config, **options)
         trained, form = self.build_model(model, reward_model, args)
         super().__init__(

@@ -143,15 +143,15 @@ def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:
 def learning_rates(config: Any, model: PolicyAndReference) -> dict[str, float]:
     """Return the peak rates of ``policy`` and, with a critic, ``critic`` (its trunk) and ``head``."""
     if not hasattr(model, "critic"):
-        return {"policy": config.learning_rate}
-    critic = config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
+        return {"policy": config.peak_rate}
+    critic = config.peak_rate if config.critic_learning_rate is None else config.critic_learning_rate
     head = config.critic_head_learning_rate
     if head is None:
         # A policy with adapters is its own reference. Frozen weights are no sign of adapters, because full tuning may
         # also freeze.
         has_adapters = model.reference is None
         head = critic * (LORA_HEAD_RATE if has_adapters else 1.0)
-    return {"policy": config.learning_rate, "critic": critic, "head": head}
+    return {"policy": config.peak_rate, "critic": critic, "head": head}
 
 
 def _part(name: str) -> str:

@@ -63,6 +63,14 @@ def architecture(config: ArtifactConfig, base: Path) -> Architecture:
     return read_architecture(model_folder / "config.json")
 
 
+def parameters(config: ArtifactConfig, base: Path) -> int:
+    """Return the model's number of parameters; raise ``UnknownArchitecture`` if it is not known."""
+    from align.models.model_plan import known_parameters
+
+    folder = artifact_folder(config, base)
+    return known_parameters(str(folder / "model" if read_record(folder) is not None else folder), None, base)
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the record of a finished artifact, or None; raise ``UserError`` if it cannot be read."""
     try:

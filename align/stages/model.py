@@ -136,6 +136,15 @@ def architecture(config: ModelConfig, base: Path) -> Architecture:
     return known_architecture(config.source, config.revision, base)
 
 
+def parameters(config: ModelConfig, base: Path) -> int:
+    """Return the model's number of parameters, from files alone; raise ``UnknownArchitecture`` if it is not known."""
+    from align.models.model_plan import known_parameters
+
+    if config.base_model is not None:
+        return known_parameters(config.base_model, config.base_revision, base)
+    return known_parameters(config.source, config.revision, base)
+
+
 def run(context: StageContext) -> dict[str, Any]:
     """Fetch, convert and write ``model/``; return parameters, vocabulary and the special tokens."""
     # Report progress before the first import, because importing torch from a cold disk can need a minute.

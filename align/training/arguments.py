@@ -103,7 +103,7 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         "per_device_eval_batch_size": fields.micro_batch_of(world_size()),
         "gradient_accumulation_steps": accumulation(context.name, fields, world_size()),
         "ddp_timeout": math.ceil(context.runtime.launch.timeout),
-        "learning_rate": fields.learning_rate,
+        "learning_rate": fields.peak_rate,
         "lr_scheduler_type": SCHEDULERS[fields.scheduler],
         "lr_scheduler_kwargs": schedule_options(fields, steps),
         "warmup_steps": _warmup_steps(context, steps),

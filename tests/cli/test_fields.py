@@ -54,7 +54,7 @@ def test_a_field_has_type_default_bounds_and_meaning(show: Show) -> None:
         "    Clip range of a token's probability ratio around 1.\n"
     )  # fmt: skip
     text = show("ppo", "learning_rate")
-    assert text.startswith("learning_rate (required)\n    number; > 0, ≤ 1\n    Learning rate of the policy.")
+    assert text.startswith("learning_rate = auto\n    auto or number; > 0, ≤ 1\n    Learning rate of the policy.")
     assert "name of a stage that makes RewardCheckpoint" in show("ppo", "reward")
 
 

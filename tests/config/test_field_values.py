@@ -208,7 +208,7 @@ def change(pipeline: Pipeline, path: str, scalar: str) -> None:
         ("max_steps", "010", "p.yaml: stages.s.max_steps: should be a whole number or null; found '010'."),
         ("max_steps", "1:30:00", "p.yaml: stages.s.max_steps: should be a whole number or null; found '1:30:00'."),
         ("max_grad_norm", ".inf", "p.yaml: stages.s.max_grad_norm: should be a finite number; found inf."),
-        ("learning_rate", "true", "p.yaml: stages.s.learning_rate: should be a valid number; found True."),
+        ("learning_rate", "true", "p.yaml: stages.s.learning_rate: should be 'auto' or a number; found True."),
         ("trainer", "{adam_beta2: .nan}", "p.yaml: stages.s.trainer.adam_beta2: should be a finite number; found nan."),
         ("precision", '"\\ud800"', "p.yaml: stages.s.precision: has half a character"),
         ("model", "[1]", "p.yaml: stages.s.model: "),

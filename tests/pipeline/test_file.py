@@ -162,10 +162,10 @@ def test_texts_without_variables_stay_as_they_are(value: object) -> None:
 
 
 def test_overrides_supply_what_a_file_lacks(base: Path) -> None:
-    path = write(base.parent, BASE.replace("learning_rate: 1.0e-3, ", ""), "lacks.yaml")
-    with pytest.raises(UserError, match="learning_rate"):
+    path = write(base.parent, BASE.replace("data: data, ", ""), "lacks.yaml")
+    with pytest.raises(UserError, match="stages.sft.data: this key is required"):
         Pipeline.load(path)
-    for overrides in (["stages.sft.learning_rate=1.0e-3"], {"stages.sft.learning_rate": 1.0e-3}):
+    for overrides in (["stages.sft.data=data"], {"stages.sft.data": "data"}):
         assert Pipeline.load(path, overrides).nodes["sft"].key == Pipeline.load(base).nodes["sft"].key
 
 

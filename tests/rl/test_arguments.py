@@ -57,8 +57,8 @@ def test_config_of_script_has_the_checks_of_a_stage(config_class: type[RolloutFi
     assert arguments.fingerprint()["rollout_batch"] == arguments.config.rollout_batch
     with pytest.raises(ValidationError, match="updates"):
         config_class.for_trainer(learning_rate=1e-6, updates=0)
-    with pytest.raises(ValidationError, match="learning_rate"):
-        config_class.for_trainer()
+    with pytest.raises(ValueError, match="learning_rate is auto, and the size of the model is not known here"):
+        rollout_arguments(config_class.for_trainer(), **OPTIONS)
 
 
 @pytest.mark.parametrize("name", sorted(DERIVED))

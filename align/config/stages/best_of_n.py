@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from align.config.stages.rl import RolloutFields
+from align.config.stages.training import PeakRates
 
 
 class RejectionConfig(RolloutFields):
@@ -16,6 +17,8 @@ class RejectionConfig(RolloutFields):
     The loss has no reference: the policy learns only from its own responses. The loss is SFT's, at temperature 1, so
     with a lower sampling ``temperature`` the policy's entropy falls with every round.
     """
+
+    rates: ClassVar[PeakRates] = PeakRates(5e-4, 1e-4)
 
     updates: int = Field(3, ge=1)
     """Rounds."""

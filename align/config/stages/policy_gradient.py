@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from align.config.runtime.launch import LaunchConfig
 from align.config.runtime.rollouts import RolloutsConfig
 from align.config.stages.rl import RolloutFields
+from align.config.stages.training import LearningRate, PeakRates
 
 
 class DriftFields(RolloutFields):
@@ -133,7 +134,7 @@ def drift_settings(config: RolloutFields) -> DriftFields:
     """Return the config of a method that penalizes drift; for another method the defaults, such as no staleness."""
     if isinstance(config, DriftFields):
         return config
-    return DriftFields.for_trainer(learning_rate=1e-6)  # a rate is required, and is not read from here
+    return DriftFields.for_trainer()
 
 
 class PpoConfig(DriftFields):
@@ -148,6 +149,8 @@ class PpoConfig(DriftFields):
     """AdamW's epsilon for the policy; usual for PPO."""
     keyed_when_set: ClassVar[frozenset[str]] = DriftFields.keyed_when_set | {"turn_discount"}
     has_token_credit: ClassVar[bool] = True
+    critic_rates: ClassVar[PeakRates] = PeakRates(5e-4, 1e-4)
+    """Values of ``critic_learning_rate: auto``."""
 
     critic: Literal["reward", "policy", "head"] | None = None
     """Model that the critic starts from: by default the reward model, else the policy. From ``policy`` it starts at 0.
@@ -158,8 +161,8 @@ class PpoConfig(DriftFields):
     """
     critic_detach: bool = True
     """For ``critic: head``: stop the value loss at the head. False lets it also train the policy's trunk."""
-    critic_learning_rate: float | None = Field(None, gt=0, le=1)
-    """Learning rate of the critic; by default the policy's."""
+    critic_learning_rate: LearningRate | None = None
+    """Learning rate of the critic; by default the policy's. ``auto`` is higher (docs/methods.md)."""
     critic_head_learning_rate: float | None = Field(None, gt=0, le=1)
     """Learning rate of the critic's value head; by default the critic's, with LoRA a tenth of it."""
     critic_warmup_updates: int = Field(0, ge=0)
@@ -196,6 +199,13 @@ class PpoConfig(DriftFields):
                 "optimizer decays and counts the policy's weights all the same; take fsdp2, or leave it out."
             )
         return super().processes_objection(launch)
+
+    def default_rates(self, parameters: int) -> dict[str, float]:
+        """Return the rates of policy and critic that are ``auto``, with their values."""
+        rates = super().default_rates(parameters)
+        if self.critic_learning_rate == "auto":
+            rates["critic_learning_rate"] = self.critic_rates.choose(self.tuning, parameters)
+        return rates
 
     @property
     def critic_source(self) -> Literal["reward", "policy", "head"]:

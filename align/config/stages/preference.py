@@ -11,12 +11,14 @@ from align.config.base import stage_input
 from align.config.options import OWNED
 from align.config.options.field_dumps import UnreadableClass, class_options
 from align.config.stages.lint import LintSettings
-from align.config.stages.training import TrainingFields
+from align.config.stages.training import PeakRates, TrainingFields
 from align.store.artifacts import GENERATORS, Kind
 
 
 class PreferenceFields(TrainingFields):
     """Fields of every stage on preferences."""
+
+    rates: ClassVar[PeakRates] = PeakRates(3e-4, 5e-6)
 
     policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """Stage whose checkpoint is trained; usually the SFT stage."""
@@ -255,6 +257,8 @@ class KtoConfig(ReferenceFields):
 
 class OrpoConfig(ExperimentalFields):
     """Needs no reference and no SFT stage before it. ``batch_size`` counts pairs. Experimental in trl."""
+
+    rates: ClassVar[PeakRates] = PeakRates(1e-3, 5e-5)
 
     data: stage_input(Kind.PREFERENCES)  # type: ignore[valid-type]
     """Stage with the pairs; its chosen answers should be worth imitating."""

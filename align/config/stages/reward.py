@@ -76,7 +76,7 @@ class RewardConfig(TrainingFields):
         """``head_learning_rate``, or its default."""
         if self.head_learning_rate is not None:
             return self.head_learning_rate
-        return self.learning_rate * self.tuning.head_share
+        return self.peak_rate * self.tuning.head_share
 
     @property
     def loss_of_numbers(self) -> Literal["mse", "bce"]:

@@ -20,15 +20,16 @@ from align.config.scores import Score, ScoreValidation, reward_names, score_iden
 from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.stages.lint import LintSettings
 from align.config.stages.stored_rollouts import ReplayFolder, StoredRollouts
-from align.config.stages.training import sharding_objection
+from align.config.stages.training import DefaultRates, LearningRate, PeakRates, sharding_objection
 from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.config.tuning import FullTuning, Tuning
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 
-class RolloutFields(TrainerOptions):
+class RolloutFields(DefaultRates, TrainerOptions):
     """One update samples ``rollout_batch`` responses, scores them and learns from them."""
 
+    rates: ClassVar[PeakRates] = PeakRates(3e-4, 1e-5)
     owned_options: ClassVar[dict[str, str]] = OWNED | OWNED_BY_ROLLOUTS
     trainer_class: ClassVar[str] = "align.rl.arguments:RolloutArguments"
     adam_epsilon: ClassVar[float] = 1e-8
@@ -93,8 +94,9 @@ class RolloutFields(TrainerOptions):
     """Optimizer steps per pass."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Responses in memory at once. Does not change the result. By default the largest divisor up to 16."""
-    learning_rate: float = Field(gt=0, le=1)
-    """Learning rate of the policy. LoRA needs about 100 times full tuning's, so there is no default."""
+    learning_rate: LearningRate = "auto"
+    """Learning rate of the policy. ``auto`` follows from the kind, ``tuning`` and the model's size (docs/methods.md);
+    the plan shows its value."""
     scheduler: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule of the learning rates: constant, or falling to 0 along a line or a half cosine."""
     warmup_ratio: float = Field(0.0, ge=0, lt=1)

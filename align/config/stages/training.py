@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,9 +13,68 @@ from align.config.base import Config, PrecisionSetting, stage_input
 from align.config.options import TrainerOptions
 from align.config.runtime.launch import LaunchConfig
 from align.config.stages.evaluation.during_training import TrainingEvaluation
-from align.config.tuning import FullTuning, QloraTuning, Tuning, TuningBase
+from align.config.tuning import AdaptersTuning, FullTuning, PeftTuning, QloraTuning, Tuning, TuningBase
 from align.config.tuning_blocks import TrainedTokens
 from align.store.artifacts import Kind
+
+LearningRate = Literal["auto"] | Annotated[float, Field(gt=0, le=1)]
+"""A peak learning rate; ``auto`` is the default of the kind, for the tuning method and the model's size."""
+SIZES = (2e9, 4e9)
+"""Numbers of parameters between which default rates change, along a line in the logarithms of both."""
+RATE_SHARES = {
+    "full": 0.1,
+    **dict.fromkeys(("ia3", "vera", "llama_adapter", "prefix", "prompt"), 7.5),
+    "parallel": 2.5,
+    "sequential": 0.75,
+    "p_tuning": 0.25,
+}
+"""Tuning method -> default learning rate as a share of LoRA's, which other methods have. Sources: docs/methods.md."""
+
+
+@dataclass(frozen=True)
+class PeakRates:
+    """Default learning rates of LoRA for models below 2 and from 4 billion parameters. Sources: docs/methods.md."""
+
+    small: float
+    large: float
+
+    def choose(self, tuning: TuningBase, parameters: int) -> float:
+        """Return the rate for a tuning method and a model, rounded to two digits."""
+        low, high = SIZES
+        share = math.log(min(max(parameters, low), high) / low) / math.log(high / low)
+        rate = self.small * (self.large / self.small) ** share
+        return float(f"{rate * RATE_SHARES.get(_rate_group(tuning), 1.0):.2g}")
+
+
+def _rate_group(tuning: TuningBase) -> str:
+    """Return the name in ``RATE_SHARES`` of a tuning method."""
+    if isinstance(tuning, PeftTuning):
+        return tuning.type
+    if isinstance(tuning, AdaptersTuning):
+        return tuning.kind if tuning.kind == "llama_adapter" else tuning.position
+    return tuning.method
+
+
+class DefaultRates(Config):
+    """The learning rate of a stage that trains, and its default."""
+
+    rates: ClassVar[PeakRates] = PeakRates(1e-3, 3e-4)
+    """Values of ``learning_rate: auto``."""
+
+    if TYPE_CHECKING:  # each family of stages has these fields at their place among its own
+        tuning: Tuning = FullTuning()
+        learning_rate: LearningRate = "auto"
+
+    @property
+    def peak_rate(self) -> float:
+        """``learning_rate`` as a number. Raises ``ValueError`` while it is ``auto``."""
+        if self.learning_rate == "auto":
+            raise ValueError("learning_rate is auto, and the size of the model is not known here; set a number.")
+        return self.learning_rate
+
+    def default_rates(self, parameters: int) -> dict[str, float]:
+        """Return the fields that are ``auto``, with their values for a model of so many parameters."""
+        return {"learning_rate": self.rates.choose(self.tuning, parameters)} if self.learning_rate == "auto" else {}
 
 
 class Anchor(Config):
@@ -36,7 +96,7 @@ class EarlyStopping(Config):
     """Change of the loss or metric that counts as an improvement."""
 
 
-class TrainingFields(TrainerOptions):
+class TrainingFields(DefaultRates, TrainerOptions):
     """Settings of training. An optimizer step uses ``batch_size`` rows, whatever the micro-batch."""
 
     has_vocabulary: ClassVar[bool] = True
@@ -51,8 +111,9 @@ class TrainingFields(TrainerOptions):
     precision: PrecisionSetting = "auto"
     """Type of the matrix products; ``auto`` measures which one this device multiplies faster in. Weights and AdamW's
     state are float32 either way."""
-    learning_rate: float = Field(gt=0, le=1)
-    """Peak learning rate of AdamW. LoRA needs about ten times full tuning's, so there is no default."""
+    learning_rate: LearningRate = "auto"
+    """Peak learning rate of AdamW. ``auto`` follows from the kind, ``tuning`` and the model's size (docs/methods.md);
+    the plan shows its value."""
     epochs: float = Field(1.0, gt=0, le=1000)
     """Passes over the training rows; a fraction stops early."""
     max_steps: int | None = Field(None, ge=1)
