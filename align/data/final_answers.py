@@ -20,9 +20,24 @@ from align.data.number_forms import plain_numbers, unformatted
 TAGS = ("think", "thinking", "thought", "reasoning")
 """Names of the tags that models write around a thought."""
 _NAMES = "|".join(TAGS)
+PAIRS = {
+    "[THINK]": "[/THINK]",  # Magistral
+    "<|channel>thought": "<channel|>",  # Gemma 4
+    "<seed:think>": "</seed:think>",  # Seed-OSS
+    "◁think▷": "◁/think▷",  # Kimi
+    "<|START_THINKING|>": "<|END_THINKING|>",  # Command A
+}
+"""Other marks around a thought: opening mark → closing mark."""
+_PAIRED = "|".join(rf"{re.escape(begin)}.*?(?:{re.escape(end)}|\Z)" for begin, end in PAIRS.items())
+_NAMED_PAIRS = "|".join(
+    rf"(?P<pair{number}_open>{re.escape(begin)})|(?P<pair{number}_close>{re.escape(end)})"
+    for number, (begin, end) in enumerate(PAIRS.items())
+)
+_OPENINGS = "|".join([rf"<(?:{_NAMES})>", *map(re.escape, PAIRS)])
+_CLOSINGS = "|".join([rf"</(?:{_NAMES})>", *map(re.escape, PAIRS.values())])
 LEADING = re.compile(
-    rf"\s*(?:<(?P<tag>{_NAMES})>.*?(?:</(?P=tag)>|\Z)"
-    r"|\[THINK\].*?(?:\[/THINK\]|\Z)"  # Magistral
+    rf"\s*(?:<(?P<tag>{_NAMES})>.*?(?:</(?P=tag)>(?:\s*<response>)?|\Z)"  # Granite 3.3 also marks the answer
+    rf"|{_PAIRED}"
     # gpt-oss: the header of the answer's channel belongs to the end of the thought
     r"|(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>.*?"
     r"(?:<\|end\|>(?:<\|start\|>assistant<\|channel\|>final<\|message\|>)?|\Z))",
@@ -30,19 +45,19 @@ LEADING = re.compile(
 )
 """A thought that a turn begins with. A thought that is never closed is the whole turn."""
 OPENED = re.compile(
-    rf"(?:(?!<(?:{_NAMES})>|\[THINK\]).)*?(?:</(?:{_NAMES})>|\[/THINK\])(?=\s|<|\[|\Z)",
+    rf"(?:(?!{_OPENINGS}).)*?(?:{_CLOSINGS})(?=\s|<|\[|\Z)",
     re.DOTALL,
 )
 """A thought that the generation prompt has opened. A closing tag within a call's text is followed by more of it."""
-CLOSED = re.compile(rf"(?:</(?:{_NAMES})>|\[/THINK\]|<\|end\|>|<\|channel\|>final<\|message\|>)\Z")
+CLOSED = re.compile(rf"(?:{_CLOSINGS}|<response>|<\|end\|>|<\|channel\|>final<\|message\|>)\Z")
 """The end of a thought that is closed."""
-_CLOSING = re.compile(rf"</(?:{_NAMES})>|\[/THINK\]")
-EMPTY = re.compile(rf"(?:<(?:{_NAMES})>)?</(?:{_NAMES})>|(?:\[THINK\])?\[/THINK\]")
+_CLOSING = re.compile(_CLOSINGS)
+EMPTY = re.compile(rf"(?:{_OPENINGS})?(?:{_CLOSINGS})")
 """An empty thought without white space, or its end if the generation prompt has opened it."""
 
 _MARK = re.compile(
     rf"(?P<tag_open><(?:{_NAMES})>)|(?P<tag_close></(?:{_NAMES})>)"
-    r"|(?P<bracket_open>\[THINK\])|(?P<bracket_close>\[/THINK\])"
+    rf"|{_NAMED_PAIRS}"
     r"|(?P<channel_open><\|channel\|>(?:analysis|commentary)\b|\Aanalysis(?=[A-Z]))"
     r"|(?P<channel_close><\|channel\|>final\b|assistantfinal)"
 )

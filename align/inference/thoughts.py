@@ -17,15 +17,16 @@ from functools import cached_property
 from typing import Any
 
 from align.config.thinking import response_limit
-from align.data.final_answers import TAGS, split_thought
+from align.data.final_answers import PAIRS, TAGS, split_thought
 from align.errors import UserError
 from align.inference.protocol import Progress, Response, RolloutEngine, Sampling, Session, TurnRequest
 from align.pipeline.context import StageContext
 
 _NAMES = "|".join(TAGS)
-_OPENED = re.compile(rf"(?:<(?:{_NAMES})>|\[THINK\])\s*\Z")
+_PAIRS = "|".join(map(re.escape, PAIRS))
+_OPENED = re.compile(rf"(?:<(?P<tag>{_NAMES})>|(?P<pair>{_PAIRS}))\s*\Z")
 """The end of a prompt that opens a thought."""
-_OPENING = re.compile(rf"<(?P<tag>{_NAMES})>|\[THINK\]|<\|channel\|>analysis")
+_OPENING = re.compile(rf"<(?P<tag>{_NAMES})>|(?P<pair>{_PAIRS})|<\|channel\|>analysis")
 PROMPT_END = 24
 """Tokens at the end of a prompt in which an opening mark is looked for."""
 THOUGHT = "A thought of mine."
@@ -38,8 +39,10 @@ class ThoughtReader:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        names = sorted(getattr(tokenizer, "all_special_tokens", ()), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, names)) or r"\Z(?!)")
+        # Decoding also skips added tokens that are special but have no name in the tokenizer, as Gemma 4's marks.
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        names = {*getattr(tokenizer, "all_special_tokens", ()), *(token.content for token in added if token.special)}
+        self._special = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"\Z(?!)")
 
     def read(self, prompt: Sequence[int], response: Response) -> Response:
         """Return a response with the place of its thought; ``prompt`` are the token ids before it."""
@@ -80,7 +83,7 @@ class ThoughtReader:
         between = self._template_text
         if opening[0].startswith("<|channel|>") and between:
             return between
-        mark = f"</{opening['tag']}>" if opening["tag"] else "[/THINK]"
+        mark = f"</{opening['tag']}>" if opening["tag"] else PAIRS[opening["pair"]]
         if mark not in between:
             between = f"\n{mark}\n\n"
         # A mark of several tokens may have begun.

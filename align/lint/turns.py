@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from align.data.call_values import MalformedCall, ToolCall, call_from_json
-from align.data.final_answers import TAGS, answer_text
+from align.data.final_answers import PAIRS, TAGS, answer_text
 from align.data.rows import Message, Row, is_finished
 from align.data.tool_calls import ParsedTurn, ToolCallFormat, detect_format
 from align.environments.environment import argument_problem
@@ -116,7 +116,7 @@ def around(text: str, match: re.Match[str]) -> str:
     return text[max(0, match.start() - 40) : match.end() + 40]
 
 
-_OPENED = re.compile(rf"\s*(?:<(?:{'|'.join(TAGS)})>|<\|channel\|>analysis\b)")
+_OPENED = re.compile(rf"\s*(?:<(?:{'|'.join(TAGS)})>|{'|'.join(map(re.escape, PAIRS))}|<\|channel\|>analysis\b)")
 """A text that begins with a thought. Tags later in a text may be quoted, so they are not checked."""
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from align.config.runtime.rollouts import SYNTHESIS_CHUNK
+from align.data.final_answers import split_thought
 from align.errors import UserError
 from align.inference.cached_client import AnswerSink
 from align.inference.engine import SwitchingEngine, max_positions, open_engine
@@ -132,7 +133,12 @@ class LocalModel:
         sink.record(pairs)
 
     def _answer(self, ids: list[int], response: Response) -> Answer:
-        text: Any = self.tokenizer.decode(response.token_ids, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(response.token_ids, skip_special_tokens=True))
+        answer = replace(response, text=text).answer_text
+        if answer.thought and str(split_thought(text)) != str(answer):
+            # The marks are special tokens, or the prompt has one: later readers of the text need tags.
+            thought = answer.thought.strip().removeprefix("thought\n")  # the name of Gemma 4's channel
+            text = f"<think>\n{thought}" + ("" if answer.is_open else f"\n</think>\n\n{answer}")
         return Answer(
             text=text,
             finished=bool(response.finished),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from align.errors import UserError
 from align.inference.protocol import Response, Sampling, TurnRequest
@@ -56,6 +57,34 @@ def test_thought_and_answer_are_split(prompt: str, text: str, thought: str, answ
     assert read.answer_tokens == len(answer) + 1  # and the end of turn
     assert (read.answer_text, read.answer_text.thought, read.is_open) == (answer, thought, False)
     assert read.answer_text.full_text == text
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [
+        ("<|channel>thought", "<channel|>"),
+        ("<seed:think>", "</seed:think>"),
+        ("◁think▷", "◁/think▷"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ],
+)
+@pytest.mark.parametrize("is_special", [False, True])
+def test_marks_of_families_split_thoughts(opening: str, closing: str, is_special: bool) -> None:
+    tokenizer = make_tiny_tokenizer()
+    marks = [AddedToken(text, special=is_special) for text in (opening.removesuffix("thought"), closing)]
+    tokenizer.add_tokens(marks)
+    reader = ThoughtReader(tokenizer)
+
+    def read(prompt: str, text: str) -> Response:
+        before, tokens = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text))
+        visible = tokenizer.decode(tokens, skip_special_tokens=True)
+        return reader.read(before, Response(tokens, [0.0] * len(tokens), False, visible))
+
+    assert str(read("hi", f"{opening}\na 7\n{closing}Yes").answer_text) == "Yes"
+    assert str(read(f"hi{opening}\n", f"a 7\n{closing}Yes").answer_text) == "Yes"
+    is_open = read("hi", f"{opening}\na 7")
+    assert (str(is_open.answer_text), is_open.is_open, is_open.answer_tokens) == ("", True, 0)
+    assert tokenizer.decode(reader.closing_ids([], is_open)) == f"\n{closing}\n\n"
 
 
 @pytest.mark.parametrize(("prompt", "text"), [("hi\n", "<think>a"), ("hi<think>\n", "a b")])

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from align.data.final_answers import EMPTY, thought_end
+from align.data.final_answers import EMPTY, PAIRS, thought_end
 from align.data.rows import Row, answer_side, is_finished
 from align.errors import UserError
 
@@ -165,7 +165,8 @@ def thought_fields(content: str, field: str) -> dict[str, str]:
     return {"content": content[end:].lstrip(), field: TAG.sub("", content[:end]).strip()}
 
 
-TAG = re.compile(r"</?(?:think|thinking|thought|reasoning)>|\[/?THINK\]")
+_PAIRED = "|".join(map(re.escape, [*PAIRS, *PAIRS.values()]))
+TAG = re.compile(rf"</?(?:think|thinking|thought|reasoning)>|{_PAIRED}")
 READ_THOUGHTS = "_read_thoughts"
 """Key of a row whose thoughts are shown but not learned."""
 
