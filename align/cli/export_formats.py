@@ -226,7 +226,7 @@ def _write_calibrated(
 ) -> tuple[Written, Fidelity | None]:
     from align.data.card import plain as plain_text
     from align.export.export import file_sizes
-    from align.export.formats.calibrated import CALIBRATED_FORMATS, read_calibrated, write_calibrated
+    from align.export.formats.calibrated import CALIBRATED_FORMATS, EXPERIMENTAL, read_calibrated, write_calibrated
 
     calibration = options.calibration
     if calibration is None:
@@ -235,6 +235,8 @@ def _write_calibrated(
     name = next(name for name in CALIBRATED_FORMATS if name == options.format)
     tokens = sum(map(len, calibration.rows))
     rows = f"{len(calibration.rows):,} rows ({tokens:,} tokens) of {plain_text(calibration.source)}"
+    if name == "gptq":
+        log(EXPERIMENTAL)
     log(f"llm-compressor {calibration.version} calibrates with {rows}")
     write_calibrated(plain, out, name, calibration, scratch / "llmcompressor")
     advice = (
@@ -246,7 +248,7 @@ def _write_calibrated(
         format=name,
         dtype=name,
         files=file_sizes(out),
-        serving_advice=[advice, *written.serving_advice],
+        serving_advice=[advice, *([EXPERIMENTAL] if name == "gptq" else []), *written.serving_advice],
     )
     if not options.is_checked:
         return written, None

@@ -155,6 +155,7 @@ def test_awq_is_calibrated_with_the_training_data(
     assert summary["cost"]["bytes"] < summary["cost"]["plain_bytes"]
     text = (tmp_path / "out" / "README.md").read_text()
     assert "4-bit weights in groups of 64, rounded by AWQ in llm-compressor 0.14.0 with 2 rows" in text
+    assert "experimental" not in text
     assert "of data." in text and "Not checked: vLLM is not installed." in text
 
 
@@ -166,6 +167,7 @@ def test_calibration_rows_come_from_the_named_build(
     assert export("22222222", *words, "--calibration", str(build), "--calibration-rows", "2") == 0
     text = (tmp_path / "out" / "README.md").read_text()
     assert "in groups of 32, rounded by GPTQ in llm-compressor 0.14.0 with 2 rows" in text and "of mine." in text
+    assert "GPTQ is experimental" in text
 
 
 def test_perplexity_is_that_of_the_named_text(

@@ -24,6 +24,10 @@ from align.store.json_files import write_atomically
 
 CalibratedFormat = Literal["gptq", "awq"]
 CALIBRATED_FORMATS: tuple[CalibratedFormat, ...] = ("gptq", "awq")
+EXPERIMENTAL = (
+    "GPTQ is experimental: its answers may be further from the checkpoint's than 4 bits explain, for a reason that is "
+    "not known. Prefer awq or w8a8."
+)
 SCRIPT = Path(__file__).with_name("llmcompressor_script.py")
 MOST_TOKENS = 2048
 """Tokens of a calibration row; the rest of a longer row is cut."""
