@@ -36,8 +36,13 @@ _MOST_NESTED = 4
 
 
 def unformatted(text: str) -> str:
+    """Return a text without marks of emphasis, inline tags, comments, and signs that nobody sees."""
+    return without_marks(_ZERO_WIDTH.sub("", text))
+
+
+def without_marks(text: str) -> str:
     """Return a text as a reader of the rendered text sees it: no marks of emphasis, inline tags, or comments."""
-    text = _STRUCK.sub(" ", _TAG.sub("", _ZERO_WIDTH.sub("", _COMMENT.sub(" ", text))))
+    text = _STRUCK.sub(" ", _TAG.sub("", _COMMENT.sub(" ", text)))
     for _ in range(_MOST_NESTED):
         shown = _EMPHASIS.sub(lambda match: match[2] or match[4] or match[6], text)
         if shown == text:

@@ -6,32 +6,91 @@ answers finds none.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import unicodedata
+from datetime import datetime
 from decimal import DecimalException
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from align.data.final_answers import answer_text, final_number
+from align.data.number_forms import unformatted, without_marks
 from align.verifiers.verdict import NO_ANSWER, UNPARSABLE, BadReference, Verdict, equal_or
 
-_FENCED = re.compile(r"```[^\S\n]*(?:json)?[^\S\n]*\n(.*?)\n[^\S\n]*```", re.DOTALL | re.IGNORECASE)
+if TYPE_CHECKING:
+    import jsonschema
+
+_FENCE = re.compile(
+    r"(?P<fence>`{3,}|~{3,})[^\S\n]*(?:json[c5]?)?[^\S\n]*\n(?P<body>.*?)\n[^\S\n]*(?P=fence)",
+    re.DOTALL | re.IGNORECASE,
+)
 _VALUE = re.compile(r"^\s*[\[{]", re.MULTILINE)
 """Beginning of an object or a list of JSON."""
-_BOXED_LETTER = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
-_ANSWER_LINE = re.compile(r"\banswer\b(?:\s+is\b)?[ \t]*:?[ \t]*([^\n]*)", re.IGNORECASE)
-_LATEX = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+_CODE_SPAN = re.compile(r"(`{1,2})(?!`)([^`]+)\1")
+_BOXED_LETTER = re.compile(r"\\(?:boxed|fbox)\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+_MARKED_LETTER = re.compile(r"####[ \t]*([^\n#]+)")
+_TAGGED_LETTER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"</?answer>", re.IGNORECASE)
+_LATEX = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textsf|texttt|emph|underline|mathrm|mathbf|mathit|mathsf|mathcal|boldsymbol|bm|mbox)"
+    r"\s*\{([^{}]*)\}"
+)
+_MATH_SIGNS = re.compile(r"\\[()\[\],;! ]|\$|\\(?:quad|bf|rm)\b")
+_HEADING = re.compile(
+    r"^[ \t]*(?:#+[ \t]*)?((?:(?:the|my|final|correct|right|best)[ \t]+)*(?:answer|choice|option)(?:[ \t]+is)?)"
+    r"[ \t]*:?[ \t]*\n\s*",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""A line that says only that the answer follows."""
+_STATED = re.compile(
+    r"(?P<before>[^\n]*?)\b(?:(?:answer|choice|option|letter|solution|response)(?P<gap>(?:\s+(?!is\b)(?!\w\b)[\w']+){0,8}?)"
+    r"(?:\s*[:=]|\s+[-–—]|\s+(?:is|was|(?:would|should|must|will)\s+be)\b:?)|答案是?:?)"
+    r"(?:\s+(?:therefore|thus|hence|clearly|simply|indeed|definitely|likely|probably)\b)?[ \t]*:?(?P<place>[^\n]*)",
+    re.IGNORECASE,
+)
+"""A line in which the answer is stated: "The best choice for this question is (B) Paris"."""
+_DENIED = re.compile(
+    r"\b(?:not|never|wrong|incorrect|false|bad|worst|unlikely|cannot|eliminated?)\b|n't\b", re.IGNORECASE
+)
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n")
+_CHOOSING = re.compile(
+    r"(?:(?:so|thus|therefore|hence|overall|finally|clearly)\b,?\s+)?"
+    r"(?:(?:(?:I|we)(?:\s+(?:will|would|must|should)|'ll|'d)?\s+(?:choose|chose|pick|select|say|go\s+with|answer)|it\s+is|it's|it\s+must\s+be"
+    r"|correct|selected|picked|chosen|select|choose)\b:?\s*)?"
+    r"(?:(?:(?:the|my|final|correct|right|best)\s+)*(?:option|choice|answer|letter)\s+)?"
+    r"(?P<letter>\(?[A-Za-z]\)?)"
+    r"(?:\s+(?:is|must\s+be|would\s+be|seems)\s+(?:clearly\s+|indeed\s+)?(?:the\s+)?(?:only\s+)?(?:correct|right|best|true)"
+    r"(?:\s+(?:one|answer|choice|option))?)?\s*[.!]?",
+    re.IGNORECASE,
+)
+"""A sentence that only chooses a letter: "Option B is correct.", "I choose (B).", "Therefore, B"."""
 _LETTER = re.compile(
-    r"(?:(?:option|choice)\s+)?\(?([A-Za-z])\)?(?:(?:[.):]|\s+[-–—]\s|,?\s+(?:because|since)\b)[^\S\n]*(?P<rest>.*)|\.?)",
+    r"(?:(?:option|choice|letter|answer)\s+)?[(\[{\"']?([A-Za-z])[)\]}\"']?"
+    r"(?:(?:[.):;]|,(?=\s)|\s+[-–—=]+\s|\s+(?:because|since|as|for|is\s+(?:the\s+)?(?:correct|right|best))\b|(?=\s*\())"
+    r"[^\S\n]*(?P<rest>.*)|[.!,;]?)",
     re.DOTALL | re.IGNORECASE,
 )
 """A letter in any of the usual forms: ``B``, ``(B)``, ``B.``, ``B) Paris``, ``option B``, ``B, because``."""
 _OTHER_CHOICE = re.compile(
-    r"(?:\b(?:or|and)\b|[,/&])\s*\(?([A-Z])\)?(?![\w'])|(?<![\w'])(?:([A-Z])[):]|([A-Z])\.(?=\s+\w))"
+    r"(?:\b(?:or|and|but|either|unless|perhaps|maybe|possibly|be|if\s+not,?)\b|[,;/&|])\s*[(\[]?(?!a\s+\w|I\s)([A-Za-z])[)\]]?(?![\w'])"
+    r"|(?<![\w'])(?:(?!I\s)([A-Z])(?=\s+(?:is|are|was|could|might|may|can|would|seems)\b)|([A-Z])[):]|([A-Z])\.(?=\s+\w))",
 )
-_TAG = re.compile(r"</?answer>", re.IGNORECASE)
+"""Another letter behind the chosen one that may be an answer as well."""
+_DOUBT = re.compile(
+    r"\b(?:wrong|incorrect|not\s+(?:the\s+)?(?:right|correct|answer)|all\s+of\s+the|both)\b", re.IGNORECASE
+)
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 """A comment of HTML, which readers do not see."""
+_AROUND = re.compile(
+    r"(?P<mark>\*{1,3}|_{1,3}|`{1,2}|\$\$?|\\(?:text|textbf|mathrm|boxed)\{)(?P<inner>[^*_`${}]+)(?:(?P=mark)|\})\Z"
+)
+"""Marks around a whole answer."""
+_MARKUP = frozenset("*_`~<>$\\#")
+"""Signs of a reference that says how to format a text: it is compared with the text as it is written."""
+_DATE_TIME = re.compile(r"(\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d)(?:\.\d+)?(?:[Zz]|([+-]\d\d:\d\d))", re.ASCII)
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s<>\"{}|\\^`]+")
+_QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "\u00a0": " ", "\u2011": "-"})
 
 
 def number(reference: Any, text: str) -> Verdict:
@@ -47,48 +106,99 @@ def number(reference: Any, text: str) -> Verdict:
 
 
 def choice(reference: Any, text: str) -> Verdict:
-    r"""Compare the letter that an answer chooses: in ``\boxed{}``, after "answer is" or "answer:", or by itself."""
+    """Compare the letter that an answer chooses. Two letters, and a place of the answer without a letter, are none."""
     right = _letter(str(reference))
     if right is None:
         raise BadReference("is no letter")
-    answer = unicodedata.normalize("NFKC", _TAG.sub(" ", answer_text(text) or "")).strip()
-    if not answer:
-        return Verdict(0.0, NO_ANSWER)
-    places = [match[1] for match in _BOXED_LETTER.finditer(answer)] or [
-        match[1] for match in _ANSWER_LINE.finditer(answer)
-    ]
-    letters = {_letter(place) for place in places or [answer]}
-    # Two letters, and a place without a letter, are no answer.
+    letters = set(_find_letters(answer_text(text) or ""))
     chosen = letters.pop() if len(letters) == 1 else None
     return Verdict(0.0, NO_ANSWER) if chosen is None else equal_or(chosen == right)
 
 
+def _find_letters(answer: str) -> list[str | None]:
+    """Return the letter of each place that may be the answer, from the surest kind of place that occurs."""
+    answer = unicodedata.normalize("NFKC", answer)
+    # 1. Places that are marked as the answer.
+    tagged = [match[1] for match in _TAGGED_LETTER.finditer(answer)]
+    boxed = [match[1] for match in _BOXED_LETTER.finditer(answer)]
+    if boxed:
+        return [_letter(place) for place in boxed]
+    answer = unformatted(_MATH_SIGNS.sub("", _LATEX.sub(r"\1", _TAG.sub("\n" if tagged else " ", answer)))).strip()
+    answer = _HEADING.sub(lambda match: f"{match[1].removesuffix(' is')}: ", answer)
+    marked = [*tagged, *(match[1] for match in _MARKED_LETTER.finditer(answer))]
+    if marked:
+        return [_letter(unformatted(_LATEX.sub(r"\1", place))) for place in marked]
+    # 2. Sentences that state an answer, and lines that are a letter.
+    sentences = [sentence.strip() for sentence in _SENTENCE.split(answer)]
+    stated = [_stated_letter(match) for match in _STATED.finditer(answer)]
+    chosen = [match["letter"].strip("()").upper() for match in map(_CHOOSING.fullmatch, sentences) if match is not None]
+    if stated or chosen:
+        return [*stated, *chosen]
+    # 3. The whole text, or its first or last line if no other line looks like a choice.
+    lines = [line.strip() for line in answer.splitlines() if line.strip()]
+    choices = [index for index, line in enumerate(lines) if _letter(line) is not None]
+    if len(choices) == 1 and choices[0] in (0, len(lines) - 1):
+        return [_letter(lines[choices[0]])]
+    return [_letter(answer)]
+
+
+def _stated_letter(statement: re.Match[str]) -> str | None:
+    """Return the letter of a sentence about the answer; None if the sentence denies it."""
+    sentence = _SENTENCE.split(statement["before"])[-1] + (statement["gap"] or "")
+    return None if _DENIED.search(sentence) else _letter(statement["place"])
+
+
 def _letter(text: str) -> str | None:
     """Return the capital letter that a text consists of, with the text of the choice or without it."""
-    stripped = _LATEX.sub(r"\1", text).replace("*", "").replace("$", "").strip()
-    match = _LETTER.fullmatch(stripped)
+    stripped = _LATEX.sub(r"\1", _LATEX.sub(r"\1", text)).replace("*", "").replace("$", "").strip()
+    while len(stripped) > 2 and stripped[0] + stripped[-1] in ("{}", "[]", "``", '""', "''"):
+        stripped = stripped[1:-1].strip()
+    match = _LETTER.fullmatch(stripped.rstrip("。"))
     if match is None:
         return None
     letter = match[1].upper()
-    others = {"".join(filter(None, other)) for other in _OTHER_CHOICE.findall(match["rest"] or "")}
-    return letter if others <= {letter} else None
+    rest = match["rest"] or ""
+    # The sign before the rest is part of it: ``B, C`` lists two letters.
+    joined = stripped[match.end(1) :] if match["rest"] is not None else ""
+    others = {"".join(other).upper() for other in _OTHER_CHOICE.findall(joined)}
+    return letter if others <= {letter} and not _DOUBT.search(rest) else None
 
 
 def exact(reference: Any, text: str) -> Verdict:
-    """Compare the whole answer with a text; only space around it does not count."""
-    answer = answer_text(text)
-    return equal_or(answer == str(reference).strip()) if answer else Verdict(0.0, NO_ANSWER)
+    """Compare the whole answer with a text; space and marks of emphasis around it do not count."""
+    answer = _composed(answer_text(text) or "")
+    if not answer:
+        return Verdict(0.0, NO_ANSWER)
+    right = _composed(str(reference))
+    return equal_or(right in (answer, _without_marks_around(answer)))
+
+
+def _without_marks_around(answer: str) -> str:
+    match = _AROUND.match(answer)
+    return match["inner"].strip() if match is not None else answer
+
+
+def _composed(text: str) -> str:
+    """Return a text whose letters and accents are single characters, however they were typed."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def contains(reference: Any, text: str) -> Verdict:
     """Look for a text, or for all texts of a list, as whole words in any case."""
-    items = [str(item).strip() for item in (reference if isinstance(reference, list) else [reference])]
+    items = [_as_line(str(item)) for item in (reference if isinstance(reference, list) else [reference])]
     if not all(items):
         raise BadReference("has an empty text")
     answer = _COMMENT.sub(" ", answer_text(text) or "")
     if not answer:
         return Verdict(0.0, NO_ANSWER)
-    return equal_or(all(_occurs(item.casefold(), answer.casefold()) for item in items))
+    written = _as_line(answer)
+    shown = _as_line(_LATEX.sub(r"\1", without_marks(answer)))
+    return equal_or(all(_occurs(item, written if _MARKUP & set(item) else shown) for item in items))
+
+
+def _as_line(text: str) -> str:
+    """Return a text for comparisons: one line, no capitals, one kind of quotation marks, composed accents."""
+    return " ".join(_composed(text.translate(_QUOTES)).casefold().split())
 
 
 def _occurs(item: str, answer: str) -> bool:
@@ -120,18 +230,39 @@ def json_schema(reference: Any, text: str) -> Verdict:
     answer = answer_text(text)
     if not answer:
         return Verdict(0.0, NO_ANSWER)
-    blocks = _FENCED.findall(answer)
+    answer = answer.removeprefix("\ufeff").strip()
+    blocks = [match["body"] for match in _FENCE.finditer(answer)]
     # Two blocks, or a value next to the block, are two answers.
-    if len(blocks) > 1 or (blocks and _VALUE.search(_FENCED.sub("", answer))):
+    if len(blocks) > 1 or (blocks and _VALUE.search(_FENCE.sub("", answer))):
         return Verdict(0.0, NO_ANSWER)
+    span = _CODE_SPAN.fullmatch(answer)
+    written = blocks[0] if blocks else answer if span is None else span[2]
     try:
-        value = json.loads(
-            blocks[0] if blocks else answer, parse_constant=_refuse_constant, object_pairs_hook=_read_object
-        )
+        value = json.loads(written, parse_constant=_refuse_constant, object_pairs_hook=_read_object)
     except (ValueError, RecursionError):
         return Verdict(0.0, UNPARSABLE)
     # An empty registry: a reference to another schema must not open a connection.
-    return equal_or(kind(schema, registry=Registry()).is_valid(value))
+    return equal_or(kind(schema, registry=Registry(), format_checker=_format_checker()).is_valid(value))
+
+
+@functools.cache
+def _format_checker() -> jsonschema.FormatChecker:
+    """Return jsonschema's checker of ``format``, with the formats for which it would need another package."""
+    import jsonschema
+
+    checker = jsonschema.FormatChecker()
+    checker.checks("date-time", raises=ValueError)(_is_date_time)
+    checker.checks("uri")(lambda value: not isinstance(value, str) or _URI.fullmatch(value) is not None)
+    return checker
+
+
+def _is_date_time(value: object) -> bool:
+    """Check a time of RFC 3339. Raises ``ValueError`` for a day or an hour that does not exist."""
+    if not isinstance(value, str):
+        return True
+    match = _DATE_TIME.fullmatch(value)
+    # Python has no leap seconds, and the fraction of a second may have any number of digits.
+    return match is not None and bool(datetime.fromisoformat(match[1].replace(":60", ":59") + (match[2] or "+00:00")))
 
 
 def _read_schema(text: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ from align.verifiers.verdict import CRASHED, TIMED_OUT, UNPARSABLE, BadReference
 START_SECONDS = 300.0
 """Time to start a worker and import its packages; sympy needs seconds, or a minute on a busy machine."""
 MOST_WORKERS = 8
+MOST_WAITS = 4
+"""Times the limit of a comparison that pass before its worker ends even without processor time."""
+SHORTEST_WAIT = 0.05
 MAX_REQUESTS = 2000
 """Requests after which a worker is replaced, since sympy keeps what it has computed."""
 LARGEST_REPLY = 1 << 20
@@ -113,12 +117,15 @@ class Worker:
             self._start()
         assert self._connection is not None
         try:
-            before = self._processor_time()
+            start, before = time.monotonic(), self._processor_time()
             self._connection.send_bytes(json.dumps(request).encode())
             is_answered = self._connection.poll(seconds)
-            # On a busy machine the time was another process's: wait longer, but not forever.
-            if not is_answered and self._processor_time() - before < seconds / 2:
-                is_answered = self._connection.poll(3 * seconds)
+            # On a busy machine the time was another process's: wait until the worker has had its time, but not forever.
+            while not is_answered and time.monotonic() - start < MOST_WAITS * seconds:
+                remaining = seconds - (self._processor_time() - before)
+                if remaining <= 0:
+                    break
+                is_answered = self._connection.poll(max(remaining, SHORTEST_WAIT))
             if is_answered:
                 reply: dict[str, Any] = json.loads(self._connection.recv_bytes(LARGEST_REPLY))
                 return reply

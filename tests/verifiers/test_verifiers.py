@@ -16,7 +16,7 @@ from align.config.verifiers import EnvironmentVerifier
 from align.data.checkers import gsm8k_answer
 from align.environments.sources import open_environment
 from align.errors import StageFailed, UserError
-from align.verifiers import mathematics
+from align.verifiers import answers, mathematics
 from align.verifiers.scorer import open_verifier
 from align.verifiers.verdict import reasons_in
 from align.verifiers.workers import Comparison, Worker
@@ -68,6 +68,74 @@ DIRECT = [
 def test_verdict_of_direct_verifiers(kind: str) -> None:
     cases = [case for case in DIRECT if case[0] == kind]
     assert reasons({kind: "answer"}, [(case[1], case[2]) for case in cases]) == [case[3] for case in cases]
+
+
+CHOICE_FORMS = """Option B is correct.
+B is the correct answer.
+The correct choice is B.
+I choose B.
+Therefore, B.
+Paris is the capital.|B
+Paris it is.||(B)
+#### B
+The answer is B (Paris).
+The answer is `B`.
+_B_
+\\(B\\)
+The answer is $B$.
+\\boxed{B) Paris}
+**Answer:**||B
+Final Answer:|B
+### Answer|B
+The correct answer is:||(B) Paris
+[B]
+B||Because Paris is the capital.
+The right answer would be B.
+**B) Paris** is the capital of France.
+The best choice for this question is B.
+A is wrong. C is wrong. Therefore, B is correct.
+The answer is B. Vitamin C
+The correct letter is B""".splitlines()
+CHOICE_ATTACKS = [
+    *("The wrong answer is B.", "B is wrong.", "The answer isn't B.", "Option B is not correct.", "Not B"),
+    *("B is correct. C is correct.", "The answer is B, or maybe C.", "Answer: B; C", "Answer: B|C", "B\nC", "B, c"),
+    *(
+        "The answer is B (or C).",
+        "A) Lyon\nB) Paris",
+        "~~B~~",
+        "<!-- Answer: B -->\nC",
+        "#### B\n#### C",
+        "I choose C.",
+    ),
+    *("The answer is B, but it could be C.", "B is the wrong answer.", "Is the answer B?", "It's C, not B.", "Bx"),
+]
+
+
+def test_choice_reads_usual_sentences() -> None:
+    forms = [text.replace("|", "\n") for text in CHOICE_FORMS]
+    assert [text for text in forms if answers.choice("B", text).score < 1.0] == []
+    assert [text for text in CHOICE_ATTACKS if answers.choice("B", text).score > 0.0] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "reference", "right", "wrong"),
+    [
+        ("contains", "café", "cafe\u0301", "cafe"),
+        ("contains", "New York", "New\n**York**", "New\nYorker"),
+        ("contains", "Paris", "It is _Paris_.", "~~Paris~~ London"),
+        ("exact", "to be", "**to be**", "**to** be"),
+        ("exact", "café", "`cafe\u0301`", "cafe"),
+        ("json_schema", {"type": "object"}, "~~~json\n{}\n~~~", "~~~json\n{}\n```"),
+        ("json_schema", {"type": "object"}, "\ufeff{}", "\ufeff"),
+        ("json_schema", {"format": "date"}, '"2026-01-05"', '"2026-13-05"'),
+        ("json_schema", {"format": "date-time"}, '"2026-01-05T10:00:00.123456789Z"', '"2026-02-30T10:00:00Z"'),
+        ("json_schema", {"format": "uri"}, '"file:///a"', '"no uri"'),
+    ],
+)
+def test_answers_are_read_as_they_are_shown(kind: str, reference: Any, right: str, wrong: str) -> None:
+    verify = getattr(answers, kind)
+    assert verify(reference, right).score == 1.0
+    assert verify(reference, wrong).score == 0.0
 
 
 MATH = [
