@@ -33,7 +33,7 @@ Report = Callable[[str], None]
 
 @dataclass
 class _Slot:
-    """A model in memory, or one that is being loaded."""
+    """A model in memory, or a model that is being loaded."""
 
     size: int
     users: int = 0

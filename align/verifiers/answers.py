@@ -76,7 +76,7 @@ _OTHER_CHOICE = re.compile(
     r"(?:\b(?:or|and|but|either|unless|perhaps|maybe|possibly|be|if\s+not,?)\b|[,;/&|])\s*[(\[]?(?!a\s+\w|I\s)([A-Za-z])[)\]]?(?![\w'])"
     r"|(?<![\w'])(?:(?!I\s)([A-Z])(?=\s+(?:is|are|was|could|might|may|can|would|seems)\b)|([A-Z])[):]|([A-Z])\.(?=\s+\w))",
 )
-"""Another letter behind the chosen one that may be an answer as well."""
+"""Another letter behind the chosen letter, which may be an answer as well."""
 _DOUBT = re.compile(
     r"\b(?:wrong|incorrect|not\s+(?:the\s+)?(?:right|correct|answer)|all\s+of\s+the|both)\b", re.IGNORECASE
 )

@@ -184,7 +184,7 @@ def _is_equal_output(output: str, expected: str, tolerance: float | None) -> boo
 
 
 def _is_near(word: str, expected: str, tolerance: float) -> bool:
-    """Return True for equal words, or for two numbers of which one is no integer and that are near each other."""
+    """Return True for equal words, and for two numbers near each other, unless both are integers."""
     if word == expected:
         return True
     if not (_NUMBER.fullmatch(word) and _NUMBER.fullmatch(expected)):

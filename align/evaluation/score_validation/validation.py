@@ -88,7 +88,7 @@ def columns_of(score: str | list[RewardEntry] | None) -> list[str]:
 
 
 def check_references(parts: Sequence[Part], rows: Sequence[Row]) -> None:
-    """Read the references of all rows. Raises ``UserError`` for one that a verifier cannot use."""
+    """Read the references of all rows. Raises ``UserError`` for a reference that a verifier cannot use."""
     for part in parts:
         if isinstance(part.scorer, VerifierScorer):
             part.scorer.check_references(rows)

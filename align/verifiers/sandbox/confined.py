@@ -119,8 +119,8 @@ def encode(value: Any, number_of: Callable[[Any], Any], depth: int = 0) -> Any:
     for path in paths:
         if path in CLASSES:
             return {path: [nested(part) for part in CLASSES[path][0](value)]}
-    if isinstance(value, tuple) and isinstance(getattr(kind, "_fields", None), tuple):
-        return {"namedtuple": [kind.__name__, list(kind._fields), [nested(item) for item in value]]}
+    if isinstance(value, tuple) and isinstance(fields := getattr(kind, "_fields", None), tuple):
+        return {"namedtuple": [kind.__name__, list(fields), [nested(item) for item in value]]}
     for name, collection in COLLECTIONS.items():
         if isinstance(value, collection):
             return {name: [nested(item) for item in value]}

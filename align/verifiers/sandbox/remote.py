@@ -71,7 +71,7 @@ class Program:
     def _reference(self, value: Any) -> Any:
         """Return the data for an object of the program, or for a function of the tests."""
         if isinstance(value, Remote):
-            return value._Remote__reference
+            return vars(value)["_Remote__reference"]
         if not callable(value):
             raise TypeError("the tests pass an object that is no plain value")
         return {"callback": self._functions.add(value)}
@@ -170,16 +170,21 @@ def kept(old: Any, new: Any) -> Any:
     return old
 
 
+def program_of(value: Remote) -> Any:
+    """Return the program of an object, whose own attributes are the program's and not these."""
+    return vars(value)["_Remote__program"]
+
+
 def is_same(first: Any, second: Any) -> bool:
     """Return True for one object. Two numbers of the program's processes may mean the same one."""
     if isinstance(first, Remote) and isinstance(second, Remote):
-        return bool(first._Remote__program.operate("is_", first, second))
+        return bool(program_of(first).operate("is_", first, second))
     return first is second
 
 
 def class_of(value: Any) -> Any:
     """Return the class of an object, also of an object of the program."""
-    return value._Remote__program.operate("type", value) if isinstance(value, Remote) else type(value)
+    return program_of(value).operate("type", value) if isinstance(value, Remote) else type(value)
 
 
 def complete_zip(lists: tuple[int, ...], *iterables: Any) -> Iterator[Any]:
@@ -325,7 +330,7 @@ def add_operators() -> None:
         return ask_both
 
     def ask(name: str) -> Any:
-        return lambda self, *arguments: self._Remote__program.operate(name, self, *arguments)
+        return lambda self, *arguments: program_of(self).operate(name, self, *arguments)
 
     for name in ("bool", "int", "float", "round", "abs", "neg", "pos", "invert"):
         setattr(Remote, f"__{name}__", convert(name))
