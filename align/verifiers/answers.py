@@ -73,7 +73,7 @@ _LETTER = re.compile(
 )
 """A letter in any of the usual forms: ``B``, ``(B)``, ``B.``, ``B) Paris``, ``option B``, ``B, because``."""
 _OTHER_CHOICE = re.compile(
-    r"(?:\b(?:or|and|but|either|unless|perhaps|maybe|possibly|be|if\s+not,?)\b|[,;/&|])\s*[(\[]?(?!a\s+\w|I\s)([A-Za-z])[)\]]?(?![\w'])"
+    r"(?:\b(?:or|and|but|either|unless|perhaps|maybe|possibly|be|is|if\s+not,?)\b|[,;/&|])\s*[(\[]?(?!a\s+\w|I\s)([A-Za-z])[)\]]?(?![\w'])"
     r"|(?<![\w'])(?:(?!I\s)([A-Z])(?=\s+(?:is|are|was|could|might|may|can|would|seems)\b)|([A-Z])[):]|([A-Z])\.(?=\s+\w))",
 )
 """Another letter behind the chosen letter, which may be an answer as well."""

@@ -108,6 +108,7 @@ CHOICE_ATTACKS = [
         "I choose C.",
     ),
     *("The answer is B, but it could be C.", "B is the wrong answer.", "Is the answer B?", "It's C, not B.", "Bx"),
+    "The answer is B. No, the answer is C.",
 ]
 
 
