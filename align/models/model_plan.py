@@ -202,6 +202,6 @@ def _cached(source: Source) -> Path:
     if path is None:
         raise UnknownArchitecture(
             f"the config.json of '{source.name}' is not on this machine; "
-            f"`hf download {source.name} config.json --revision {source.revision}` fetches it alone"
+            f"`hf download {source.name} config.json --revision {source.revision}` fetches only this file"
         )
     return path

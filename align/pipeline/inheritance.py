@@ -1,4 +1,4 @@
-"""Fields that follow from earlier stages: those of the stage that is continued, and default learning rates.
+"""Fields that follow from earlier stages: fields of the stage that is continued, and default learning rates.
 
 ``sft_more: {continue_from: sft, max_steps: 12}`` is ``sft`` with more steps, so it has every field of ``sft`` that it
 does not set itself. Never imports torch.

@@ -137,7 +137,7 @@ def architecture(config: ModelConfig, base: Path) -> Architecture:
 
 
 def parameters(config: ModelConfig, base: Path) -> int:
-    """Return the model's number of parameters, from files alone; raise ``UnknownArchitecture`` if it is not known."""
+    """Return the model's number of parameters, only from files; raise ``UnknownArchitecture`` if it is not known."""
     from align.models.model_plan import known_parameters
 
     if config.base_model is not None:

@@ -134,17 +134,24 @@ class LocalModel:
 
     def _answer(self, ids: list[int], response: Response) -> Answer:
         text = str(self.tokenizer.decode(response.token_ids, skip_special_tokens=True))
-        answer = replace(response, text=text).answer_text
-        if answer.thought and str(split_thought(text)) != str(answer):
-            # The marks are special tokens, or the prompt has one: later readers of the text need tags.
-            thought = answer.thought.strip().removeprefix("thought\n")  # the name of Gemma 4's channel
-            text = f"<think>\n{thought}" + ("" if answer.is_open else f"\n</think>\n\n{answer}")
         return Answer(
-            text=text,
+            text=with_tags(replace(response, text=text)),
             finished=bool(response.finished),
             prompt_tokens=len(ids),
             completion_tokens=len(response.token_ids),
         )
+
+
+def with_tags(response: Response) -> str:
+    """Return a response's text, whose thought is in tags if the text itself does not show where it ends.
+
+    The marks may be special tokens, which the text lacks, or the prompt has opened the thought.
+    """
+    answer = response.answer_text
+    if not answer.thought or str(split_thought(response.text)) == str(answer):
+        return response.text
+    thought = answer.thought.strip().removeprefix("thought\n")  # the name of Gemma 4's channel
+    return f"<think>\n{thought}" + ("" if answer.is_open else f"\n</think>\n\n{answer}")
 
 
 def _sampling_key(request: Request) -> tuple[int, float, float]:

@@ -14,7 +14,7 @@ from datetime import datetime
 from decimal import DecimalException
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from align.data.final_answers import answer_text, final_number
+from align.data.final_answers import LONGEST, answer_text, final_number
 from align.data.number_forms import unformatted, without_marks
 from align.verifiers.verdict import NO_ANSWER, UNPARSABLE, BadReference, Verdict, equal_or
 
@@ -30,62 +30,64 @@ _VALUE = re.compile(r"^\s*[\[{]", re.MULTILINE)
 _CODE_SPAN = re.compile(r"(`{1,2})(?!`)([^`]+)\1")
 _BOXED_LETTER = re.compile(r"\\(?:boxed|fbox)\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 _MARKED_LETTER = re.compile(r"####[ \t]*([^\n#]+)")
-_TAGGED_LETTER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_TAGGED_LETTER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(r"</?answer>", re.IGNORECASE)
 _LATEX = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textsf|texttt|emph|underline|mathrm|mathbf|mathit|mathsf|mathcal|boldsymbol|bm|mbox)"
-    r"\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|cal)|emph|underline|boldsymbol|bm|mbox)\s*\{([^{}]*)\}"
 )
 _MATH_SIGNS = re.compile(r"\\[()\[\],;! ]|\$|\\(?:quad|bf|rm)\b")
 _HEADING = re.compile(
     r"^[ \t]*(?:#+[ \t]*)?((?:(?:the|my|final|correct|right|best)[ \t]+)*(?:answer|choice|option)(?:[ \t]+is)?)"
-    r"[ \t]*:?[ \t]*\n\s*",
+    r"[ \t]*(?::[ \t]*)?\n",
     re.IGNORECASE | re.MULTILINE,
 )
 """A line that says only that the answer follows."""
 _STATED = re.compile(
-    r"(?P<before>[^\n]*?)\b(?:(?:answer|choice|option|letter|solution|response)(?P<gap>(?:\s+(?!is\b)(?!\w\b)[\w']+){0,8}?)"
-    r"(?:\s*[:=]|\s+[-–—]|\s+(?:is|was|(?:would|should|must|will)\s+be)\b:?)|答案是?:?)"
-    r"(?:\s+(?:therefore|thus|hence|clearly|simply|indeed|definitely|likely|probably)\b)?[ \t]*:?(?P<place>[^\n]*)",
+    r"(?:\b(?:answer|choice|option|letter|solution|response)(?P<gap>(?:\s(?!is\b)(?!\w\b)[\w']{1,20}){0,8}?)"
+    r"(?:\s?[:=]|\s[-–—]|\s(?:is|was|(?:would|should|must|will)\sbe)\b:?)|答案是?:?)"
+    r"(?:\s(?:therefore|thus|hence|clearly|simply|indeed|definitely|likely|probably)\b)?\s?:?(?P<place>.*)",
     re.IGNORECASE,
 )
 """A line in which the answer is stated: "The best choice for this question is (B) Paris"."""
 _DENIED = re.compile(
     r"\b(?:not|never|wrong|incorrect|false|bad|worst|unlikely|cannot|eliminated?)\b|n't\b", re.IGNORECASE
 )
-_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n")
+_SENTENCE = re.compile(r"(?<=[.!?])\s")
 _CHOOSING = re.compile(
-    r"(?:(?:so|thus|therefore|hence|overall|finally|clearly)\b,?\s+)?"
-    r"(?:(?:(?:I|we)(?:\s+(?:will|would|must|should)|'ll|'d)?\s+(?:choose|chose|pick|select|say|go\s+with|answer)|it\s+is|it's|it\s+must\s+be"
-    r"|correct|selected|picked|chosen|select|choose)\b:?\s*)?"
-    r"(?:(?:(?:the|my|final|correct|right|best)\s+)*(?:option|choice|answer|letter)\s+)?"
+    r"(?:(?:so|thus|therefore|hence|overall|finally|clearly)\b,?\s)?"
+    r"(?:(?:(?:I|we)(?:\s(?:will|would|must|should)|'ll|'d)?\s(?:choose|chose|pick|select|say|go\swith|answer)"
+    r"|it\sis|it's|it\smust\sbe|correct|selected|picked|chosen|select|choose)\b:?\s?)?"
+    r"(?:(?:(?:the|my|final|correct|right|best)\s){0,4}(?:option|choice|answer|letter)\s)?"
     r"(?P<letter>\(?[A-Za-z]\)?)"
-    r"(?:\s+(?:is|must\s+be|would\s+be|seems)\s+(?:clearly\s+|indeed\s+)?(?:the\s+)?(?:only\s+)?(?:correct|right|best|true)"
-    r"(?:\s+(?:one|answer|choice|option))?)?\s*[.!]?",
+    r"(?:\s(?:is|must\sbe|would\sbe|seems)\s(?:clearly\s|indeed\s)?(?:the\s)?(?:only\s)?"
+    r"(?:correct|right|best|true)(?:\s(?:one|answer|choice|option))?)?\s?[.!]?",
     re.IGNORECASE,
 )
 """A sentence that only chooses a letter: "Option B is correct.", "I choose (B).", "Therefore, B"."""
 _LETTER = re.compile(
-    r"(?:(?:option|choice|letter|answer)\s+)?[(\[{\"']?([A-Za-z])[)\]}\"']?"
-    r"(?:(?:[.):;]|,(?=\s)|\s+[-–—=]+\s|\s+(?:because|since|as|for|is\s+(?:the\s+)?(?:correct|right|best))\b|(?=\s*\())"
-    r"[^\S\n]*(?P<rest>.*)|[.!,;]?)",
-    re.DOTALL | re.IGNORECASE,
+    r"(?:(?:option|choice|letter|answer)\s)?[(\[{\"']?([A-Za-z])[)\]}\"']?"
+    r"(?:(?:[.):;]|,(?=\s)|\s[-–—=]{1,3}\s|\s(?:because|since|as|for)\b"
+    r"|\sis\s(?:the\s)?(?:correct|right|best)\b|(?=\s?\())"
+    r"\s?(?P<rest>.*)|[.!,;]?)",
+    re.IGNORECASE,
 )
 """A letter in any of the usual forms: ``B``, ``(B)``, ``B.``, ``B) Paris``, ``option B``, ``B, because``."""
 _OTHER_CHOICE = re.compile(
-    r"(?:\b(?:or|and|but|either|unless|perhaps|maybe|possibly|be|is|if\s+not,?)\b|[,;/&|])\s*[(\[]?(?!a\s+\w|I\s)([A-Za-z])[)\]]?(?![\w'])"
-    r"|(?<![\w'])(?:(?!I\s)([A-Z])(?=\s+(?:is|are|was|could|might|may|can|would|seems)\b)|([A-Z])[):]|([A-Z])\.(?=\s+\w))",
+    r"(?:\b(?:or|and|but|either|unless|perhaps|maybe|possibly|be|is|if\snot,?)\b|[,;/&|])\s?"
+    r"[(\[]?(?!a\s\w|I\s)([A-Za-z])[)\]]?(?![\w'])"
+    r"|(?<![\w'])(?!I\s)([A-Z])(?=\s(?:is|are|was|could|might|may|can|would|seems)\b|[):]|\.\s\w)"
 )
 """Another letter behind the chosen letter, which may be an answer as well."""
-_DOUBT = re.compile(
-    r"\b(?:wrong|incorrect|not\s+(?:the\s+)?(?:right|correct|answer)|all\s+of\s+the|both)\b", re.IGNORECASE
-)
+_DOUBT = re.compile(r"\b(?:wrong|incorrect|not\s(?:the\s)?(?:right|correct|answer)|all\sof\sthe|both)\b", re.IGNORECASE)
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 """A comment of HTML, which readers do not see."""
 _AROUND = re.compile(
-    r"(?P<mark>\*{1,3}|_{1,3}|`{1,2}|\$\$?|\\(?:text|textbf|mathrm|boxed)\{)(?P<inner>[^*_`${}]+)(?:(?P=mark)|\})\Z"
+    r"(?P<mark>\*{1,3}|_{1,3}|`{1,2}|\$\$?)(?P<shown>[^*_`${}]+)(?P=mark)\Z"
+    r"|\\(?:text|textbf|mathrm|boxed)\{(?P<inner>[^*_`${}]+)\}\Z"
 )
 """Marks around a whole answer."""
+LONGEST_WRAPPED = 200
+"""Characters of a choice from which brackets and quotation marks are removed."""
 _MARKUP = frozenset("*_`~<>$\\#")
 """Signs of a reference that says how to format a text: it is compared with the text as it is written."""
 _DATE_TIME = re.compile(r"(\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d)(?:\.\d+)?(?:[Zz]|([+-]\d\d:\d\d))", re.ASCII)
@@ -117,50 +119,53 @@ def choice(reference: Any, text: str) -> Verdict:
 
 def _find_letters(answer: str) -> list[str | None]:
     """Return the letter of each place that may be the answer, from the surest kind of place that occurs."""
-    answer = unicodedata.normalize("NFKC", answer)
+    answer = unicodedata.normalize("NFKC", answer[-LONGEST:])
     # 1. Places that are marked as the answer.
-    tagged = [match[1] for match in _TAGGED_LETTER.finditer(answer)]
     boxed = [match[1] for match in _BOXED_LETTER.finditer(answer)]
     if boxed:
         return [_letter(place) for place in boxed]
-    answer = unformatted(_MATH_SIGNS.sub("", _LATEX.sub(r"\1", _TAG.sub("\n" if tagged else " ", answer)))).strip()
-    answer = _HEADING.sub(lambda match: f"{match[1].removesuffix(' is')}: ", answer)
-    marked = [*tagged, *(match[1] for match in _MARKED_LETTER.finditer(answer))]
+    tagged = [match[1] for match in _TAGGED_LETTER.finditer(answer)]
+    lines = _lines(_TAG.sub("\n" if tagged else " ", answer))
+    marked = [*tagged, *(match[1] for line in lines for match in _MARKED_LETTER.finditer(line))]
     if marked:
-        return [_letter(unformatted(_LATEX.sub(r"\1", place))) for place in marked]
+        return [_letter(" ".join(_lines(place))) for place in marked]
     # 2. Sentences that state an answer, and lines that are a letter.
-    sentences = [sentence.strip() for sentence in _SENTENCE.split(answer)]
-    stated = [_stated_letter(match) for match in _STATED.finditer(answer)]
+    stated = [_stated_letter(line, match) for line in lines if (match := _STATED.search(line)) is not None]
+    sentences = [sentence for line in lines for sentence in _SENTENCE.split(line)]
     chosen = [match["letter"].strip("()").upper() for match in map(_CHOOSING.fullmatch, sentences) if match is not None]
     if stated or chosen:
         return [*stated, *chosen]
-    # 3. The whole text, or its first or last line if no other line looks like a choice.
-    lines = [line.strip() for line in answer.splitlines() if line.strip()]
-    choices = [index for index, line in enumerate(lines) if _letter(line) is not None]
-    if len(choices) == 1 and choices[0] in (0, len(lines) - 1):
-        return [_letter(lines[choices[0]])]
-    return [_letter(answer)]
+    # 3. The first or the last line, if no other line looks like a choice.
+    choices = {index: letter for index, line in enumerate(lines) if (letter := _letter(line)) is not None}
+    return [letter for index, letter in choices.items() if len(choices) == 1 and index in (0, len(lines) - 1)]
 
 
-def _stated_letter(statement: re.Match[str]) -> str | None:
-    """Return the letter of a sentence about the answer; None if the sentence denies it."""
-    sentence = _SENTENCE.split(statement["before"])[-1] + (statement["gap"] or "")
+def _lines(text: str) -> list[str]:
+    """Return the lines of a text as a reader sees them, with single spaces. A heading is part of the line below it."""
+    shown = unformatted(_MATH_SIGNS.sub("", _LATEX.sub(r"\1", _LATEX.sub(r"\1", text))))
+    lines = "\n".join(line for line in map(" ".join, map(str.split, shown.splitlines())) if line)
+    return _HEADING.sub(lambda match: f"{match[1].removesuffix(' is')}: ", lines + "\n").splitlines()
+
+
+def _stated_letter(line: str, statement: re.Match[str]) -> str | None:
+    """Return the letter of a line about the answer; None if its sentence denies it."""
+    sentence = _SENTENCE.split(line[: statement.start()])[-1] + (statement["gap"] or "")
     return None if _DENIED.search(sentence) else _letter(statement["place"])
 
 
 def _letter(text: str) -> str | None:
-    """Return the capital letter that a text consists of, with the text of the choice or without it."""
+    """Return the capital letter that a line consists of, with the text of the choice or without it."""
     stripped = _LATEX.sub(r"\1", _LATEX.sub(r"\1", text)).replace("*", "").replace("$", "").strip()
-    while len(stripped) > 2 and stripped[0] + stripped[-1] in ("{}", "[]", "``", '""', "''"):
-        stripped = stripped[1:-1].strip()
+    if len(stripped) <= LONGEST_WRAPPED:
+        while len(stripped) > 2 and stripped[0] + stripped[-1] in ("{}", "[]", "``", '""', "''"):
+            stripped = stripped[1:-1].strip()
     match = _LETTER.fullmatch(stripped.rstrip("。"))
     if match is None:
         return None
     letter = match[1].upper()
-    rest = match["rest"] or ""
-    # The sign before the rest is part of it: ``B, C`` lists two letters.
-    joined = stripped[match.end(1) :] if match["rest"] is not None else ""
-    others = {"".join(other).upper() for other in _OTHER_CHOICE.findall(joined)}
+    # The sign before the rest counts: ``B, C`` lists two letters.
+    rest = stripped[match.end(1) :] if match["rest"] is not None else ""
+    others = {"".join(other).upper() for other in _OTHER_CHOICE.findall(rest)}
     return letter if others <= {letter} and not _DOUBT.search(rest) else None
 
 
@@ -175,7 +180,7 @@ def exact(reference: Any, text: str) -> Verdict:
 
 def _without_marks_around(answer: str) -> str:
     match = _AROUND.match(answer)
-    return match["inner"].strip() if match is not None else answer
+    return (match["shown"] or match["inner"]).strip() if match is not None else answer
 
 
 def _composed(text: str) -> str:

@@ -112,6 +112,14 @@ CHOICE_ATTACKS = [
 ]
 
 
+@pytest.mark.parametrize(
+    "piece", ["x", "word ", "answer ", " ", "<answer>", "the answer is ", "B, ", "\\text{", "~~a", "or "]
+)
+def test_choice_reads_long_answers_in_linear_time(piece: str) -> None:
+    # A pattern that begins anew at each character needs minutes for these.
+    assert answers.choice("B", piece * (100_000 // len(piece))).score == 0.0
+
+
 def test_choice_reads_usual_sentences() -> None:
     forms = [text.replace("|", "\n") for text in CHOICE_FORMS]
     assert [text for text in forms if answers.choice("B", text).score < 1.0] == []

@@ -1,6 +1,6 @@
-"""The program inside a sandbox: it limits its own process for good, then runs code that nobody trusts.
+"""The program inside a sandbox: it limits its own process for good, then runs untrusted code.
 
-The parent passes the texts of ``limits.py`` and of this file to Python (``-c``), and with tests also those of
+The parent passes the texts of ``limits.py`` and of this file to Python (``-c``), and with tests also the texts of
 ``remote.py``, ``harness.py`` and ``grader.py``, so a container needs no align. They import only the standard library.
 One line of JSON on standard input says what to do:
 
@@ -275,7 +275,7 @@ class NoInput:
 
 
 def class_names(kind: type) -> list[str]:
-    """Return the names of a class and of its bases, those of the standard library with their module."""
+    """Return the names of a class and of its bases, with the module if it is in the standard library."""
     names = [f"{each.__module__}.{each.__name__}" for each in kind.__mro__]
     return [name.removeprefix("builtins.").removeprefix("program.") for name in names]
 

@@ -197,7 +197,7 @@ class Sandbox:
     level: Level
     command: tuple[str, ...] = field(default=(), repr=False)
     packages: tuple[str, ...] = ()
-    """Packages that programs and tests may import. With a command they are those of its Python."""
+    """Packages that programs and tests may import. With a command they are packages of its Python."""
 
     @contextlib.contextmanager
     def start(self, kind: str, limits: Limits) -> Iterator[Session]:

@@ -91,7 +91,7 @@ class Program:
         return self._objects[content]
 
     def exception_class(self, names: tuple[str, ...]) -> type[BaseException]:
-        """Return the class of an exception with these names, its own and those of its bases.
+        """Return the class of an exception with these names, its own and its bases.
 
         Only classes of Python are taken by name, so a program cannot choose an exception that ends its tests.
         """
@@ -144,7 +144,7 @@ def unusual_numbers(data: Any) -> Iterator[str]:
 
 
 def update(old: Any, new: Any) -> None:
-    """Give arguments the content that a call without a result has left in them."""
+    """Copy to the arguments what a call without a result has changed in them."""
     if isinstance(old, list):
         old[:] = [kept(*pair) for pair in zip(old, new, strict=False)] + new[len(old) :]
     elif isinstance(old, dict):
