@@ -113,7 +113,7 @@ CHOICE_ATTACKS = [
 
 
 @pytest.mark.parametrize(
-    "piece", ["x", "word ", "answer ", " ", "<answer>", "the answer is ", "B, ", "\\text{", "~~a", "or "]
+    "piece", ["x", "word ", "answer ", " ", "<answer>", "the answer is ", "B, C, ", "\\text{", "~~a", "or "]
 )
 def test_choice_reads_long_answers_in_linear_time(piece: str) -> None:
     # A pattern that begins anew at each character needs minutes for these.
