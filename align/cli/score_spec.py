@@ -53,6 +53,11 @@ class ScoreSpec:
                     f"{PLACE} {self.name}: {place}.judge.model is a stage, and `align score` asks servers; write "
                     "`endpoint: {url: ..., model: ...}`."
                 )
+            if entry.judge is not None and entry.judge.max_cost is not None:
+                warn(
+                    f"{place}.judge.max_cost: {entry.judge.max_cost:g} is the budget of this command; each command has "
+                    "its own. Answers to earlier commands are in the store and cost nothing."
+                )
             return open_server_judge(entry, JudgmentCaches(folder / entry.label, shared, warn), place)
 
         parts = open_entries(self.entries, RewardSources(self._load_reward, open_judge))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar, Literal, Self
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from align.config.base import Config
 from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking
@@ -17,6 +18,22 @@ RESERVED = frozenset(
     {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "n", "stream"}
 )
 """Fields of a request that align sets."""
+DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smh])")
+SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def _read_duration(value: Any) -> Any:
+    """Return a time such as ``15m`` in seconds."""
+    if not isinstance(value, str):
+        return value
+    match = DURATION.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"'{value}' is not a time; write seconds as a number, or 30s, 15m or 2h")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+Seconds = Annotated[float, BeforeValidator(_read_duration, json_schema_input_type=float | str)]
+"""A time in seconds: ``900``, ``900s``, ``15m`` or ``0.25h``."""
 
 
 class EndpointConfig(Config):
@@ -40,8 +57,11 @@ class EndpointConfig(Config):
     """Most requests in any 60 seconds, retries included, by all threads of a process. Processes do not share it."""
     tokens_per_minute: int | None = Field(None, ge=1)
     """Most tokens of prompts and answers in any 60 seconds; a request under way counts with its ``max_tokens``."""
-    timeout: float = Field(120, gt=0)
+    timeout: Seconds = Field(120, gt=0)
     """Time limit of one attempt in seconds, from connecting to the last byte."""
+    patience: Seconds = Field(900, ge=0)
+    """Seconds to wait for a server that has answered before and is away: no connection, a cut connection, status 502 or
+    503. ``15m`` and ``2h`` are times as well. 0 counts such attempts only by ``retries``."""
     retries: int = Field(5, ge=0, le=100)
     """Further attempts after a timeout, a lost connection, status 429 or 5xx, or an answer that cannot be read."""
     send_seed: bool = True

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from align.config.base import Config, stage_input
-from align.config.endpoint import RewardJudge
+from align.config.endpoint import RewardJudge, Seconds
 from align.config.user_functions import SHORT, check_arguments, function_identity
 from align.config.verifiers import VERIFIERS, VerifierFields
 from align.store.artifacts import GENERATORS, Kind
@@ -19,6 +19,8 @@ from align.store.fingerprint import canonical
 
 SOURCES = ("function", "judge", "reward", *VERIFIERS)
 """Fields of an entry, of which it has exactly one."""
+FUNCTION_SECONDS = 1800.0
+"""Default time limit of a call of a function that scores."""
 RESERVED = frozenset({"length_correlation", "std"})
 """Names of other metrics that are logged next to the scores, whose names are ``score_<name>``."""
 
@@ -66,6 +68,9 @@ class RewardEntry(VerifierFields):
     ``criteria``. ``stop`` ends the stage instead; on ``criteria``, if more than ``judge.max_unreadable`` of the replies
     cannot be read, and it scores each of them as if only penalties were satisfied."""
 
+    timeout: Seconds = Field(FUNCTION_SECONDS, gt=0)
+    """Seconds that a call of the function may need, for one response or for a batch; ``30s`` and ``15m`` are times as
+    well. A call that needs more has failed, as by an exception."""
     steps: str | None = Field(None, min_length=1)
     """Text between two steps of a response, such as two line feeds. The function then returns a list with a score for
     each step, which ``ppo`` places on the step's last token. The score of the response is their sum."""
@@ -84,8 +89,9 @@ class RewardEntry(VerifierFields):
             raise ValueError(
                 f"retries and on_error are for a function or criteria, and this is a {sources[0]}; remove them."
             )
-        if self.function is None and self.steps is not None:
-            raise ValueError(f"steps is for a function, and this is a {sources[0]}; remove it.")
+        for name in self.changed("steps", "timeout") if self.function is None else []:
+            remedy = "set judge.endpoint.timeout" if name == "timeout" and sources[0] == "judge" else "remove it"
+            raise ValueError(f"{name} is for a function, and this is a {sources[0]}; {remedy}.")
         if is_reserved(self.label):
             raise ValueError(f"the name '{self.label}' is taken by another metric; set another `name`.")
         return self

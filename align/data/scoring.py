@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from align.config.scores import is_reserved
+from align.config.scores import FUNCTION_SECONDS, is_reserved
 from align.config.user_functions import check_call, full_path, load_function
-from align.data.event_loop import gather_bounded, wait_for
+from align.data.event_loop import await_within, call_within, gather_bounded, wait_for
 from align.data.final_answers import AnswerText, split_thought
 from align.data.process_rewards import StepParts, StepScore, WrongSteps, add_steps, read_steps
 from align.data.rows import Row
@@ -83,6 +83,8 @@ class FunctionScorer:
     """Score of a response whose calls all failed; None to end the stage."""
     separator: str | None = None
     """Text between two steps of a response, if the function scores steps."""
+    timeout: float | None = FUNCTION_SECONDS
+    """Seconds that a call may need; None for no limit."""
 
     @property
     def waits(self) -> bool:
@@ -130,8 +132,10 @@ class FunctionScorer:
 
     def _call(self, rows: list[Row], responses: list[str]) -> list[Any]:
         with self._naming(f"a batch of {len(rows)} rows"):
-            results = self.function(rows, responses, **self.arguments)
-            return list(wait_for(results) if inspect.isawaitable(results) else results)
+            results = call_within(self.timeout, self.function, rows, responses, **self.arguments)
+            if inspect.isawaitable(results):
+                results = wait_for(await_within(self.timeout, results), self.timeout)
+            return list(results)
 
     def _call_each(self, rows: list[Row], responses: list[str]) -> list[Any]:
         if not self.waits:
@@ -142,15 +146,15 @@ class FunctionScorer:
             return lambda: self._try_async(row, response)
 
         calls = [call(row, response) for row, response in zip(rows, responses, strict=True)]
-        results: list[Any] = wait_for(gather_bounded(calls, self.concurrency))
-        return results
+        with self._naming(f"a batch of {len(rows)} rows"):
+            return list(wait_for(gather_bounded(calls, self.concurrency), self.timeout))
 
     def _try(self, row: Row, response: str) -> Any:
         """Call the function for one response, again after an exception as long as retries are left."""
         for attempt in range(self.retries + 1):
             try:
                 with self._naming(f"row {row['id']}"):
-                    return self._counted(self.function(row, response, **self.arguments))
+                    return self._counted(call_within(self.timeout, self.function, row, response, **self.arguments))
             except ScoreFailed as error:
                 if attempt == self.retries:
                     return self._fallback(error)
@@ -162,7 +166,8 @@ class FunctionScorer:
         for attempt in range(self.retries + 1):
             try:
                 with self._naming(f"row {row['id']}"):
-                    return self._counted(await self.function(row, response, **self.arguments))
+                    result = self.function(row, response, **self.arguments)
+                    return self._counted(await await_within(self.timeout, result))
             except ScoreFailed as error:
                 if attempt == self.retries:
                     return self._fallback(error)
@@ -285,6 +290,7 @@ def function_scorer(
     retries: int = 0,
     on_error: float | None = None,
     steps: str | None = None,
+    timeout: float | None = FUNCTION_SECONDS,
 ) -> FunctionScorer:
     """Return the scorer behind ``module:name`` or a short name, with keyword ``arguments`` of the function.
 
@@ -293,7 +299,7 @@ def function_scorer(
     function = load_function(path, place)
     full = full_path(path, place)
     check_call(function, arguments or {}, full.rpartition(":")[2], place)
-    scorer = FunctionScorer(full, function, arguments or {}, concurrency, label, retries, on_error, steps)
+    scorer = FunctionScorer(full, function, arguments or {}, concurrency, label, retries, on_error, steps, timeout)
     if (retries or on_error is not None) and not scorer.takes_one:
         raise UserError(
             f"{place}: retries and on_error are for a function of one response, and the first parameter of {full} is "

@@ -246,7 +246,8 @@ class FunctionSource:
             if verifier.criteria is not None:
                 return environment_criteria(verifier, place)
             return open_verifier(verifier, place)
-        return function_scorer(self.score, self.arguments, place=place)
+        # The pool of the instances limits the call.
+        return function_scorer(self.score, self.arguments, place=place, timeout=None)
 
 
 def open_functions(config: EnvironmentConfig, place: str) -> FunctionSource:

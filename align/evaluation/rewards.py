@@ -109,6 +109,7 @@ def open_entries(entries: Sequence[RewardEntry], sources: RewardSources) -> tupl
                 retries=entry.retries,
                 on_error=entry.fallback,
                 steps=entry.steps,
+                timeout=entry.timeout,
             )
         elif entry.judge is not None:
             scorer = sources.open_judge(entry, place)

@@ -19,17 +19,20 @@ from typing import Any
 from align.config.endpoint import EndpointConfig
 from align.config.validation import suggest
 from align.data.rows import Message
-from align.errors import UserError, printable, redact, shorten
+from align.errors import StageFailed, UserError, printable, redact, shorten
 from align.inference.cached_client import Sink
 from align.inference.completions import read_completion
 from align.inference.rate_limits import RateLimit
 from align.inference.requests import Answer, Request
-from align.inference.transport import Reply, ReplyTooLong, Transport
+from align.inference.transport import Outage, Reply, ReplyTooLong, Transport
+from align.pipeline.context import duration
 
 COMPLETIONS = "/chat/completions"
 MODELS = "/models"
 RETRIED_STATUSES = frozenset({408, 409, 425, 429})
 """Statuses that may pass, next to all from 500 on."""
+AWAY_STATUSES = frozenset({502, 503})
+"""Statuses of a proxy whose server is away, and of a server that starts or is overloaded."""
 FIRST_WAIT = 1.0
 MAX_BACKOFF = 60.0
 MAX_WAIT = 600.0
@@ -44,7 +47,7 @@ MAX_QUOTE = 200
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
-class EndpointLost(RuntimeError):
+class EndpointLost(StageFailed):
     """The endpoint was not reached, not in time, or gave no usable answer, in all attempts."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
@@ -59,13 +62,23 @@ class _AttemptFailed(Exception):
     """One attempt failed in a way that another may not."""
 
     def __init__(
-        self, problem: str, wait: float | None = None, *, is_reached: bool = True, is_usable: bool = True
+        self,
+        problem: str,
+        wait: float | None = None,
+        *,
+        is_reached: bool = True,
+        is_usable: bool = True,
+        is_away: bool = False,
     ) -> None:
-        """``wait`` is what the server asks for, in seconds. Without ``is_usable`` it answered, but not readably."""
+        """``wait`` is what the server asks for, in seconds. Without ``is_usable`` it answered, but not readably.
+
+        ``is_away`` is True for a failure that ends when the server is back.
+        """
         super().__init__(problem)
         self.wait = wait
         self.is_reached = is_reached
         self.is_usable = is_usable
+        self.is_away = is_away
 
 
 class Endpoint:
@@ -92,6 +105,7 @@ class Endpoint:
         self.retried = 0
         self._checked = False
         """True once a request was answered: address, key and model are right."""
+        self._outage = Outage(config.url, config.patience, f"{place}.patience")
         self._paused_until = 0.0
         """Monotonic time before which no request is sent, because the server asked to wait."""
         self._key = "" if config.key_variable is None else self._read_key(config.key_variable)
@@ -169,35 +183,54 @@ class Endpoint:
     # ---- attempts ----
 
     async def _retry(self, transport: Transport, request: Request, sink: Sink) -> Answer:
-        """Try until there is an answer or no retry is left."""
-        for attempt in range(self.config.retries + 1):
+        """Try until there is an answer, or no retry is left and the patience with a server that is away has ended."""
+        attempt = 0
+        while True:
             await asyncio.sleep(max(0.0, self._paused_until - time.monotonic()))
             try:
-                return await self._attempt(transport, request, sink)
+                answer = await self._attempt(transport, request, sink)
+                self._outage.end()
+                return answer
             except _AttemptFailed as error:
                 failure = error
-                if not failure.is_usable:  # the server has answered, and charged for it
-                    sink.record_lost(request)
+            if not failure.is_usable:  # the server has answered, and charged for it
+                sink.record_lost(request)
             # Nothing was ever reached at this address: it is probably wrong, and retrying would only delay the message.
             if not self._checked and not failure.is_reached:
                 remedy = "Start the server there, or correct the address."
                 raise UserError(f"{self.place}.url: {self.config.url} {failure}. {remedy}")
-            if attempt < self.config.retries:
-                self.retried += 1
-                await self._wait(failure, attempt)
+            # A server that never answered is not waited for by time either.
+            is_away = failure.is_away and self._checked
+            if is_away:
+                self._outage.extend(str(failure))
+            else:
+                self._outage.end()
+            attempt += 1
+            if attempt > self.config.retries and not (is_away and self._outage.seconds_left):
+                break
+            self.retried += 1
+            await self._wait(failure, attempt - 1)
         # The server works, but not for this request. Only its row is omitted.
         if not failure.is_usable and self.drop:
             return Answer("", error=str(failure))
-        attempts = "one attempt" if self.config.retries == 0 else f"{self.config.retries + 1} attempts"
+        attempts = "one attempt" if attempt == 1 else f"{attempt} attempts"
+        limits = f"{self.place}.retries"
+        if is_away and self.config.patience:
+            attempts += f" in {duration(self._outage.seconds)}"
+            limits += f", {self.place}.patience"
         raise EndpointLost(
-            f"the endpoint {self.config.url} {failure}; gave up after {attempts} ({self.place}.retries).",
+            f"the endpoint {self.config.url} {failure}; gave up after {attempts} ({limits}).",
             "What was answered is kept: run again to go on.",
         )
 
     async def _wait(self, failure: _AttemptFailed, attempt: int) -> None:
         """Wait before the next attempt, as long as the server asks for, else with exponential backoff."""
+        # Attempts after the last retry wait for a server that is away: they also grow rarer if it asks for no pause.
+        if failure.wait is None or attempt >= self.config.retries:
+            pause = min(MAX_BACKOFF, FIRST_WAIT * 2 ** min(attempt, 30))
+            # The last attempt is at the end of the patience, not a minute later.
+            await asyncio.sleep(min(pause, self._outage.seconds_left or pause))
         if failure.wait is None:
-            await asyncio.sleep(min(MAX_BACKOFF, FIRST_WAIT * 2**attempt))
             return
         if failure.wait > MAX_WAIT:
             raise EndpointLost(
@@ -236,7 +269,7 @@ class Endpoint:
             return self.rate_limit.correct(sent, await self._read(transport, request, reply))
         # No connection was made, so the request was not sent and is not charged.
         if reply.is_unreachable:
-            raise _AttemptFailed(self._explain(reply), is_reached=False)
+            raise _AttemptFailed(self._explain(reply), is_reached=False, is_away=True)
         if isinstance(reply.error, ReplyTooLong):
             raise _AttemptFailed(f"sent more than {self.max_bytes >> 20} MiB in one answer", is_usable=False)
         # The server may have answered and charged for it.
@@ -244,11 +277,11 @@ class Endpoint:
         if reply.is_timeout:
             limit = f"{self.config.timeout:g} s ({self.place}.timeout)"
             raise _AttemptFailed(f"did not answer {self.path} within {limit}")
-        raise _AttemptFailed(self._explain(reply))
+        raise _AttemptFailed(self._explain(reply), is_away=reply.is_cut)
 
     def _explain(self, reply: Reply) -> str:
         problem = f"{type(reply.error).__name__}: {self._clean(str(reply.error))}".rstrip(": ")
-        return f"could not be asked: {problem}, after {reply.seconds:.1f} s of at most {self.config.timeout:g}"
+        return f"could not be asked: {problem}"
 
     # ---- replies ----
 
@@ -267,7 +300,8 @@ class Endpoint:
                 ) from None
         # Busy or broken for the moment.
         if status in RETRIED_STATUSES or status >= 500:
-            raise _AttemptFailed(f"answered with status {status}{quote}", _retry_after(reply))
+            is_away = status in AWAY_STATUSES
+            raise _AttemptFailed(f"answered with status {status}{quote}", _retry_after(reply), is_away=is_away)
         # Settings are wrong: every other request would be refused as well.
         if status in (401, 403):
             sender = f"the key in {self.config.key_variable}" if self._key else "requests without a key (key_variable)"

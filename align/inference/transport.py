@@ -1,8 +1,12 @@
-"""One HTTP call to a server, bounded in time and in bytes, by httpx; errors become a ``Reply``."""
+"""One HTTP call to a server, bounded in time and in bytes, by httpx; errors become a ``Reply``.
+
+``Outage`` measures how long a server has been away.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import time
@@ -12,10 +16,16 @@ from functools import cache
 
 import httpx
 
+from align.pipeline.context import duration
+
+LOG = logging.getLogger(__name__)
+
 CONNECT_SECONDS = 20.0
 """Time that a machine has to accept a connection."""
 CHUNK_BYTES = 1 << 16
 """Bytes of a reply that are read before its length is checked again."""
+REPORT_SECONDS = 60.0
+"""Seconds between two lines in the log about a server that is away."""
 
 
 class ReplyTooLong(Exception):
@@ -39,9 +49,58 @@ class Reply:
         return isinstance(self.error, httpx.ConnectError | httpx.ConnectTimeout)
 
     @property
+    def is_cut(self) -> bool:
+        """True when the connection broke, or the other end does not keep to the protocol."""
+        return isinstance(self.error, OSError | httpx.TransportError)
+
+    @property
     def is_timeout(self) -> bool:
         """True when the call was connected or connecting, and its time ran out."""
         return isinstance(self.error, TimeoutError | httpx.TimeoutException)
+
+
+@dataclass
+class Outage:
+    """Time for which a server has been away. All requests to it share the time."""
+
+    server: str
+    patience: float
+    place: str
+    """Place of ``patience`` in the YAML."""
+    began: float | None = None
+    """Monotonic time of the first failure; None while the server answers."""
+    _reported: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first failure."""
+        return 0.0 if self.began is None else time.monotonic() - self.began
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the patience ends."""
+        return max(0.0, self.patience - self.seconds)
+
+    def extend(self, failure: str) -> None:
+        """Note another failure, and log it unless that was done within a minute."""
+        now = time.monotonic()
+        is_first = self.began is None
+        if is_first:
+            self.began = now
+        if not self.seconds_left or (not is_first and now - self._reported < REPORT_SECONDS):
+            return
+        self._reported = now
+        so_far = "" if is_first else f"has been away for {duration(self.seconds)}: it "
+        LOG.warning(
+            "the endpoint %s %s%s; waiting up to %s (%s)",
+            *(self.server, so_far, failure, duration(self.patience), self.place),
+        )
+
+    def end(self) -> None:
+        """Note that the server answers."""
+        if self.began is not None:
+            LOG.warning("the endpoint %s answers again after %s", self.server, duration(self.seconds))
+        self.began = None
 
 
 class Transport:

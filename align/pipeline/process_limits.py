@@ -1,4 +1,4 @@
-"""Cores and memory of a process that computes, the waiting of its threads, and its garbage collections. Torch-free.
+"""Cores, memory and time of a process that computes, its threads, and its garbage collections. Torch-free.
 
 Two limits count: the cores of the process's affinity mask (``taskset``, ``docker --cpuset-cpus``, Slurm), and the
 control groups of the kernel (``docker --cpus --memory``, Kubernetes, systemd), which Python does not know. A group is
@@ -12,12 +12,34 @@ import atexit
 import contextlib
 import gc
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
 GROUPS_OF_PROCESS = Path("/proc/self/cgroup")
+
+
+@contextlib.contextmanager
+def alarm(seconds: float, error: type[BaseException]) -> Iterator[None]:
+    """Raise ``error`` in the code inside after ``seconds``, and each second after that, in the main thread.
+
+    The handler also runs within system calls that wait, long regular expressions and powers.
+    """
+
+    def end(number: int, frame: object) -> None:
+        raise error
+
+    previous = signal.signal(signal.SIGALRM, end)
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        if remaining:
+            signal.setitimer(signal.ITIMER_REAL, remaining, interval)
 
 
 def usable_cores() -> int:

@@ -83,6 +83,8 @@ class RunningStage:
     """Time of the last line about the stage."""
     pause: float = field(default_factory=lambda: FIRST_REPORT)
     """Seconds until the next line."""
+    heard: float = 0.0
+    """Time of the last event."""
 
     def status(self) -> str:
         """Return ``12/40 steps · 2m 10s left · 310 tok/s · loss 1.23``; empty before the first progress event."""
@@ -112,10 +114,13 @@ class RunningStage:
         """Return the line for a log: the status, and for how long the stage has been silent."""
         if self.pace.last is None:
             return f"running for {duration(now - self.started)}: {self.phase}"
-        silence = now - self.pace.last["time"]
-        suffix = f" · silent for {duration(silence)}" if silence >= REPORT_EVERY else ""
-        phase = f" · {self.phase}" if self.phase else ""
-        return self.status() + phase + suffix
+        parts = (self.status(), self.phase, silence(now - max(self.heard, self.pace.last["time"])))
+        return " · ".join(part for part in parts if part)
+
+
+def silence(seconds: float) -> str:
+    """Return ``silent for 5m 30s``; empty for less than a minute."""
+    return f"silent for {duration(seconds)}" if seconds >= REPORT_EVERY else ""
 
 
 def _rate(per_second: float, unit: str) -> str:
@@ -210,6 +215,8 @@ class ConsoleListener(Listener):
 
     def stage_event(self, node: Node, event: dict[str, Any]) -> None:
         """Update the progress bar; print warnings and notes."""
+        if node.name in self.running:
+            self.running[node.name].heard = event.get("time", 0.0)
         if event.get("event") == "warning":
             self._print_line("!", node.name, str(event.get("message")), "yellow")
         elif event.get("event") == "note":

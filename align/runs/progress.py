@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.runner.listener import PARTS, RunningStage
+from align.runner.listener import PARTS, REPORT_EVERY, RunningStage, silence
 from align.runner.stage_result import WORK
 from align.store.artifacts import EVENTS
 from align.store.json_files import parse_event
@@ -63,6 +64,7 @@ class ProgressReader:
             return
         if self.stage is None:
             self.stage = RunningStage(started=self._attempt)
+        self.stage.heard = event["time"]
         if event["event"] == "progress":
             self.stage.pace.update(event)
             self.stage.phase = ""
@@ -75,7 +77,10 @@ def progress_json(stage: RunningStage | None) -> dict[str, Any] | None:
     if stage is None:
         return None
     event = stage.pace.last
+    # In whole minutes, so a page that follows the stage changes once a minute.
+    silent = (time.time() - stage.heard) // REPORT_EVERY * REPORT_EVERY
     values: dict[str, Any] = {"text": stage.status(), "phase": stage.phase, "share": None, "seconds_left": None}
+    values["silence"] = silence(silent)
     if event is not None:
         values["reported"] = event["time"]
         values["share"] = min(1.0, event["done"] / event["total"]) if event["total"] > 0 else None

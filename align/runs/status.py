@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from align.clusters.slurm_commands import Job
 from align.clusters.slurm_submission import StageJob, submissions
 from align.clusters.slurm_submit import cancel_jobs
 from align.errors import StageFailed, plain_number
+from align.runner.listener import silence
 from align.runner.stage_result import left_result
 from align.runs.run_page import RunOutline
 from align.store.artifacts import CHECKPOINTS, EVENTS
@@ -85,14 +87,14 @@ def stage_status(outline: RunOutline, stage: str, store: Store, jobs: LiveJobs) 
         if job.waits:
             reason = f" ({job.reason})" if job.reason else ""
             return StageStatus(stage, "waits", f"job {job.number}{reason}", job.number)
-        detail = _join_parts(f"job {job.number} on {job.nodes}", last_progress(partial))
+        detail = _join_parts(f"job {job.number} on {job.nodes}", _activity(partial))
         return StageStatus(stage, "runs", detail, job.number)
     if artifact is not None:
         return StageStatus(stage, "done", str(artifact.record["created"])[:16].replace("T", " "))
     if store.is_locked(kind, key):
         holder = store.holder_of(kind, key) or {}
         process = f"process {holder['pid']} on {holder['host']}" if {"pid", "host"} <= holder.keys() else ""
-        return StageStatus(stage, "runs", _join_parts(process, last_progress(partial)))
+        return StageStatus(stage, "runs", _join_parts(process, _activity(partial)))
     if damage:
         return StageStatus(stage, "damaged", damage)
     if partial.is_dir():
@@ -113,16 +115,26 @@ def _left_behind(stage: str, partial: Path) -> StageStatus:
 
 def last_progress(partial: Path) -> str:
     """Return the last progress in a stage's event file: ``12/40 steps``."""
+    for event in _last_events(partial):
+        if event["event"] == "progress":
+            return f"{plain_number(event['done'])}/{plain_number(event['total'])} {event.get('unit', '')}".strip()
+    return ""
+
+
+def _activity(partial: Path) -> str:
+    """Return the last progress of a running stage, and for how long it has been silent."""
+    last = next(_last_events(partial), None)
+    return _join_parts(last_progress(partial), "" if last is None else silence(time.time() - last["time"]))
+
+
+def _last_events(partial: Path) -> Iterator[dict[str, Any]]:
+    """Yield a stage's last events, newest first."""
     try:
         # The last progress is near the end: files of long runs have megabytes of events before it.
         lines = read_tail(partial / EVENTS, TAIL_BYTES).splitlines()
     except OSError:
-        return ""
-    for line in reversed(lines):
-        event = parse_event(line)
-        if event is not None and event["event"] == "progress":
-            return f"{plain_number(event['done'])}/{plain_number(event['total'])} {event.get('unit', '')}".strip()
-    return ""
+        return
+    yield from (event for event in map(parse_event, reversed(lines)) if event is not None)
 
 
 def _join_parts(*parts: str) -> str:

@@ -15,7 +15,9 @@ from align.cli.main import main
 from align.cli.score_spec import read_spec
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
+from align.inference import endpoint_client
 from align.runner.open_store import open_store
+from tests.support.inference.fake_chat import FakeChat, completion
 from tests.support.records import put_record
 from tests.support.stages.broken_rewards import MODULE, problem_rows
 from tests.support.stored_rollouts import write_lines
@@ -139,6 +141,27 @@ def test_file_of_training_data_is_read_in_its_format(
     (document,) = json.loads(capsys.readouterr().out)
     assert document["rewards"]["gsm8k_answer"]["checks"]["reference"] == {"passed": 9, "total": 9}
     assert score(path, "--with", "{number: level}", "--validate") == 1
+
+
+def test_lost_judge_ends_with_a_message_and_exit_code_1(
+    score: Run, responses: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint_client, "FIRST_WAIT", 0.01)
+    server = FakeChat(lambda body: (500, "broken") if len(server.bodies) > 2 else completion("[[8]]"))
+    endpoint = f"{{url: '{server.url}', model: m, retries: 1, price_input: 1, price_output: 1}}"
+    spec = f"{{judge: {{max_cost: 5, endpoint: {endpoint}}}}}"
+    try:
+        assert score(responses, "--with", spec) == 1
+        error = capsys.readouterr().err
+        assert "judge.max_cost: 5 is the budget of this command; each command has its own" in error
+        assert "answered with status 500" in error and "gave up after 2 attempts" in error
+        assert "Traceback" not in error
+        server.reply = lambda body: completion("[[10]]")
+        asked = len(server.bodies)
+        assert score(responses, "--with", spec) == 0
+        assert len(server.bodies) - asked <= 4, "answers to the first command are kept"
+    finally:
+        server.stop()
 
 
 def test_validation_shows_the_table_and_refuses(score: Run, build: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -73,7 +74,7 @@ def test_index_links_the_pages_of_all_runs(store: Path, capsys: pytest.CaptureFi
 
 
 def test_a_run_of_this_machine_is_seen_and_ended(
-    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw: dict[str, Any] = toy.pipeline(one={"steps": 400, "pause": 0.1})
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
@@ -88,7 +89,11 @@ def test_a_run_of_this_machine_is_seen_and_ended(
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     stages = states(store, capsys)["one"]
-    assert stages.startswith(f"runs: process {process.pid} on ") and "/400 steps" in stages
+    assert stages.startswith(f"runs: process {process.pid} on ") and "/400 steps" in stages and "silent" not in stages
+    with monkeypatch.context() as patch:
+        now = time.time()
+        patch.setattr(time, "time", lambda: now + 330)
+        assert re.search(r"/400 steps, silent for 5m \d+s$", states(store, capsys)["one"])
     assert main(["cancel", "toy", "--store", str(store)]) == 0
     assert capsys.readouterr().out == f"ended process {process.pid}; finished stages and checkpoints are kept\n"
     output, _ = process.communicate(timeout=240)

@@ -78,6 +78,8 @@ def test_steps_are_for_functions_and_ppo() -> None:
     entry = {"function": LENGTH, "steps": "\n\n"}
     assert "score[0].steps gives tokens separate rewards, and this method has one advantage" in refusal([entry])
     assert "steps is for a function, and this is a reward" in refusal([{"reward": "rm", "steps": "."}])
+    judged = {"judge": {"endpoint": ENDPOINT}, "timeout": "30s"}
+    assert "timeout is for a function, and this is a judge; set judge.endpoint.timeout" in refusal([judged])
     ppo = {**GRPO, "score": [entry]}
     assert validate(PpoConfig, ppo, "p.yaml: stages.ppo").score[0].steps == "\n\n"
     environment = {"class": "tests.support.environments.classes:Counter", "max_tokens": 64}
@@ -150,8 +152,8 @@ def test_key_has_weights_and_arguments_but_no_judge_rate() -> None:
         first = {"function": LENGTH, "arguments": {"limit": 9}} | changes
         return pipeline([first, {"judge": judge}]).nodes["grpo"].key
 
-    assert key() == key(endpoint={"concurrency": 3, "retries": 1, "timeout": 5.0}, judge={"max_unreadable": 0.5})
-    assert key() == key(concurrency=99) == key(retries=3)
+    assert key() == key(endpoint={"concurrency": 3, "retries": 1, "timeout": 5.0, "patience": "2h"}, judge={"max_unreadable": 0.5})
+    assert key() == key(concurrency=99) == key(retries=3) == key(timeout="30s")
     keys = {
         key(),
         key(weight=0.5),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import math
+import re
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +186,73 @@ def test_retries_and_on_error(is_async: bool, monkeypatch: pytest.MonkeyPatch) -
     assert calls == {"late": 3, "never": 3}
     with pytest.raises(ScoreFailed, match="ConnectionError: busy, for row 1"):
         FunctionScorer("f", function, label="f", retries=2).score(ROWS[:2], ["late", "never"])
+
+
+def hang(row: dict[str, Any], response: str) -> float:
+    while response == "never":
+        # As retry loops of users do.
+        with contextlib.suppress(Exception):
+            time.sleep(60)
+    return 1.0
+
+
+async def hang_async(row: dict[str, Any], response: str) -> float:
+    await asyncio.sleep(60 if response == "never" else 0)
+    return 1.0
+
+
+def hang_on_pattern(row: dict[str, Any], response: str) -> float:
+    return float(response != "never" or bool(re.match("(a+)+b", "a" * 40)))
+
+
+@pytest.mark.parametrize("function", [hang, hang_async, hang_on_pattern])
+def test_call_that_hangs_fails_within_its_timeout(function: Any) -> None:
+    began = time.monotonic()
+    scorer = FunctionScorer("f", function, label="f", on_error=-1.0, timeout=0.5)
+    assert scorer.score_parts(ROWS[:2], ["never", "x"]) == {"": [-1.0, 1.0], "failed": [1.0, 0.0]}
+    message = r"rewards 'f' \(test_scoring.py:\d+\): CallTimeout: did not return within 0s, its timeout, for row 0"
+    with pytest.raises(ScoreFailed, match=message):
+        FunctionScorer("f", function, label="f", timeout=0.5).score(ROWS[:1], ["never"])
+    assert time.monotonic() - began < 10
+
+
+def test_hanging_batch_and_blocked_loop_end_in_time() -> None:
+    def hang_with_rows(rows: list[Any], responses: list[str]) -> list[float]:
+        time.sleep(60)
+        return []
+
+    began = time.monotonic()
+    with pytest.raises(ScoreFailed, match=r"\(test_scoring.py:\d+\): CallTimeout: .* for a batch of 2 rows"):
+        FunctionScorer("f", hang_with_rows, label="f", timeout=0.2).score(ROWS[:2], ["a", "b"])
+
+    async def block(row: dict[str, Any], response: str) -> float:
+        time.sleep(3)  # instead of await: no other call can run
+        return 0.0
+
+    with pytest.raises(ScoreFailed, match="CallTimeout: did not return within"):
+        FunctionScorer("f", block, label="f", timeout=0.2).score(ROWS[:2], ["a", "b"])
+    assert time.monotonic() - began < 5
+    time.sleep(max(0.0, 3.5 - (time.monotonic() - began)))  # other tests use the loop
+
+
+def test_timeout_holds_in_threads_without_signals() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        scorer = FunctionScorer("f", hang_on_pause, label="f", timeout=0.3)
+        with pytest.raises(ScoreFailed, match=r"\(test_scoring.py:\d+\): CallTimeout"):
+            pool.submit(scorer.score, ROWS[:1], ["never"]).result()
+
+
+def hang_on_pause(row: dict[str, Any], response: str) -> float:
+    time.sleep(5)
+    return 0.0
+
+
+def test_timeout_of_the_function_itself_is_its_own() -> None:
+    async def give_up(row: dict[str, Any], response: str) -> float:
+        raise TimeoutError("the service")
+
+    with pytest.raises(ScoreFailed, match="TimeoutError: the service"):
+        FunctionScorer("f", give_up, label="f", timeout=5).score(ROWS[:1], ["a"])
 
 
 def test_retries_need_a_function_of_one_response() -> None:

@@ -142,7 +142,7 @@ def test_lost_judge_reports_cached_judgments_and_resumes(fake: FakeChat, tmp_pat
 
     fake.reply = dying
     with pytest.raises(EndpointLost, match=r"status 503.*25 of 40 judgments of task 'mt' are cached"):
-        _ask(fake, FolderContext(tmp_path), at={"concurrency": 1})
+        _ask(fake, FolderContext(tmp_path), at={"concurrency": 1, "patience": 0})
     request = fake.prompts()[:25]
     fake.reply, fake.bodies = (lambda body: completion("[[A]]")), []
     assert _ask(fake, FolderContext(tmp_path)) == ["[[A]]"] * 40

@@ -6,6 +6,7 @@ import email.utils
 import gzip
 import itertools
 import json
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -428,3 +429,61 @@ def test_identity_is_what_decides_the_answer() -> None:
     moved = [EndpointConfig(url=f"http://127.0.0.1:{port}/v1", model="m", name="ours") for port in (8000, 8001)]
     assert moved[0].identity() == moved[1].identity()
     assert EndpointConfig(url=first.url, model="m", extra={"top_k": 2}).identity() != first.identity()
+
+
+def test_server_that_is_away_is_waited_for_by_time(
+    fake: FakeChat, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    endpoint = _endpoint(fake, retries=1, patience=30)
+    assert len(_ask(endpoint, tmp_path, 1)) == 1
+    port = fake.http.server_address[1]
+    fake.stop()
+    restarted: list[FakeChat] = []
+    timer = threading.Timer(0.6, lambda: restarted.append(FakeChat(port=port)))
+    timer.start()
+    try:
+        assert _ask(endpoint, tmp_path, 8)[7].startswith("q7 / ")
+    finally:
+        timer.join()
+        restarted[0].stop()
+    # With retries: 1 it would have given up after 0.01 s. All requests share two lines in the log.
+    assert endpoint.retried > 2
+    first, last = caplog.messages
+    assert "could not be asked" in first and first.endswith("waiting up to 30s (endpoint.patience)")
+    assert last.endswith("answers again after 1s")
+
+
+@pytest.mark.parametrize("reply", [(502, "bad gateway"), (503, {}, {"Retry-After": "0"}), "cut"])
+def test_patience_ends_and_message_says_how_long(fake: FakeChat, tmp_path: Path, reply: Any) -> None:
+    endpoint = _endpoint(fake, retries=1, patience=1.2, concurrency=1)
+    _ask(endpoint, tmp_path, 1)
+    fake.reply = fake.refuse if reply == "cut" else lambda body: reply
+    limits = r"\(endpoint.retries, endpoint.patience\)\. What was answered is kept"
+    began = time.monotonic()
+    with pytest.raises(EndpointLost, match=rf"gave up after \d+ attempts in 1s {limits}"):
+        _ask(endpoint, tmp_path, 4)
+    assert 1.2 <= time.monotonic() - began < 5
+    # Pauses grow, also if the server asks for none.
+    assert 4 <= len(fake.bodies) < 16
+    # The server is still away: the next batch waits for the retries only.
+    began = time.monotonic()
+    with pytest.raises(EndpointLost, match="gave up after 2 attempts in"):
+        _ask(endpoint, tmp_path, 4)
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("reply", [(503, "starting"), "cut"])
+def test_server_that_never_answered_gets_no_patience(fake: FakeChat, tmp_path: Path, reply: Any) -> None:
+    fake.reply = fake.refuse if reply == "cut" else lambda body: reply
+    with pytest.raises(EndpointLost, match=r"gave up after 2 attempts \(endpoint.retries\)"):
+        _ask(_endpoint(fake, retries=1), tmp_path)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("15m", 900), ("2h", 7200), ("90s", 90), ("1.5m", 90), (7, 7)])
+def test_times_have_units(fake: FakeChat, text: Any, seconds: float) -> None:
+    assert _endpoint(fake, patience=text).config.patience == seconds
+
+
+def test_time_without_unit_is_refused(fake: FakeChat) -> None:
+    with pytest.raises(ValidationError, match="'15 minutes' is not a time; write seconds as a number, or 30s, 15m"):
+        _endpoint(fake, patience="15 minutes")

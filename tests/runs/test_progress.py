@@ -44,6 +44,17 @@ def test_progress_has_share_and_time_left(folder: Path) -> None:
     assert shown["text"] == "4/10 steps · 30s left · 12 steps/min · loss 0.5"
 
 
+def test_silence_counts_from_the_last_event(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = ProgressReader(folder)
+    write(folder, step(2, 110.0), {"event": "phase", "time": 170.0, "text": "scoring"})
+    reader.read()
+    silences = []
+    for now in (200.0, 290.0, 349.0, 351.0):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        silences.append(progress_json(reader.stage)["silence"])  # type: ignore[index]
+    assert silences == ["", "silent for 2m 00s", "silent for 2m 00s", "silent for 3m 00s"]
+
+
 def test_half_written_lines_come_with_the_next_read(folder: Path) -> None:
     reader = ProgressReader(folder)
     write(folder, step(1, 110.0))

@@ -396,7 +396,7 @@ def test_outage_of_user_server_ends_the_stage_uncached(make_context: Any, monkey
     monkeypatch.setattr("align.inference.endpoint_client.FIRST_WAIT", 0.01)
     server = FakeChat(lambda body: completion("go on") if len(server.bodies) < 4 else (503, "busy"))
     try:
-        endpoint = {"url": server.url, "model": "good-model", "retries": 1}
+        endpoint = {"url": server.url, "model": "good-model", "retries": 1, "patience": 0}
         context = make_context({"user": {"prompt": "ab", "endpoint": endpoint}})
         with pytest.raises(EndpointLost, match="run again to go on"):
             evaluate.run(context)

@@ -134,7 +134,7 @@ def test_outage_of_user_server_ends_the_stage_uncached(
     monkeypatch.setattr("align.inference.endpoint_client.FIRST_WAIT", 0.01)
     server = FakeChat(lambda body: completion("go on") if len(server.bodies) < 4 else (503, "busy"))
     try:
-        said = {"endpoint": {"url": server.url, "model": "good-model", "retries": 1}, "prompt": "ab"}
+        said = {"endpoint": {"url": server.url, "model": "good-model", "retries": 1, "patience": 0}, "prompt": "ab"}
         context = make_context(tmp_path, presser, environment=ENVIRONMENT | {"max_tokens": 80, "user": said})
         with pytest.raises(EndpointLost, match="run again to go on"):
             run(context)

@@ -102,7 +102,7 @@ def test_a_server_that_goes_away_loses_no_update(
         return completion("ready") if len(server.bodies) == 1 else (500, "down")
 
     server.reply = reply
-    endpoint = {"url": server.url, "model": "good-model", "retries": 1}
+    endpoint = {"url": server.url, "model": "good-model", "retries": 1, "patience": 0}
     metrics = STAGES["grpo"].runner()(make("grpo", tmp_path, presser, {"endpoint": endpoint}))
     assert metrics["updates"] == 1 and 0 < metrics["failure_rate_last"] <= 1
     failures = {line["failure"] for line in rollouts(tmp_path)} - {""}

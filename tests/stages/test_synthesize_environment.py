@@ -253,7 +253,7 @@ def test_outage_of_user_server_ends_the_stage_uncached(fake: FakeChat, tmp_path:
 
     buyer = FakeChat(lambda body: say(body) if len(buyer.bodies) < 3 else (503, "busy"))
     try:
-        said = {"endpoint": endpoint_of(buyer, retries=1), "prompt": "You buy.", "stop": "BYE"}
+        said = {"endpoint": endpoint_of(buyer, retries=1, patience=0), "prompt": "You buy.", "stop": "BYE"}
         fields = endpoint_fields(fake, max_turns=6, user=said)
         context = make_context(tmp_path, task={"type": "responses"}, train=2, test=1, **fields)
         with pytest.raises(EndpointLost, match="run again to go on"):

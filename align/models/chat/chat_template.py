@@ -29,6 +29,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from align.patches.transformers import wrap_templates
+from align.pipeline.process_limits import alarm
 
 SECONDS = 20.0
 """Time of one rendering; a conversation of 1,000 turns needs about 0.01."""
@@ -104,23 +105,14 @@ def _limits() -> Iterator[None]:
 
 @contextmanager
 def _alarm() -> Iterator[None]:
-    """Raise in the main thread after ``SECONDS``. The handler also runs within long regular expressions and powers."""
-
-    def end(number: int, frame: Any) -> None:
-        raise _OutOfTime
-
-    previous = signal.signal(signal.SIGALRM, end)
-    remaining, interval = signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    # The default action of this timer's signal ends the process, without the help of the interpreter.
-    signal.setitimer(signal.ITIMER_VIRTUAL, 8 * SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        if remaining:
-            signal.setitimer(signal.ITIMER_REAL, remaining, interval)
+    """Raise in the main thread after ``SECONDS``."""
+    with alarm(SECONDS, _OutOfTime):
+        # The default action of this timer's signal ends the process, without the help of the interpreter.
+        signal.setitimer(signal.ITIMER_VIRTUAL, 8 * SECONDS)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 @contextmanager

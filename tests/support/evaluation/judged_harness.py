@@ -96,7 +96,7 @@ def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> str:
 
 def endpoint(fake: FakeChat, **settings: Any) -> dict[str, Any]:
     """The endpoint of a stand-in; with ``concurrency`` 1, what it is asked has an order."""
-    positions = {"url": fake.url, "model": "good-model", "name": "fake", "retries": 0, "timeout": 20}
+    positions = {"url": fake.url, "model": "good-model", "name": "fake", "retries": 0, "patience": 0, "timeout": 20}
     return {"endpoint": {**positions, **settings}}
 
 

@@ -28,9 +28,9 @@ def echo(body: dict[str, Any]) -> dict[str, Any]:
 
 
 class FakeChat:
-    """Listens on a free port. ``reply(body)`` gives JSON, bytes, or (status, content[, headers]) of each completion."""
+    """Listens on a port, by default a free one. ``reply(body)`` gives JSON, bytes, or (status, content[, headers]) of each completion."""
 
-    def __init__(self, reply: Callable[[dict[str, Any]], Reply] = echo, delay: float = 0.0) -> None:
+    def __init__(self, reply: Callable[[dict[str, Any]], Reply] = echo, delay: float = 0.0, port: int = 0) -> None:
         self.reply, self.delay = reply, delay
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -38,7 +38,7 @@ class FakeChat:
         self.models = ["good-model"]
         self.under_way = self.most_under_way = 0
         self.lock, self.stopped = threading.Lock(), threading.Event()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self.http.daemon_threads, self.http.block_on_close = True, False
         self.http.handle_error = lambda *_: None  # type: ignore[method-assign]
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"

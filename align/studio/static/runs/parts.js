@@ -75,7 +75,7 @@ export function progressRows(stages) {
   return stages
     .filter((stage) => stage.progress)
     .map((stage) => {
-      const { share, text, phase, seconds_left: left } = stage.progress;
+      const { share, text, phase, silence, seconds_left: left } = stage.progress;
       const bar = element("progress", { max: 1, "aria-label": `Progress of ${stage.stage}` });
       if (share !== null) bar.value = share;
       return element(
@@ -84,7 +84,7 @@ export function progressRows(stages) {
         element("b", null, stage.stage),
         bar,
         element("span", { class: "num" }, share === null ? "" : `${Math.floor(100 * share)} %`),
-        element("span", { class: "small" }, [text, phase].filter(Boolean).join(" · ") || stage.what),
+        element("span", { class: "small" }, [text, phase, silence].filter(Boolean).join(" · ") || stage.what),
         left !== null &&
           element(
             "span",
