@@ -171,7 +171,8 @@ class EndpointJudge(Config):
     max_unreadable: float = Field(0.1, ge=0, lt=1)
     """Largest share of unreadable judgments of any system or pair; they are counted and skipped. More is an error."""
     max_cost: float | None = Field(None, gt=0)
-    """Stop before the endpoint costs more in all, by its prices; raise it and run again to continue."""
+    """Stop before all attempts of the stage cost more, by the endpoint's prices; raise it and run again to continue. A
+    stage with other settings has a budget of its own."""
 
     @model_validator(mode="after")
     def _check_budget_has_prices(self) -> EndpointJudge:

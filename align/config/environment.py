@@ -73,7 +73,8 @@ class SimulatedUserConfig(Config):
     temperature: float = Field(1.0, ge=0, le=5)
     """Sampling temperature of the user; 0 is greedy."""
     max_cost: float | None = Field(None, gt=0)
-    """Stop before the endpoint costs more in all, by its prices; raise it and run again to continue."""
+    """Stop before all attempts of the stage cost more, by the endpoint's prices; raise it and run again to continue. A
+    stage with other settings has a budget of its own."""
 
     @field_validator("prompt")
     @classmethod

@@ -152,7 +152,9 @@ def test_key_has_weights_and_arguments_but_no_judge_rate() -> None:
         first = {"function": LENGTH, "arguments": {"limit": 9}} | changes
         return pipeline([first, {"judge": judge}]).nodes["grpo"].key
 
-    assert key() == key(endpoint={"concurrency": 3, "retries": 1, "timeout": 5.0, "patience": "2h"}, judge={"max_unreadable": 0.5})
+    assert key() == key(
+        endpoint={"concurrency": 3, "retries": 1, "timeout": 5.0, "patience": "2h"}, judge={"max_unreadable": 0.5}
+    )
     assert key() == key(concurrency=99) == key(retries=3) == key(timeout="30s")
     keys = {
         key(),

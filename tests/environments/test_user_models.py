@@ -48,7 +48,9 @@ def open_user(server: FakeChat, tmp_path: Path) -> Open:
         outage_fails_episodes: bool = True,
         **fields: Any,
     ) -> EndpointUser:
-        block = {"url": server.url, "model": "good-model", "retries": 1, "patience": 0, "concurrency": 2} | (endpoint or {})
+        block = {"url": server.url, "model": "good-model", "retries": 1, "patience": 0, "concurrency": 2} | (
+            endpoint or {}
+        )
         config = SimulatedUserConfig(endpoint=block, **{"prompt": "You.", "max_tokens": 9} | fields)  # type: ignore[arg-type]
         resources = UserResources(
             Runtime(), "float32", tmp_path / folder, None, pytest.fail, outage_fails_episodes=outage_fails_episodes

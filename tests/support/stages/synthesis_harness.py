@@ -82,7 +82,14 @@ def make_context(
 
 
 def endpoint_of(fake: FakeChat, **settings: Any) -> dict[str, Any]:
-    return {"url": fake.url, "model": "good-model", "name": "fake", "retries": 2, "patience": 0, "timeout": 5} | settings
+    return {
+        "url": fake.url,
+        "model": "good-model",
+        "name": "fake",
+        "retries": 2,
+        "patience": 0,
+        "timeout": 5,
+    } | settings
 
 
 def read_ledger(context: StageContext) -> dict[str, Any]:
