@@ -9,9 +9,10 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from align.cli.parser import add_store, align_columns, print_json, print_warning
+from align.config.scores import CheckName
 from align.errors import UserError, printable, shorten
 
 if TYPE_CHECKING:
@@ -54,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--floor", type=float, metavar="X", help="share of rows that must pass a check (0.9)")
     parser.add_argument("--reference", metavar="COLUMN", help="column with the right answer, for --validate")
+    parser.add_argument(
+        "--waive",
+        action="append",
+        choices=get_args(CheckName),
+        metavar="CHECK",
+        help="show this check of --validate, but refuse nothing for it; repeatable: empty, wrong, row",
+    )
     parser.add_argument("--examples", type=int, default=3, metavar="N", help="disagreements to show (3)")
     parser.add_argument("--output", metavar="FILE", help="write the scores to a file of JSON lines")
     add_store(parser)
@@ -80,7 +88,7 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.max_rows is not None and options.max_rows < 1:
         raise UserError(f"--max-rows is {options.max_rows}; it must be at least 1.")
     if not options.validate:
-        for name in ("floor", "reference"):
+        for name in ("floor", "reference", "waive"):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name} is for --validate; add that option.")
     elif options.output is not None:
@@ -95,10 +103,11 @@ def _validate(options: argparse.Namespace, data: ScoreData, specs: list[ScoreSpe
     from align.config.validation import validate
     from align.evaluation.score_validation.validation import check_references, columns_of, validate_parts
 
-    fields = {"floor": options.floor, "rows": options.max_rows, "reference": options.reference}
-    settings = validate(ScoreValidation, {name: value for name, value in fields.items() if value is not None}, "score")
+    given = {name: getattr(options, name) for name in ("floor", "reference", "waive")} | {"rows": options.max_rows}
+    given = {name: value for name, value in given.items() if value is not None}
     validations = []
     for spec, scorer in zip(specs, scorers, strict=True):
+        settings = validate(ScoreValidation, spec.validation.model_dump() | given, "score")
         columns = columns_of(spec.entries)
         check_references(scorer.parts, data.rows)
         validations.append(
@@ -134,6 +143,10 @@ def _print_validation(spec: ScoreSpec, validation: Validation) -> None:
     problems = validation.problems()
     for problem in problems:
         print(printable(f"✗ {problem}."))
+    if problems:
+        waived = [f"--waive {name}" for name in validation.failing()]
+        print(f"If the score is meant so, repeat this with {' '.join(waived)}: a stage then has the line")
+        print(f"  {validation.waiver()}")
     if not problems:
         print(f"A stage would accept this score (floor {validation.settings.floor:g}).")
 

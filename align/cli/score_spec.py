@@ -6,12 +6,12 @@ Has no heavy imports.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.cli.arguments import RECIPE_SUFFIXES, find_artifact, find_checkpoint
-from align.config.scores import RewardEntry
+from align.config.scores import RewardEntry, ScoreValidation
 from align.config.user_functions import add_module_folder
 from align.config.validation import suggest, validate
 from align.config.yaml import load_yaml, parse_yaml
@@ -34,6 +34,8 @@ class ScoreSpec:
     pipeline: str | None
     """Pipeline whose stages the entries ``reward`` name; None for checkpoints."""
     store: str | None
+    validation: ScoreValidation = field(default_factory=ScoreValidation)
+    """Settings of the validation: those of the stage, or the defaults."""
 
     def open(self, folder: Path, warn: Callable[[str], None]) -> WeightedSum:
         """Return the sum of the rewards; judges keep their answers in ``folder`` and in the store's cache.
@@ -113,7 +115,7 @@ def _stage_spec(word: str, file: str, stage: str, store: str | None) -> ScoreSpe
         entries = [RewardEntry(reward=reward)]
     if not entries:
         raise UserError(f"{PLACE} {word}: the stage has no `score`, which `align score` could use.")
-    return ScoreSpec(stage, entries, file, store)
+    return ScoreSpec(stage, entries, file, store, getattr(config, "score_validation", ScoreValidation()))
 
 
 def _entries(content: Any, place: str) -> list[RewardEntry]:

@@ -159,6 +159,17 @@ def reward_names(score: str | list[RewardEntry] | None) -> list[str]:
     return [entry.label for entry in score] if isinstance(score, list) else []
 
 
+def verifier_kinds(config: Any) -> dict[str, str]:
+    """Return the kinds of the verifiers of a stage that scores, by their names in metrics.
+
+    The verifier of an environment has no name of its own.
+    """
+    entries = config.score if isinstance(config.score, list) else []
+    kinds = {entry.label: entry.verifier for entry in entries if entry.verifier is not None}
+    score = getattr(getattr(config, "environment", None), "score", None)
+    return kinds | ({"": str(score.verifier)} if isinstance(score, VerifierFields) else {})
+
+
 def score_identities(score: str | list[RewardEntry] | None) -> dict[str, str]:
     """Return the identities of all that scores, for a stage's key.
 

@@ -41,7 +41,7 @@ from align.data.formats import DETECTION_RECORDS, Detection, SourceFormat, detec
 from align.data.formats.columns import label_rule
 from align.data.formats.fields import Malformed, Unusable, present
 from align.data.formats.mapping import group_records, map_record, named_columns
-from align.data.formats.reading import SUFFIXES, Item, check_record, is_readable, read_file
+from align.data.formats.reading import SUFFIXES, Item, check_record, is_readable, read_file, suggest_file
 from align.data.rows import BadRecord, iter_rows
 from align.data.scoring import plain_value
 from align.errors import UserError, require_extra
@@ -336,17 +336,12 @@ def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
     for pattern in patterns:
         files = [path for path in matching_paths(pattern, base) if path.is_file()]
         if not files:
-            raise UserError(f"no file matches '{pattern}' (searched from {base}).{_neighbors(base / pattern)}")
+            raise UserError(f"no file matches '{pattern}' (searched from {base}).{suggest_file(base / pattern)}")
         for path in files:
             if not is_readable(path):
                 raise UserError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}.")
             unique[path] = None
     return list(unique)
-
-
-def _neighbors(path: Path) -> str:
-    names = [file.name for file in path.parent.iterdir() if is_readable(file)] if path.parent.is_dir() else []
-    return suggest(path.name, names)
 
 
 def _digests(paths: Sequence[Path]) -> dict[str, str]:

@@ -7,15 +7,17 @@ of gigabytes. What is not on this machine and cannot be fetched is not checked h
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from align.config.hub_commits import small_file
 from align.config.stages.inputs import ModelConfig
+from align.config.validation import suggest
 from align.errors import UserError
 from align.models.built_in import EMBEDDED_TOKENS, MAX_POSITIONS, SPECIAL_TOKENS
 from align.models.chat.named_templates import (
@@ -30,6 +32,9 @@ from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE, TOKENIZER
 from align.models.checkpoints.source import Origin, Source, resolve
 from align.models.compute.architecture import Architecture, UnknownArchitecture
 from align.models.compute.model_types import architecture_of, read_architecture
+
+NEAR = 0.75
+"""Likeness of a name to a module's, from 0 to 1, from which it is taken for a misspelling."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,27 @@ def _hub_counts(source: Source) -> list[int]:
         return list(get_safetensors_metadata(source.name, revision=source.revision).parameter_count.values())
     except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, httpx.HTTPError, OSError):
         return []
+
+
+def check_targets(config: ModelConfig, base: Path, names: Sequence[str], place: str, is_matrix: bool) -> None:
+    """Raise ``UserError``, which begins with ``place``, for names that fit no module of a model stage's ``source``.
+
+    ``is_matrix``: they can only be matrices. Other modules, and models with experts or states, have more names than the
+    rules for an architecture know: there only a name that is nearly a known name is refused.
+    """
+    source = config.base_model or config.source
+    revision = config.revision if config.base_model is None else config.base_revision
+    try:
+        architecture = known_architecture(source, revision, base)
+    except UnknownArchitecture:
+        return
+    known = architecture.module_names
+    is_complete = is_matrix and not architecture.experts and not architecture.state
+    for name in names:
+        last = name.rpartition(".")[2]
+        is_near = bool(difflib.get_close_matches(last, known, cutoff=NEAR))
+        if (is_near or is_complete) and not architecture.has_module(name):
+            raise UserError(f"{place}: '{name}' fits no module of '{source}'.{suggest(last, known)}")
 
 
 def known_positions(source: str, revision: str | None, base: Path) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from align.config.hub_commits import small_file
 from align.config.stages.inputs import ModelConfig
+from align.data.final_answers import PAIRS, TAGS
 from align.models.built_in import CHAT_TEMPLATE as TINY_TEMPLATE
 from align.models.chat.named_templates import read_template, read_training_template, templates_with_tools
 from align.models.chat.template_settings import TemplateSettings
@@ -91,6 +92,13 @@ def check_settings(config: ModelConfig, base: Path, later: Any = None, prefix: s
     template = _planned(config, base) if settings else None
     if template is not None:
         settings.resolve(template.text, prefix)
+
+
+def writes_no_thoughts(config: ModelConfig, base: Path) -> bool:
+    """Return True if a model stage's template is known, and has no mark of a thought."""
+    template = _planned(config, base)
+    marks = (*(f"{tag}>" for tag in TAGS), *PAIRS, *PAIRS.values(), "<|channel|>", "reasoning_content")
+    return template is not None and not any(mark in template.text for mark in marks)
 
 
 def explain_missing_tools(config: ModelConfig, base: Path, names: Sequence[str]) -> str | None:

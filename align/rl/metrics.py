@@ -6,15 +6,18 @@ import resource
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from align.config.scores import verifier_kinds
+from align.config.stages.rl import RolloutFields
 from align.environments.episode import Episode
 from align.rl.advantages import explained_variance
 from align.rl.masking import masked_sum
 from align.rl.rewards import estimate_kl
 from align.rl.rollout import COMPONENT, Rollout
+from align.verifiers.verdict import explain_low_scores
 
 
 class Averages:
@@ -217,6 +220,16 @@ def finish(means: dict[str, float]) -> dict[str, float]:
             # Rounding can make this difference slightly negative.
             metrics[f"{base}_std"] = max(square - means[base] ** 2, 0.0) ** 0.5
     return metrics
+
+
+def score_reasons(config: RolloutFields, entry: Mapping[str, float]) -> list[str]:
+    """Return why the verifiers of a stage score nearly all responses of an update 0, from the update's metrics."""
+    parts = {name.removeprefix(COMPONENT): value for name, value in entry.items() if name.startswith(COMPONENT)}
+    if config.score is None and not config.reward:
+        parts[""] = entry["score"]
+    # Failed episodes have no scores.
+    total = round(config.rollout_batch * (1 - entry.get("failure_rate", 0.0)))
+    return explain_low_scores(verifier_kinds(config), parts, total, parts)
 
 
 def peak_memory_gib() -> float:

@@ -25,6 +25,7 @@ from align.rl.alarms import count_alarms
 from align.rl.checkpoint import last_checkpoint, load_checkpoint, load_random_state
 from align.rl.clipping import clip_parts
 from align.rl.evaluations import evaluate_tasks, validate
+from align.rl.metrics import score_reasons
 from align.rl.prompts import derive_seed
 from align.rl.rollout import COMPONENT
 from align.rl.sampler import drop_journals
@@ -105,6 +106,8 @@ def summarize(trainer: Any) -> dict[str, Any]:
     if history:
         metrics |= _summarize_history(history, getattr(trainer.sampler.scorer, "names", []))
         metrics["tokens_per_second"] = trainer.totals["tokens"] / max(metrics["seconds"], 1e-9)
+        reasons = score_reasons(trainer.config, history[-1])
+        metrics |= {"score_reasons": reasons} if reasons else {}
     if trainer.best is not None and trainer.best.best is not None:
         metrics["kept"] = trainer.best.best
     if trainer.tasks is not None:

@@ -89,13 +89,16 @@ class UpdateLog:
         An alarm that is raised again, after it had ended, is only noted. The end of the run counts them.
         """
         trainer = self.trainer
-        for alarm in new_alarms([entry for entry in trainer.state.log_history if "score" in entry]):
+        history = [entry for entry in trainer.state.log_history if "score" in entry]
+        for alarm in new_alarms(history):
             is_repeated = any(alarm.name == earlier.name for earlier in trainer.alarms)
             trainer.alarms.append(alarm)
             if is_repeated:
                 continue
-            example = f" Example: {self._example}" if alarm.name == CONSTANT_SCORE else ""
-            text = f"update {alarm.update}: {alarm.name}: {alarm.text}.{example}"
+            text = f"update {alarm.update}: {alarm.name}: {alarm.text}."
+            if alarm.name == CONSTANT_SCORE:
+                reasons = metrics.score_reasons(trainer.config, history[-1])
+                text = " ".join((text, *(f"{reason}." for reason in reasons), f"Example: {self._example}"))
             if trainer.is_world_process_zero():
                 trainer.notify(text)
             if trainer.config.on_alarm == "stop":

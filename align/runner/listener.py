@@ -314,7 +314,7 @@ def _headline(stage: Stage, artifact: Artifact) -> str:
             else:
                 numbers = [(name, value) for name, value in values.items() if isinstance(value, (int, float))]
                 parts += [f"{policy} {name} {_short(value)}" for name, value in numbers[:1]]
-    return "  ".join(parts)
+    return "  ".join([*parts, *metrics.get("score_reasons", ())])
 
 
 def _earlier_attempts(record: dict[str, Any]) -> str:

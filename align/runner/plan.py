@@ -44,8 +44,13 @@ class Step:
     notes: tuple[str, ...] = ()
 
 
-def plan(pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = frozenset()) -> list[Step]:
-    """Return what a run would do now, stage by stage. ``force`` are stages that run although they are cached."""
+def plan(
+    pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = frozenset(), runs_scores: bool = True
+) -> list[Step]:
+    """Return what a run would do now, stage by stage. ``force`` are stages that run although they are cached.
+
+    ``runs_scores``: the user's functions that score may be called, to validate them.
+    """
     steps: list[Step] = []
     # Stages that will run: a stage that reads any of them has not been run with this input yet.
     fresh: set[str] = set()
@@ -88,7 +93,7 @@ def plan(pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = fr
             step = Step(node, "run", "; ".join(changes[:3]), tuple(changes))
         else:
             step = Step(node, "run", f"needs {waits_for[0]}" if waits_for else "never run")
-        notes = [*describe(pipeline, store, node), *stage_warnings(pipeline, node)]
+        notes = [*describe(pipeline, store, node), *stage_warnings(pipeline, node, store, runs_scores)]
         suggestion = history.suggest(node) if artifact is None else None
         steps.append(replace(step, notes=(*notes, *([suggestion] if suggestion else []))))
         fresh.add(node.name)

@@ -5,40 +5,57 @@ A setting that works badly is a warning of the plan. A setting with which the st
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from align.config.chat_template import TEMPLATE_FIELDS
 from align.config.environment import EnvironmentConfig
+from align.config.scores import metric_functions, verifier_kinds
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.evaluation.during_training import TrainingEvaluation
-from align.config.stages.inputs import ModelConfig
+from align.config.stages.inputs import DataConfig, ModelConfig
+from align.config.tuning import Ia3Tuning, LowRank
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.registry import load_object
+from align.store.store import Store
 
 POLICY_FIELDS = ("policy", "model", "policies")
 """Inputs of a stage whose weights come from a model stage."""
 POSITIONS = "align.models.model_plan:known_positions"
+TARGETS = "align.models.model_plan:check_targets"
 RECORD_SOURCES = "align.evaluation.tasks.records:reported_sources"
 MISSING_TOOLS = "align.models.planned_template:explain_missing_tools"
 TEMPLATE_SETTINGS = "align.models.planned_template:check_settings"
-"""Functions about a model's files. Their package has modules that import torch, so they are loaded by name."""
+NO_THOUGHTS = "align.models.planned_template:writes_no_thoughts"
+REFERENCES = "align.evaluation.score_validation.stage:check_planned_references"
+VALIDATION = "align.evaluation.score_validation.stage:validate_planned_score"
+"""Functions about models, tasks and scores. Their packages have modules that import torch, so they are loaded by
+name."""
+PREVIEWED = 256
+"""Records of each source of a recipe that was not built yet from which a plan makes rows."""
+MOST_ROWS = 10_000
+"""Rows of a finished dataset that a plan reads."""
 
 
-def stage_warnings(pipeline: Pipeline, node: Node) -> list[str]:
+def stage_warnings(pipeline: Pipeline, node: Node, store: Store, runs_scores: bool = True) -> list[str]:
     """Return warnings about a stage's settings, one sentence or more each.
 
     Raises ``UserError`` for a policy whose chat template does not write the environment's tools or lacks a variable
-    that the stage sets, for responses that are longer than the model's context, and for tasks during training whose
-    rows an ``evaluate`` stage reports.
+    that the stage sets, for responses that are longer than the model's context, for tasks during training whose rows an
+    ``evaluate`` stage reports, for names of modules that the model does not have, for references that a verifier cannot
+    read, and, if ``runs_scores``, for a score that the stage's validation would refuse.
     """
     _check_template_settings(pipeline, node)
     _check_reported_rows(pipeline, node)
+    _check_targets(pipeline, node)
     for place, environment in _environments(node):
         _check_tools(pipeline, node, environment, place)
     inspect = node.stage.inspect("plan_warnings")
     texts = list(inspect(node.config, pipeline.base)) if inspect is not None else []
-    return [*texts, *_check_context(pipeline, node)]
+    texts += [*_check_context(pipeline, node), *_unused_settings(pipeline, node)]
+    return [*texts, *_check_score(pipeline, node, store, runs_scores)]
 
 
 def _environments(node: Node) -> Iterator[tuple[str, EnvironmentConfig]]:
@@ -81,6 +98,104 @@ def _check_reported_rows(pipeline: Pipeline, node: Node) -> None:
                         f"stages.{node.name}.evaluate.tasks.{name}: stage '{other.name}' reports numbers on the same "
                         f"records ({source}), so training must not look at them. Divide the records into two files."
                     )
+
+
+def _check_targets(pipeline: Pipeline, node: Node) -> None:
+    """Raise ``UserError`` for modules under ``tuning`` that the stage's model does not have."""
+    tuning = getattr(node.config, "tuning", None)
+    names: dict[str, list[str]] = {}
+    if isinstance(tuning, LowRank | Ia3Tuning):
+        names["targets"] = tuning.targets if isinstance(tuning.targets, list) else []
+    if isinstance(tuning, LowRank):
+        names["save_modules"] = tuning.save_modules
+    for model in _model_stages(pipeline, node) if any(names.values()) else ():
+        for field, values in names.items():
+            place = f"stages.{node.name}.tuning.{field}"
+            if isinstance(model.config, ModelConfig):
+                load_object(TARGETS)(model.config, pipeline.base, values, place, is_matrix=field == "targets")
+
+
+def _unused_settings(pipeline: Pipeline, node: Node) -> Iterator[str]:
+    """Yield a warning for each setting that can have no effect."""
+    config: Any = node.config
+    evaluation = getattr(config, "evaluate", None)
+    intervals = {name: getattr(config, name, None) for name in ("eval_updates", "eval_steps")}
+    if isinstance(evaluation, TrainingEvaluation):
+        intervals["evaluate.every"] = evaluation.every
+    for field in ("updates", "max_steps"):
+        end = getattr(config, field, None)
+        for name, every in intervals.items():
+            if isinstance(end, int) and isinstance(every, int) and every > end:
+                yield (
+                    f"{name} {every} is beyond the end at {field} {end}, so nothing is measured between start and end. "
+                    f"Lower it, or raise {field}."
+                )
+    if getattr(config, "thinking_budget", None) is None:
+        return
+    for model in _model_stages(pipeline, node):
+        if isinstance(model.config, ModelConfig) and load_object(NO_THOUGHTS)(model.config, pipeline.base):
+            yield (
+                f"thinking_budget has no effect unless the policy was trained on thoughts: the chat template of "
+                f"'{model.config.source}' (stage '{model.name}') writes none. Remove it, or use a model that thinks."
+            )
+
+
+def _check_score(pipeline: Pipeline, node: Node, store: Store, runs_scores: bool) -> Iterator[str]:
+    """Check references and score of a stage on the rows that it will read, as far as they are here.
+
+    Yields notes of the validation, or the command that validates a score that only the stage validates.
+    """
+    config: Any = node.config
+    prompts = node.inputs.get("prompts")
+    # A later round of a loop has the score of the first.
+    is_repeated = node.name != pipeline.expanded.without_round(node.name) and not node.name.endswith("-1")
+    if not isinstance(prompts, str) or is_repeated or getattr(config, "replay", None) is not None:
+        return
+    place = f"stages.{node.name}"
+    validation = getattr(config, "score_validation", None)
+    metrics = metric_functions(config.metrics) if isinstance(config, EvaluateConfig) else []
+    has_verifiers = "score" in type(config).model_fields and bool(verifier_kinds(config))
+    has_verifiers = has_verifiers or any(entry.verifier is not None for entry in metrics)
+    is_validated = validation is not None and validation.rows > 0 and config.environment is None
+    # ``gold`` is align's own, for rows that align made.
+    is_validated = is_validated and config.score not in (None, "gold")
+    if not (has_verifiers or is_validated):
+        return
+    source = pipeline.nodes[prompts]
+    rows, are_final = _planned_rows(pipeline, source, store, "test" if validation is None else "train")
+    if rows:
+        load_object(REFERENCES)(config, rows, place, are_final)
+    if not is_validated or not runs_scores:
+        return
+    notes = load_object(VALIDATION)(config, rows, place) if rows and are_final else None
+    if notes is not None:
+        yield from notes
+        return
+    is_built = store.find_intact(source.stage.kind, source.key, source.name) is not None
+    before = "" if is_built else f"once `align run {pipeline.where} --only {prompts}` has made its rows, "
+    yield (
+        f"the score is validated when the stage starts; {before}`align score {pipeline.where}:{prompts} --with "
+        f"{pipeline.where}:{node.name} --validate` does it at once"
+    )
+
+
+def _planned_rows(pipeline: Pipeline, source: Node, store: Store, split: str) -> tuple[list[Any], bool]:
+    """Return rows that a stage will read, and False if a recipe's steps may still change or drop them.
+
+    Of a dataset that was not built yet the first records of its files. No rows if they are not on this machine.
+    """
+    artifact = store.find_intact(source.stage.kind, source.key, source.name)
+    if artifact is not None:
+        from align.data.rows import iter_rows
+
+        return list(itertools.islice(iter_rows(artifact.split(split)), MOST_ROWS)), True
+    if not isinstance(source.config, DataConfig):
+        return [], False
+    from align.data.builds.dataset_recipe import preview_rows
+    from align.stages.data import resolved_recipe
+
+    recipe = resolved_recipe(source.config, pipeline.base)
+    return preview_rows(recipe, pipeline.base, PREVIEWED) or [], not recipe.steps
 
 
 def _check_tools(pipeline: Pipeline, node: Node, environment: EnvironmentConfig, place: str) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from align.config.scores import metric_functions, verifier_kinds
+from align.config.stages.evaluate import EvaluateConfig
 from align.pipeline.context import StageContext
+from align.verifiers.verdict import explain_low_scores
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -47,7 +50,21 @@ def run(context: StageContext) -> dict[str, Any]:
         track_result(context, scorecard_values(card), card["settings"])
     parts = () if plan.scorer is None else plan.scorer.parts
     usage = score_facts((*parts, *(Part(program.metric, 1.0, program.scorer) for program in plan.programs)))
-    return headline(card) | {"tokens": responses.tokens} | usage
+    numbers = headline(card)
+    reasons = score_reasons(context.config, numbers)
+    return numbers | ({"score_reasons": reasons} if reasons else {}) | {"tokens": responses.tokens} | usage
+
+
+def score_reasons(config: EvaluateConfig, numbers: dict[str, Any]) -> list[str]:
+    """Return why verifiers score nearly all responses of a system 0, from the headline numbers."""
+    kinds = {f"score_{name}": kind for name, kind in verifier_kinds(config).items()}
+    kinds |= {entry.metric: entry.verifier for entry in metric_functions(config.metrics) if entry.verifier is not None}
+    total = numbers["prompts"] * config.samples_per_prompt
+    return [
+        f"{policy}: {line}"
+        for policy, values in numbers["values"].items()
+        for line in explain_low_scores(kinds, values, total, values)
+    ]
 
 
 def headline(card: dict[str, Any]) -> dict[str, Any]:

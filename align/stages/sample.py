@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.config.runtime.rollouts import SAMPLE_CHUNK
-from align.config.scores import describe_score
+from align.config.scores import describe_score, verifier_kinds
 from align.config.stages.sample import SampleConfig
 from align.data.final_answers import AnswerText
 from align.data.rows import kept_columns, read_rows
@@ -30,6 +30,7 @@ from align.stages.sample_rollouts import SampledRollouts
 from align.store.fingerprint import digest
 from align.store.json_files import read_entry, write_entry
 from align.synthesis.selection import write_lines, write_table
+from align.verifiers.verdict import explain_low_scores
 
 SPLITS = ("train", "test")
 
@@ -301,16 +302,27 @@ def _write(context: StageContext, results: list[SampledSplit]) -> dict[str, Any]
         write_table(context.output / f"{result.split}.parquet", result.pairs, ("chosen", "rejected"))
         values = result.metrics | _rates(result.lines)
         metrics |= {f"{result.split}_{name}": value for name, value in values.items()}
+    reasons = _score_reasons(config, metrics)
     if metrics["train_pairs"] == 0:
         raise UserError(
             f"no train pair came out of {metrics['train_prompts']} prompts: every prompt's responses score alike (mean "
             f"{metrics.get('train_mean_score', 0):.3f}) or are identical. Raise n or temperature, or check score "
             f"'{_describe_scorer(config)}' on samples like those in this stage's log."
+            + "".join(f" {line}." for line in reasons)
         )
     # Training is possible without test pairs, so this is only a warning.
     if metrics["test_pairs"] == 0:
         context.warn("no test pair came out, so a reward model's accuracy cannot be measured; raise max_prompts.test")
-    return metrics
+    return metrics | ({"score_reasons": reasons} if reasons else {})
+
+
+def _score_reasons(config: SampleConfig, metrics: dict[str, Any]) -> list[str]:
+    """Return why the verifiers score nearly all responses to the train prompts 0."""
+    prefix = "train_mean_score_"
+    rates = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+    if config.score is None and config.reward is None:
+        rates[""] = metrics.get("train_mean_score", 0.0)
+    return explain_low_scores(verifier_kinds(config), rates, metrics["train_prompts"] * config.n, rates)
 
 
 def _describe_scorer(config: SampleConfig) -> str:

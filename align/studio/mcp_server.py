@@ -210,7 +210,7 @@ class StoreTools:
     def plan_run(self, run: Run) -> dict[str, Any]:
         """Say what `align run` would do now with each stage of a stored pipeline, and why."""
         pipeline = self._pipeline(run)
-        steps = plan(pipeline, self.context.store)
+        steps = plan(pipeline, self.context.store, runs_scores=False)
         return {
             "stages": [
                 {"stage": step.node.name, "action": step.action, "why": step.why, "notes": list(step.notes)}

@@ -179,6 +179,26 @@ def test_validation_shows_the_table_and_refuses(score: Run, build: Path, capsys:
     assert score(build, "--with", f"{MODULE}:without_separators", "--validate", "--floor", "0") == 0
 
 
+def test_waived_checks_refuse_nothing(score: Run, build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--with", f"{MODULE}:without_separators", "--validate"]
+    assert score(build, *words) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("If the score is meant so")]
+    waived = line.partition("with ")[2].partition(":")[0].split()
+    assert waived[:2] == ["--waive", "reference"]
+    assert score(build, *words, *waived) == 0
+
+
+def test_validation_has_the_settings_of_the_stage(score: Run, build: Path, tmp_path: Path) -> None:
+    settings = {"floor": 0.0, "rows": 8}
+    sample = {"policy": "model", "prompts": "data", "score": f"{MODULE}:constant", "score_validation": settings}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"kind": "prompts", "sources": [{"type": "embedded"}]}))
+    stages = {"model": {"source": "tiny"}, "data": {"recipe": "recipe.yaml"}, "sample": sample}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"name": "mine", "stages": stages}))
+    assert score(build, "--with", f"{path}:sample", "--validate") == 0
+    assert score(build, "--with", f"{path}:sample", "--validate", "--floor", "0.9") == 1
+
+
 def test_score_of_a_stage_is_read_from_its_pipeline(score: Run, build: Path, tmp_path: Path) -> None:
     sample = {"policy": "model", "prompts": "data", "score": [{"number": "answer"}]}
     recipe = {"kind": "prompts", "sources": [{"type": "embedded", "size": 4}]}
@@ -210,6 +230,7 @@ def test_spec_in_a_file_is_a_list_or_has_score(tmp_path: Path) -> None:
         (["--with", "[]"], "has no reward"),
         (["--with", "[gold, gold]"], "two rewards are called 'gold'"),
         (["--with", "{number: answer}", "--floor", "0.5"], "--floor is for --validate"),
+        (["--with", "{number: answer}", "--waive", "row"], "--waive is for --validate"),
         (["--with", "gold", "--validate", "--output", "x"], "remove one of them"),
         (["--with", "gold", "--max-rows", "0"], "at least 1"),
         (["--with", "a:b", "--with", "a:c", "--with", "a:d"], "at most two scores"),

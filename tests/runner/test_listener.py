@@ -54,6 +54,14 @@ def test_stage_with_an_alarm_ends_with_no_tick() -> None:
     assert out.getvalue().startswith("! one ") and "alarms: step 12: divergence" in " ".join(out.getvalue().split())
 
 
+def test_closing_line_has_the_reasons_of_a_score_of_0() -> None:
+    console_listener, out = listener()
+    node: Any = SimpleNamespace(name="one", stage=STAGES["grpo"])
+    reasons = ["32 of 32: no_answer; `math` reads a box: ask for one in the prompt"]
+    console_listener.stage_done(node, artifact("grpo", {"score_last": 0.0, "score_reasons": reasons}))
+    assert "→ 0  32 of 32: no_answer; `math` reads a box" in out.getvalue()
+
+
 def test_a_closing_line_has_time_memory_and_what_was_measured() -> None:
     console_listener, out = listener()
     values = {"sft": {"gold": 0.25}, "dpo": {"gold": 0.375}}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +164,95 @@ def test_reported_rows_are_refused_during_training(
     assert evaluated("dev") == ""
     with pytest.raises(UserError, match=r"stages.ppo.evaluate.tasks.gsm8k: stage 'evaluate' reports .*copy.jsonl"):
         evaluated("copy")
+
+
+# ---- scores, and settings without effect ----
+
+SUMS = [{"prompt": f"What is {i}+{i}?", "completion": f"It is {2 * i}.", "total": str(2 * i)} for i in range(1, 41)]
+GRPO = {"policy": "model", "prompts": "data", "updates": 2, "learning_rate": 1e-5}
+MODULE = "tests.support.stages.broken_rewards"
+
+
+def score_notes(store: Store, folder: Path, score: Any, records: Any = SUMS, **fields: Any) -> str:
+    """Return the notes of a planned stage whose dataset is a file that was not built yet."""
+    file = folder / "sums.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = {"dataset": str(file), "keep": ["total"]}
+    stages = {"model": {"source": "tiny"}, "data": data, "grpo": {**GRPO, "score": score, **fields}}
+    pipeline = Pipeline({"name": "run", "seed": 1, "stages": stages})
+    return " ".join(next(step.notes for step in plan(pipeline, store) if step.node.name == "grpo"))
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ([{"number": "totl"}], r"^stages\.grpo\.score\[0\]\.number: row \w+ has no 'totl'. Did you mean 'total'\?"),
+        ([{"code": "tests"}], r"score\[0\]\.code: row \w+ has no 'tests'. A recipe keeps a column with `keep`"),
+        ([{"choice": "total"}], r"score\[0\]\.choice: row \w+: the reference '2' is no letter"),
+        (f"{MODULE}:constant", "^stages.grpo: the score cannot teach the task"),
+    ],
+)
+def test_score_that_the_stage_refuses_is_refused(score: Any, message: str, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        score_notes(store, tmp_path, score)
+
+
+def test_good_score_is_planned_without_a_note(store: Store, tmp_path: Path) -> None:
+    assert score_notes(store, tmp_path, [{"number": "total"}]) == ""
+    assert score_notes(store, tmp_path, f"{MODULE}:constant", score_validation={"floor": 0.0}) == ""
+
+
+def test_expensive_score_is_planned_with_the_command(store: Store, tmp_path: Path) -> None:
+    judge = {"endpoint": {"url": "http://127.0.0.1:9/v1", "model": "m"}}
+    text = score_notes(store, tmp_path, [{"number": "total"}, {"judge": judge}])
+    assert "once `align run pipeline --only data` has made its rows" in text
+    assert "`align score pipeline:data --with pipeline:grpo --validate` does it at once" in text
+
+
+def test_metric_column_of_an_evaluation_is_checked(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in SUMS))
+    evaluate = {"policies": ["model"], "reference": "model", "prompts": "data", "metrics": [{"number": "totl"}]}
+    data = {"dataset": str(tmp_path / "sums.jsonl"), "keep": ["total"]}
+    stages = {"model": {"source": "tiny"}, "data": data, "evaluate": evaluate}
+    with pytest.raises(UserError, match=r"stages\.evaluate\.metrics\[0\]\.number: .* Did you mean 'total'"):
+        plan(Pipeline({"name": "run", "seed": 1, "stages": stages}), store)
+
+
+def test_plan_of_a_validated_score_imports_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in SUMS))
+    data = {"dataset": "sums.jsonl", "keep": ["total"]}
+    grpo = {**GRPO, "score": [{"number": "total"}], "tuning": {"method": "lora"}, "thinking_budget": 8}
+    stages = {"model": {"source": "tiny"}, "data": data, "grpo": grpo}
+    (tmp_path / "p.yaml").write_text(json.dumps({"name": "p", "stages": stages}))
+    code = "import sys; from align.cli.main import main; main(['plan', 'p.yaml']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("targets", "hint"),
+    [
+        (["q_porj"], "Did you mean 'q_proj'"),
+        (["mlp.up_prj"], "Did you mean 'up_proj'"),
+        (["query"], "Known here: down_"),
+    ],
+)
+def test_unknown_module_is_refused_with_the_nearest(targets: list[str], hint: str, store: Store) -> None:
+    text = rf"^stages\.ppo\.tuning\.targets: '{targets[0]}' fits no module of 'tiny'\..*{hint}"
+    with pytest.raises(UserError, match=text):
+        notes(store, "ppo", {"source": "tiny"}, tuning={"method": "lora", "targets": targets})
+
+
+def test_known_modules_are_planned_without_a_note(store: Store) -> None:
+    tuning = {"method": "lora", "targets": ["q_proj", "mlp.up_proj"], "save_modules": ["embed_tokens"]}
+    assert notes(store, "ppo", {"source": "tiny"}, tuning=tuning) == ""
+    with pytest.raises(UserError, match="tuning.save_modules: 'embed_tokns' .* Did you mean 'embed_tokens'"):
+        notes(store, "ppo", {"source": "tiny"}, tuning={**tuning, "save_modules": ["embed_tokns"]})
+
+
+def test_settings_without_effect_are_a_warning(store: Store, tmp_path: Path, tiny_model: Path) -> None:
+    text = notes(store, "ppo", {"source": "tiny"}, eval_updates=3, thinking_budget=8)
+    assert "eval_updates 3 is beyond the end at updates 2" in text
+    assert "thinking_budget has no effect unless" in text and "the chat template of 'tiny'" in text
+    folder = copy_of(tiny_model, tmp_path)
+    (folder / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
+    assert notes(store, "ppo", {"source": str(folder)}, eval_updates=2, thinking_budget=8) == ""

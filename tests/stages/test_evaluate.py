@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from align.config.stages.evaluate import EvaluateConfig
 from align.errors import UserError
 from align.evaluation.tasks import identities
+from align.stages.evaluate import score_reasons
 
 GOOD = {"policies": ["model", "sft"], "reference": "sft", "prompts": "data"}
 FILES = {"files": ["x.jsonl"]}
@@ -59,3 +60,12 @@ def test_the_scoring_program_is_part_of_the_key(tmp_path, monkeypatch):
     assert identities(EvaluateConfig(**GOOD), tmp_path) == {}
     with pytest.raises(UserError, match="no module"):
         identities(EvaluateConfig(**GOOD, score="no_such_module:score"), tmp_path)
+
+
+def test_score_of_0_has_the_reasons_of_the_verifier():
+    """Of rewards and of metrics, under their names in the scorecard."""
+    config = EvaluateConfig(**GOOD, score=[{"math": "answer"}], metrics=[{"number": "answer", "name": "final"}])
+    values = {"score_math": 0.0, "score_math_no_answer": 1.0, "final": 0.5, "final_unequal": 0.5}
+    right = {"score_math": 1.0, "final": 0.0, "final_unparsable": 1.0}
+    lines = score_reasons(config, {"prompts": 32, "values": {"sft": values, "model": right}})
+    assert [line.partition("; ")[0] for line in lines] == ["sft: 32 of 32: no_answer", "model: 32 of 32: unparsable"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from align.capacity import estimate_training
 from align.config.runtime import Runtime
+from align.data.rows import read_rows, write_rows
 from align.errors import UserError
 from align.pipeline.registry import STAGES
 from align.stages import rl as stage
@@ -223,6 +225,18 @@ def test_checkpoint_judges_the_responses_of_a_policy(make_context):
     assert metrics["score_judge_last"] == 0.0
     point = next(point for point in events(context, "metrics") if "score" in point)
     assert point["score_judge_unreadable"] == 1.0 and point["score"] == pytest.approx(point["score_vowels"])
+
+
+def test_score_of_0_shows_the_reasons_of_the_verifier(make_context):
+    context = make_context("grpo", "unread", score=[{"choice": "tests", "name": "letter"}], tuning=LORA)
+    # Each row's right answer is the letter Z, which no response of a tiny model states.
+    rows = [{**row, "tests": "Z"} for row in read_rows(context.inputs["prompts"].path / "train.parquet")]
+    write_rows(context.inputs["prompts"].path / "train.parquet", rows)
+    metrics = STAGES["grpo"].runner()(context)
+    (line,) = metrics["score_reasons"]
+    assert re.match(r"1\d of 16: no_answer.*; `choice` reads a box .* in the prompt$", line)
+    (alarm,) = [event["message"] for event in events(context, "warning") if "constant score" in event["message"]]
+    assert "`choice` reads a box" in alarm and " of 16: no_answer" in alarm and "Example: " in alarm
 
 
 def test_rollouts_have_the_reasons_of_a_judge(make_context):

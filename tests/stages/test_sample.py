@@ -123,6 +123,14 @@ def test_samples_have_the_reasons_of_a_verifier(tiny_model: Path, tmp_path: Path
     assert all(line["parts"]["exact"] == [0.0] * 3 for line in lines)
     reasons = [line["parts"][f"exact_{reason}"] for line in lines for reason in ("no_answer", "unequal")]
     assert sum(map(sum, reasons)) == 9 and metrics["train_mean_score_exact"] == 0.0
+    (line,) = metrics["score_reasons"]
+    assert " of 6: unequal" in line and "`exact` compares the whole answer" in line
+
+
+def test_score_without_pairs_ends_with_the_reasons(tiny_model: Path, tmp_path: Path) -> None:
+    context = _context(tmp_path, tiny_model, score=[{"exact": "gold.of"}], score_validation={"rows": 0})
+    with pytest.raises(UserError, match="no train pair.* of 15: unequal; `exact` compares the whole answer"):
+        run(context)
 
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_result(

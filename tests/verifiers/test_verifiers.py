@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ import pytest
 from align.config.environment import EnvironmentConfig
 from align.config.scores import MetricFunction, RewardEntry
 from align.config.validation import validate
-from align.config.verifiers import EnvironmentVerifier
+from align.config.verifiers import VERIFIERS, EnvironmentVerifier
 from align.data.checkers import gsm8k_answer
 from align.environments.sources import open_environment
 from align.errors import StageFailed, UserError
 from align.verifiers import answers, mathematics
 from align.verifiers.scorer import open_verifier
-from align.verifiers.verdict import reasons_in
+from align.verifiers.verdict import PLACES, WHOLE, explain_low_scores, explain_reasons, reasons_in
 from align.verifiers.workers import Comparison, Worker
 from tests.support.environments.opened import TOOLS
 
@@ -530,3 +531,37 @@ def test_metric_and_environment_use_the_same_verifier() -> None:
 def test_reasons_are_the_metrics_of_one():
     scores = {"math": 0.0, "math_timed_out": 1.0, "math_unequal": 0.0, "unequal": 1.0, "style": 1.0, "f_failed": 1.0}
     assert reasons_in(scores) == {"math": "timed_out", "score": "unequal", "f": "failed"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts", "text"),
+    [
+        (
+            "math",
+            {"no_answer": 32},
+            r"32 of 32: no_answer; `math` reads a box \(.*\), ####, 'answer is',.* in the prompt$",
+        ),
+        ("number", {"unequal": 12, "unparsable": 20}, "^20 of 32: unparsable, 12 of 32: unequal; `number` reads a box"),
+        ("choice", {"unequal": 32}, "`choice` read other answers than the references"),
+        ("exact", {"unequal": 32}, "`exact` compares the whole answer: ask for the answer and nothing else"),
+        ("contains", {"no_answer": 32}, "`contains` found empty answers"),
+        ("json_schema", {"no_answer": 32}, "`json_schema` reads an answer that is JSON"),
+        ("code", {"crashed": 30, "unequal": 2}, "`code` runs programs that end with an error"),
+        ("math", {"timed_out": 32}, "`math` reached its limit of time: raise `seconds`"),
+    ],
+)
+def test_reasons_name_what_the_verifier_reads(kind: str, counts: dict[str, int], text: str) -> None:
+    assert re.search(text, explain_reasons(kind, counts, 32))
+
+
+def test_every_verifier_says_what_it_reads() -> None:
+    assert {*PLACES, *WHOLE} == set(VERIFIERS)
+
+
+def test_reasons_are_told_for_scores_near_0_only() -> None:
+    kinds = {"math": "math", "ifeval": "ifeval"}
+    rates = {"math_no_answer": 0.97, "ifeval_unequal": 1.0}
+    # Half of the instructions followed is a score of 1/2, with a reason.
+    (line,) = explain_low_scores(kinds, rates, 64, {"math": 0.03, "ifeval": 0.5})
+    assert line.startswith("62 of 64: no_answer; `math` reads")
+    assert explain_low_scores(kinds, rates | {"math_no_answer": 0.9}, 64, {"math": 0.1, "ifeval": 0.5}) == []

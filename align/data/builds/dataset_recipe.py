@@ -5,6 +5,7 @@ Excluded: pinning the commit and the format (``align.stages.data``).
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from align.config.recipe.source_settings import FilesSource, RecordSource, Sourc
 from align.config.stages.inputs import DataConfig
 from align.config.user_paths import matching_paths, user_path
 from align.config.validation import validate
-from align.data.formats.reading import SUFFIXES
+from align.data.formats.reading import SUFFIXES, suggest_file
+from align.data.rows import BadRecord, Dropped, Row
 from align.errors import UserError
 from align.store.record import RECORD
 
@@ -34,9 +36,12 @@ def is_local(dataset: str, base: Path) -> bool:
     looks_like_path = dataset.startswith((".", "/", "~")) or dataset.lower().endswith(SUFFIXES) or "*" in dataset
     if not looks_like_path and HUB_NAME.fullmatch(dataset):
         return False
+    path = user_path(dataset, base)
+    # A missing file is told from a name of the Hub by its ending, which may be misspelled.
+    hint = suggest_file(path) if looks_like_path or path.suffix else ""
     raise UserError(
         f"dataset: '{dataset}' is neither a file, folder or glob below '{base}', nor the name of a Hub dataset like "
-        "'owner/name'. A name of LLaMA-Factory's dataset_info.json is not known here: write its `file_name` or "
+        f"'owner/name'.{hint} A name of LLaMA-Factory's dataset_info.json is not known here: write its `file_name` or "
         "`hf_hub_url`. Several datasets are the `sources` of a data recipe."
     )
 
@@ -152,3 +157,26 @@ def check_named_columns(source: Source, base: Path) -> None:
     # The check is part of reading. It needs one more record than it looks at to notice the end of a short file.
     for _ in itertools.islice(read(source, base), DETECTION_RECORDS + 1):
         pass
+
+
+def preview_rows(recipe: Recipe, base: Path, count: int) -> list[Row] | None:
+    """Return the rows of the first ``count`` records of each source, before any step of the recipe.
+
+    None if a source is no local files. Raises ``UserError`` as building does.
+    """
+    # Imported late, because most plans need no rows.
+    from align.data.formats.converters import convert
+    from align.data.sources import choose_format, read
+
+    rows: list[Row] = []
+    for source in recipe.sources:
+        if not isinstance(source, FilesSource):
+            return None
+        choice = choose_format(source, read(source, base), recipe.kind)
+        for item in itertools.islice(choice.records, count):
+            if isinstance(item, BadRecord):
+                continue
+            with contextlib.suppress(BadRecord):
+                converted = convert(item[1], choice.format, item[0], recipe.kind, check=False)
+                rows += [{"source": source.label, **row} for row in converted if not isinstance(row, Dropped)]
+    return rows

@@ -50,6 +50,12 @@ def is_readable(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
+def suggest_file(path: Path) -> str:
+    """Return the readable file next to a missing one that its name most likely means, else all of them."""
+    names = [file.name for file in path.parent.iterdir() if is_readable(file)] if path.parent.is_dir() else []
+    return suggest(path.name, names)
+
+
 def read_file(
     path: Path,
     header: Sequence[str] | None = None,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
-from align.config.scores import ScoreValidation
-from align.config.verifiers import EnvironmentVerifier
+from align.config.scores import MetricFunction, RewardEntry, ScoreValidation
+from align.config.user_functions import full_path, read_module
+from align.config.verifiers import PROGRAMS, EnvironmentVerifier, VerifierFields
 from align.data.rows import Row
-from align.data.scoring import Part
+from align.data.scoring import FunctionScorer, Part
+from align.errors import UserError
+from align.evaluation.rewards import RewardSources, open_entries
 from align.evaluation.score_validation.probing import kind_of
 from align.evaluation.score_validation.validation import (
     Validation,
@@ -19,6 +26,14 @@ from align.evaluation.score_validation.validation import (
 )
 from align.pipeline.context import StageContext
 from align.verifiers.scorer import open_verifier
+from align.verifiers.verdict import reference_value
+
+PLANNED_ROWS = 200
+"""Rows whose references a plan reads."""
+PLANNED_SECONDS = 20.0
+"""Time after which a plan no longer waits for a function of the user's."""
+HEAVY = frozenset({"torch", "transformers", "vllm", "trl", "tensorflow", "jax", "sentence_transformers"})
+"""Packages whose import alone takes longer than a plan."""
 
 
 def validate_stage_score(
@@ -66,3 +81,123 @@ def _facts(validation: Validation) -> dict[str, Any]:
     if validation.is_complete:
         facts["reference_score"] = validation.reports[-1].means()["reference"]
     return facts
+
+
+# ---- plans ----
+
+
+def check_planned_references(config: Any, rows: Sequence[Row], place: str, are_final: bool) -> None:
+    """Read the references of the verifiers of a planned stage: of ``score``, ``metrics`` and ``environment``.
+
+    Programs are not run. ``are_final`` is False for rows that a recipe's steps may still change or drop: then a problem
+    counts only if all rows have it. Raises ``UserError``, which begins with ``place``, as the stage would.
+    """
+    for where, entry in _planned_verifiers(config, place):
+        kind = str(entry.verifier)
+        column = getattr(entry, kind)
+        if kind == "regex" or not isinstance(column, str):
+            continue
+        names = ("instruction_id_list", "kwargs") if column == "instruction_id_list" else (column,)
+        problems = [_missing(row, names, f"{where}.{kind}") for row in rows]
+        present = [row for row, problem in zip(rows, problems, strict=True) if problem is None]
+        missing = next((problem for problem in problems if problem is not None), None)
+        if missing is not None and (are_final or not present):
+            raise missing
+        if kind in PROGRAMS and kind != "code":
+            _check_readable(entry, present[:PLANNED_ROWS], where, are_final)
+
+
+def _planned_verifiers(config: Any, place: str) -> list[tuple[str, VerifierFields]]:
+    entries: list[tuple[str, VerifierFields]] = []
+    for field in ("score", "metrics"):
+        value = getattr(config, field, None)
+        for index, entry in enumerate(value if isinstance(value, list) else ()):
+            if isinstance(entry, RewardEntry | MetricFunction) and entry.verifier is not None:
+                entries.append((f"{place}.{field}[{index}]", entry))
+    verifier = getattr(getattr(config, "environment", None), "score", None)
+    return [*entries, (f"{place}.environment.score", verifier)] if isinstance(verifier, VerifierFields) else entries
+
+
+def _missing(row: Row, columns: Sequence[str], place: str) -> UserError | None:
+    try:
+        for column in columns:
+            reference_value(row, column, place)
+    except UserError as error:
+        return error
+    return None
+
+
+def _check_readable(entry: VerifierFields, rows: Sequence[Row], place: str, are_final: bool) -> None:
+    scorer = open_verifier(entry, place)
+    try:
+        scorer.check_references(rows)
+    except UserError:
+        for row in () if are_final else rows:
+            with contextlib.suppress(UserError):
+                scorer.check_references([row])
+                return
+        raise
+
+
+def validate_planned_score(config: Any, rows: Sequence[Row], place: str) -> list[str] | None:
+    """Validate the score of a planned stage as the stage will, if its parts take no longer than a plan may.
+
+    Returns notes; None for a score that only the stage validates, because a judge, a reward model, a program of
+    ``code``, an async function or a slow import has a part in it. Raises ``UserError``, which begins with ``place``, as
+    the stage would.
+    """
+    entries = [RewardEntry(function=config.score)] if isinstance(config.score, str) else config.score
+    if not all(_is_cheap(entry, place) for entry in entries):
+        return None
+    outcome: list[Validation | BaseException] = []
+
+    def work() -> None:
+        try:
+            # A failing call is not repeated: its pauses belong to the stage.
+            once = [entry.model_copy(update={"retries": 0}) for entry in entries]
+            parts = open_entries(once, RewardSources(_no_source, _no_source))
+            if any(isinstance(part.scorer, FunctionScorer) and part.scorer.waits for part in parts):
+                return
+            columns = columns_of(config.score)
+            decides_sum = not getattr(config, "reward", None)
+            settings: ScoreValidation = config.score_validation
+            outcome.append(validate_parts(parts, rows, settings, place=place, columns=columns, decides_sum=decides_sum))
+        except BaseException as error:
+            outcome.append(error)
+
+    # A thread that ends with the process: a function that hangs must not hold up the plan.
+    thread = threading.Thread(target=work, name="planned-score", daemon=True)
+    with contextlib.redirect_stdout(sys.stderr):
+        thread.start()
+        thread.join(PLANNED_SECONDS)
+    if not outcome:
+        return None
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    refuse_problems(outcome[0], place)
+    return outcome[0].notes
+
+
+def _is_cheap(entry: RewardEntry, place: str) -> bool:
+    """Return True for a verifier that starts no program, and for a function whose module imports nothing heavy."""
+    if entry.verifier is not None:
+        return entry.verifier in PROGRAMS and entry.verifier != "code"
+    if entry.function is None:
+        return False
+    tree = read_module(full_path(entry.function, place).partition(":")[0], entry.function, place)
+    return tree is not None and not _imported(tree) & HEAVY
+
+
+def _imported(tree: ast.Module) -> set[str]:
+    """Return the packages that a module imports, also inside its functions."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def _no_source(*_: Any) -> Any:
+    raise AssertionError("a judge or a reward model is not cheap")

@@ -42,6 +42,15 @@ class Validation:
         texts = [report.problem(self.settings.waive) for report in self.reports]
         return [text for text in texts if text is not None]
 
+    def failing(self) -> list[str]:
+        """Return the checks that refuse the score, after those that are waived, each once."""
+        waived = self.settings.waive
+        return list(dict.fromkeys((*waived, *(name for report in self.reports for name in report.failing(waived)))))
+
+    def waiver(self) -> str:
+        """Return the setting of a stage that accepts the score as it is."""
+        return f"score_validation: {{waive: [{', '.join(self.failing())}]}}"
+
     def table(self) -> list[list[str]]:
         """Return the titles, and the cells of each report: its checks as passed/total."""
         rows = [list(TITLES)]
@@ -137,14 +146,12 @@ def refuse_problems(validation: Validation, place: str) -> None:
     if not problems:
         return
     listed = "\n".join(f"  {text}." for text in problems)
-    waived = validation.settings.waive
-    failing = dict.fromkeys((*waived, *(name for report in validation.reports for name in report.failing(waived))))
     floor = validation.settings.floor
     raise UserError(
         f"{place}: the score cannot teach the task; fewer than {floor:.0%} of the rows pass a check:\n{listed}\n"
         "Correct it and repeat the check with `align score DATA --with SPEC --validate` (docs/rewards.md). If the "
         f"references are not meant to score best, name others (`score_validation: {{reference: COLUMN}}`). If the "
-        f"score is meant so, start with `score_validation: {{waive: [{', '.join(failing)}]}}`."
+        f"score is meant so, start with `{validation.waiver()}`."
     )
 
 

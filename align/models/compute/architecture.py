@@ -189,6 +189,17 @@ class Architecture:
             for linear in (*block.linears, *block.experts):
                 yield f"{self.layers_path}.{number}.{linear.path}", linear
 
+    def has_module(self, target: str) -> bool:
+        """Return True if a target of peft, the end of a module's name after a dot, names a matrix or an embedding."""
+        names = [self.head_path, *(f"model.{name}" for name in EMBEDDINGS), *(name for name, _ in self._matrices())]
+        return any(_is_target(name, [target]) for name in names)
+
+    @property
+    def module_names(self) -> list[str]:
+        """Last names of the matrices and of the token embeddings, each once."""
+        paths = [*(name for name, _ in self._matrices()), self.head_path, EMBEDDINGS[0]]
+        return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+
     def _module(self, name: str, part: Literal["model", "trunk"]) -> int:
         """Count the parameters of the modules called ``name``; a tied head counts with the embeddings only."""
         if name in EMBEDDINGS:

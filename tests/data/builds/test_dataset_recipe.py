@@ -135,6 +135,10 @@ def test_files_folders_and_globs(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             paths(dataset)
+    (tmp_path / "pairs.csv").write_text("")
+    for dataset in ("pairs.cvs", "./pair.csv"):
+        with pytest.raises(UserError, match=rf"'{dataset}' is neither a file.* Did you mean 'pairs.csv'"):
+            paths(dataset)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="the folder 'empty' has no file that can be read"):
         paths("empty")
