@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cached_property
 
-from align.data.number_forms import plain_numbers, unformatted
+from align.data.number_forms import NUMBER, plain_numbers, unformatted, without_latex
 
 TAGS = ("think", "thinking", "thought", "reasoning")
 """Names of the tags that models write around a thought."""
@@ -39,8 +40,9 @@ LEADING = re.compile(
     rf"\s*(?:<(?P<tag>{_NAMES})>.*?(?:</(?P=tag)>(?:\s*<response>)?|\Z)"  # Granite 3.3 also marks the answer
     rf"|{_PAIRED}"
     # gpt-oss: the header of the answer's channel belongs to the end of the thought
-    r"|(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>.*?"
-    r"(?:<\|end\|>(?:<\|start\|>assistant<\|channel\|>final<\|message\|>)?|\Z))",
+    r"|(?:<\|start\|>assistant)?<\|channel\|>(?:analysis|commentary)<\|message\|>.*?"
+    r"(?:<\|end\|>(?:<\|start\|>assistant<\|channel\|>final<\|message\|>)?|\Z)"
+    r"|analysis(?=[A-Z]).*?assistantfinal)",  # the same without its special tokens
     re.DOTALL,
 )
 """A thought that a turn begins with. A thought that is never closed is the whole turn."""
@@ -49,9 +51,11 @@ OPENED = re.compile(
     re.DOTALL,
 )
 """A thought that the generation prompt has opened. A closing tag within a call's text is followed by more of it."""
-CLOSED = re.compile(rf"(?:{_CLOSINGS}|<response>|<\|end\|>|<\|channel\|>final<\|message\|>)\Z")
+CLOSED = re.compile(rf"(?:{_CLOSINGS}|<response>|<\|end\|>|<\|channel\|>final<\|message\|>|assistantfinal)\Z")
 """The end of a thought that is closed."""
 _CLOSING = re.compile(_CLOSINGS)
+KNOWN = re.compile(rf"{_OPENINGS}|{_CLOSINGS}|<\|channel\|>(?:analysis|commentary)|<\|channel\|>final|<\|message\|>")
+"""Marks of thoughts in the text of a chat template."""
 EMPTY = re.compile(rf"(?:{_OPENINGS})?(?:{_CLOSINGS})")
 """An empty thought without white space, or its end if the generation prompt has opened it."""
 
@@ -63,6 +67,48 @@ _MARK = re.compile(
 )
 """Text at which a thought begins or ends. gpt-oss writes channels. Only their names remain if special tokens are
 skipped in decoding: ``analysisFive and … so 16.assistantfinal#### 16``."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Marks of thoughts that were read from a chat template; they are found in addition to those above."""
+
+    opening: str
+    closing: str
+    between: str
+    """Text between a thought and an answer, which has the closing mark."""
+    header: str = ""
+    """Text that begins an answer without a thought, such as the name of its channel."""
+    is_prompted: bool = False
+    """True if the generation prompt opens the thought."""
+
+    @cached_property
+    def _rest(self) -> str:
+        return self.between.partition(self.closing)[2].strip()
+
+    @cached_property
+    def ending(self) -> re.Pattern[str]:
+        return re.compile(re.escape(self.closing) + (rf"(?:\s*{re.escape(self._rest)})?" if self._rest else ""))
+
+    @cached_property
+    def _beginning(self) -> str:
+        turn = self._rest.removesuffix(self.header).strip()
+        return rf"\s*(?:{re.escape(turn)}\s*)?"
+
+    @cached_property
+    def leading(self) -> re.Pattern[str]:
+        own = rf"{re.escape(self.opening)}.*?(?:{self.ending.pattern}|\Z)"
+        header = rf"|{re.escape(self.header)}" if self.header else ""
+        return re.compile(rf"{self._beginning}(?:{own}{header})|{LEADING.pattern}", re.DOTALL)
+
+    def is_closed(self, thought: str) -> bool:
+        return thought.endswith(tuple(filter(None, (self.closing, self._rest, self.header))))
+
+    def remove(self, thought: str) -> str:
+        """Return a thought without these marks."""
+        marks = f"{self._beginning}{re.escape(self.opening)}|{self.ending.pattern}"
+        header = rf"|\A\s*{re.escape(self.header)}" if self.header else ""
+        return re.sub(marks + header, "", thought)
 
 
 class AnswerText(str):
@@ -84,17 +130,19 @@ class AnswerText(str):
         return answer
 
 
-def split_thought(text: str, is_opened: bool = False) -> AnswerText:
+def split_thought(text: str, is_opened: bool = False, marks: Marks | None = None) -> AnswerText:
     """Return the answer of a response, which knows the thought before it.
 
     Args:
         text: The response. Special tokens that mark thoughts must be part of it.
         is_opened: True if the generation prompt has opened the thought.
+        marks: Marks of the model's chat template.
     """
-    end = thought_end(text)
-    is_open = end > 0 and CLOSED.search(text[:end]) is None
+    end = thought_end(text, marks, is_opened)
+    thought = text[:end]
+    is_open = end > 0 and CLOSED.search(thought) is None and (marks is None or not marks.is_closed(thought))
     if end == 0 and is_opened:
-        closing = _CLOSING.search(text)
+        closing = _CLOSING.search(text) if marks is None else None
         end, is_open = (len(text), True) if closing is None else (closing.end(), False)
     if end:
         # The space between a thought and the answer belongs to neither.
@@ -108,13 +156,19 @@ def hide_thoughts(text: str) -> str:
     return " " * end + text[end:]
 
 
-def thought_end(text: str) -> int:
-    """Return the number of characters of the thoughts that a turn begins with; 0 for none."""
+def thought_end(text: str, marks: Marks | None = None, is_opened: bool = False) -> int:
+    """Return the number of characters of the thoughts that a turn begins with; 0 for none.
+
+    ``marks`` are those of the chat template, and ``is_opened`` is True if its prompt has opened a thought.
+    """
+    leading = LEADING if marks is None else marks.leading
     end = 0
-    while (thought := LEADING.match(text, end)) is not None:
+    while (thought := leading.match(text, end)) is not None:
         end = thought.end()
-    opened = OPENED.match(text) if end == 0 else None
-    return end if opened is None else opened.end()
+    if end:
+        return end
+    opened = OPENED.match(text) if marks is None or not is_opened else marks.ending.search(text)
+    return 0 if opened is None else opened.end()
 
 
 def answer_text(text: str) -> str | None:
@@ -139,12 +193,6 @@ def answer_text(text: str) -> str | None:
     return " ".join([*pieces, text[start:]]).strip()
 
 
-NUMBER = re.compile(
-    r"(?P<outer>(?<![\w)])[-−])?"  # a minus sign, unless it is between two operands
-    r"(?:[$€£](?P<inner>[-−])?)?"
-    r"(?:(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<part>\.\d+)?|(?<!\d)(?P<only>\.\d+))"
-)
-"""A number as people write it: 1,234.50, $-5, -$5, .5; commas only between groups of three digits."""
 _RATIO = re.compile(
     NUMBER.pattern + r"(?:(?:[^\S\n]+(?P<above>\d+))?[^\S\n]*/[^\S\n]*"
     r"(?P<below>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?)(?!\d|[^\S\n]*/))?"
@@ -154,10 +202,6 @@ _MARKED = re.compile(r"####[^\S\n]*" + NUMBER.pattern)
 _MARKED_PLACE = re.compile(r"####([^\n#]*)")
 _BOX = re.compile(r"\\boxed\s*\{")
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
-_LATEX_TEXT = re.compile(
-    r"\\(?:text|textbf|textit|texttt|emph|underline|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox)\s*\{([^{}]*)\}"
-)
 _NEXT_QUESTION = re.compile(r"\n\s*(?:question|problem|q|user|human)\s*\d*\s*:", re.IGNORECASE)
 """Heading of a question that a base model asks itself after its answer."""
 
@@ -208,7 +252,7 @@ def final_number(text: str) -> Decimal | None:
     answer = answer_text(text)
     if answer is None:
         return None
-    answer = _without_latex(plain_numbers(unformatted(answer[-LONGEST:])))
+    answer = without_latex(plain_numbers(unformatted(answer[-LONGEST:])))
     if _has_open_box(answer):
         return None
     marked = _marked_values(answer) | _boxed_values(answer)
@@ -348,25 +392,6 @@ def _numbers(text: str) -> Iterator[_Number]:
         else:  # two numbers: 18 19/2
             yield _Number(value, match.start(), match.start("above") - 1)
             yield _Number(fraction, match.start("above"), match.end())
-
-
-def _without_latex(text: str) -> str:
-    r"""Write LaTeX's ``\frac{7}{2}``, ``1{,}080``, ``\$`` and ``\text{}`` as plain text."""
-    text = text.replace("{,}", ",").replace("\\!", "").replace("\\$", "$")
-    text = _LATEX_TEXT.sub(r"\1", text)
-    return _LATEX_FRACTION.sub(_plain_fraction, text)
-
-
-def _plain_fraction(match: re.Match[str]) -> str:
-    """Return ``7/2``, with a space before it for mixed numbers; empty for a fraction of anything but numbers."""
-    above, below = (match[1] or match[2]).strip(), (match[3] or match[4]).strip()
-    is_number = NUMBER.fullmatch(above) and NUMBER.fullmatch(below)
-    if not is_number:
-        return ""
-    # A minus sign before the fraction must stay next to it.
-    start = match.start()
-    has_digit_before = match.string[max(0, start - 3) : start].rstrip()[-1:].isdigit()
-    return f"{' ' if has_digit_before else ''}{above}/{below}"
 
 
 def _value(match: re.Match[str]) -> Decimal:

@@ -34,6 +34,17 @@ _EMPHASIS = re.compile(
 _MOST_NESTED = 4
 """Marks around each other that are removed: ``**_`18`_**`` has three."""
 
+NUMBER = re.compile(
+    r"(?P<outer>(?<![\w)])[-−])?"  # a minus sign, unless it is between two operands
+    r"(?:[$€£](?P<inner>[-−])?)?"
+    r"(?:(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<part>\.\d+)?|(?<!\d)(?P<only>\.\d+))"
+)
+"""A number as people write it: 1,234.50, $-5, -$5, .5; commas only between groups of three digits."""
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
+_LATEX_TEXT = re.compile(
+    r"\\(?:text|textbf|textit|texttt|emph|underline|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox)\s*\{([^{}]*)\}"
+)
+
 
 def unformatted(text: str) -> str:
     """Return a text without marks of emphasis, inline tags, comments, and signs that nobody sees."""
@@ -74,3 +85,22 @@ def _spell_fraction(match: re.Match[str]) -> str:
 def _shift(digits: str, places: int) -> str:
     """Return a number with its point moved to the right."""
     return format(Decimal(digits.replace(",", "")).scaleb(places).normalize(), "f")
+
+
+def without_latex(text: str) -> str:
+    r"""Write LaTeX's ``\frac{7}{2}``, ``1{,}080``, ``\$`` and ``\text{}`` as plain text."""
+    text = text.replace("{,}", ",").replace("\\!", "").replace("\\$", "$")
+    text = _LATEX_TEXT.sub(r"\1", text)
+    return _LATEX_FRACTION.sub(_plain_fraction, text)
+
+
+def _plain_fraction(match: re.Match[str]) -> str:
+    """Return ``7/2``, with a space before it for mixed numbers; empty for a fraction of anything but numbers."""
+    above, below = (match[1] or match[2]).strip(), (match[3] or match[4]).strip()
+    is_number = NUMBER.fullmatch(above) and NUMBER.fullmatch(below)
+    if not is_number:
+        return ""
+    # A minus sign before the fraction must stay next to it.
+    start = match.start()
+    has_digit_before = match.string[max(0, start - 3) : start].rstrip()[-1:].isdigit()
+    return f"{' ' if has_digit_before else ''}{above}/{below}"

@@ -89,7 +89,7 @@ class ChatRun(EpisodeRun):
 
     def _parse(self, turn: PolicyTurn) -> ParsedTurn | None:
         assert isinstance(turn, ChatTurn)
-        return ParsedTurn(turn.text, turn.calls, turn.errors)
+        return ParsedTurn(str(turn.answer_text), turn.calls, turn.errors)
 
     def _ask(self) -> None:
         turn = len(self.episode.turns)

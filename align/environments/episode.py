@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from align.data.call_values import ToolCall
-from align.data.final_answers import AnswerText, split_thought
+from align.data.final_answers import AnswerText
 from align.data.formats.messages import tool_calls
 from align.data.rows import Message, user
 from align.inference.protocol import Response
@@ -203,9 +203,9 @@ def scored_messages(episode: Episode) -> list[Message]:
     for place, turn in zip(turn_places(episode), episode.turns, strict=False):
         if not turn.thought_end:
             continue
-        content = split_thought(messages[place]["content"], is_opened=True)
-        answer = "" if turn.is_open else str(content)
-        messages[place] = messages[place] | {"content": answer, "reasoning_content": content.thought}
+        thought = turn.marked_thought
+        answer = messages[place]["content"].removeprefix(thought)
+        messages[place] = messages[place] | {"content": answer, "reasoning_content": thought}
     return messages
 
 

@@ -164,16 +164,17 @@ class EpisodeRun:
         episode.turns.append(turn)
         if not turn.finished:
             # A turn without its end cannot be continued, so the episode is truncated here.
-            self._add_message({"role": "assistant", "content": turn.text})
+            self._add_message({"role": "assistant", "content": turn.marked_text})
             self._end("truncated")
             return
         parsed = self._parse(turn)
         if parsed is None or not (parsed.calls or parsed.errors):
-            self._add_message({"role": "assistant", "content": turn.text})
+            self._add_message({"role": "assistant", "content": turn.marked_text})
             self._after_words(turn)
             return
         calls = [describe_call(call) for call in parsed.calls]
-        self._add_message({"role": "assistant", "content": parsed.content, "tool_calls": calls})
+        content = turn.marked_thought + parsed.content
+        self._add_message({"role": "assistant", "content": content, "tool_calls": calls})
         if self._is_last_turn:
             # No later turn could read the results.
             self._record_errors(parsed.errors)
@@ -189,7 +190,8 @@ class EpisodeRun:
     def _parse(self, turn: PolicyTurn) -> ParsedTurn | None:
         if self.rules.call_format is None:
             return None
-        return self.rules.call_format.parse(self.rules.decode(turn.token_ids[:-1]))
+        # Calls inside a thought are not made.
+        return self.rules.call_format.parse(self.rules.decode(turn.token_ids[turn.thought_tokens : -1]))
 
     def _after_words(self, turn: PolicyTurn) -> None:
         """Continue after a turn without calls: the environment or a user answers it, or the episode is over."""

@@ -90,6 +90,8 @@ class Response:
     """Characters of ``text`` before the answer."""
     is_open: bool = False
     """True if the response ends inside its thought, so it has no answer."""
+    bare_thought: str | None = None
+    """The thought without its marks, if ``text`` does not show where it ends; otherwise None."""
     forced: list[int] = field(default_factory=list)
     """Positions of the tokens that a thinking budget forced; their log-probabilities are 0 and they are not learned."""
 
@@ -97,6 +99,20 @@ class Response:
     def answer_text(self) -> AnswerText:
         """The answer after the thought."""
         return AnswerText.cut(self.text, self.thought_end, self.is_open)
+
+    @property
+    def marked_thought(self) -> str:
+        """The thought with marks that show where it ends, also if the marks of the model are no part of ``text``."""
+        if self.bare_thought is None:
+            return self.text[: self.thought_end]
+        if not self.bare_thought:
+            return ""
+        return f"<think>\n{self.bare_thought}" + ("" if self.is_open else "\n</think>\n\n")
+
+    @property
+    def marked_text(self) -> str:
+        """``marked_thought`` and the answer."""
+        return self.marked_thought + self.answer_text
 
     @property
     def answer_tokens(self) -> int:

@@ -11,27 +11,26 @@ from __future__ import annotations
 import bisect
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 from align.config.thinking import response_limit
-from align.data.final_answers import PAIRS, TAGS, split_thought
+from align.data.final_answers import PAIRS, TAGS, AnswerText, split_thought
 from align.errors import UserError
 from align.inference.protocol import Progress, Response, RolloutEngine, Sampling, Session, TurnRequest
+from align.models.chat.render import TAG
+from align.models.chat.template_settings import tokenizer_marks
 from align.pipeline.context import StageContext
 
 _NAMES = "|".join(TAGS)
 _PAIRS = "|".join(map(re.escape, PAIRS))
-_OPENED = re.compile(rf"(?:<(?P<tag>{_NAMES})>|(?P<pair>{_PAIRS}))\s*\Z")
-"""The end of a prompt that opens a thought."""
-_OPENING = re.compile(rf"<(?P<tag>{_NAMES})>|(?P<pair>{_PAIRS})|<\|channel\|>analysis")
-PROMPT_END = 24
-"""Tokens at the end of a prompt in which an opening mark is looked for."""
-THOUGHT = "A thought of mine."
-ANSWER = "An answer of mine."
-"""Texts by which the place between a thought and an answer is looked for."""
+_CHANNEL_END = "<|end|>"
+CLOSINGS = (*(f"</{name}>" for name in TAGS), *PAIRS.values(), _CHANNEL_END)
+MARK_TOKENS = 24
+"""Tokens at the end of a prompt, and at the start of a response, in which an opening mark is looked for."""
+MOST_MARKS = 16
+"""Closing marks of a response whose places are looked for."""
 
 
 class ThoughtReader:
@@ -39,79 +38,119 @@ class ThoughtReader:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.marks = tokenizer_marks(tokenizer)
         # Decoding also skips added tokens that are special but have no name in the tokenizer, as Gemma 4's marks.
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        names = {*getattr(tokenizer, "all_special_tokens", ()), *(token.content for token in added if token.special)}
-        self._special = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"\Z(?!)")
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._added = {token.content: int(number) for number, token in added.items()}
+        self._special = {token.content for token in added.values() if token.special}
+        self._special.update(getattr(tokenizer, "all_special_tokens", ()))
+        own = "" if self.marks is None else rf"(?P<own>{re.escape(self.marks.opening)})|"
+        opening = rf"{own}<(?P<tag>{_NAMES})>|(?P<pair>{_PAIRS})"
+        self._opening = re.compile(rf"{opening}|<\|channel\|>analysis")
+        self._opened = re.compile(rf"(?:{opening})\s*\Z")
 
     def read(self, prompt: Sequence[int], response: Response) -> Response:
         """Return a response with the place of its thought; ``prompt`` are the token ids before it."""
         ids = response.token_ids
-        text = self._decode(ids)
-        answer = split_thought(text, self.is_opened_by(prompt))
+        answer = self._split(prompt, ids)
         if not answer.thought:
             return response
         end = len(answer.thought)
         tokens = len(ids)
+        # The text of a response has no special tokens, and some marks are special.
+        characters = len(response.text)
         if not answer.is_open:
             # The first token after which the text is as long as the thought: a mark may have several tokens.
             tokens = bisect.bisect_left(range(len(ids)), end, key=lambda count: len(self._decode(ids[:count])))
-        # The text of a response has no special tokens, and some marks are special.
-        characters = len(self._special.sub("", answer.thought))
-        return replace(response, thought_tokens=tokens, thought_end=characters, is_open=answer.is_open)
+            surplus = len(self._decode(ids[:tokens])) - end
+            characters = len(self._decode(ids[:tokens], skips_special=True)) - surplus
+            # A token of white space and the answer's first characters belongs to the answer.
+            if surplus and len(self._decode(ids[: tokens - 1])) >= len(answer.thought.rstrip()):
+                tokens -= 1
+        bare = None
+        if str(split_thought(response.text)) != response.text[characters:]:
+            thought = self._decode(ids)[:end]
+            bare = TAG.sub("", thought if self.marks is None else self.marks.remove(thought)).strip()
+        return replace(
+            response, thought_tokens=tokens, thought_end=characters, is_open=answer.is_open, bare_thought=bare
+        )
 
     def is_opened_by(self, prompt: Sequence[int]) -> bool:
         """Return True if a prompt ends inside a thought."""
-        return _OPENED.search(self._decode(prompt[-PROMPT_END:])) is not None
+        return self._opened.search(self._decode(prompt[-MARK_TOKENS:])) is not None
 
     def opening_text(self, prompt: Sequence[int]) -> str:
         """Return the mark with which a prompt opens a thought; empty if it opens none, or if its marks are special."""
-        opened = _OPENED.search(self._decode(prompt[-PROMPT_END:]))
-        return "" if opened is None or self._special.search(opened.group()) else opened.group()
+        opened = self._opened.search(self._decode(prompt[-MARK_TOKENS:]))
+        return "" if opened is None or any(name in opened.group() for name in self._special) else opened.group()
 
     def closing_ids(self, prompt: Sequence[int], response: Response) -> list[int]:
         """Return the tokens that close the thought in which a response ends; none if it ends elsewhere."""
-        text = self._decode(response.token_ids)
-        if not split_thought(text, self.is_opened_by(prompt)).is_open:
+        if not self._split(prompt, response.token_ids).is_open:
             return []
-        opening = _OPENING.search(text) or _OPENING.search(self._decode(prompt[-PROMPT_END:]))
+        text = self._decode(response.token_ids)
+        opening = self._opened.search(self._decode(prompt[-MARK_TOKENS:])) or self._opening.search(text)
         assert opening is not None, "a thought begins with a mark"
         return self._encode(self._closing_text(opening, text))
 
+    def longest_closing(self) -> int:
+        """Return the number of tokens that close a thought which has begun with the template's mark."""
+        opening = f"<{TAGS[0]}>" if self.marks is None else self.marks.opening
+        return len(self.closing_ids([], Response(self._encode(opening), [], False, "")))
+
+    def _split(self, prompt: Sequence[int], ids: Sequence[int]) -> AnswerText:
+        """Return the answer of a response. Its texts have the characters of the decoded tokens, but no other marks."""
+        return split_thought(self._without_spelled(ids), self.is_opened_by(prompt), self.marks)
+
+    def _without_spelled(self, ids: Sequence[int]) -> str:
+        """Return the text, in which closing marks are masked that are spelled in other tokens than their own.
+
+        A policy spells a mark if it writes about it, as in code. A thought that begins with a spelled mark may end
+        with one. Characters keep their places.
+        """
+        text = self._decode(ids)
+        opening = self._opening.match(text.lstrip())
+        if opening is not None and not any(
+            number in ids[:MARK_TOKENS] for name, number in self._added.items() if name in opening.group()
+        ):
+            return text
+        for mark in {*CLOSINGS, *(() if self.marks is None else [self.marks.closing])} & self._added.keys():
+            number = self._added[mark]
+            places = [place for place, token in enumerate(ids) if token == number]
+            if text.count(mark) == len(places):
+                continue
+            starts = {text.find(mark, max(0, len(self._decode(ids[:place])) - 1)) for place in places[:MOST_MARKS]}
+            text = _mask(text, mark, starts)
+        return text
+
     def _closing_text(self, opening: re.Match[str], text: str) -> str:
         """Return the text that the template writes between a thought and an answer, or else the mark on a line."""
-        between = self._template_text
-        if opening[0].startswith("<|channel|>") and between:
-            return between
-        mark = f"</{opening['tag']}>" if opening["tag"] else PAIRS[opening["pair"]]
-        if mark not in between:
-            between = f"\n{mark}\n\n"
+        groups = opening.groupdict()
+        if groups.get("own") and self.marks is not None:
+            mark = self.marks.closing
+        elif groups["tag"]:
+            mark = f"</{groups['tag']}>"
+        else:
+            mark = PAIRS.get(groups["pair"] or "", _CHANNEL_END)
+        between = f"\n{mark}\n\n"
+        if self.marks is not None and mark == self.marks.closing:
+            between = self.marks.between
+        elif mark == _CHANNEL_END:
+            between = f"{mark}<|start|>assistant<|channel|>final<|message|>"
         # A mark of several tokens may have begun.
         begun = next((length for length in range(len(mark) - 1, 0, -1) if text.endswith(mark[:length])), 0)
         return between[between.index(mark) + begun :] if begun else between
 
-    @cached_property
-    def _template_text(self) -> str:
-        """Return the text between a thought and an answer in the chat template; empty if it shows no thoughts."""
-        fields = dict.fromkeys(("reasoning_content", "thinking", "reasoning"), THOUGHT)
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER, **fields}]
-        if not getattr(self.tokenizer, "chat_template", None):
-            return ""
-        from jinja2 import TemplateError
-
-        try:
-            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        except TemplateError:
-            return ""
-        _, _, rest = text.rpartition(THOUGHT)
-        between, answer, _ = rest.partition(ANSWER)
-        return between if answer and THOUGHT in text else ""
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+    def _decode(self, ids: Sequence[int], skips_special: bool = False) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=skips_special))
 
     def _encode(self, text: str) -> list[int]:
         return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def _mask(text: str, mark: str, kept: Collection[int]) -> str:
+    """Return a text in which a mark is replaced by as many other characters, except at the places ``kept``."""
+    return re.sub(re.escape(mark), lambda match: mark if match.start() in kept else "·" * len(mark), text)
 
 
 class ThinkingSession(Session):
@@ -271,10 +310,7 @@ def require_answer_room(budget: int | None, tokenizer: Any, max_tokens: int, pla
     """Raise ``UserError`` if the tokens that close a thought leave no room for an answer."""
     if budget is None:
         return
-    reader = ThoughtReader(tokenizer)
-    # A response that is only an opening mark shows which tokens close its thought.
-    opened = Response(reader.tokenizer(f"<{TAGS[0]}>", add_special_tokens=False)["input_ids"], [], False, "")
-    closing = len(reader.closing_ids([], opened))
+    closing = ThoughtReader(tokenizer).longest_closing()
     if budget + closing >= max_tokens:
         raise UserError(
             f"{place}: thinking_budget is {budget}, and the {closing} tokens that close a thought leave no room for an "

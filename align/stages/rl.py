@@ -39,7 +39,7 @@ from align.models.compute.processes import broadcast, device_of, use_threads
 from align.models.experts import freeze_routers
 from align.models.loading import load_tokenizer
 from align.models.reward import RewardModel
-from align.models.tuning.apply import engine_source, load_for_tuning, notice
+from align.models.tuning.apply import engine_source, load_for_tuning, notice, refuse_untrainable
 from align.pipeline.context import StageContext
 from align.rl.checkpoint import last_checkpoint
 from align.rl.reference_scores import note_reference_scores
@@ -96,6 +96,7 @@ def run(context: StageContext) -> dict[str, Any]:
     # A rollout is used once, so a server's outage may fail episodes: the update continues.
     player = None if replay else open_player(context, load_tokenizer(source), outage_fails_episodes=True)
     context.phase("loading models")
+    refuse_untrainable(source, config.tuning, samples=True)
     policy = load_for_tuning(source, config.tuning)
     check_model(context.name, policy, tokenizer)
     # A router that learns changes the experts of tokens, and with them ratios that should be near 1.

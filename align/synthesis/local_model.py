@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from align.config.runtime.rollouts import SYNTHESIS_CHUNK
-from align.data.final_answers import split_thought
 from align.errors import UserError
 from align.inference.cached_client import AnswerSink
 from align.inference.engine import SwitchingEngine, max_positions, open_engine
@@ -135,23 +134,11 @@ class LocalModel:
     def _answer(self, ids: list[int], response: Response) -> Answer:
         text = str(self.tokenizer.decode(response.token_ids, skip_special_tokens=True))
         return Answer(
-            text=with_tags(replace(response, text=text)),
+            text=replace(response, text=text).marked_text,
             finished=bool(response.finished),
             prompt_tokens=len(ids),
             completion_tokens=len(response.token_ids),
         )
-
-
-def with_tags(response: Response) -> str:
-    """Return a response's text, whose thought is in tags if the text itself does not show where it ends.
-
-    The marks may be special tokens, which the text lacks, or the prompt has opened the thought.
-    """
-    answer = response.answer_text
-    if not answer.thought or str(split_thought(response.text)) == str(answer):
-        return response.text
-    thought = answer.thought.strip().removeprefix("thought\n")  # the name of Gemma 4's channel
-    return f"<think>\n{thought}" + ("" if answer.is_open else f"\n</think>\n\n{answer}")
 
 
 def _sampling_key(request: Request) -> tuple[int, float, float]:

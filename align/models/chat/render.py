@@ -16,6 +16,7 @@ from typing import Any
 from align.data.final_answers import EMPTY, PAIRS, thought_end
 from align.data.rows import Row, answer_side, is_finished
 from align.errors import UserError
+from align.models.chat.template_settings import tokenizer_marks
 
 Message = dict[str, str]
 
@@ -184,8 +185,10 @@ def count_unlearned(tokenizer: Any, row: Mapping[str, Any], turn: Sequence[int])
         return len(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     text = tokenizer.decode(list(turn), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    end = thought_end(text)
-    if EMPTY.fullmatch("".join(text[:end].split())):
+    marks = tokenizer_marks(tokenizer)
+    end = thought_end(text, marks, marks is not None and marks.is_prompted)
+    thought = text[:end] if marks is None else marks.remove(text[:end])
+    if not thought.strip() or EMPTY.fullmatch("".join(thought.split())):
         return 0  # the template writes it before an answer without a thought, and sampling leaves it to the model
     # The text grows with every token, so a search finds the token that completes the thought.
     return bisect_left(range(len(turn) + 1), end, key=length)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, Self
 
 from align.config.chat_template import SET_BY_ALIGN, TemplateValue
 from align.config.validation import hint_nearest
+from align.data.final_answers import KNOWN, Marks
 from align.errors import UserError
 
 SWITCHES = ("enable_thinking", "thinking")
@@ -25,6 +26,11 @@ STORED = re.compile(r"\{#- chat_template_kwargs (?P<settings>\{.*?\}) -#\}[^\n]*
 OF_TRANSFORMERS = SET_BY_ALIGN | {"raise_exception", "strftime_now", "pad_token", "unk_token", "namespace", "range"}
 """Variables and functions that no user sets."""
 QUESTION = [{"role": "user", "content": "a"}]
+THOUGHT = "A thought of mine."
+ANSWER = "An answer of mine."
+"""Texts by which the marks of thoughts are looked for."""
+MARK = re.compile(r"[<\[◁【][^\s<>\[\]◁▷【】]+[>\]▷】]")
+"""A mark of a chat template: text in brackets without white space."""
 TOKENS = {"bos_token": "", "eos_token": ""}
 
 THOUGHT_ROWS = "thought_rows"
@@ -95,6 +101,14 @@ class TemplateSettings:
                     f"{variables} Set one of them in chat_template_kwargs, or remove thinking."
                 )
             values[switch] = self.thinking == "on"
+        if self.thinking_state == "on" and find_marks(template) is None and KNOWN.search(template) is None:
+            field = "chat_template_kwargs" if self.thinking is None else "thinking"
+            raise UserError(
+                f"{prefix}{field}: thinking is on, and the chat template does not show where a thought ends: it writes "
+                "no thought of an answer, and has no known mark such as </think>. Thoughts would be scored and learned "
+                "as answers. Set `thinking: off`, or name a template that writes thoughts between marks in the model "
+                "stage's chat_template."
+            )
         return values
 
 
@@ -181,11 +195,54 @@ def template_state(template: str) -> State | None:
 
 def _prompt(template: str, variables: Mapping[str, TemplateValue]) -> str | None:
     """Return a short prompt; None if the template refuses it."""
+    return _render(template, QUESTION, {**variables, "add_generation_prompt": True})
+
+
+def _render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, TemplateValue]) -> str | None:
+    """Return a conversation's text; None if the template refuses it."""
     from jinja2 import TemplateError
 
     from align.models.chat.chat_template import render_text
 
     try:
-        return render_text(template, messages=QUESTION, add_generation_prompt=True, **TOKENS, **variables)
+        return render_text(template, messages=messages, **TOKENS, **variables)
     except TemplateError:
         return None
+
+
+def tokenizer_marks(tokenizer: Any) -> Marks | None:
+    """Return the marks of thoughts in a tokenizer's chat template; None if it shows none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return find_marks(_default(template)) if template else None
+
+
+@lru_cache(maxsize=64)
+def find_marks(template: str) -> Marks | None:
+    """Return the marks that a template writes around a thought; None if it writes no thought in a final answer."""
+    # A template may write thoughts only if they are switched on.
+    candidates = (_find_marks(template, variables) for variables in ({}, dict.fromkeys(SWITCHES, True)))
+    return next((marks for marks in candidates if marks is not None), None)
+
+
+def _find_marks(template: str, variables: Mapping[str, TemplateValue]) -> Marks | None:
+    answer = {"role": "assistant", "content": ANSWER}
+    thoughts = dict.fromkeys(("reasoning_content", "thinking", "reasoning"), THOUGHT)
+    prompt = _prompt(template, variables) or ""
+    plain = _render(template, [*QUESTION, answer], variables) or ""
+    # 1. Render an answer with a thought. The text around the thought has its marks.
+    before, thought, after = (_render(template, [*QUESTION, answer | thoughts], variables) or "").rpartition(THOUGHT)
+    between, answered, _ = after.partition(ANSWER)
+    mark = MARK.search(between)
+    closing = between.strip() if mark is None else mark[0]
+    if not (thought and answered and closing):
+        return None
+    # 2. The opening mark follows the generation prompt, or is its end.
+    own = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    openings = MARK.findall(before)
+    opening = own.strip() or (openings[-1] if openings else "")
+    if not opening:
+        return None
+    # 3. Some templates begin an answer with a header, after a thought and without.
+    header = plain.removeprefix(prompt).partition(ANSWER)[0].strip() if plain.startswith(prompt) else ""
+    is_header = between.endswith(header) and closing not in header
+    return Marks(opening, closing, between, header if is_header else "", before.startswith(prompt) and not own.strip())

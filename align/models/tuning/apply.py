@@ -8,6 +8,7 @@ The line that a stage logs before its first step: trained parameters and estimat
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from align.config.tuning import (
     TuningBase,
     VirtualTokens,
 )
+from align.errors import UserError
 from align.models.checkpoints.conversion import plain_of
+from align.models.checkpoints.files import CONFIG
 from align.models.compute.architecture import UnknownArchitecture
 from align.models.compute.costs import activations_per_token
 from align.models.compute.model_types import architecture_of
@@ -36,12 +39,43 @@ from align.models.tuning.peft_layers import merged_weights
 from align.models.tuning.stored import is_stored
 from align.patches.transformers import save_everything
 
+UNEQUAL = ("recurrent_gemma",)
+"""Types of model whose losses differ from transformers', and whose classes return no cache for a score head."""
+CARRY_STATE = ("falcon_mamba", "mamba", "rwkv")
+"""Types of model that are only layers with a state, whose code reads the weights of its matrices itself."""
+
+
+def refuse_untrainable(source: Path, tuning: TuningBase, *, samples: bool = False) -> None:
+    """Raise ``UserError`` for a type of model that cannot be trained by ``tuning``.
+
+    ``samples`` is True for a stage that trains on what the model samples.
+    """
+    config = source / CONFIG
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    if kind in UNEQUAL:
+        raise UserError(
+            f"{config}: models of type {kind} are not trained: their losses differ from transformers' by up to 4e-4, "
+            "and reward models and RL fail. Name another model."
+        )
+    if kind in CARRY_STATE and samples:
+        raise UserError(
+            f"{config}: models of type {kind} have no cache of keys and values, so RL cannot sample from them. Name "
+            "another model; sft, dpo and kto train this one."
+        )
+    if kind in CARRY_STATE and isinstance(tuning, QloraTuning):
+        raise UserError(
+            f"tuning: qlora cannot keep {kind} in 4 bits, because its layers read the weights of their matrices "
+            "themselves. Use lora."
+        )
+
 
 def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -> Any:
     """Load the checkpoint in ``source`` for ``tuning``: a policy, or a reward model with a new score head.
 
     float32 on the CPU, whatever the stage's precision (``align.models.compute.precision``); 4 bits for ``qlora``.
+    Raises ``UserError`` for a type of model that cannot be trained so.
     """
+    refuse_untrainable(source, tuning)
     model = new_reward(source) if reward else load_policy(source)
     if isinstance(tuning, QloraTuning):
         from align.models.tuning.quantized import quantize
