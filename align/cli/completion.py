@@ -158,7 +158,7 @@ def _config_class(name: str, block: dict[str, Any], blocks: dict[str, dict[str, 
 
     The Tab key must not run code that a file names, so the module of such a kind stays unread.
     """
-    from align.config.stages.continue_from import CONTINUE
+    from align.config.stages.continue_from import continued_stage
     from align.pipeline.loops import LoopConfig, is_loop
     from align.pipeline.registry import STAGES
 
@@ -167,8 +167,10 @@ def _config_class(name: str, block: dict[str, Any], blocks: dict[str, dict[str, 
     passed = {name}
     kind = block.get("stage", name)
     # `sft_more: {continue_from: sft}` has the kind of the stage that it continues.
-    while kind not in STAGES and block.get(CONTINUE) in set(blocks) - passed:
-        continued = block[CONTINUE]
+    while kind not in STAGES:
+        continued = continued_stage(block)
+        if continued is None or continued not in set(blocks) - passed:
+            break
         passed.add(continued)
         block = blocks[continued]
         kind = block.get("stage", continued)

@@ -14,7 +14,7 @@ from typing import Any
 
 from align.config.base import Config
 from align.config.shipped import shipped_files
-from align.config.stages.continue_from import CONTINUE
+from align.config.stages.continue_from import CONTINUE, changes_in, continued_stage
 from align.config.user_functions import add_module_folder
 from align.config.user_paths import LocatedText, locate, settle, unmark
 from align.config.validation import suggest
@@ -268,7 +268,15 @@ def _settle_loop(loop: Blocks, base: Path, place: str) -> dict[str, Any]:
 
 
 def _settle_stage(block: Any, config_class: type[Config] | None, base: Path, place: str) -> Any:
-    return unmark(block) if config_class is None else settle(config_class, block, base, place)
+    if config_class is None:
+        return unmark(block)
+    settled = settle(config_class, block, base, place)
+    change = changes_in(block) if isinstance(block, Mapping) else {}
+    if change:
+        # The changed settings are fields of the stage, and may name files as well.
+        where = f"{place}.{CONTINUE}.change"
+        settled[CONTINUE] = {**settled[CONTINUE], "change": settle(config_class, change, base, where)}
+    return settled
 
 
 def _config_class(name: str, blocks: Blocks) -> type[Config] | None:
@@ -279,10 +287,10 @@ def _config_class(name: str, blocks: Blocks) -> type[Config] | None:
         visited.add(name)
         kind = str(blocks[name].get("stage", name))
         # A stage that continues another stage has that stage's kind.
-        source = blocks[name].get(CONTINUE)
-        if "stage" in blocks[name] or not isinstance(source, str):
+        source = continued_stage(blocks[name])
+        if "stage" in blocks[name] or source is None:
             break
-        name = str(source)
+        name = source
     try:
         return find_stage(kind).config_class()
     except (KeyError, UserError):

@@ -12,10 +12,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from align.config.base import Config
-from align.config.stages.continue_from import CONTINUE, DATA, LENGTHS, must_be_equal
+from align.config.stages.continue_from import (
+    CONTINUE,
+    DATA,
+    LENGTHS,
+    ChangedStage,
+    changed_names,
+    changes_in,
+    continued_stage,
+    fixed_reason,
+    must_be_equal,
+)
 from align.config.stages.training import DefaultRates
 from align.config.tuning import FullTuning
-from align.config.validation import suggest
+from align.config.validation import remedy_for_unknown, suggest, validate
 from align.errors import UserError, plain_number
 from align.pipeline.registry import STAGES, Stage
 
@@ -31,11 +41,13 @@ def inherit(blocks: Mapping[str, dict[str, Any]], place: Callable[[str], str]) -
     """
     written: dict[str, dict[str, Any]] = {}
     for name, block in blocks.items():
-        source = block.get(CONTINUE)
-        written[name] = block
-        if not isinstance(source, str):
-            continue
         where = f"{place(name)}.{CONTINUE}"
+        if isinstance(block.get(CONTINUE), Mapping):
+            validate(ChangedStage, block[CONTINUE], where)
+        source = continued_stage(block)
+        written[name] = block
+        if source is None:
+            continue
         if source == name:
             raise UserError(f"{where}: '{name}' is the stage itself; name the finished stage that it continues.")
         if source not in blocks:
@@ -59,8 +71,25 @@ def inherit(blocks: Mapping[str, dict[str, Any]], place: Callable[[str], str]) -
                 f"{where}: '{source}' is a stage of kind {kind}, which has no trainer's state to continue from. To "
                 "train from its weights, start a new run with `model` or `policy` in place of continue_from."
             )
-        written[name] = {"stage": kind, **base, **block}
+        change = changes_in(block)
+        if stage is not None:
+            _check_change(where, change, block, stage.config_class())
+        written[name] = {"stage": kind, **base, **change, **block}
     return written
+
+
+def _check_change(where: str, change: Mapping[str, Any], block: Mapping[str, Any], config_class: type[Config]) -> None:
+    """Raise ``UserError`` for a change of a field that there is not, or that the block sets to another value."""
+    for name, value in change.items():
+        if name not in (*config_class.model_fields, "seed") or name == CONTINUE:
+            raise UserError(
+                f"{where}.change: unknown key '{name}'. {remedy_for_unknown(name, [config_class])}".rstrip()
+            )
+        if name in block and block[name] != value:
+            raise UserError(
+                f"{where}.change.{name} is {value!r}, and the stage itself has {name} {block[name]!r}. Remove one of "
+                "them."
+            )
 
 
 def _start_field(kind: Any) -> str:
@@ -135,13 +164,20 @@ def refuse_changes(place: str, stage: Settings, source: Settings) -> None:
     ``source`` is the stage that it continues; ``place`` is its own place in the file.
     """
     config = stage.config
+    for name in changed_names(config):
+        reason = fixed_reason(source.config, name) or fixed_reason(config, name)
+        if reason is not None:
+            raise UserError(
+                f"{place}.{CONTINUE}.change: {name} cannot change, because {reason}. Remove {name}"
+                f"{_other_way(config, source.name)}."
+            )
     values = {name: (getattr(config, name), getattr(source.config, name)) for name in must_be_equal(config)}
     values["seed"] = (stage.seed, source.seed)
     for name, (here, there) in values.items():
         if here != there:
             raise UserError(
                 f"{place}.{name} is {_shown(here)} here and {_shown(there)} in '{source.name}', which it continues: "
-                f"both must be equal. Remove {name}{_other_way(config, source.name)}."
+                f"{_remedy(config, source, name, here)}"
             )
     tuning = getattr(config, "tuning", None)
     if isinstance(tuning, FullTuning) and tuning.scheduled:
@@ -150,6 +186,18 @@ def refuse_changes(place: str, stage: Settings, source: Settings) -> None:
             f"steps are another run. Remove them{_other_way(config, source.name)}."
         )
     _refuse_no_more(place, config, source)
+
+
+def _remedy(config: Config, source: Settings, name: str, value: Any) -> str:
+    """Return how to continue ``source`` although its field ``name`` differs, or why that is not possible."""
+    reason = fixed_reason(config, name)
+    if reason is not None:
+        return f"both must be equal, because {reason}. Remove {name}{_other_way(config, source.name)}."
+    change = f"{{{name}: {_shown(value)}}}"
+    return (
+        f"to change it from there on, write `{CONTINUE}: {{stage: {source.name}, change: {change}}}` in its place"
+        f"{_other_way(config, source.name)}."
+    )
 
 
 def _refuse_no_more(place: str, config: Config, source: Settings) -> None:
@@ -165,7 +213,8 @@ def _refuse_no_more(place: str, config: Config, source: Settings) -> None:
     settings = ", ".join(f"{name} {plain_number(value)}" for name, value in before.items() if value is not None)
     raise UserError(
         f"{place}: '{source.name}' has {settings} and this stage no more, so nothing is left to train. Lengths count "
-        f"from the start of '{source.name}'; set a larger {' or '.join(lengths)}."
+        f"from the start of '{source.name}'; set a larger {' or '.join(lengths)}, below the stage's name or in "
+        f"`change` of {CONTINUE}."
     )
 
 
@@ -179,6 +228,8 @@ def _shown(value: Any) -> str:
         if hasattr(value, "method"):
             settings = {"method": value.method, **settings}
         return f"{{{', '.join(f'{name}: {setting}' for name, setting in settings.items())}}}"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()  # as YAML writes it
     return repr(value)
 
 

@@ -19,7 +19,7 @@ from pydantic import Field, create_model, field_validator
 
 from align.config.base import Config, PrecisionSetting, input_fields, input_names, names_in_block, settings_for_key
 from align.config.runtime import Runtime, StageRuntime
-from align.config.stages.continue_from import CONTINUE
+from align.config.stages.continue_from import CONTINUE, changes_in
 from align.config.synonyms import KINDS
 from align.config.user_functions import add_module_folder
 from align.config.validation import suggest, validate
@@ -240,7 +240,10 @@ class Pipeline:
             block.setdefault("precision", self.config.precision)
         try:
             return validate(config_class, block, self._place(name)), seed
-        except UserError:
+        except UserError as error:
+            change = changes_in(block)
+            if change:
+                raise UserError(_place_changes(str(error), self._place(name), change)) from None
             # Once more with ``seed`` as a field, only for its message: ``sed: 1`` then suggests ``seed``.
             if "seed" not in config_class.model_fields:
                 validate(_with_seed(config_class), block, self._place(name))
@@ -302,6 +305,10 @@ class Pipeline:
         # 1. The stages that it reads: are they there, above it, and of a kind that fits?
         inputs = {field_name: input_names(config, field_name) for field_name in input_fields(config_class)}
         self._check_inputs(name, config_class, inputs, kinds)
+        # The short form of `continue_from` and its block name the same input.
+        continued = inputs.pop(f"{CONTINUE}.stage", None)
+        if continued is not None:
+            inputs[CONTINUE] = continued
         # 2. Default learning rates, which follow from the size of the model: the key holds their values.
         start = next((inputs[field_name] for field_name in START_FIELDS if field_name in inputs), None)
         if isinstance(start, str):
@@ -333,7 +340,11 @@ class Pipeline:
         if fields:
             self.pins[name] = {**self.pins.get(name, {}), **fields}
             # A cluster's jobs read the plain pipeline, and must not resolve the names again.
-            self.expanded.stages[name] = {**self.expanded.stages[name], **fields}
+            block = {**self.expanded.stages[name], **fields}
+            if changes_in(block):
+                pinned_change = {field: block[field] for field in changes_in(block)}
+                block[CONTINUE] = {**block[CONTINUE], "change": pinned_change}
+            self.expanded.stages[name] = block
         return pinned
 
     @contextlib.contextmanager
@@ -421,6 +432,13 @@ class Pipeline:
             "inputs": keys,
             "identities": identities,
         }
+
+
+def _place_changes(message: str, place: str, change: Mapping[str, Any]) -> str:
+    """Return an error of a stage's fields with the places of those that ``change`` of ``continue_from`` sets."""
+    for field_name in change:
+        message = re.sub(rf"{re.escape(place)}\.{field_name}\b", f"{place}.{CONTINUE}.change.{field_name}", message)
+    return message
 
 
 def _refuse_stages_at_top(raw: Mapping[str, Any], where: str) -> None:

@@ -25,6 +25,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from align.config.runtime.launch import rank, world_size
+from align.config.stages.continue_from import FIXED
 from align.errors import UserError
 from align.models.checkpoints.sharding import full_model
 from align.models.tuning.apply import save_tuned
@@ -76,9 +77,36 @@ def load_state(folder: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
         if fingerprint.get(name) != value:
             raise UserError(
                 f"{folder} was written with {name} {value}, this run has {fingerprint.get(name)}; the resumed run "
-                "would not continue it. Set it back, or start over."
+                f"would not continue it. Set it back, or start over.{_as_a_stage(name, fingerprint.get(name))}"
             )
     return state
+
+
+def _as_a_stage(name: str, value: Any) -> str:
+    if name in FIXED:
+        return ""
+    return (
+        " In a pipeline, another stage continues it with other settings: "
+        f"`continue_from: {{stage: STAGE, change: {{{name}: {value}}}}}`."
+    )
+
+
+def change_settings(folder: Path, trainer: Any, changed: frozenset[str]) -> None:
+    """Put the settings in ``changed`` of ``trainer`` into the checkpoint of a stage that it continues.
+
+    All other settings, and the rest of the state, stay. The other stage may have ended early.
+    """
+    path = folder / STATE
+    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    own = trainer.args.fingerprint()
+    kept = {name: value for name, value in state["fingerprint"].items() if name not in changed}
+    state["fingerprint"] = kept | {name: value for name, value in own.items() if name in changed}
+    if "kl_coef" in changed:
+        # An adaptive controller begins anew with the coefficient that the user has set.
+        state["kl"] = trainer.kl_controller.state_dict()
+    state["stopped"] = None
+    state.pop("ahead", None)  # responses that were sampled in advance, with the settings from before
+    write_text_atomically(path, json.dumps(state, indent=1))
 
 
 def save_random_state(folder: Path) -> None:

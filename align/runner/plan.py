@@ -15,6 +15,7 @@ from align.config.stages.continue_from import (
     LENGTHS,
     OBSERVED,
     STATE,
+    changed_names,
     inexactness,
     size_text,
     steps_per_length,
@@ -246,7 +247,7 @@ def refuse_without_state(pipeline: Pipeline, store: Store, nodes: Iterable[Node]
         if source is None or source.name in force:
             continue
         artifact = store.find_intact(source.stage.kind, source.key, source.name)
-        objection = None if artifact is None else _objection(artifact)
+        objection = None if artifact is None else _objection(artifact, node)
         if objection is not None:
             raise UserError(f"stage '{node.name}' continues '{source.name}', which {objection}")
 
@@ -256,12 +257,18 @@ def _source(pipeline: Pipeline, node: Node) -> Node | None:
     return pipeline.nodes[name] if isinstance(name, str) else None
 
 
-def _objection(artifact: Artifact) -> str | None:
-    """Return why no stage can continue a finished stage, as a clause with a remedy; None if a stage can."""
+def _objection(artifact: Artifact, node: Node | None = None) -> str | None:
+    """Return why a stage cannot continue a finished stage, as a clause with a remedy; None if it can.
+
+    ``node`` is the stage that would continue it, by default with the same settings.
+    """
     metrics = artifact.record["metrics"]
     stopped = metrics.get("stopped") or ("by early_stopping" if metrics.get("stopped_early") else None)
-    if stopped:
-        return f"ended early ({stopped}). Start a new run from its weights, with other settings."
+    if stopped and (node is None or not changed_names(node.config)):
+        return (
+            f"ended early ({stopped}). To continue it with other settings, write "
+            f"`{CONTINUE}: {{stage: {artifact.stage}, change: {{FIELD: VALUE}}}}`."
+        )
     if STATE_FILE not in artifact.record["outputs"]:
         return (
             "was finished without the trainer's state. "
@@ -276,7 +283,7 @@ def describe(pipeline: Pipeline, store: Store, node: Node) -> list[str]:
     if source is None:
         return []
     artifact = store.find_intact(source.stage.kind, source.key, source.name)
-    objection = None if artifact is None else _objection(artifact)
+    objection = None if artifact is None else _objection(artifact, node)
     if objection is not None:
         return [f"'{source.name}' {objection}"]
     finished_steps = _steps(source, artifact)
@@ -291,9 +298,17 @@ def describe(pipeline: Pipeline, store: Store, node: Node) -> list[str]:
         size = sum(entry["bytes"] for name, entry in files if name.startswith(f"{STATE}/"))
         state = f" (its state: {size_text(size)})"
     start = f"continues '{source.name}'{state}"
+    before, after = (_changing_settings(each, changed_names(node.config)) for each in (source, node))
+    changes = list(_differences(before, after, "", {}))
+    if changes:
+        return [f"{start}, from there on with other settings: {'; '.join(changes)}"]
     if reason is None:
         return [f"{start}; equals {at_once} at once, {_exactness(pipeline, node)}"]
     return [f"{start}; differs from {at_once} at once: {reason}"]
+
+
+def _changing_settings(node: Node, names: frozenset[str]) -> dict[str, Any]:
+    return _json_copy(node.config.model_dump(mode="json", include=set(names)))
 
 
 def _exactness(pipeline: Pipeline, node: Node) -> str:

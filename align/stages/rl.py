@@ -41,7 +41,7 @@ from align.models.loading import load_tokenizer
 from align.models.reward import RewardModel
 from align.models.tuning.apply import engine_source, load_for_tuning, notice, refuse_untrainable
 from align.pipeline.context import StageContext
-from align.rl.checkpoint import last_checkpoint
+from align.rl.checkpoint import change_settings, last_checkpoint
 from align.rl.reference_scores import note_reference_scores
 from align.rl.replay import ReplayEngine, StoredUpdates
 from align.rl.rollout_tables import merge
@@ -53,7 +53,7 @@ from align.store.artifacts import Artifact
 from align.store.rollouts import ROLLOUTS
 from align.training.arguments import parallel_options
 from align.training.input_checks import check_model, check_same_vocabulary
-from align.training.kept_state import OwnSettings, continued_facts, refuse_no_steps, restore_checkpoint
+from align.training.kept_state import OwnSettings, change_facts, continued_facts, refuse_no_steps, restore_checkpoint
 from align.training.rows import hold_back_validation
 from align.training.stopping import StopOnRequest
 from align.training.task_evaluations import TaskEvaluations
@@ -196,7 +196,7 @@ def _facts(context: StageContext, trainer: RLTrainer) -> dict[str, Any]:
     if continued is not None:
         facts["continued_from_update"] = continued.steps // trainer.config.steps_per_update
     facts["state_bytes"] = keep_rollout_state(context, trainer)
-    return facts
+    return facts | change_facts(context)
 
 
 def _make_trainer(context: StageContext, reward_models: list[RewardModel], **options: Any) -> RLTrainer:
@@ -243,7 +243,14 @@ def _resume_and_train(context: StageContext, trainer: RLTrainer) -> None:
     trainer.prompts.continuation = continue_prompts(context, trainer)
     # One process chooses, so all resume from the same checkpoint even if a file appears meanwhile.
     checkpoint: Path | None = broadcast(
-        lambda: last_checkpoint(context.checkpoints, trainer.notify) or restore_checkpoint(context)
+        lambda: (
+            last_checkpoint(context.checkpoints, trainer.notify)
+            or restore_checkpoint(
+                context,
+                lambda folder, changed: change_settings(folder, trainer, changed),
+                trainer.config.steps_per_update,
+            )
+        )
     )
     first_update = 0
     if checkpoint is not None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.config.runtime.launch import rank
 from align.config.stages.training import TrainingFields
 from align.pipeline.context import StageContext
 from align.training.arguments import decay_steps
-from align.training.checkpoints import last_complete
+from align.training.checkpoints import last_complete, link
 from align.training.kept_state import (
     STABLE,
-    KeepStable,
     OwnSettings,
     continue_order,
+    files_of,
     is_too_large,
     keep_state,
 )
@@ -49,6 +50,43 @@ def _position(trainer: Any, steps: int) -> int:
     # The last step of a pass may have fewer rows, so whole passes are counted in rows.
     passes, rest = divmod(steps, steps_per_epoch(trainer))
     return passes * len(trainer.train_dataset) + rest * int(trainer.rows_per_step)
+
+
+class KeepStable(TrainerCallback):
+    """Keeps the checkpoint of ``step``, the last before ``wsd`` lowers the learning rate."""
+
+    def __init__(self, context: StageContext, step: int) -> None:
+        self.context = context
+        self.checkpoints = context.checkpoints
+        self.step = step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Link the marked checkpoint, before the Trainer deletes it as too old."""
+        self._keep(state)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Keep the state if a kill prevented that before, or if the stage continues from exactly that step."""
+        self._keep(state)
+
+    def _keep(self, state: TrainerState) -> None:
+        checkpoint = self.checkpoints / f"checkpoint-{self.step}"
+        if state.global_step != self.step or not state.is_world_process_zero or not checkpoint.is_dir():
+            return
+        if is_too_large(self.context, checkpoint):
+            return  # a third checkpoint would fill the disk for no use
+        target = self.checkpoints / STABLE
+        draft = self.checkpoints / f"{STABLE}.draft"
+        for folder in (target, draft):
+            shutil.rmtree(folder, ignore_errors=True)
+        draft.mkdir()
+        # The Trainer deletes old checkpoints. The links keep these files.
+        for file in files_of(checkpoint):
+            link(file, draft / file.name)
+        draft.rename(target)
 
 
 def continuing_callbacks(context: StageContext, trainer: Any) -> list[TrainerCallback]:

@@ -35,9 +35,9 @@ from align.training.checkpoints import MarkCheckpoints, last_complete, read_stat
 from align.training.continued_rows import continue_rows, continuing_callbacks, keep_trained_state
 from align.training.forgetting import KLToStart, PullToStart, make_replay
 from align.training.held_out import divergence_alarm
-from align.training.kept_state import continued_facts, refuse_no_steps, restore_checkpoint
+from align.training.kept_state import change_facts, continued_facts, refuse_no_steps, restore_checkpoint
 from align.training.progress import ReportProgress, report_scores
-from align.training.stopping import VALIDATION, BestSoFar, StopOnRequest, best_so_far
+from align.training.stopping import VALIDATION, BestSoFar, StopOnRequest, best_so_far, wait_again
 from align.training.tracking import follow
 from align.training.unfreezing import OpenLayers, schedule_layers
 
@@ -77,7 +77,7 @@ def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = T
 
     refuse_no_steps(context, trainer.args.max_steps)
     # A stage that continues another starts from the other stage's state if it has no checkpoint itself.
-    checkpoint = broadcast(lambda: last_complete(context.checkpoints, warn) or restore_checkpoint(context))
+    checkpoint = broadcast(lambda: last_complete(context.checkpoints, warn) or restore_checkpoint(context, wait_again))
     trainer.continuation = continue_rows(context, trainer)
     with follow(context, trainer, _step_of(checkpoint) + 1 if checkpoint else 0):
         # Decisions that follow from the scores, such as when to stop, must be the same in all processes.
@@ -269,8 +269,8 @@ def _add_last_callbacks(context: StageContext, trainer: Any, checkpoint: Path | 
     return clock
 
 
-def _starts(context: StageContext, checkpoint: Path | None) -> dict[str, int]:
-    """Return the steps of the checkpoint that a killed stage resumed from, and of the stage that it continues."""
+def _starts(context: StageContext, checkpoint: Path | None) -> dict[str, Any]:
+    """Return the steps of the checkpoint that a stage resumed from and of the stage that it continues, with changes."""
     continued = continued_facts(context)
     continued_step = 0 if continued is None else continued.steps
     # The restored state of another stage is also a checkpoint. Only a later step means that this stage was killed.
@@ -278,6 +278,7 @@ def _starts(context: StageContext, checkpoint: Path | None) -> dict[str, int]:
     return {
         "resumed_from_step": resumed_step if resumed_step > continued_step else 0,
         "continued_from_step": continued_step,
+        **change_facts(context),
     }
 
 

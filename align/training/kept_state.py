@@ -28,8 +28,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import safe_globals
 
-from align.config.stages.continue_from import LARGEST_STATE, STATE, size_text
-from align.errors import UserError, with_article
+from align.config.stages.continue_from import CONTINUE, LARGEST_STATE, STATE, changed_names, size_text
+from align.errors import UserError, shorten, with_article
 from align.pipeline.context import StageContext
 from align.store.json_files import DamagedFile, read_sealed, write_sealed
 from align.training.checkpoints import MARKER, link, mark_complete
@@ -106,10 +106,17 @@ def continue_order(
     return Continuation(shuffle(first), position(facts.steps))
 
 
-def restore_checkpoint(context: StageContext) -> Path | None:
+Adapt = Callable[[Path, frozenset[str]], None]
+
+
+def restore_checkpoint(context: StageContext, adapt: Adapt, steps_per_point: int = 1) -> Path | None:
     """Write the state that the stage continues from as a complete checkpoint, and return the checkpoint.
 
     Returns None without ``continue_from``. Call it in one process.
+
+    Args:
+        adapt: Gets the draft of the checkpoint and the names of the settings that change, if there are any.
+        steps_per_point: Optimizer steps of a point of the stage's curves.
     """
     folder = continued_state(context)
     facts = continued_facts(context)
@@ -125,13 +132,34 @@ def restore_checkpoint(context: StageContext) -> Path | None:
         unpack(folder, draft)
     except (UnknownState, KeyError, ValueError) as error:
         raise UserError(f"{context.name}: the state in {folder} cannot be read: {error}. Rebuild that stage.") from None
+    changed = changed_names(context.config)
+    if changed:
+        adapt(draft, changed)
     # The marker is written before the rename, so the checkpoint is complete as soon as it has its name.
     mark_complete(draft)
     checkpoint = context.checkpoints / f"checkpoint-{facts.steps}"
     shutil.rmtree(checkpoint, ignore_errors=True)
     draft.rename(checkpoint)
-    context.note(f"{context.name} continues '{context.artifact('continue_from').stage}' after step {facts.steps}")
+    context.note(f"{context.name} continues '{context.artifact(CONTINUE).stage}' after step {facts.steps}")
+    if changed:
+        changes = change_facts(context)["changed"]
+        text = ", ".join(f"{name} {values}" for name, values in changes.items())
+        context.emit("change", step=facts.steps // steps_per_point, text=text)
+        context.note(f"{context.name}: other settings after step {facts.steps}: {text}")
     return checkpoint
+
+
+def change_facts(context: StageContext) -> dict[str, Any]:
+    """Return the settings that a stage changes where it continues another, as a metric; empty if there are none."""
+    changed = changed_names(context.config)
+    before = context.artifact(CONTINUE).record.get("config", {}) if changed else {}
+    after = context.config.model_dump(mode="json")
+    changes = {name: f"{_shown(before.get(name))} → {_shown(after[name])}" for name in sorted(changed)}
+    return {"changed": changes} if changes else {}
+
+
+def _shown(value: Any) -> str:
+    return shorten(value if isinstance(value, str) else json.dumps(value))
 
 
 def refuse_no_steps(context: StageContext, steps: int, unit: str = "steps", per_unit: int = 1) -> None:
@@ -181,50 +209,13 @@ class OwnSettings(TrainerCallback):
         scheduler.load_state_dict(scheduler.state_dict() | {"_last_lr": rates})
 
 
-class KeepStable(TrainerCallback):
-    """Keeps the checkpoint of ``step``, the last before ``wsd`` lowers the learning rate."""
-
-    def __init__(self, context: StageContext, step: int) -> None:
-        self.context = context
-        self.checkpoints = context.checkpoints
-        self.step = step
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            control.should_save = True
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Link the marked checkpoint, before the Trainer deletes it as too old."""
-        self._keep(state)
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep the state if a kill prevented that before, or if the stage continues from exactly that step."""
-        self._keep(state)
-
-    def _keep(self, state: TrainerState) -> None:
-        checkpoint = self.checkpoints / f"checkpoint-{self.step}"
-        if state.global_step != self.step or not state.is_world_process_zero or not checkpoint.is_dir():
-            return
-        if is_too_large(self.context, checkpoint):
-            return  # a third checkpoint would fill the disk for no use
-        target = self.checkpoints / STABLE
-        draft = self.checkpoints / f"{STABLE}.draft"
-        for folder in (target, draft):
-            shutil.rmtree(folder, ignore_errors=True)
-        draft.mkdir()
-        # The Trainer deletes old checkpoints. The links keep these files.
-        for file in _files_of(checkpoint):
-            link(file, draft / file.name)
-        draft.rename(target)
-
-
-def _files_of(checkpoint: Path) -> list[Path]:
+def files_of(checkpoint: Path) -> list[Path]:
     """Return the files of a checkpoint; its only folder has further chat templates, which resuming does not read."""
     return [file for file in checkpoint.iterdir() if file.is_file()]
 
 
 def _files_to_keep(checkpoint: Path) -> list[Path]:
-    return [file for file in _files_of(checkpoint) if is_read_on_resuming(file.name) and file.name != MARKER]
+    return [file for file in files_of(checkpoint) if is_read_on_resuming(file.name) and file.name != MARKER]
 
 
 def _state_size(checkpoint: Path) -> int:

@@ -7,12 +7,14 @@ functions from there; ``align.patches.trainer`` lists the private methods that i
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -82,17 +84,39 @@ def save_optimizer(trainer: Any, folder: Path) -> None:
         torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
 
 
+@contextlib.contextmanager
+def own_settings_kept(trainer: Any) -> Iterator[None]:
+    """Return a context in which loading an optimizer's state leaves the settings of this run as they are.
+
+    A stage that continues another may have other peak rates and another weight decay, which torch would replace by
+    those of the state.
+    """
+    optimizer = trainer.optimizer
+    settings = [
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
+    scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)  # accelerate's wrapper
+    rates = list(scheduler.base_lrs) if isinstance(scheduler, LambdaLR) else None
+    yield
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    if rates is not None:
+        scheduler.base_lrs = rates
+
+
 def load_optimizer(trainer: Any, folder: Path) -> None:
     """Restore optimizer and scheduler; every process reads the full state and keeps its own shards."""
     state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-    if trainer.is_deepspeed_enabled:
-        # DeepSpeed trains separate float32 copies. Loading weights into the model does not change them.
-        zero.sync_master_weights(trainer.parameter_groups)
-        zero.load_optimizer_state(trainer.parameter_groups, trainer.optimizer, state)
-    else:
-        # Full tensors stay as they are if the model is not sharded.
-        trainer.optimizer.load_state_dict(_shard_state(state, trainer.optimizer))
-    trainer.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+    with own_settings_kept(trainer):
+        if trainer.is_deepspeed_enabled:
+            # DeepSpeed trains separate float32 copies. Loading weights into the model does not change them.
+            zero.sync_master_weights(trainer.parameter_groups)
+            zero.load_optimizer_state(trainer.parameter_groups, trainer.optimizer, state)
+        else:
+            # Full tensors stay as they are if the model is not sharded.
+            trainer.optimizer.load_state_dict(_shard_state(state, trainer.optimizer))
+        trainer.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
 
 class ShardingTrainer:
@@ -167,8 +191,11 @@ class ShardingTrainer:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # With several processes transformers loads to accelerate's device, and torch.load does not accept "cpu:0".
-        if checkpoint is None or (world_size() == 1 and not self._is_partitioned):
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        if world_size() == 1 and not self._is_partitioned:
+            with own_settings_kept(self):
+                super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         else:
             load_optimizer(self, Path(checkpoint))
 

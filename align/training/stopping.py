@@ -158,6 +158,17 @@ class BestSoFar(TrainerCallback):
         }
 
 
+def wait_again(checkpoint: Path, changed: frozenset[str]) -> None:
+    """Count the evaluations without an improvement from 0 in a checkpoint of a stage that may have stopped early.
+
+    The settings in ``changed`` are other ones from there on, so the earlier evaluations tell nothing about them.
+    """
+    file = checkpoint / STATE
+    if changed and file.is_file():
+        state = json.loads(file.read_text(encoding="utf-8"))
+        write_text_atomically(file, json.dumps({**state, "waited": 0}))
+
+
 def best_so_far(context: StageContext, trainer: Any) -> BestSoFar | None:
     """Return the callback if the stage's config requires it."""
     config: TrainingFields = context.config

@@ -69,8 +69,8 @@ def test_length_rows_and_observations_may_differ(fields: dict[str, Any]) -> None
     [
         (
             {"continue_from": "sft", "max_steps": 12, "batch_size": 8},
-            r"stages.more.batch_size is 8 here and 16 in 'sft', which it continues: both must be equal. Remove "
-            r"batch_size, or start a new run from its weights with `model: sft` in place of continue_from.",
+            r"stages.more.batch_size is 8 here and 16 in 'sft', which it continues: both must be equal, because it .* "
+            r"Remove batch_size, or start a new run from its weights with `model: sft` in place of continue_from.",
         ),
         (
             {"continue_from": "sft", "max_steps": 12, "tuning": {"method": "lora", "rank": 4}},
@@ -83,7 +83,8 @@ def test_length_rows_and_observations_may_differ(fields: dict[str, Any]) -> None
         ({"continue_from": "ppo", "updates": 2, "prompts": "more_data"}, r"'ppo' has updates 2 and this stage no more"),
         (
             {"continue_from": "ppo", "updates": 3, "kl_coef": 0.1},
-            r"kl_coef is 0.1 here and 0.05 in 'ppo'.*`policy: ppo`",
+            r"kl_coef is 0.1 here and 0.05 in 'ppo'.*write `continue_from: \{stage: ppo, change: \{kl_coef: 0.1\}\}` "
+            r"in its place, or .*`policy: ppo`",
         ),
         ({"continue_from": "stf", "max_steps": 12}, r"there is no stage 'stf'. Did you mean 'sft'\?"),
         ({"continue_from": "more", "max_steps": 12}, r"'more' is the stage itself"),
@@ -98,6 +99,87 @@ def test_length_rows_and_observations_may_differ(fields: dict[str, Any]) -> None
 def test_stage_that_cannot_continue_is_refused(block: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Pipeline(raw(more=block, last={**SFT, "stage": "sft"}))
+
+
+def changed(source: str = "ppo", **change: Any) -> dict[str, Any]:
+    return {"continue_from": {"stage": source, "at": "last", "change": change}}
+
+
+@pytest.mark.parametrize(
+    ("source", "change"),
+    [
+        ("sft", {"learning_rate": 1e-5, "max_steps": 12, "scheduler": "linear", "weight_decay": 0.1}),
+        ("sft", {"max_length": 512, "data": "more_data", "max_steps": 12}),
+        ("ppo", {"kl_coef": 0.5, "updates": 4}),
+        ("ppo", {"score": [{"function": "gold", "weight": 2.0}], "max_tokens": 32, "temperature": 0.8, "updates": 4}),
+        ("ppo", {"prompts": "more_data", "clip_range": 0.1, "critic_learning_rate": "auto", "updates": 4}),
+    ],
+)
+def test_settings_change_where_a_stage_continues(source: str, change: dict[str, Any]) -> None:
+    pipeline = Pipeline(raw(more=changed(source, **change)))
+    more, before = pipeline.nodes["more"], pipeline.nodes[source]
+    same = more.config.model_dump(exclude={*change, "continue_from", "critic_learning_rate"})
+    assert same == before.config.model_dump(exclude={*change, "continue_from", "critic_learning_rate"})
+    assert all(getattr(more.config, name) != getattr(before.config, name) for name in change)
+    assert (more.inputs["continue_from"], more.parts["inputs"]["continue_from"]) == (source, before.key)
+    # A job on a cluster reads the plain pipeline, in which every field is written out.
+    assert Pipeline(pipeline.plain).nodes["more"].key == more.key
+
+
+def test_empty_change_has_the_key_of_the_short_form() -> None:
+    short = Pipeline(raw(more={"continue_from": "sft", "max_steps": 12})).nodes["more"]
+    assert Pipeline(raw(more={"continue_from": {"stage": "sft"}, "max_steps": 12})).nodes["more"].key == short.key
+    assert Pipeline(raw(more=changed("sft", max_steps=12))).nodes["more"].key == short.key
+    other = Pipeline(raw(more=changed("sft", max_steps=12, learning_rate=1e-4))).nodes["more"]
+    assert other.key != short.key
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (changed(kl_ceof=0.5), r"stages.more.continue_from.change: unknown key 'kl_ceof'. Did you mean 'kl_coef'\?"),
+        (changed(gradient_accumulation_steps=4), r"change: unknown key 'gradient_accumulation_steps'. "),
+        (
+            changed(kl_coef=-1),
+            r"stages.more.continue_from.change.kl_coef: should be greater than or equal to 0; found -1",
+        ),
+        ({**changed(kl_coef=0.5), "kl_coef": 0.4}, r"change.kl_coef is 0.5, and the stage itself has kl_coef 0.4."),
+        (changed(tuning={"method": "lora", "rank": 4}), r"change: tuning cannot change, because the kept weights"),
+        (changed(policy="model"), r"change: policy cannot change, because .* `policy: ppo` in place of continue_from"),
+        (changed(rollout_batch=32), r"change: rollout_batch cannot change, because it decides the rows of every step"),
+        (changed(seed=7), r"change: seed cannot change"),
+        (changed(trainer={"adam_beta2": 0.9}), r"change: trainer cannot change, because its options may decide"),
+        (changed("sft", batch_size=8), r"change: batch_size cannot change"),
+        (changed("sft", micro_batch_size=4), r"change: micro_batch_size cannot change"),
+        (changed("sft", ema=0.9, max_steps=12), r"change: ema cannot change, because it applies from the first step"),
+        (changed(kl_coef=0.5), r"'ppo' has updates 2 and this stage no more"),
+        (changed("poo"), r"stages.more.continue_from: there is no stage 'poo'. Did you mean 'ppo'\?"),
+        ({"continue_from": {"stage": "ppo", "at": "first"}}, r"stages.more.continue_from.at: 'first' is none of"),
+        ({"continue_from": {"stge": "ppo"}}, r"stages.more.continue_from: unknown key 'stge'. Did you mean 'stage'\?"),
+        ({"continue_from": {"stage": "ppo", "change": [1]}}, r"continue_from.change: should be a mapping"),
+    ],
+)
+def test_change_that_is_not_possible_is_refused(block: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Pipeline(raw(more=block))
+
+
+def test_critic_keeps_the_reward_model_that_it_began_with() -> None:
+    reward = {"model": "model", "data": "data", "learning_rate": 1e-4}
+    stages = {"reward": reward, "other": {**reward, "stage": "reward", "learning_rate": 2e-4}}
+    blocks = raw()["stages"]
+    ppo = blocks.pop("ppo")
+    for settings, message in (
+        ({}, "change: reward cannot change, because the critic began with it"),
+        ({"critic": "policy"}, ""),
+    ):
+        rest = {"ppo": {**ppo, "reward": "reward", **settings}, "more": changed(reward="other", updates=4)}
+        pipeline = {"name": "run", "stages": {**blocks, **stages, **rest}}
+        if message:
+            with pytest.raises(UserError, match=message):
+                Pipeline(pipeline)
+        else:
+            assert Pipeline(pipeline).nodes["more"].inputs["reward"] == "other"
 
 
 def test_best_checkpoint_and_lisa_fix_rows_and_steps() -> None:

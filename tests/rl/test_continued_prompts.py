@@ -15,6 +15,7 @@ from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.rl.prompts import Prompts
+from align.rl.trainer import RLTrainer
 from align.store.artifacts import Artifact, Kind
 from align.training.row_history import Continuation
 from tests.support.rl.stages import KINDS, make_stage
@@ -33,8 +34,11 @@ def train(context: StageContext) -> dict[str, Any]:
     return STAGES[kind].runner()(context)
 
 
-def continuing(first: StageContext, kind: str, root: Path, model: Path, **fields: Any) -> StageContext:
-    context = stage(kind, root, model, continue_from="first", **fields)
+def continuing(
+    first: StageContext, kind: str, root: Path, model: Path, change: dict[str, Any] | None = None, **fields: Any
+) -> StageContext:
+    source = "first" if change is None else {"stage": "first", "change": change}
+    context = stage(kind, root, model, continue_from=source, **fields | (change or {}))
     artifact = Artifact("first", Kind.POLICY, first.output, {"key": "first", "metrics": {}, "outputs": {}})
     return dataclasses.replace(context, inputs={**context.inputs, "continue_from": artifact})
 
@@ -71,6 +75,54 @@ def test_more_updates_equal_all_updates_at_once(way: str, tiny_model: Path, tmp_
     assert metrics["score_last"] == metrics_at_once["score_last"]
     assert_equal_weights(at_once, more)
     assert {file.suffix for file in (more.output / "state").iterdir()} <= {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_changed_settings_equal_training_continued_by_hand(
+    kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimizer's averages, the scale of scores, random numbers and prompts are those of the first stage."""
+    sample = RLTrainer.sample
+
+    def change_by_hand(self: Any, update: int) -> Any:
+        if update == 2:
+            self.kl_controller.value = 0.5
+            self.lr_scheduler.base_lrs = [2 * rate for rate in self.lr_scheduler.base_lrs]
+            for group in self.optimizer.param_groups:
+                group["lr"] *= 2
+            self.objective.config = self.objective.config.model_copy(update={"length_penalty": 0.01})
+            parts = tuple(dataclasses.replace(part, weight=3.0) for part in self.sampler.scorer.parts)
+            self.sampler.scorer = dataclasses.replace(self.sampler.scorer, parts=parts)
+        return sample(self, update)
+
+    by_hand = stage(kind, tmp_path / "by_hand", tiny_model, updates=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(RLTrainer, "sample", change_by_hand)
+        train(by_hand)
+    first = stage(kind, tmp_path / "first", tiny_model, updates=2)
+    train(first)
+    change = {"kl_coef": 0.5, "learning_rate": 2e-3, "length_penalty": 0.01, "score_weight": 3.0}
+    more = continuing(first, kind, tmp_path / "more", tiny_model, change=change, updates=4)
+    metrics = train(more)
+    assert_equal_weights(by_hand, more)
+    assert metrics["changed"].keys() == change.keys()
+    (event,) = events(more, "change")
+    assert event["step"] == 2
+    unchanged = continuing(first, kind, tmp_path / "unchanged", tiny_model, updates=4)
+    train(unchanged)
+    with pytest.raises(AssertionError):
+        assert_equal_weights(unchanged, more)
+
+
+def test_sampling_and_prompts_may_change_after_an_early_end(tiny_model: Path, tmp_path: Path) -> None:
+    first = stage("ppo", tmp_path / "first", tiny_model, updates=9, save_updates=1, kl_budget=1e-9)
+    metrics = train(first)
+    assert "the KL to the reference is" in metrics["stopped"]
+    change = {"kl_budget": None, "temperature": 0.7, "max_tokens": 4, "max_prompt_tokens": 60}
+    more = continuing(first, "ppo", tmp_path / "more", tiny_model, change=change, updates=9, save_updates=1)
+    assert (metrics["updates"] < 9, train(more).get("stopped")) == (True, None)
+    lengths = [event["length"] for event in events(more, "metrics") if "length" in event]
+    assert max(lengths) <= 4
 
 
 def test_a_stage_without_an_update_left_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ import pytest
 
 from align import Pipeline
 from align.errors import UserError
+from align.report.page.curve_panels import curve_numbers
+from align.report.page.metric_series import read_events
+from align.report.run.run_report import write_report
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
 from align.store.store import Store
@@ -50,6 +53,25 @@ def test_a_chain_of_stages_makes_the_weights_of_one(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"trainer.safetensors.*`--rebuild second`"):
         run_pipeline(chain, store=tmp_path / "store", rebuild=("third",))
+
+
+def test_changed_settings_are_in_record_plan_report_and_curves(tmp_path: Path) -> None:
+    more = {"continue_from": {"stage": "first", "at": "last", "change": {"learning_rate": 1e-3, "max_steps": 4}}}
+    stages = pipeline(first={**SFT, "max_steps": 2}, more=more)
+    (step,) = [step for step in plan(stages, Store.open(tmp_path / "store")) if step.node.name == "more"]
+    assert "continues 'first', from there on with other settings: learning_rate: 0.003 → 0.001" in step.notes[0]
+    run = run_pipeline(stages, store=tmp_path / "store")
+    record = run.artifacts["more"].record
+    assert record["metrics"]["changed"] == {"learning_rate": "0.003 → 0.001", "max_steps": "2 → 4"}
+    assert record["config"]["continue_from"] == more["continue_from"]
+    rates = {row["step"]: row["learning_rate"] for row in run.log_history("more") if "learning_rate" in row}
+    assert rates == {3: 1e-3, 4: 1e-3}
+    page = write_report(list(run.artifacts.values()), None, tmp_path / "report.html").read_text()
+    assert "After step 2 (dotted line): learning_rate 0.003 → 0.001, max_steps 2 → 4." in page
+    assert "changed.learning_rate" in page
+    numbers = curve_numbers(read_events(run.artifacts["more"].path))
+    assert numbers["changes"] == [{"x": 2.0, "text": "learning_rate 0.003 → 0.001, max_steps 2 → 4"}]
+    assert plan(stages, Store.open(tmp_path / "store"))[-1].action == "cached"
 
 
 def test_a_run_that_trains_finished_steps_again_says_so(tmp_path: Path) -> None:

@@ -261,5 +261,11 @@ def test_missing_state_is_refused_before_the_run(store: Store) -> None:
 def test_a_stage_that_ended_early_is_not_continued(store: Store) -> None:
     pipe = pipeline(ppo=PPO, more={"continue_from": "ppo", "updates": 5})
     finish(store, pipe.nodes["ppo"], updates=1, stopped="update 2: the KL is over kl_budget 1")
-    with pytest.raises(UserError, match=r"'ppo', which ended early \(update 2: the KL is over kl_budget 1\)"):
+    message = (
+        r"'ppo', which ended early \(update 2: the KL is over kl_budget 1\). To continue it with other settings, write"
+    )
+    with pytest.raises(UserError, match=message):
         prepare_run(pipe, RunOptions(store))
+    change = {"stage": "ppo", "change": {"kl_budget": 9.0}}
+    changed = pipeline(ppo=PPO, more={"continue_from": change, "updates": 5})
+    assert prepare_run(changed, RunOptions(store)).wanted[-1].name == "more"

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import safe_globals
 
 from align.data.rows import read_rows, write_rows
@@ -43,10 +43,13 @@ def stage(kind: str, root: Path, model: Path, tuning: dict[str, Any], **fields: 
     return make_stage(kind, root, model, tuning, **{**FIELDS, **fields})
 
 
-def continuing(first: StageContext, kind: str, root: Path, model: Path, **fields: Any) -> StageContext:
-    """Return the context of a stage that continues the finished stage of ``first``."""
+def continuing(
+    first: StageContext, kind: str, root: Path, model: Path, change: dict[str, Any] | None = None, **fields: Any
+) -> StageContext:
+    """Return the context of a stage that continues the finished stage of ``first``, with the settings of ``change``."""
     tuning = first.config.tuning.model_dump()
-    context = stage(kind, root, model, tuning, continue_from="first", **fields)
+    source = "first" if change is None else {"stage": "first", "change": change}
+    context = stage(kind, root, model, tuning, continue_from=source, **fields | (change or {}))
     return dataclasses.replace(context, inputs={**context.inputs, "continue_from": finished(first, kind)})
 
 
@@ -138,6 +141,62 @@ def test_a_tokenizer_with_several_templates_keeps_a_state(scheduler: str, tiny_m
     assert (context.checkpoints / "checkpoint-3" / "additional_chat_templates").is_dir()
     assert (context.output / "state" / "trainer.json").is_file()
     assert all(file.is_file() for file in (context.output / "state").iterdir())
+
+
+class Changes(TrainerCallback):
+    """Changes the optimizer of a run after a step, as somebody would by hand."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step != self.step:
+            return
+        scheduler = kwargs["lr_scheduler"]
+        scheduler.base_lrs = [2 * rate for rate in scheduler.base_lrs]
+        for group in kwargs["optimizer"].param_groups:
+            group["lr"] *= 2
+            group["weight_decay"] *= 3
+
+
+@pytest.mark.parametrize(("scheduler", "tuning"), [("constant", LORA), ("inverse_sqrt", FULL)])
+def test_changed_rate_equals_training_continued_by_hand(
+    scheduler: str, tuning: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weight decay and the peak rate change; the optimizer's averages, random numbers and rows are the same."""
+    fields = {"max_steps": 9, "scheduler": scheduler, "weight_decay": 0.25, "warmup_ratio": 0.0}
+    by_hand = stage("sft", tmp_path / "by_hand", tiny_model, tuning, **fields)
+    with monkeypatch.context() as patch:
+        patch.setattr("align.training.fit.continuing_callbacks", lambda context, trainer: [Changes(4)])
+        run(by_hand)
+    first = stage("sft", tmp_path / "first", tiny_model, tuning, **fields | {"max_steps": 4})
+    run(first)
+    change = {"learning_rate": 2 * first.config.learning_rate, "weight_decay": 0.75}
+    more = continuing(first, "sft", tmp_path / "more", tiny_model, change=change, **fields)
+    with pytest.raises(Killed):
+        run(dying(more, 7))
+    metrics = run(more)  # from its own checkpoint
+    assert_equal_weights(by_hand, more)
+    assert losses(more) == {step: loss for step, loss in losses(by_hand).items() if step > 4}
+    assert metrics["changed"].keys() == change.keys()
+    (event,) = events(more, "change")
+    assert event["step"] == 4 and "weight_decay" in event["text"]
+    unchanged = continuing(first, "sft", tmp_path / "unchanged", tiny_model, change={}, **fields)
+    assert "changed" not in run(unchanged) and not events(unchanged, "change")
+    at_once = stage("sft", tmp_path / "at_once", tiny_model, tuning, **fields)
+    run(at_once)
+    assert_equal_weights(at_once, unchanged)
+
+
+def test_early_stopped_stage_waits_again_after_a_change(tiny_model: Path, tmp_path: Path) -> None:
+    fields = {"early_stopping": {"patience": 1, "min_improvement": 100.0}, "eval_steps": 2, "max_steps": 12}
+    first = stage("sft", tmp_path / "first", tiny_model, LORA, **fields, save_steps=2)
+    assert run(first)["steps"] == 4  # nothing improves by 100
+    more = continuing(first, "sft", tmp_path / "more", tiny_model, change={"learning_rate": 1e-4}, **fields)
+    metrics = run(more)
+    assert metrics["continued_from_step"] == 2 and metrics["steps"] >= 4
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Rules of ``continue_from``: settings that must stay, and when the result equals one longer run's. Torch-free.
+"""Rules of ``continue_from``: settings that may change, and when the result equals one longer run's. Torch-free.
 
 They are used by the pipeline (errors), the planner (statements) and the trainers (file names).
 """
@@ -6,7 +6,13 @@ They are used by the pipeline (errors), the planner (statements) and the trainer
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from align.config.base import Config, stage_input
+from align.store.artifacts import Kind
 
 CONTINUE = "continue_from"
 STATE = "state"
@@ -23,6 +29,62 @@ OBSERVED = ("save_steps", "save_updates", "rollouts", "lint", *EVALUATED)
 """Fields that only observe training."""
 TOTAL_SCHEDULES = ("linear", "cosine", "cosine_with_min_lr")
 """Schedules of the learning rate whose every step depends on the number of steps."""
+_SHAPE = "the kept weights and the optimizer's state have its shape"
+_POSITION = "it decides the rows of every step, by which the position in them is kept"
+_BEGINNING = "it applies from the first step"
+FIXED: Mapping[str, str] = {
+    **dict.fromkeys(("model", "policy", "tuning", "train_router", "critic", "objective", "steps"), _SHAPE),
+    **dict.fromkeys(("batch_size", "packing", "rollout_batch", "samples_per_prompt"), _POSITION),
+    **dict.fromkeys(("num_epochs", "num_mini_batches", "replay", "replay_fraction"), _POSITION),
+    **dict.fromkeys(("max_staleness", "in_flight", "seed"), _POSITION),
+    **dict.fromkeys(("ema", "keep", "early_stopping", "warmup_ratio"), _BEGINNING),
+    "trainer": "its options may decide the optimizer's state",
+    "precision": "the state was computed in it",
+}
+"""Fields that ``change`` cannot set, and the reason as a clause."""
+
+
+class ChangedStage(Config):
+    """A stage to continue from, and the settings that change there."""
+
+    stage: stage_input(Kind.POLICY, Kind.REWARD)  # type: ignore[valid-type]
+    """Stage of the same kind to continue."""
+    at: Literal["last"] = "last"
+    """State to continue from: ``last`` is the state after the stage's last step."""
+    change: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the stage with other values from there on: ``{kl_coef: 0.5}``."""
+
+
+def continued_stage(block: Mapping[str, Any]) -> str | None:
+    """Return the stage that a stage's block, as the YAML has it, continues; None if it continues none."""
+    source = block.get(CONTINUE)
+    if isinstance(source, Mapping):
+        source = source.get("stage")
+    return source if isinstance(source, str) else None
+
+
+def changes_in(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a stage's block, as the YAML has it, changes where it continues another stage."""
+    source = block.get(CONTINUE)
+    change = source.get("change") if isinstance(source, Mapping) else None
+    return dict(change) if isinstance(change, Mapping) else {}
+
+
+def changed_names(config: Any) -> frozenset[str]:
+    """Return the fields that a stage's config changes where it continues another stage."""
+    source = config.continue_from
+    return frozenset(source.change) if isinstance(source, ChangedStage) else frozenset()
+
+
+def fixed_reason(config: Any, name: str) -> str | None:
+    """Return why a continued stage cannot change a field, as a clause; None for a field that may change."""
+    if name == "micro_batch_size" and hasattr(config, "batch_size"):
+        return _POSITION  # rows are ordered by it
+    if name == "reward" and getattr(config, "critic_source", None) == "reward":
+        return "the critic began with it"
+    if name in (*DATA, *EVALUATED) and chooses_by_validation(config):
+        return "validation rows, which choose the checkpoint, are a part of them"
+    return FIXED.get(name)
 
 
 def size_text(size: int) -> str:
@@ -38,7 +100,7 @@ def chooses_by_validation(config: Any) -> bool:
 
 def must_be_equal(config: Any) -> list[str]:
     """Return the fields of a stage's config that a continuing stage must not change."""
-    free = {CONTINUE, *LENGTHS, *DATA, *OBSERVED}
+    free = {CONTINUE, *LENGTHS, *DATA, *OBSERVED, *changed_names(config)}
     if chooses_by_validation(config):
         # Where validation decides, its rows and times are a part of the training.
         free -= {*DATA, *EVALUATED}

@@ -17,6 +17,7 @@ from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.options import OWNED, OWNED_BY_ROLLOUTS, TrainerOptions
 from align.config.runtime.launch import LaunchConfig
 from align.config.scores import Score, ScoreValidation, reward_names, score_identities
+from align.config.stages.continue_from import ChangedStage
 from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.stages.lint import LintSettings
 from align.config.stages.stored_rollouts import ReplayFolder, StoredRollouts
@@ -68,9 +69,10 @@ class RolloutFields(DefaultRates, TrainerOptions):
     """Tuning of the policy and the critic."""
     train_router: bool = False
     """Also train the routers of a mixture of experts. By default they keep the choice of experts that sampling saw."""
-    continue_from: stage_input(Kind.POLICY) | None = None  # type: ignore[valid-type]
+    continue_from: stage_input(Kind.POLICY) | ChangedStage | None = None  # type: ignore[valid-type]
     """Finished stage of the same kind to continue from, with its weights, critic, optimizer, controllers and position
-    in the prompts. Fields that are not set, including ``seed``, are that stage's. ``updates`` counts from its start."""
+    in the prompts. Fields that are not set, including ``seed``, are that stage's. ``updates`` counts from its start.
+    ``{stage: ppo, change: {kl_coef: 0.5}}`` continues with other settings."""
     updates: int = Field(100, ge=1)
     """Rollouts to sample and learn from."""
     rollout_batch: int = Field(64, ge=1)

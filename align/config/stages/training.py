@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from align.config.base import Config, PrecisionSetting, stage_input
 from align.config.options import TrainerOptions
 from align.config.runtime.launch import LaunchConfig
+from align.config.stages.continue_from import ChangedStage
 from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.tuning import AdaptersTuning, FullTuning, PeftTuning, QloraTuning, Tuning, TuningBase
 from align.config.tuning_blocks import TrainedTokens
@@ -158,9 +159,10 @@ class TrainingFields(DefaultRates, TrainerOptions):
     """Share of replayed rows in an optimizer step, in addition to ``batch_size``; 0 only scores the test rows."""
     replay_weight: float | None = Field(None, gt=0)
     """Weight of the replayed answers' loss per token; by default fraction / (1 - fraction), as if rows were mixed."""
-    continue_from: stage_input(Kind.POLICY, Kind.REWARD) | None = None  # type: ignore[valid-type]
+    continue_from: stage_input(Kind.POLICY, Kind.REWARD) | ChangedStage | None = None  # type: ignore[valid-type]
     """Finished stage of the same kind to continue from, with its weights, optimizer, schedule and position in the rows.
-    Fields that are not set, including ``seed``, are that stage's. ``max_steps`` and ``epochs`` count from its start."""
+    Fields that are not set, including ``seed``, are that stage's. ``max_steps`` and ``epochs`` count from its start.
+    ``{stage: sft, change: {learning_rate: 1.0e-5}}`` continues with other settings."""
     save_steps: int = Field(50, ge=1)
     """Steps between checkpoints; a killed stage repeats at most these. Full tuning writes 12 bytes per weight."""
     eval_steps: int | None = Field(None, ge=1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from markupsafe import Markup
@@ -73,7 +74,7 @@ class CurveSections:
             self.readings.append({"stage": stage, "title": curve.title, **curve.reading})
         if panels:
             parts = {"first": panels[:OPEN_PANELS], "more": panels[OPEN_PANELS:], "left_out": left_out}
-            self.sections.append({"stage": stage, **parts, "averaged": 1, "undrawn_runs": [], **more})
+            self.sections.append({"stage": stage, **parts, "averaged": 1, "undrawn_runs": [], "changes": [], **more})
 
 
 def curve_sections(events: Mapping[str, Events], assets: AssetWriter) -> CurveSections:
@@ -81,7 +82,8 @@ def curve_sections(events: Mapping[str, Events], assets: AssetWriter) -> CurveSe
     sections = CurveSections(assets)
     for stage, stage_events in events.items():
         curves, left_out = stage_curves(stage_events, MAX_PANELS)
-        sections.add(stage, curves, left_out, averaged=_steps_per_point(stage_events))
+        changes = _change_marks(stage_events.changes)
+        sections.add(stage, curves, left_out, averaged=_steps_per_point(stage_events), changes=changes)
     return sections
 
 
@@ -110,7 +112,13 @@ def curve_numbers(events: Events, limit: int = MAX_PANELS) -> dict[str, Any]:
     numbers = [
         {"title": title, "lines": [line.numbers() for line in _panel_lines(names, events)]} for title, names in panels
     ]
-    return {"panels": numbers, "left_out": left_out, "averaged": _steps_per_point(events)}
+    facts = {"averaged": _steps_per_point(events), "changes": _change_marks(events.changes)}
+    return {"panels": numbers, "left_out": left_out, **facts}
+
+
+def _change_marks(changes: Mapping[float, str]) -> list[dict[str, Any]]:
+    """Return the changes of settings as the scripts of the pages expect them."""
+    return [{"x": step, "text": text} for step, text in changes.items()]
 
 
 def _choose_panels(events: Events, limit: int) -> tuple[list[tuple[str, list[str]]], list[str]]:
@@ -158,7 +166,7 @@ class _Line:
 
 def draw_curve(title: str, names: Sequence[str], events: Events) -> Curve:
     """Draw one panel: the metrics ``names`` (training first, then held out) over steps."""
-    return _draw_panel(title, _panel_lines(names, events), METRICS)
+    return _draw_panel(title, _panel_lines(names, events), METRICS, events.changes)
 
 
 def _panel_lines(names: Sequence[str], events: Events) -> list[_Line]:
@@ -179,18 +187,26 @@ def draw_run_curves(title: str, by_run: Mapping[str, Events]) -> Curve:
     return _draw_panel(title, lines, RUNS)
 
 
-def _draw_panel(title: str, lines: Sequence[_Line], layout: Layout) -> Curve:
-    drawing, reading = _draw_lines(title, tuple(lines), layout)
+def _draw_panel(
+    title: str, lines: Sequence[_Line], layout: Layout, changes: Mapping[float, str] = MappingProxyType({})
+) -> Curve:
+    drawing, reading = _draw_lines(title, tuple(lines), layout, tuple(changes))
+    if changes:
+        # The drawing is shared with other stages of equal numbers, and the texts are not.
+        reading = {**reading, "changes": _change_marks(changes)}
     # Screen readers read the first and the last value of each line.
-    changes = [f"{line.name} from {number(line.values[0])} to {number(line.values[-1])}" for line in lines]
-    return Curve(title, Panel.embed(drawing, f"{title} over steps: {', '.join(changes)}"), reading)
+    texts = [f"{line.name} from {number(line.values[0])} to {number(line.values[-1])}" for line in lines]
+    texts += [f"after step {step:g}: {text}" for step, text in changes.items()]
+    return Curve(title, Panel.embed(drawing, f"{title} over steps: {', '.join(texts)}"), reading)
 
 
 # A process that writes the page of a running run draws the curves of finished stages once.
 @functools.lru_cache(maxsize=512)
 @styled
-def _draw_lines(title: str, lines: tuple[_Line, ...], layout: Layout) -> tuple[str, dict[str, Any]]:
-    """Return the panel as an SVG file, and its numbers."""
+def _draw_lines(
+    title: str, lines: tuple[_Line, ...], layout: Layout, marks: tuple[float, ...]
+) -> tuple[str, dict[str, Any]]:
+    """Return the panel as an SVG file, with a vertical line at each of ``marks``, and its numbers."""
     panel = Panel(layout.width, layout.height, layout.axes_box)
     axes = panel.axes
     for line in lines:
@@ -208,6 +224,8 @@ def _draw_lines(title: str, lines: tuple[_Line, ...], layout: Layout) -> tuple[s
             markersize=3.5,
             label=legend_name(line.name),
         )
+    for step in marks:
+        axes.axvline(step, color=INK, linestyle=":", linewidth=1.2)
     # Short tick labels fit into the fixed space beside the axes.
     set_short_ticks(axes)
     axes.tick_params(labelsize=8)

@@ -24,6 +24,8 @@ TRAINING_NAMES: dict[str, str] = METRICS["training_names"]
 TURN_SCORE = re.compile(r"score_turn_(\d+)")
 TURNS_PER_PANEL = 6
 """Scores by turn that share a panel; each has its own color and line style."""
+SHOWN = (b'"metrics"', b'"warning"', b'"note"', b'"change"')
+"""Kinds of the events that a page shows, as a line of the file has them."""
 METADATA_FIELDS = ("event", "time", "step")
 
 
@@ -40,6 +42,8 @@ class Events:
     logged: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    changes: dict[float, str] = field(default_factory=dict)
+    """Settings that change after a step, where the stage continues another with other settings."""
 
 
 def read_events(folder: Path) -> Events:
@@ -56,6 +60,8 @@ def read_events(folder: Path) -> Events:
             message = str(event.get("message", ""))
             if message not in messages:
                 messages.append(message)
+        elif kind == "change" and isinstance(event.get("step"), (int, float)):
+            events.changes[float(event["step"])] = str(event.get("text", ""))
         elif kind == "metrics" and isinstance(event.get("step"), (int, float)):
             step = float(event["step"])
             for name, value in metric_values(event):
@@ -158,12 +164,12 @@ def _reading_order(title: str) -> tuple[int, str]:
 
 
 def _parse_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the metrics, warnings and notes of an event file."""
+    """Yield the metrics, warnings, notes and changes of settings of an event file."""
     try:
         with path.open("rb") as file:
             for line in file:
                 # A run of days has far more progress events than metrics: skip them before parsing any JSON.
-                if b'"metrics"' not in line and b'"warning"' not in line and b'"note"' not in line:
+                if not any(kind in line for kind in SHOWN):
                     continue
                 event = parse_event(line)
                 if event is not None:

@@ -159,6 +159,10 @@ const curveView = { attach: function (figures, read) {
     const clip = make("clipPath", { id: "curve-clip" }, make("defs", {}, svg));
     make("rect", { x: BOX.left, y: BOX.top, width: BOX.right - BOX.left, height: BOX.bottom - BOX.top }, clip);
     const inner = make("g", { "clip-path": "url(#curve-clip)" }, svg);
+    for (const change of view.curve.changes || []) {
+      const mark = make("line", { x1: across(change.x), x2: across(change.x), y1: BOX.top, y2: BOX.bottom, class: "change" }, inner);
+      make("title", {}, mark).textContent = `After step ${stepText(change.x)}: ${change.text}`;
+    }
     drawn.forEach((line, index) => {
       const style = (line.style ?? index) % STYLES;
       if (drawn.length > 1) {

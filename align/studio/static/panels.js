@@ -44,10 +44,12 @@ function limits(values, margin) {
 }
 
 // Returns the numbers of a panel as the scripts of the report page expect them.
-function reading(stage, panel) {
-  const steps = panel.lines.flatMap((line) => line.x);
+function reading(stage, panel, changes) {
+  // The place of a change is before the first step of the stage.
+  const steps = [...panel.lines.flatMap((line) => line.x), ...changes.map((change) => change.x)];
   const values = panel.lines.flatMap((line) => [...line.y, ...(line.low || []), ...(line.high || [])]);
-  return { stage, title: panel.title, box: BOX, x: limits(steps, 0.02), y: limits(values, MARGIN), lines: panel.lines };
+  const axes = { box: BOX, x: limits(steps, 0.02), y: limits(values, MARGIN) };
+  return { stage, title: panel.title, ...axes, lines: panel.lines, changes };
 }
 
 function draw(curve) {
@@ -62,6 +64,10 @@ function draw(curve) {
   }
   for (const step of ticks(curve.x[0], curve.x[1], 5).filter(Number.isInteger)) {
     parts.push(drawing("text", { x: across(step), y: bottom + 14, "text-anchor": "middle" }, String(step)));
+  }
+  for (const { x, text } of curve.changes) {
+    const title = drawing("title", null, `After step ${x}: ${text}`);
+    parts.push(drawing("line", { x1: across(x), x2: across(x), y1: top, y2: bottom, class: "change" }, title));
   }
   curve.lines.forEach((line, index) => {
     const style = index % STYLES;
@@ -121,11 +127,11 @@ function legend(curve) {
   );
 }
 
-// Fills `node` with the panels of a stage. While the reader points at a panel or has one enlarged, nothing is redrawn.
-export function showPanels(node, stage, panels) {
+// Fills `node` with the panels of a stage, with a line where its settings changed. While the reader points at a panel or has one enlarged, nothing is redrawn.
+export function showPanels(node, stage, panels, changes = []) {
   if (node.matches(":hover") || document.querySelector("dialog.curve-view[open]")) return false;
   const focused = node.contains(document.activeElement) ? document.activeElement.dataset.title : null;
-  const data = panels.map((panel) => reading(stage, panel));
+  const data = panels.map((panel) => reading(stage, panel, changes));
   const figures = data.map((curve, index) =>
     element("figure", { class: "curve", "data-curve": index, "data-title": curve.title }, draw(curve), legend(curve)),
   );

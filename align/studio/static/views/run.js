@@ -256,6 +256,9 @@ class RunPage {
           "⤢, a double click or Enter enlarges it.",
         ),
         value.left_out.length ? element("p", { class: "small" }, `Not drawn: ${value.left_out.join(", ")}`) : null,
+        (value.changes || []).map(({ x, text }) =>
+          element("p", { class: "small" }, `After step ${x} (dotted line): ${text}`),
+        ),
         value.averaged > 1
           ? element("p", { class: "small" }, `A point is the mean of up to ${value.averaged} logged steps.`)
           : null,
@@ -263,7 +266,7 @@ class RunPage {
     }
     node.stepsPerUpdate = value.steps_per_update;
     // A reader who points at a panel keeps it; the next change comes later.
-    if (!showPanels(node, this.stage, value.panels)) this.loaded.version = null;
+    if (!showPanels(node, this.stage, value.panels, value.changes)) this.loaded.version = null;
   }
 
   fillLog(value, isNew) {
