@@ -129,6 +129,8 @@ class Way:
     """Bytes on the fullest device, by purpose; for the smallest batch if none fits."""
     obstacle: str = ""
     """Reason if the way does not fit; empty if it fits."""
+    not_counted: tuple[str, ...] = ()
+    """Parts without a rule, which are missing in ``parts``; ``largest`` is 0 then."""
 
     @property
     def fits(self) -> bool:
@@ -148,6 +150,7 @@ class Way:
             "parts": self.parts,
             "fits": self.fits,
             "why_not": self.obstacle or None,
+            "not_counted": list(self.not_counted),
         }
 
 

@@ -21,7 +21,6 @@ from align.config.stages.continue_from import LARGEST_STATE, size_text
 from align.config.tuning import LowRank, QloraTuning, TuningBase
 from align.models.compute.architecture import Architecture
 from align.models.compute.costs import FLOAT, SIZES, activations_per_token
-from align.models.compute.layers import count
 
 TRAINED = 4 * FLOAT
 """Bytes of a trained parameter: weight, gradient, and AdamW's two averages."""
@@ -236,12 +235,11 @@ def ppo_memory(
 def copied_parameters(model: Architecture, tuning: TuningBase, checkpointing: bool) -> int:
     """Return the parameters of the matrices that autocast copies for a backward pass.
 
-    With checkpointing they are one layer's.
+    With checkpointing they are one layer's. Autocast does not reach the products of experts.
     """
     if checkpointing:
-        return model.largest.matrices + count(model.largest.experts)
-    learning = model.blocks[model.layers - model.learning_layers(tuning) :]
-    return sum(block.matrices + count(block.experts) for block in learning)
+        return model.largest.matrices
+    return sum(block.matrices for block in model.blocks[model.layers - model.learning_layers(tuning) :])
 
 
 def model_bytes(model: Architecture, tuning: TuningBase) -> int:

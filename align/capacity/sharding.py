@@ -328,7 +328,11 @@ def training_way(job: Job, hardware: Hardware, strategy: Strategy) -> TrainingWa
         obstacle = f"{smallest} of the {job.row} needs {sum(parts.values()) / GIB:.1f} GiB, usable are {usable:.1f}"
     elif host > device.host:
         obstacle = f"{host / GIB:.0f} GiB of the machine's memory for each device, of {device.host / GIB:.0f}"
-    return replace(way, batch=micro_batch, largest=largest, parts=parts, obstacle=obstacle, host_memory=host)
+    way = replace(way, batch=micro_batch, largest=largest, parts=parts, obstacle=obstacle, host_memory=host)
+    if _process_memory(job, hardware, strategy, rows).activations is None:
+        # Activations decide how many rows fit, so the largest micro-batch is not known.
+        return replace(way, largest=0, not_counted=("activations",))
+    return way
 
 
 def device_parts(job: Job, hardware: Hardware, strategy: Strategy, rows: int) -> dict[str, int]:

@@ -152,17 +152,23 @@ def _table(plan: StagePlan, ways: Sequence[Way]) -> list[str]:
     """Return the aligned table of ways, with only the columns that some way of the stage needs."""
     from align.capacity.sharding import TrainingWay
 
-    parts = [name for name in COLUMNS if any(way.parts.get(name) for way in plan.ways)]
+    parts = [name for name in COLUMNS if any(way.parts.get(name) or name in way.not_counted for way in plan.ways)]
     batch = "micro-batch" if isinstance(plan.ways[0], TrainingWay) else "at once"
     headings = [COLUMNS[name] for name in parts]
     rows = [["", "way", batch, "largest", *headings, "peak"]]
     for way in ways:
-        amounts = [f"{way.parts[name] / GIB:.2f}" if way.parts.get(name) else "-" for name in parts]
+        amounts = [_amount(way, name) for name in parts]
         star = "*" if way is plan.best else ""
         rows.append(
             [star, way.label, str(way.batch or "-"), str(way.largest or "-"), *amounts, f"{way.peak / GIB:.2f}"]
         )
     return [line.rstrip() for line in align_columns(rows, text_columns=2)]
+
+
+def _amount(way: Way, part: str) -> str:
+    if part in way.not_counted:
+        return "not counted"
+    return f"{way.parts[part] / GIB:.2f}" if way.parts.get(part) else "-"
 
 
 def _settings(plan: StagePlan, hardware: Hardware) -> list[str]:
@@ -179,6 +185,11 @@ def _settings(plan: StagePlan, hardware: Hardware) -> list[str]:
         result.append(f"  runtime.launch asks for this way, on {devices} of {hardware.devices} devices")
     job = plan.load
     if isinstance(best, TrainingWay) and isinstance(job, Job):
+        if best.not_counted:
+            result.append(
+                f"  the activations of {job.model.model_type} with {job.tuning.label} have no rule: the peak lacks "
+                "them, and the largest micro-batch is not known"
+            )
         if best.strategy.checkpointing and not job.checkpointing:
             result.append(f"  checkpointing is a setting of the stage: {job.checkpointing_field}: true")
         if best.batch != job.run_micro_batch(devices):

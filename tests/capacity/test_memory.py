@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.capacity import memory, sampling
-from align.capacity.memory import Memory, engine_memory, model_bytes, ppo_memory, resolve_engine
+from align.capacity.memory import Memory, copied_parameters, engine_memory, model_bytes, ppo_memory, resolve_engine
 from align.config.runtime import Runtime
 from align.config.tuning import FullTuning, LoraTuning, QloraTuning, TuningBase
 from align.evaluation import logprobs as evaluation
@@ -167,6 +167,42 @@ def test_activations_are_what_autograd_keeps(kind: str, tuning: Any, precision: 
     if precision == "bfloat16" and isinstance(tuning, FullTuning):
         copies = few - 2 * 24 * (more - few) / (2 * 16)
         assert 2 * sizes.matrices == pytest.approx(copies, rel=0.02)
+
+
+EXPERTS = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 384,
+           "intermediate_size": 384}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tuning", [FullTuning(), LoraTuning(rank=16)], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "olmoe"])
+def test_activations_of_mixtures_match_autograd(kind: str, tuning: Any, precision: Any) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | EXPERTS)).eval()
+    sizes = architecture_of(model.config.to_dict())
+    enable_ragged(model)
+    model = apply_tuning(model, tuning, 0)
+    low_residual(model)
+    few, more = (kept_bytes(model, tokens, precision) for tokens in (24, 40))
+    growth = (more - few) / (2 * 16)
+    assert activations_per_token(sizes, tuning, precision) == pytest.approx(growth, rel=0.03)
+    if precision == "bfloat16":
+        # Autocast copies the matrices of attention, and none of the experts.
+        assert 2 * copied_parameters(sizes, tuning, False) == pytest.approx(few - 2 * 24 * growth, rel=0.1)
+
+
+def test_activations_of_qwen3_30b_are_those_by_hand() -> None:
+    config = {"model_type": "qwen3_moe", "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144,
+              "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+              "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}  # fmt: skip
+    # One layer and one token, LoRA of rank 16 on attention, bfloat16; frozen experts compute in float32.
+    experts = 8 * 4 * (3 * 768 + 2048) + 2 * 4 * 128  # and the router's logits and probabilities
+    attention = 2 * 2 * (32 * 128 + 32 * 128)
+    norms = 2 * (2 * 2048 + (32 + 4) * 128)
+    layer = experts + attention + norms + 2 * 2048 + 2 * 16 * 4
+    counted = activations_per_token(architecture_of(config), LoraTuning(rank=16), "bfloat16", flash=True)
+    assert counted == 48 * layer + 2 * 2048
+    assert counted * 4096 / 2**30 == pytest.approx(35.66, abs=0.01)  # GiB of a row
 
 
 def test_long_rows_keep_keys_and_values_per_head(monkeypatch: pytest.MonkeyPatch) -> None:

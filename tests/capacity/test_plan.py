@@ -122,6 +122,25 @@ def test_largest_micro_batch_is_the_limit(plan: Any) -> None:
     assert sizes[0] <= usable < sizes[1]
 
 
+MIXTURE = {"vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+           "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+           "num_experts_per_tok": 8, "moe_intermediate_size": 768, "num_local_experts": 32}  # fmt: skip
+
+
+def test_activations_without_a_rule_are_not_counted(plan: Any) -> None:
+    words = ["--hardware", "8xh200", "--set", "stages.sft.tuning={method: lora}"]
+    without = MIXTURE | {"model_type": "gpt_oss", "intermediate_size": 2880, "num_hidden_layers": 12}
+    best = stages(plan(without, *words, "--json")[1])["sft"]["options"][0]
+    assert best["not_counted"] == ["activations"] and "activations" not in best["parts"]
+    assert best["fits"] and best["largest_micro_batch"] is None
+    table = plan(without, *words)[1].partition("\nsample")[0]
+    assert "not counted" in table and "activations of gpt_oss with lora" in table
+    # A mixture with a rule counts them, and offers a largest micro-batch.
+    best = stages(plan(MIXTURE | {"model_type": "qwen3_moe"}, *words, "--json")[1])["sft"]["options"][0]
+    assert best["not_counted"] == [] and best["parts"]["activations"] > 2**30
+    assert 0 < best["largest_micro_batch"] < 64
+
+
 def test_table_shows_each_stage(plan: Any) -> None:
     code, out, _ = plan(MISTRAL, "--hardware", "8xh100")
     assert code == 0

@@ -182,23 +182,47 @@ def activations_of_layer(
 ) -> int | None:
     """Return the bytes that one layer keeps per token."""
     has_rule = tuning.trains_all or (isinstance(tuning, LowRank) and not tuning.dora)
-    if model.norms is None or not has_rule:
+    if model.norms is None or not has_rule or (model.largest.experts and not model.largest.routed):
         return None
     size = SIZES[precision]
     linears = model.largest.linears
     out = next(linear for linear in linears if "o_proj" in linear.path)
-    down = next(linear for linear in linears if "down_proj" in linear.path)
+    down = next((linear for linear in linears if "down_proj" in linear.path), None)
     norms = _norm(model, tuning, precision, low_residual) * (model.norms * model.hidden + model.normed_heads)
     # Matrices that read the hidden states: queries, keys, values, gate and up.
     readers = sum(linear.inputs == model.hidden and linear not in (out, down) for linear in linears)
     # Then autocast casts the float32 input once for each of these matrices.
     rounded_apart = precision == "bfloat16" and not low_residual
-    inputs = size * (readers if rounded_apart else 2) * model.hidden  # of attention and of the MLP
+    # Inputs of attention and of the MLP; frozen experts keep none.
+    blocks = 1 if model.largest.experts and not _trains_experts(tuning) else 2
+    inputs = size * (readers if rounded_apart else blocks) * model.hidden
     keys = out.inputs if flash else model.largest.token_cache // 2
     attention = size * 2 * (out.inputs + keys)  # queries and what comes out, keys and values
-    gated = size * 4 * down.inputs  # gate, its activation, up, their product
+    gated = 0 if down is None else size * 4 * down.inputs  # gate, its activation, up, their product
     low_rank = size * tuning.rank * len(linears) if isinstance(tuning, LowRank) else 0
-    return norms + inputs + attention + gated + low_rank
+    return norms + inputs + attention + gated + _routed(model, tuning) + low_rank
+
+
+def _trains_experts(tuning: TuningBase) -> bool:
+    return tuning.trains_all or (isinstance(tuning, LowRank) and "experts" in str(tuning.targets))
+
+
+def _routed(model: Architecture, tuning: TuningBase) -> int:
+    """Return the bytes that the experts of a mixture and its router keep per token in one layer; 0 for a dense layer.
+
+    Each of a token's experts keeps the gate, its activation, the factor, and the result that its weight multiplies.
+    Experts that are trained also keep their inputs: a copy of the hidden state, and the gated product. Autocast does
+    not reach their products, so all of it has the type of their weights, float32.
+    """
+    layer = model.largest
+    if not layer.experts:
+        return 0
+    inner = next(expert.inputs for expert in layer.experts if "down_proj" in expert.path)
+    kept = 3 * inner + model.hidden
+    if _trains_experts(tuning):
+        kept += inner + model.hidden
+    probabilities = 2 * FLOAT * layer.experts[0].experts  # the router's logits and their softmax
+    return layer.routed * FLOAT * kept + probabilities
 
 
 def passing_per_token(model: Architecture, size: int, flowing: int) -> int:

@@ -52,6 +52,8 @@ class Layer:
     """Values that sampling keeps for a token: its keys and values."""
     state: int = 0
     """Values that sampling keeps for a sequence of any length, such as the state of a linear attention."""
+    routed: int = 0
+    """Experts that a token passes."""
 
     def __add__(self, other: Layer) -> Layer:
         """Return a layer with the parts of both."""
@@ -61,6 +63,7 @@ class Layer:
             self.vectors + other.vectors,
             self.token_cache + other.token_cache,
             self.state + other.state,
+            self.routed + other.routed,
         )
 
     @property
@@ -209,6 +212,7 @@ def mixture(
             Linear(f"{path}.experts.down_proj", width, hidden, bias, experts),
         ),
         vectors=experts * (hidden + bias),
+        routed=config.get("num_experts_per_tok") or 0,
     )
     if shared:
         name = "shared_expert" if gate else "shared_experts"

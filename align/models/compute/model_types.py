@@ -89,19 +89,16 @@ RULES: dict[str, Callable[[Config], Architecture]] = {
     "qwen3_moe": Decoder(
         needs=HEADS,
         head_norms="head",
-        counts_activations=False,
         mixture=lambda config: mixture(config, config["moe_intermediate_size"]),
     ),
     "mixtral": Decoder(
         needs=GROUPS,
         qkv_bias=False,
         out_bias=False,
-        counts_activations=False,
         mixture=lambda config: mixture(config, config["intermediate_size"]),
     ),
     "olmoe": Decoder(
         head_norms="all",
-        counts_activations=False,
         mixture=lambda config: mixture(config, config["intermediate_size"]),
     ),
     "gpt_oss": Decoder(
