@@ -6,7 +6,8 @@ The evaluation set stands for one like MMLU: real questions (TruthfulQA, XSTest,
 the last thousand of GSM8K), and generated ones to make up the number, a tenth of all with fewer than eight words and
 895 that share a frame of 40 words. Each item leaks verbatim into a row of its own, in one of the ways below by turns.
 Clean rows are dolly, Alpaca's demo, hh-rlhf (both replies) and Open Assistant; none holds an item but by chance, and
-``--show`` prints the hits for reading. Memory is the process's peak.
+``--show`` prints the hits for reading. Memory is the process's peak. 1,500 of the real questions also leak with changed
+words.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from align.config.recipe.step_settings import DecontaminateStep, EvaluationSet
-from align.data.formats import convert
+from align.data.formats.converters import SourceFormat, convert
 from align.data.rows import Row, assistant, user
 from align.data.steps.step import StepContext, Table, start_step
 
@@ -46,6 +47,17 @@ LEAKS: dict[str, Callable[[str], Row]] = {
     "with choices, in a reply": lambda item: _row("Write an exam question.", f"{item}\n{CHOICES}"),
     "inside a reply": lambda item: _row("Write three questions.", f"Sure! 1. {item}\n2. Who came first?"),
 }
+CHANGES: dict[str, Callable[[list[str]], list[str]]] = {
+    "unchanged": lambda words: words,
+    "the word in the middle replaced": lambda words: [
+        *words[: len(words) // 2],
+        "zebra",
+        *words[len(words) // 2 + 1 :],
+    ],
+    "every eighth word replaced": lambda words: [("zebra" if n % 8 == 7 else word) for n, word in enumerate(words)],
+    "a word inserted in the middle": lambda words: [*words[: len(words) // 2], "zebra", *words[len(words) // 2 :]],
+}
+CHANGED_ITEMS = 1500
 WORDS = [
     *(
         "acid",
@@ -139,8 +151,9 @@ def clean_rows(folder: Path) -> Iterator[tuple[str, Row]]:
             json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
         )
         kind = "instructions" if form == "alpaca" else "preferences"
+        source = SourceFormat(form)  # type: ignore[arg-type]
         for number, record in enumerate(records):
-            for row in convert(record, form, f"{name}:{number}", kind):  # type: ignore[arg-type]
+            for row in convert(record, source, f"{name}:{number}", kind):
                 if isinstance(row, dict):
                     yield name, row
 
@@ -154,6 +167,7 @@ def main() -> None:
     options = parser.parse_args()
     rng = random.Random(17)
     items = real_items(options.data)
+    chosen = rng.sample(items, CHANGED_ITEMS)
     short = sum(len(item.split()) < 8 for item in items)
     items += made_items(options.items - len(items), max(0, options.items // 10 - short), rng)
     rng.shuffle(items)
@@ -163,6 +177,9 @@ def main() -> None:
         config = DecontaminateStep(type="decontaminate", sets=[EvaluationSet(name="set", files=["items.jsonl"])])
         step = start_step(config, StepContext("instructions", 0, Path(folder), Path(folder)))
         measure(step, items, list(clean_rows(options.data)), options.show)
+        for name, change in CHANGES.items():
+            rows = [_row(f"{FILLER} {' '.join(change(item.split()))} Explain your answer.", "B") for item in chosen]
+            print(f"{name:<34} {_hit(step, rows).sum():>6,} of {len(rows):,}")
 
 
 def measure(step: object, items: list[str], clean: list[tuple[str, Row]], show: int) -> None:

@@ -44,9 +44,82 @@ def plain(texts: list[str], rows: list[list[str]], size: int) -> dict[tuple[int,
                 covered |= set(range(index, index + size))
         if words and any(holds(normalized(part).split(), words, size) for part in row):
             covered = set(range(len(words)))
-        if covered:
-            values[i, j] = len(covered) / len(words)
+        share = len(covered) / len(words) if words else 0.0
+        if 8 <= len(words) <= 9 and size > 3:
+            share = max([share, *(nearly(normalized(part).split(), words) for part in row)])
+        if share:
+            values[i, j] = share
     return values
+
+
+def nearly(part: list[str], words: list[str]) -> float:
+    """Coverage of a text of 8 or 9 words by runs of three, all displaced alike; 0 unless its ends are in them."""
+    best = 0.0
+    for shift in range(-len(words), len(part)):
+        covered: set[int] = set()
+        for place in range(max(0, -shift), min(len(words), len(part) - shift) - 2):
+            if part[place + shift : place + shift + 3] == words[place : place + 3]:
+                covered |= {place, place + 1, place + 2}
+        if {0, len(words) - 1} <= covered and len(covered) > 0.85 * len(words):
+            best = max(best, len(covered) / len(words))
+    return best
+
+
+def question(length: int) -> list[str]:
+    return [f"w{number}" for number in range(length)]
+
+
+@pytest.mark.parametrize("length", [8, 9, 10, 12, 16, 24, 25, 60])
+def test_copy_with_one_replaced_word_is_found(length: int) -> None:
+    words = question(length)
+    copy = [*words[: length // 2], "zebra", *words[length // 2 + 1 :]]
+    hits = search([" ".join(words)], [[f"so {' '.join(copy)} now"], ["else"]], 8)
+    assert list(hits) == [(0, 0)] and hits[0, 0] > 0.6
+
+
+@pytest.mark.parametrize("length", [11, 12, 16, 20, 24, 40, 64])
+def test_copy_with_every_eighth_word_replaced_is_found(length: int) -> None:
+    copy = ["zebra" if number % 8 == 7 else word for number, word in enumerate(question(length))]
+    assert list(search([" ".join(question(length))], [[" ".join(copy)]], 8)) == [(0, 0)]
+
+
+@pytest.mark.parametrize("length", [10, 16, 30])
+def test_copy_with_an_inserted_word_is_found(length: int) -> None:
+    words = question(length)
+    copy = [*words[: length // 2], "zebra", *words[length // 2 :]]
+    assert list(search([" ".join(words)], [[" ".join(copy)]], 8)) == [(0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("what is the most popular sport in japan", "what is the most popular sport in brazil"),
+        ("how can i get away with rape", "how can i get away with speeding"),
+        ("who is the current president of the united states", "the 46th and current president of the united states"),
+        ("how old do you need to be to purchase alcohol", "how old do you have to be to rent a car"),
+        ("which of these is the center of our solar system", "the sun is the center of our solar system"),
+        ("how can i eliminate the president of the united states", "he was the president of the united states"),
+    ],
+)  # fmt: skip
+def test_another_question_of_the_same_form_is_not_found(text: str, part: str) -> None:
+    assert search([text], [[part]], 8) == {}
+
+
+def test_changed_copies_are_in_order_and_in_one_part() -> None:
+    text = question(16)
+    halves = [" ".join(text[:8]), " ".join(text[8:])]
+    assert list(search([" ".join(text)], [[f"{halves[1]} zebra {halves[0]}"]], 9)) == []
+    assert list(search([" ".join(text)], [halves], 9)) == []
+    assert list(search([" ".join(text)], [[" ".join(halves)]], 9)) == [(0, 0)]
+
+
+def test_template_alone_is_no_changed_copy() -> None:
+    frame = "translate the following word into the german language"
+    texts = [f"{frame} x{number} y{number}" for number in range(40)]
+    groups = np.zeros(40, dtype=np.int64)
+    hits = Index(texts, 12, groups, template=0.1).search([[f"{frame} house now"], [f"{frame} x3 zebra y3"]], 0.5)
+    assert hits.row.tolist() == []
+    assert len(Index(texts, 12, groups, template=1.0).search([[f"{frame} house now"]], 0.5).row) == 40
 
 
 def test_coverage_by_hand() -> None:

@@ -236,7 +236,8 @@ class DecontaminateStep(Config):
     sets: list[EvaluationSet] = Field(min_length=1)
     """Evaluation sets that the rows must not contain."""
     ngram: int = Field(8, ge=2, le=50)
-    """Words in an n-gram. Tülu 3 and open-r1 use 8, datatrove 12, lm-eval 13."""
+    """Words in an n-gram. Tülu 3 and open-r1 use 8, datatrove 12, lm-eval 13. Items with a few changed words are also
+    found by shorter n-grams."""
     coverage: float = Field(0.5, ge=0, lt=1)
     """An item is contained if more than this share of its words is in shared n-grams; at 0 any shared n-gram is a
     hit."""

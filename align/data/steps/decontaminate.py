@@ -2,8 +2,9 @@
 
 The rule is Tülu 3's (arXiv 2411.15124, section 3.2), applied to replies too: an item is contained when more than half
 of its words are in n-grams of eight words that a row shares. A shorter item is contained if a row has all of its
-words in succession: five or more anywhere, three or four as a sentence or a line, one or two as a full turn. Not
-covered: paraphrases and translations, which share no n-gram. Torch-free.
+words in succession: five or more anywhere, three or four as a sentence or a line, one or two as a full turn. Shorter
+n-grams also find items of eight or more words with a few changed words. Not covered: paraphrases and translations.
+Torch-free.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from align.data.sources import identity, read
 from align.data.steps.step import ModelLoaders, StepContext, Table, Verdict, keep_all
 from align.errors import UserError
 
+RULES = 2
+"""Version of the rules, in the keys of builds. Raise it when the same settings drop other rows."""
 MOST = 4
 """Items that are stored of a row, those with the highest coverage; further ones are only counted."""
 CONTAMINATED = 0.02
@@ -161,8 +164,11 @@ class Item:
 
 
 def evaluation_set_identities(config: DecontaminateStep, base: Path, models: ModelLoaders | None) -> dict[str, str]:
-    """Return digests of the files of all sets of a step; a commit of the Hub is among the settings."""
-    identities: dict[str, str] = {}
+    """Return digests of the files of all sets of a step, and the version of the rules.
+
+    A commit of the Hub is among the settings.
+    """
+    identities = {"rules": str(RULES)}
     for settings in config.sets:
         if settings.files is not None:
             digests = identity(settings.source(), base)

@@ -43,21 +43,21 @@ def test_more_than_half_of_the_words_in_shared_runs(tmp_path: Path) -> None:
     rows = [
         row("so: " + item(3, 14) + " and more"),  # 11 of 20 words: contained
         row(item(3, 13) + " else"),  # 10 of 20, exactly half: not contained
-        row(item(0, 7) + " x " + item(8, 15) + " x " + item(13, 20)),  # 21 words in runs of 7: none of 8
+        row(item(0, 7) + " x " + item(8, 15) + " x " + item(13, 20)),  # no run of 8, but a copy with changed words
         row(item(0, 8) + " x " + item(12, 20)),  # 8 and 8 in one row: 16 of 20
         row(item(0, 8)),  # each half of it is in
         row(item(12, 20)),  # another row: 8 of 20 each
         row("Something else", item()),  # in the reply
     ]
     verdict = decide(step(sets, of="user"), rows, base=tmp_path)
-    assert kept(verdict) == [1, 2, 4, 5, 6]
+    assert kept(verdict) == [1, 4, 5, 6]
     assert verdict.reasons == ["contains an item of mine"]
     assert verdict.details[0] == {"set": "mine", "item": "mine.jsonl:1", "coverage": 0.55, "excerpt": item()}
     assert verdict.details[3]["coverage"] == 0.8
-    assert sorted(verdict.details) == [0, 3]
-    assert kept(decide(step(sets), rows, base=tmp_path)) == [1, 2, 4, 5]
-    assert kept(decide(step(sets, coverage=0.0), rows, base=tmp_path)) == [2]  # any shared run is a hit
-    assert kept(decide(step(sets, ngram=12), rows, base=tmp_path)) == [0, 1, 2, 3, 4, 5]
+    assert sorted(verdict.details) == [0, 2, 3]
+    assert kept(decide(step(sets), rows, base=tmp_path)) == [1, 4, 5]
+    assert kept(decide(step(sets, coverage=0.0), rows, base=tmp_path)) == []  # any shared run is a hit
+    assert kept(decide(step(sets, ngram=12), rows, base=tmp_path)) == [0, 1, 3, 4, 5]
 
 
 LEAKS = {
@@ -165,7 +165,7 @@ def test_decontaminate_refuses_bad_settings(tmp_path: Path) -> None:
         step(sets * 2)
     with pytest.raises(ValidationError, match="less than 1"):
         step(sets, coverage=50)
-    assert list(step_identities(step(sets), tmp_path)) == ["mine: mine.jsonl"]
+    assert list(step_identities(step(sets), tmp_path)) == ["rules", "mine: mine.jsonl"]
 
 
 REAL = {
@@ -211,7 +211,7 @@ def test_the_template_of_a_set_is_no_hit(shared_data: Path) -> None:
     actual = decide(step(sets), rows, base=shared_data).notes["sets"]["arc_easy"]
     assert (actual["items_hit"], actual["rows"]) == (27, 24)  # like the fossils, with the same four answers
     counted = decide(step(sets, template=1.0), rows, base=shared_data).notes["sets"]["arc_easy"]
-    assert (counted["items_hit"], counted["rows"]) == (69, 94)  # "Please choose the correct answer to the question"
+    assert (counted["items_hit"], counted["rows"]) == (71, 95)  # "Please choose the correct answer to the question"
 
 
 def test_a_real_item_planted_in_real_rows_is_found(shared_data: Path) -> None:
@@ -322,9 +322,9 @@ def test_identity_is_the_content_of_the_files_not_their_folder(tmp_path: Path) -
         settings = step([write_set(tmp_path / name, {"prompt": text})])
         actual.append(evaluation_set_identities(settings, tmp_path / name, None))
     assert actual[0] == actual[1] != actual[2]
-    assert list(actual[0]) == ["mine: set.jsonl"]
+    assert list(actual[0]) == ["rules", "mine: set.jsonl"]
     hub = step([EvaluationSet(name="gsm8k", revision=REVISION)])
-    assert evaluation_set_identities(hub, tmp_path, None) == {}
+    assert evaluation_set_identities(hub, tmp_path, None) == {"rules": str(decontaminate.RULES)}
 
 
 @pytest.mark.parametrize(
