@@ -6,15 +6,17 @@ the blobs of the Hub's cache, nowhere else. Excluded: the files' contents (``fol
 
 The headers of safetensors files have the names, types and shapes of tensors. A file is 8 bytes (length of the header,
 little-endian), a JSON header with type, shape and place of every tensor, and their bytes. Everything a header says is
-checked against the file's size. Excluded: the tensors' values.
+checked against the file's size, and so are the headers of GGUF files. Excluded: the tensors' values.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import stat
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,3 +264,124 @@ def _require_contiguous(entries: dict[str, Entry], body: int, total: int) -> Non
         position = entry.end
     if position != total:
         raise BadHeader(f"has {total} bytes and its header speaks of {position}")
+
+
+GGUF_SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?", "", "", "Q", "q", "d")))
+"""Number of a field's type → its format in ``struct``; 8 is text and 9 an array."""
+GGUF_TEXT, GGUF_ARRAY = 8, 9
+MOST_DIMENSIONS = 4
+MOST_NESTED = 4
+ALIGNMENT = "general.alignment"
+
+
+class _GgufHeader:
+    """Reads the header of a GGUF file from its bytes (ggml's ``docs/gguf.md``): counts, fields, tensors."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.position = 0
+
+    def number(self, form: str) -> Any:
+        """Return the next number."""
+        size = struct.calcsize(f"<{form}")
+        if self.position + size > len(self.data):
+            raise BadHeader(f"has {len(self.data)} bytes, too few for the tensors and fields in its header")
+        (value,) = struct.unpack_from(f"<{form}", self.data, self.position)
+        self.position += size
+        return value
+
+    def text(self) -> str:
+        """Return the next text."""
+        begin = self.position + 8
+        end = begin + self.number("Q")
+        if end > len(self.data):
+            raise BadHeader(f"has {len(self.data)} bytes and a text in its header that ends at {end}")
+        self.position = end
+        return self.data[begin:end].decode("utf-8", "replace")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        """Return the value of a field of this type; None for an array, which is only passed over."""
+        if kind == GGUF_TEXT:
+            return self.text()
+        if kind != GGUF_ARRAY:
+            if not GGUF_SCALARS.get(kind):
+                raise BadHeader(f"has a field of the unknown type {kind} in its header")
+            return self.number(GGUF_SCALARS[kind])
+        kind, count = self.number("I"), self.number("Q")
+        if depth == MOST_NESTED:
+            raise BadHeader("has arrays in its header that nest without end")
+        if GGUF_SCALARS.get(kind):
+            self.position += count * struct.calcsize(f"<{GGUF_SCALARS[kind]}")
+        elif count > len(self.data) - self.position:
+            raise BadHeader(f"has an array of {count} entries in its header, more than the file has bytes")
+        else:
+            for _ in range(count):
+                self.value(kind, depth + 1)
+        return None
+
+
+def read_gguf_header(file: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """Return the fields (arrays as None) and the tensors of a GGUF file by name, with places in the file.
+
+    Raises ``BadHeader`` for a damaged file, and ``OSError``.
+    """
+    with file.open("rb") as opened:
+        head = opened.read(4)
+        if head != b"GGUF":
+            raise BadHeader(f"begins with {head!r} instead of b'GGUF', so it is no GGUF file")
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _read_gguf(_GgufHeader(data))
+
+
+def _read_gguf(header: _GgufHeader) -> tuple[dict[str, Any], dict[str, Entry]]:
+    total = len(header.data)
+    header.position = 4
+    version, tensors, count = header.number("I"), header.number("Q"), header.number("Q")
+    if version not in (2, 3):
+        raise BadHeader(f"has the version {version}, and versions 2 and 3 are read (little-endian)")
+    # A tensor's entry needs at least 24 bytes and a field at least 12, so huge counts cannot be true.
+    if tensors * 24 + count * 12 > total or not tensors:
+        raise BadHeader(f"has {total} bytes, too few for the tensors and fields in its header")
+    fields = {}
+    for _ in range(count):
+        name = header.text()
+        fields[name] = header.value(header.number("I"))
+    alignment = fields.get(ALIGNMENT, 32)
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise BadHeader(f"has the {ALIGNMENT} {alignment!r}, which is no power of two")
+    listed = [_gguf_tensor(header) for _ in range(tensors)]
+    body = -(-header.position // alignment) * alignment
+    entries: dict[str, Entry] = {}
+    position = 0
+    for name, kind, shape, offset, size in sorted(listed, key=lambda tensor: tensor[3]):
+        if name in entries:
+            raise BadHeader(f"has the tensor {name} twice")
+        if offset % alignment or offset < position:
+            raise BadHeader(f"has a header in which the tensor {name} overlaps another or is not aligned")
+        position = offset + size
+        if body + position > total:
+            raise BadHeader(f"has {total} bytes, and its header speaks of {body + position} for the tensor {name}")
+        entries[name] = Entry(name, kind, shape, body + offset, body + position)
+    return fields, entries
+
+
+def _gguf_tensor(header: _GgufHeader) -> tuple[str, str, tuple[int, ...], int, int]:
+    """Return name, type, shape, offset and bytes of the next tensor. Its first dimension is the length of a row."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    name = header.text()
+    dimensions = header.number("I")
+    if not 1 <= dimensions <= MOST_DIMENSIONS:
+        raise BadHeader(f"has {dimensions} dimensions for the tensor {name}; 1 to {MOST_DIMENSIONS} are possible")
+    shape = tuple(header.number("Q") for _ in range(dimensions))
+    number, offset = header.number("I"), header.number("Q")
+    known = {int(kind): kind for kind in GGMLQuantizationType}
+    if number not in known:
+        raise BadHeader(f"has the tensor {name} of the unknown type {number}")
+    block, size = GGML_QUANT_SIZES[known[number]]
+    if not all(shape) or shape[0] % block:
+        raise BadHeader(
+            f"has the impossible shape {list(shape)} for the tensor {name} of type {known[number].name}, whose rows "
+            f"are multiples of {block}"
+        )
+    return name, known[number].name, shape, offset, math.prod(shape) // block * size

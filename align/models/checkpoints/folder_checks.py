@@ -26,6 +26,7 @@ from align.models.checkpoints.files import (
     BadHeader,
     Entry,
     files_read,
+    read_gguf_header,
     read_header,
     read_object,
     read_optional,
@@ -119,16 +120,37 @@ def check_adapter(adapter: Path) -> None:
 
 
 def check_gguf(gguf: Path) -> None:
-    """Raise ``UserError`` for a file that is not a GGUF, or whose header counts more entries than fit into the file."""
-    with gguf.open("rb") as opened:
-        head = opened.read(24)
-    if head[:4] != b"GGUF":
-        raise UserError(f"{gguf}: begins with {head[:4]!r} instead of b'GGUF', so it is no GGUF file. Fetch it again.")
-    # A tensor's entry needs at least 24 bytes and a field at least 12, so huge counts cannot be true.
-    total = gguf.stat().st_size
-    tensors, fields = (int.from_bytes(head[start : start + 8], "little") for start in (8, 16))
-    if len(head) < 24 or tensors * 24 + fields * 12 > total or not tensors:
-        raise UserError(f"{gguf}: has {total} bytes, too few for the tensors and fields in its header. Fetch it again.")
+    """Raise ``UserError`` for a file that is not a GGUF, or whose header cannot be true of its size.
+
+    Checked are types, shapes and places of all tensors, and the model's sizes in the fields.
+    """
+    try:
+        fields, tensors = read_gguf_header(gguf)
+        _check_gguf_sizes(fields, tensors)
+    except BadHeader as error:
+        raise UserError(f"{gguf}: {error}. Fetch it again.") from None
+
+
+GGUF_SIZES = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length")
+"""Fields behind the name of the architecture that count something."""
+GGUF_EMBEDDING = "token_embd.weight"
+
+
+def _check_gguf_sizes(fields: Mapping[str, Any], tensors: Mapping[str, Entry]) -> None:
+    """Raise ``BadHeader`` for sizes of a model that its tensors contradict."""
+    arch = fields.get("general.architecture")
+    if not isinstance(arch, str):
+        raise BadHeader("has no general.architecture in its header")
+    sizes = {name: fields.get(f"{arch}.{name}") for name in GGUF_SIZES}
+    for name, value in sizes.items():
+        if value is not None and not (type(value) is int and 0 < value < LARGEST_GGUF):
+            raise BadHeader(f"has {arch}.{name} {value!r}, which no model has")
+    layers = sizes["block_count"]
+    if layers is not None and layers > len(tensors):
+        raise BadHeader(f"has {arch}.block_count {layers} and only {len(tensors)} tensors")
+    embedding, width = tensors.get(GGUF_EMBEDDING), sizes["embedding_length"]
+    if embedding is not None and width is not None and embedding.shape[0] != width:
+        raise BadHeader(f"has {arch}.embedding_length {width} and {GGUF_EMBEDDING} of shape {list(embedding.shape)}")
 
 
 COUNTS = (
@@ -137,6 +159,7 @@ COUNTS = (
 )
 """Fields of transformers' configs that count something; null means a default."""
 LAYERS = ("num_hidden_layers", "n_layer")
+LARGEST_GGUF = 2**31
 LARGEST = {"vocab_size": 2**24, "max_position_embeddings": 2**31, "n_positions": 2**31}
 LARGEST_COUNT = 2**20
 """Limit of every other count, above the count of any model."""

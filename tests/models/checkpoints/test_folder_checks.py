@@ -24,6 +24,7 @@ from align.models.checkpoints.files import read_header
 from align.models.checkpoints.folder_checks import ADAPTER_CODE, check_adapter, check_folder
 from align.models.checkpoints.source import identity, resolve
 from align.models.pretrained import open_tokenizer
+from tests.support.models.small_gguf import small_gguf
 
 Change = Callable[[Path], None]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -377,9 +378,45 @@ def test_a_damaged_gguf_is_refused(content: bytes, tmp_path: Path) -> None:
         convert_gguf(gguf, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (small_gguf(size=4 * 34 - 1), r"header speaks of \d+ for the tensor token_embd.weight"),
+        (small_gguf(offset=64), "header speaks of"),
+        (small_gguf(offset=2**62), "header speaks of"),
+        (small_gguf(offset=7), "overlaps another or is not aligned"),
+        (small_gguf(kind=999), "token_embd.weight of the unknown type 999"),
+        (small_gguf(shape=(31, 4)), r"impossible shape \[31, 4\] .* of type Q8_0"),
+        (small_gguf(shape=(32, 0)), "impossible shape"),
+        (small_gguf(shape=(2**62, 2**62)), "header speaks of"),
+        (small_gguf(shape=(32, 1, 1, 2, 2)), "has 5 dimensions"),
+        (small_gguf(shape=()), "has 0 dimensions"),
+        (small_gguf(fields={"llama.block_count": 2**40}), "llama.block_count 1099511627776, which no model has"),
+        (small_gguf(fields={"llama.block_count": 1000}), "llama.block_count 1000 and only 1 tensors"),
+        (small_gguf(fields={"llama.attention.head_count": 0}), "llama.attention.head_count 0, which no model has"),
+        (small_gguf(fields={"llama.embedding_length": 64}), r"embedding_length 64 and token_embd.weight of shape"),
+        (small_gguf(fields={"general.alignment": 33}), "general.alignment 33"),
+        (small_gguf()[:100], "an array of 2 entries"),
+        (b"GGUF" + struct.pack("<IQQ", 1, 1, 0) + bytes(99), "has the version 1"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_plan_refuses_a_gguf_whose_header_is_not_true(content: bytes, message: str, tmp_path: Path) -> None:
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(content)
+    with pytest.raises(UserError, match=rf"source: .*model\.gguf: .*{message}.*Fetch it again"):
+        identity(str(gguf), None, tmp_path)
+
+
+def test_plan_accepts_a_small_gguf(tmp_path: Path) -> None:
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(small_gguf())
+    assert identity(str(gguf), None, tmp_path).startswith("gguf:")
+
+
 def test_what_lies_beside_a_gguf_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf = tmp_path / "model.gguf"
-    gguf.write_bytes(gguf_header(1) + bytes(99))
+    gguf.write_bytes(small_gguf())
     (tmp_path / SETTINGS).write_text('{"auto_map": {"AutoTokenizer": ["m.T", null]}}')
     listings: list[list[str]] = []
 

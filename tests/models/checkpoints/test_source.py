@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import struct
 from pathlib import Path
 
 import pytest
 
 from align.errors import UserError
 from align.models.checkpoints.source import Origin, identity, resolve
+from tests.support.models.small_gguf import small_gguf
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -38,7 +38,7 @@ def test_mistakes(tmp_path: Path, source: str, revision: str | None, message: st
 
 
 def test_forms(tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + bytes(40))
+    (tmp_path / "m.gguf").write_bytes(small_gguf())
     assert resolve(str(tiny_model), None, tmp_path).origin is Origin.FOLDER
     assert resolve("m.gguf", None, tmp_path).origin is Origin.GGUF
     assert resolve("a/b", COMMIT, tmp_path).origin is Origin.HUB
