@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,39 @@ SIDES = (("a", "b"), ("chosen", "rejected"))
 """Names of the two answers in a file."""
 
 
-def read_artifact_pairs(folder: Path, per_prompt: int = 1) -> list[Pair]:
+@dataclass
+class Selection:
+    """Pairs from a source, and what became of the others."""
+
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    """Pairs by id."""
+    prompts: int = 0
+    equal: int = 0
+    """Pairs of equal answers."""
+    without: int = 0
+    """Prompts that make no pair."""
+    surplus: int = 0
+    """Pairs beyond the number per prompt."""
+    repeated: int = 0
+    """Pairs that the source has again."""
+
+    def add(self, pair: Pair) -> None:
+        """Add a pair unless it is there already."""
+        self.repeated += pair.id in self.pairs
+        self.pairs.setdefault(pair.id, pair)
+
+    def explain(self, per_prompt: int = 1) -> list[str]:
+        """Return a line for each reason to skip pairs, with its count."""
+        reasons = [
+            (self.equal, "pairs of equal answers are skipped: no verdict is possible"),
+            (self.without, f"of {self.prompts} prompts have no two different answers, so no pair"),
+            (self.surplus, f"further pairs are not used, because --per-prompt is {per_prompt}"),
+            (self.repeated, "pairs repeat another pair, in the same or the other order"),
+        ]
+        return [f"{count} {text}" for count, text in reasons if count]
+
+
+def read_artifact_pairs(folder: Path, per_prompt: int = 1) -> Selection:
     """Return pairs of the samples in an artifact's folder: of one policy's responses, or of an evaluation's systems.
 
     A hash selects ``per_prompt`` of a prompt's pairs. Equal answers make no pair. Raises ``UserError`` for an artifact
@@ -31,14 +64,20 @@ def read_artifact_pairs(folder: Path, per_prompt: int = 1) -> list[Pair]:
             f"{folder}: has no {SAMPLES}; pairs come from a `sample`, `synthesize` or `evaluate` stage, or from a "
             ".jsonl file."
         )
-    pairs: dict[str, Pair] = {}
+    selection = Selection()
     for place, line in _lines(path):
         candidates = list(_sampled_pairs(line, place) if "texts" in line else _evaluated_pairs(line))
-        candidates.sort(key=lambda pair: share_of("select", pair.id))
-        pairs.update((pair.id, pair) for pair in candidates[:per_prompt])
-    if not pairs:
+        different = [pair for pair in candidates if pair.a.strip() != pair.b.strip()]
+        different.sort(key=lambda pair: share_of("select", pair.id))
+        selection.prompts += 1
+        selection.equal += len(candidates) - len(different)
+        selection.without += not different
+        selection.surplus += max(0, len(different) - per_prompt)
+        for pair in different[:per_prompt]:
+            selection.add(pair)
+    if not selection.pairs:
         raise UserError(f"{path}: no prompt has two different answers, so there is nothing to compare.")
-    return list(pairs.values())
+    return selection
 
 
 def _sampled_pairs(line: Mapping[str, Any], place: str) -> Iterator[Pair]:
@@ -46,8 +85,6 @@ def _sampled_pairs(line: Mapping[str, Any], place: str) -> Iterator[Pair]:
     texts = line["texts"]
     by_model = {"score": line.get("scores"), **(line.get("parts") or {})}
     for first, second in itertools.combinations(range(len(texts)), 2):
-        if texts[first].strip() == texts[second].strip():
-            continue
         scores = {}
         for name, values in by_model.items():
             if values and values[first] is not None and values[second] is not None:
@@ -60,8 +97,6 @@ def _evaluated_pairs(line: Mapping[str, Any]) -> Iterator[Pair]:
     firsts = {name: samples[0] for name, samples in line.get("responses", {}).items() if samples}
     texts = {name: sample["text"] for name, sample in firsts.items() if isinstance(sample.get("text"), str)}
     for first, second in itertools.combinations(texts, 2):
-        if texts[first].strip() == texts[second].strip():
-            continue
         rewards = [firsts[name].get("reward") for name in (first, second)]
         scores = {} if None in rewards else {"reward": (float(rewards[0]), float(rewards[1]))}
         prompt = _prompt(line["prompt"], "samples")
@@ -72,7 +107,7 @@ def make_pair(prompt: list[dict[str, Any]], a: str, b: str, **fields: Any) -> Pa
     return Pair(id=pair_id(prompt, a, b), prompt=prompt, a=a, b=b, **fields)
 
 
-def read_file_pairs(path: Path) -> list[Pair]:
+def read_file_pairs(path: Path) -> Selection:
     """Return the pairs of a file of JSON lines.
 
     A line has ``prompt`` (text or messages), the answers ``a`` and ``b`` or ``chosen`` and ``rejected`` (text or one
@@ -84,17 +119,17 @@ def read_file_pairs(path: Path) -> list[Pair]:
     return parse_pairs(_lines(path), str(path))
 
 
-def parse_pairs(lines: Iterable[tuple[str, Mapping[str, Any]]], source: str) -> list[Pair]:
+def parse_pairs(lines: Iterable[tuple[str, Mapping[str, Any]]], source: str) -> Selection:
     """Return the pairs of lines with their places, as ``read_file_pairs`` reads them; ``source`` names all lines."""
-    pairs: dict[str, Pair] = {}
+    selection = Selection()
     for place, line in lines:
         pair = _file_pair(line, place)
         if pair.a.strip() == pair.b.strip():
             raise UserError(f"{place}: both answers are equal, so no verdict is possible; remove the line.")
-        pairs.setdefault(pair.id, pair)
-    if not pairs:
+        selection.add(pair)
+    if not selection.pairs:
         raise UserError(f"{source}: has no pairs.")
-    return list(pairs.values())
+    return selection
 
 
 def _file_pair(line: Mapping[str, Any], place: str) -> Pair:

@@ -81,6 +81,11 @@ class QuestionQueue:
         repeat = self._due_repeat(own_answers, skipped, 1)
         return None if repeat is None else self.ask(repeat, repeat=True)
 
+    def left_to_others(self, answers: Sequence[Answer]) -> int:
+        """Return the number of pairs that only other annotators answered, and that this one does not get."""
+        total = self.count(answers)[1]
+        return len(self.pairs) - total
+
     def count(self, answers: Sequence[Answer]) -> tuple[int, int]:
         """Return the number of pairs that the annotator has answered, and of those that they have or may get."""
         own_pairs = {answer.pair for answer in answers if answer.annotator == self.annotator}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.annotation.questions import Question, QuestionQueue
+from align.errors import UserError
 from align.store.annotations import (
     DECISIVE,
     AnnotationSet,
@@ -18,6 +19,7 @@ from align.store.annotations import (
     new_id,
     now,
 )
+from align.store.locks import Lock
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,23 @@ class Session:
         self.queue = QuestionQueue(name, self.annotations.pairs(), self.annotations.settings(), annotator)
         self.skipped: set[str] = set()
         self._again: Question | None = None
+        lock = Lock(self.annotations.sessions / annotator)
+        holder = lock.holder() or {}
+        self._hold = lock.try_acquire()
+        """A mark for other sessions of the same pseudonym. It excludes nobody."""
+        self.conflict = ""
+        """A warning if another session of the pseudonym is open; empty without one."""
+        if self._hold is None:
+            place = f" (process {holder['pid']} on {holder.get('host', '?')})" if holder else ""
+            self.conflict = (
+                f"'{annotator}' has another session open{place}. Both ask the same questions. End one of them, or use "
+                "a pseudonym for each person."
+            )
+
+    def close(self) -> None:
+        """End the session for other sessions of the pseudonym."""
+        if self._hold is not None:
+            self._hold.release()
 
     def next(self) -> Question | None:
         """Return the next question, or the question whose answer was undone; None if no question is left."""
@@ -81,16 +100,27 @@ class Session:
 
         Raises:
             ValueError: The verdict has no such choice.
+            UserError: Another session of the pseudonym has answered the question meanwhile.
         """
         present = [answer for answer in self.annotations.answers() if answer.id == identity] if identity else []
         if present:
             return present[0]
         if (reply.choice in ("left", "right")) != (reply.verdict in DECISIVE):
             raise ValueError(f"the verdict {reply.verdict} does not fit the choice {reply.choice}")
+        self._refuse_second_answer(question)
         answer = self._answer_to(question, reply, identity or new_id())
         self.writer.write(answer)
         self._again = None
         return answer
+
+    def _refuse_second_answer(self, question: Question) -> None:
+        """Raise ``UserError`` for a question that the annotator has answered in another session since it was asked."""
+        answers = [answer for answer in self.annotations.answers() if answer.pair == question.pair.id]
+        if any(answer.annotator == self.annotator and answer.repeat == question.repeat for answer in answers):
+            raise UserError(
+                f"'{self.annotator}' has answered this pair in another session meanwhile, so this answer is not kept. "
+                "Two sessions of one pseudonym are open: end one of them, or use a pseudonym for each person."
+            )
 
     def _answer_to(self, question: Question, reply: Reply, identity: str) -> Answer:
         return Answer(
@@ -128,6 +158,17 @@ class Session:
     def count(self) -> tuple[int, int]:
         """Return the number of pairs answered, and of those that the annotator has or may get."""
         return self.queue.count(self.annotations.answers())
+
+    def explain_count(self) -> str:
+        """Return why not all pairs of the set are asked; empty if all are."""
+        others = self.queue.left_to_others(self.annotations.answers())
+        if not others:
+            return ""
+        pairs = len(self.queue.pairs)
+        return (
+            f"{pairs - others} of the {pairs} pairs are for {self.annotator}: others have answered {others}, and only "
+            f"{self.queue.settings.overlap:.0%} of the pairs are for all (--overlap)."
+        )
 
 
 def side_of(question: Question, choice: str) -> Side:

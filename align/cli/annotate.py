@@ -20,9 +20,10 @@ from align.cli.parser import add_store, print_json
 from align.errors import UserError, printable
 
 if TYPE_CHECKING:
+    from align.annotation.pairs import Selection
     from align.annotation.questions import Question
     from align.annotation.session import Reply, Session
-    from align.store.annotations import AnnotationSet, Pair, Verdict
+    from align.store.annotations import AnnotationSet, Verdict
     from align.store.store import Store
 
 BAR = "  | "
@@ -110,8 +111,11 @@ def _change(options: argparse.Namespace, store: Store, annotations: AnnotationSe
     if changes:
         annotations.change_settings(**changes)
     if options.pairs:
-        pairs = _read_pairs(options)
+        selection = _read_pairs(options)
+        pairs = selection.pairs.values()
         print(printable(f"{annotations.add_pairs(pairs)} new pairs of {len(pairs)} in {options.pairs}"))
+        for line in selection.explain(options.per_prompt):
+            print(f"  {line}")
     if options.import_:
         from align.annotation.label_studio import import_tasks
 
@@ -119,7 +123,7 @@ def _change(options: argparse.Namespace, store: Store, annotations: AnnotationSe
         print(printable(f"{new_pairs} new pairs and {new_answers} new answers of {options.import_}"))
 
 
-def _read_pairs(options: argparse.Namespace) -> list[Pair]:
+def _read_pairs(options: argparse.Namespace) -> Selection:
     from align.annotation.pairs import read_artifact_pairs, read_file_pairs
     from align.cli.arguments import find_artifact
 
@@ -165,6 +169,10 @@ class TerminalSession:
     def run(self) -> int:
         """Ask until all are answered or the annotator quits; return exit code 0. Every answer is on disk at once."""
         self._print(HELP)
+        for line in filter(
+            None, (self.session.explain_count(), self.session.conflict and f"! {self.session.conflict}")
+        ):
+            self._print(printable(line))
         try:
             while (question := self.session.next()) is not None:
                 self._show(question)
@@ -174,6 +182,8 @@ class TerminalSession:
                 self._print("No question is left.")
         except KeyboardInterrupt:
             self._print("")
+        finally:
+            self.session.close()
         answered, total = self.session.count()
         self._print(f"{answered} of {total} pairs answered by {self.session.annotator}. The same command continues.")
         return 0
@@ -200,7 +210,10 @@ class TerminalSession:
                 verdict, choice = VERDICTS[key]
                 seconds = max(0.0, self.clock() - started)
                 reply: Reply = Reply(verdict, choice, notes.tags, notes.rewrite, notes.comment, seconds)
-                self.session.answer(question, reply)
+                try:
+                    self.session.answer(question, reply)
+                except UserError as error:
+                    self._print(f"! {error}")
                 return True
             if key == "s":
                 self.session.skip(question)
@@ -265,8 +278,8 @@ def _single_keys(source: TextIO) -> Iterator[int]:
     descriptor = source.fileno()
     before = termios.tcgetattr(descriptor)
     try:
-        # TCSADRAIN: keys that were typed ahead stay.
-        tty.setcbreak(descriptor, termios.TCSADRAIN)
+        # TCSAFLUSH: keys that were pressed before the question was open answer nothing.
+        tty.setcbreak(descriptor, termios.TCSAFLUSH)
         yield descriptor
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

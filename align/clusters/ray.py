@@ -277,7 +277,7 @@ def run_tasks(pipeline: Pipeline, ready: Prepared, listener: Listener) -> Run:
     with (
         StopRequest().handle_signals(signal.SIGUSR1) as stop,
         ray_client.connected(executor_settings(pipeline, RayExecutor).address) as ray,
-        store.use(pipeline.name, pipeline.references, pipeline.plain),
+        store.use(pipeline.name, pipeline.references, pipeline.plain, module_folders()),
     ):
         queue = RayQueue(ray, pipeline, store, _note_folder(store, pipeline.name), stop=stop)
         # All tasks at once: each waits for its inputs, and Ray places them as resources become free.

@@ -11,6 +11,7 @@ from align.clusters.follow import JobFollower, JobResult, JobState, SchedulerErr
 from align.clusters.slurm_commands import check_cluster
 from align.clusters.slurm_submission import ABOUT, StageJob, Submission, sbatch_options, submissions, write_script
 from align.config.runtime.executor import SlurmExecutor
+from align.config.user_functions import module_folders
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.runner.listener import Listener
@@ -119,7 +120,7 @@ def _submit(run: SubmittedRun, nodes: list[Node], force: set[str]) -> None:
             stage = node.name
             slurm_commands.check(*requests[stage])
         # From here on the run's record keeps ``gc`` from what the jobs need.
-        store.remember_run(pipeline.name, pipeline.references, pipeline.plain)
+        store.remember_run(pipeline.name, pipeline.references, pipeline.plain, module_folders())
         # 2. Stages come in the pipeline's order, so the jobs that one depends on have numbers.
         for node in nodes:
             stage = node.name

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.config.user_functions import module_folders
 from align.config.validation import suggest
 from align.errors import NO_SPACE, StageFailed, UserError, no_space, with_article
 from align.evaluation.scorecard import Scorecard
@@ -164,7 +165,7 @@ def run_pipeline(
         with (
             requests as stop,
             # While stages run, ``gc`` on any machine keeps this run's artifacts, future artifacts included.
-            ready.store.use(pipeline.name, pipeline.references, pipeline.plain),
+            ready.store.use(pipeline.name, pipeline.references, pipeline.plain, module_folders()),
             _forked_stages(pipeline, ready.wanted),
         ):
             return _run_stages(pipeline, ready, only, listener, stop)

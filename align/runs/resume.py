@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.config.user_paths import locate
 from align.config.yaml import dump_yaml
 from align.errors import StageFailed, UserError
 from align.pipeline.file import settle_pipeline
@@ -48,7 +47,7 @@ def console_path(store: Store, run: str) -> Path:
 def resume_run(run: RunOutline, store: Store, seconds: float = SECONDS_TO_START) -> Resumed:
     """Start ``align run`` with the stored pipeline, detached from this process.
 
-    Relative paths of the pipeline start at the current folder, as they did when it ran.
+    Relative paths of the pipeline start at the folder where the run was started.
 
     Raises:
         UserError: if a stage runs already, if nothing is left to do, or if the pipeline has other keys than the run,
@@ -72,8 +71,7 @@ def resume_run(run: RunOutline, store: Store, seconds: float = SECONDS_TO_START)
 
 def _complete_paths(run: RunOutline) -> dict[str, Any]:
     """Return the stored pipeline with absolute paths: its file lies in another folder than the first one."""
-    located = locate(dict(run.pipeline), Path.cwd() / f"{run.name}.yaml")
-    return settle_pipeline(located, Path("/"), run.name)
+    return settle_pipeline(run.located(), Path("/"), run.name)
 
 
 def _check_keys(run: RunOutline, file: Path) -> None:
@@ -84,8 +82,8 @@ def _check_keys(run: RunOutline, file: Path) -> None:
     if changed:
         raise UserError(
             f"{run.name}: the stage '{changed[0]}' has another key now, so it would not be resumed. Its files or its "
-            f"code have changed, or its paths start at another folder than {Path.cwd()}. Continue it with `align run` "
-            "and its pipeline file."
+            f"code have changed, or its paths start at another folder than {run.folder or Path.cwd()}. Continue it "
+            "with `align run` and its pipeline file."
         )
 
 

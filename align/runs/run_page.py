@@ -6,6 +6,7 @@ The page is ``<store>/reports/<run>/report.html``, with its figures and tables n
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.config.base import input_fields, names_in_block
+from align.config.user_functions import add_module_folders
+from align.config.user_paths import locate
 from align.config.validation import suggest
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
@@ -42,6 +45,16 @@ class RunOutline:
     name: str
     stages: Mapping[str, tuple[str, str]]
     pipeline: Mapping[str, Any]
+    folder: str = ""
+    """Folder where it was started, at which relative paths start; empty for the current one."""
+    modules: tuple[str, ...] = ()
+    """Further folders with Python modules that the pipeline names."""
+
+    def located(self) -> dict[str, Any]:
+        """Return the pipeline with its paths marked with their folder, and have its modules found."""
+        folder = Path(self.folder) if os.path.isdir(self.folder) else Path.cwd()
+        add_module_folders([*([] if folder == Path.cwd() else [str(folder)]), *self.modules])
+        return dict(locate(dict(self.pipeline), folder / f"{self.name}.yaml"))
 
     def inputs(self, stage: str) -> list[str]:
         """Return the names of the stages that ``stage`` reads; empty if its kind cannot be imported here."""
@@ -118,7 +131,8 @@ def find_run(word: str, store: Store) -> RunOutline:
 def stored_outline(name: str, entry: Mapping[str, Any]) -> RunOutline:
     """Return the outline of a run from the store's entry about it."""
     stages = {stage: (link["kind"], link["key"]) for stage, link in entry.get("stages", {}).items()}
-    return RunOutline(name, stages, entry.get("pipeline") or {})
+    modules = tuple(entry.get("modules", ()))
+    return RunOutline(name, stages, entry.get("pipeline") or {}, entry.get("folder", ""), modules)
 
 
 def finished_artifacts(run: RunOutline, store: Store) -> dict[str, Artifact]:

@@ -5,6 +5,7 @@ A set is the folder ``annotations/<set>/``:
 - ``settings.json``: how questions are selected
 - ``pairs/<digest>.jsonl``: pairs, one a line; every import adds a file
 - ``answers/<annotator>/<session>.jsonl``: entries of one session of an annotator, one a line
+- ``sessions/<annotator>``: the lock of an open session, which only lets another session of the annotator know
 
 Each process writes a file of its own, so any number of processes on any number of machines annotate at once without a
 lock. An entry is on disk before the next question appears. The last line of a killed process may be torn; it was never
@@ -167,6 +168,11 @@ class AnnotationSet:
         self.folder = root / ANNOTATIONS / name
 
     @property
+    def sessions(self) -> Path:
+        """Folder with the locks of open sessions, by annotator."""
+        return self.folder / "sessions"
+
+    @property
     def exists(self) -> bool:
         """True if the set has pairs."""
         return any((self.folder / "pairs").glob("*.jsonl"))
@@ -277,6 +283,7 @@ class AnnotationSet:
             raise UserError(f"annotations {self.name}: there are no answers of '{annotator}'; answers are by {names}.")
         count = sum(answer.annotator == annotator for answer in self.answers())
         shutil.rmtree(folder)
+        shutil.rmtree(self.sessions / annotator, ignore_errors=True)
         sync_folder(folder.parent)
         return count
 

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,10 @@ class RunRecord(BaseModel):
     stages: dict[str, StageReference]
     pipeline: dict[str, Any]
     """As parsed YAML."""
+    folder: str = ""
+    """Folder where the run was started, at which relative paths of the pipeline start; empty in older records."""
+    modules: list[str] = []
+    """Further folders with Python modules that the pipeline names."""
 
 
 class DamagedRun(UserError):
@@ -162,10 +166,11 @@ class DamagedRun(UserError):
         )
 
 
-def write_run(root: Path, name: str, stages: Stages, pipeline: dict[str, Any]) -> None:
-    """Record that the run ``name`` reaches ``stages``; ``root`` is the store's folder."""
+def write_run(root: Path, name: str, stages: Stages, pipeline: dict[str, Any], modules: Sequence[str] = ()) -> None:
+    """Record that the run ``name`` reaches ``stages``; ``root`` is the store's folder, ``modules`` as in the record."""
     (root / RUNS).mkdir(exist_ok=True)
     record = {"name": name, "when": time.time(), "stages": stages, "pipeline": pipeline}
+    record |= {"folder": str(Path.cwd()), "modules": list(modules)}
     write_sealed(root / RUNS / f"{name}.json", record)
 
 

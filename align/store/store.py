@@ -24,7 +24,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -354,15 +354,15 @@ class Store:
         return find_problems(artifact, thorough)
 
     @with_retry
-    def remember_run(self, name: str, stages: Stages, pipeline: dict[str, Any]) -> None:
-        """Record what a named run reaches, for ``gc``, ``plan`` and ``explain``."""
-        write_run(self.root, name, stages, pipeline)
+    def remember_run(self, name: str, stages: Stages, pipeline: dict[str, Any], modules: Sequence[str] = ()) -> None:
+        """Record what a named run reaches, for ``gc``, ``plan`` and ``explain``; ``modules`` are folders of modules."""
+        write_run(self.root, name, stages, pipeline, modules)
 
     @contextlib.contextmanager
-    def use(self, name: str, stages: Stages, pipeline: dict[str, Any]) -> Iterator[None]:
+    def use(self, name: str, stages: Stages, pipeline: dict[str, Any], modules: Sequence[str] = ()) -> Iterator[None]:
         """Record a run, and hold a lease on its stages while inside the context."""
         with self.leases.hold(name, stages):
-            self.remember_run(name, stages, pipeline)
+            self.remember_run(name, stages, pipeline, modules)
             yield
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import APIRouter
@@ -15,12 +16,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from align.annotation.label_studio import add_tasks, export_tasks
-from align.annotation.pairs import SAMPLES, parse_pairs, read_artifact_pairs
+from align.annotation.pairs import SAMPLES, Selection, parse_pairs, read_artifact_pairs
 from align.annotation.questions import Question
 from align.annotation.report import make_report, report_lines
 from align.annotation.session import Reply, Session
 from align.errors import UserError
-from align.store.annotations import AnnotationSet, Pair, Verdict, check_name, find_set, list_sets
+from align.store.annotations import AnnotationSet, Verdict, check_name, find_set, list_sets
 from align.store.json_files import DamagedFile, parse_json, parse_object
 from align.studio.context import NotFound, StudioContext, checked_name
 
@@ -150,13 +151,13 @@ class Annotations:
         """Add pairs to a set, which is made if there is none."""
         self.context.require_writable()
         annotations = AnnotationSet(self.root, check_name(name, "The set"))
-        pairs = self._read_pairs(request)
+        selection = self._read_pairs(request)
         self._change(annotations, request.settings)
-        added = annotations.add_pairs(pairs)
+        added = annotations.add_pairs(selection.pairs.values())
         self._forget(name)
-        return {"added": added, "read": len(pairs)}
+        return {"added": added, "read": len(selection.pairs), "skipped": selection.explain(request.per_prompt)}
 
-    def _read_pairs(self, request: NewPairs) -> list[Pair]:
+    def _read_pairs(self, request: NewPairs) -> Selection:
         if (request.lines is None) == (request.run is None or request.stage is None):
             raise UserError("Name a run and a stage, or give lines of pairs.")
         if request.lines is not None:
@@ -194,6 +195,12 @@ class Annotations:
             question = session.question_of(request.pair)
             if question is None:
                 raise NotFound(f"The set '{name}' has no pair '{request.pair[:40]}'.")
+            due = session.next()
+            if due is not None and due.pair.id == request.pair:
+                question = due
+            elif question.repeat:
+                # The pair was answered meanwhile, and its hidden duplicate is not due: this is no second showing.
+                question = replace(question, repeat=False)
             reply = Reply(
                 request.verdict, request.choice, request.tags, request.rewrite, request.comment, request.seconds
             )
@@ -266,7 +273,7 @@ class Annotations:
         """Open the sessions of a set anew, because its pairs, settings or answers have changed."""
         with self._lock:
             for key in [key for key in self._sessions if key[0] == name]:
-                del self._sessions[key]
+                self._sessions.pop(key).session.close()
 
 
 class _OpenSession:
@@ -293,6 +300,7 @@ def _questions_json(session: Session) -> dict[str, Any]:
         "following": _question_json(following),
         "done": done,
         "total": total,
+        "notes": [text for text in (session.explain_count(), session.conflict) if text],
     }
 
 

@@ -325,7 +325,7 @@ class StoreTools:
 
     def _pipeline(self, run: str) -> Pipeline:
         outline: RunOutline = self._find(run)[0].outline
-        return Pipeline(dict(outline.pipeline), outline.name)
+        return Pipeline(outline.located(), outline.name)
 
 
 def _finding(content: dict[str, Any]) -> dict[str, Any]:

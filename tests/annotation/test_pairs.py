@@ -29,14 +29,20 @@ def test_samples_of_a_stage_keep_their_scores(tmp_path: Path) -> None:
         "parts": {"rm": [0.5, 0.5, 2.0]},
     }
     write(tmp_path / "samples.jsonl", [line, {**line, "texts": ["same", "same", "same"]}])
-    pairs = read_artifact_pairs(tmp_path, per_prompt=5)
+    selection = read_artifact_pairs(tmp_path, per_prompt=5)
+    pairs = list(selection.pairs.values())
+    assert selection.explain() == [
+        "4 pairs of equal answers are skipped: no verdict is possible",
+        "1 of 2 prompts have no two different answers, so no pair",
+    ]
     assert [(pair.a, pair.b) for pair in pairs] in (
         [("red", "blue"), ("red ", "blue")],
         [("red ", "blue"), ("red", "blue")],
     )
     assert pairs[0].scores == {"rm": (0.5, 2.0)} and pairs[0].systems is None
-    (one,) = read_artifact_pairs(tmp_path)
-    assert one == pairs[0]
+    selection = read_artifact_pairs(tmp_path)
+    assert list(selection.pairs.values()) == pairs[:1]
+    assert "1 further pairs are not used, because --per-prompt is 1" in selection.explain()
 
 
 def test_systems_of_an_evaluation_are_compared(tmp_path: Path) -> None:
@@ -51,7 +57,7 @@ def test_systems_of_an_evaluation_are_compared(tmp_path: Path) -> None:
         },
     }
     write(tmp_path / "samples.jsonl", [line])
-    (pair,) = read_artifact_pairs(tmp_path)
+    (pair,) = read_artifact_pairs(tmp_path).pairs.values()
     assert (pair.a, pair.b, pair.systems) == ("red", "blue", ("sft", "ppo"))
     assert pair.scores == {"reward": (1.0, 2.0)}
     assert names_of([pair]) == ["ppo", "sft"]
@@ -70,7 +76,7 @@ def test_file_of_pairs_is_read_in_both_spellings(tmp_path: Path) -> None:
         {"prompt": "p", "a": "x", "b": "y", "systems": ["m", "n"], "scores": {"r": [1, 2]}, "gold": "b"},
         {"prompt": PROMPT, "chosen": [{"role": "assistant", "content": "x"}], "rejected": "y"},
     ]
-    first, second = read_file_pairs(write(tmp_path / "pairs.jsonl", lines))
+    first, second = read_file_pairs(write(tmp_path / "pairs.jsonl", lines)).pairs.values()
     assert first.prompt == [{"role": "user", "content": "p"}]
     assert (first.systems, first.scores, first.gold) == (("m", "n"), {"r": (1.0, 2.0)}, "b")
     assert (second.a, second.b, second.gold) == ("x", "y", None)

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from align.annotation.session import Reply, Session
 from align.cli.main import main
 from align.data.rows import read_rows
+from align.errors import UserError
 from align.store.annotations import AnnotationSet
 
 Run = Callable[..., int]
@@ -129,6 +131,58 @@ def test_single_keys_work_in_a_terminal(pairs: Path, tmp_path: Path) -> None:
     answers = AnnotationSet(tmp_path / "store", "s").answers()
     assert [(answer.verdict, answer.comment) for answer in answers] == [("better", "good"), ("tie", "")]
     assert "2 of 20 pairs answered by ann" in shown
+
+
+def test_keys_before_the_question_answer_nothing(pairs: Path, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    command = [sys.executable, "-m", "align.cli.main", "annotate", "s", "--store", store, "--pairs", str(pairs)]
+    controller, terminal = pty.openpty()
+    os.write(controller, b"2222")  # while Python still starts
+    process = subprocess.Popen(
+        [*command, "--name", "ann"], stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True
+    )
+    os.close(terminal)
+    shown = _type_keys(controller, [b"3", b"q"])
+    assert process.wait(60) == 0
+    assert [answer.verdict for answer in AnnotationSet(tmp_path / "store", "s").answers()] == ["tie"]
+    assert "1 of 20 pairs answered by ann" in shown
+
+
+def test_pairs_that_are_not_asked_are_explained(
+    annotate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"prompt": f"Q{number % 14}", "a": f"yes {number % 14}", "b": "no"} for number in range(17)]
+    lines[16] |= {"a": "no", "b": "yes 2"}  # the same pair in the other order
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    annotate("--pairs", str(source), "--name", "ann", "--overlap", "0", "--duplicates", "0", keys="22222q")
+    out = capsys.readouterr().out
+    assert "14 new pairs of 14 in" in out and "  3 pairs repeat another pair, in the same or the other order\n" in out
+    assert "for ann" not in out
+    annotate("--name", "bob", keys="q")
+    out = capsys.readouterr().out
+    assert "9 of the 14 pairs are for bob: others have answered 5, and only 0% of the pairs are for all" in out
+    assert "0 of 9 pairs answered by bob" in out
+
+
+def test_second_session_of_a_pseudonym_is_named(
+    annotate: Run, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotate("--pairs", str(pairs), "--duplicates", "0")
+    first = Session(tmp_path / "store", "helpful-1", "ann")
+    question = first.next()
+    assert question is not None and not first.conflict
+    assert not Session(tmp_path / "store", "helpful-1", "bob").conflict
+    annotate("--name", "ann", keys="2q")
+    out = capsys.readouterr().out
+    assert f"! 'ann' has another session open (process {os.getpid()} on " in out
+    # The other session has answered the question that this one shows.
+    with pytest.raises(UserError, match="'ann' has answered this pair in another session meanwhile"):
+        first.answer(question, Reply("tie"))
+    assert [answer.verdict for answer in first.annotations.answers()] == ["better"]
+    first.close()
+    annotate("--name", "ann", keys="q")
+    assert "another session" not in capsys.readouterr().out
 
 
 def _type_keys(controller: int, keys: list[bytes]) -> str:

@@ -14,6 +14,7 @@ from mcp import Client, StdioServerParameters
 
 from align import Pipeline
 from align.cli.main import main
+from align.config.user_functions import FOLDERS, module_folders
 from align.errors import UserError
 from align.runner.runner import run_pipeline
 from align.store.rollouts import RolloutFiles, make_table, write_rollouts
@@ -228,3 +229,29 @@ def test_writes_stop_a_run_and_resume_it(store: Path) -> None:
 def test_json_option_is_refused(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mcp", "--store", str(store), "--json"]) == 2
     assert "its output is the protocol's" in capsys.readouterr().err
+
+
+def test_plan_reads_files_of_the_pipelines_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The assistant starts the command in a folder of its own; the run was started in the pipeline's."""
+    monkeypatch.setenv(FOLDERS, "")
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "own_reward_of_project.py").write_text("def score(row, response):\n    return 1.0\n")
+    (project / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    (project / "p.yaml").write_text(
+        "name: own\nstages:\n  data: {dataset: rows.jsonl, test_size: 0}\n  model: {source: tiny}\n"
+        "  grpo: {policy: model, prompts: data, score: own_reward_of_project:score, updates: 1}\n"
+    )
+    monkeypatch.chdir(project)
+    pipeline = Pipeline.load("p.yaml")
+    Store.open(tmp_path / "store").remember_run("own", pipeline.references, pipeline.plain, module_folders())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if "project" not in folder])
+    server = create_server(StudioContext(Store.open(tmp_path / "store")))
+    result = connect(server, lambda client: client.call_tool("plan_run", {"run": "own"}))
+    assert not result.is_error, result.content[0].text
+    stages = json.loads(result.content[0].text)["stages"]
+    assert [(stage["stage"], stage["action"]) for stage in stages] == [(name, "run") for name in pipeline.nodes]
+    assert Store.open(tmp_path / "store").runs()["own"]["folder"] == str(project)

@@ -28,9 +28,12 @@ def echo(body: dict[str, Any]) -> dict[str, Any]:
 
 
 class FakeChat:
-    """Listens on a port, by default a free one. ``reply(body)`` gives JSON, bytes, or (status, content[, headers]) of each completion."""
+    """Listens on a port, by default a free one.
 
-    def __init__(self, reply: Callable[[dict[str, Any]], Reply] = echo, delay: float = 0.0, port: int = 0) -> None:
+    ``reply(body)`` gives JSON, bytes, or (status, content[, headers]) of each completion.
+    """
+
+    def __init__(self, reply: Callable[[dict[str, Any]], Reply] = echo, delay: float = 0, port: int = 0) -> None:
         self.reply, self.delay = reply, delay
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []

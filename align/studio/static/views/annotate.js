@@ -74,7 +74,7 @@ function pairsForm(name, sources, done) {
     if (!request.lines) request.per_prompt = Number(fields.get("per_prompt"));
     const added = await post(path("annotate", set, "pairs"), request);
     done(set);
-    return `${plural(added.added, "new pair")} of ${added.read}.`;
+    return [`${plural(added.added, "new pair")} of ${added.read}`, ...added.skipped].join("; ") + ".";
   });
   return [form, note];
 }

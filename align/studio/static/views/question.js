@@ -34,6 +34,7 @@ class Questions {
     this.count = element("span", { class: "small num", id: "count" });
     this.meter = element("progress", { max: 1, value: "0", "aria-label": "Pairs answered" });
     this.message = element("div");
+    this.hints = element("div", { id: "hints", role: "note" });
     this.body = element("div", { class: "question" });
     this.tags = element("input", {
       id: "tags",
@@ -103,6 +104,7 @@ class Questions {
         this.status,
       ),
       this.message,
+      this.hints,
       this.body,
       this.panel,
     );
@@ -197,6 +199,7 @@ class Questions {
   accept(state) {
     const { question } = this.state;
     this.state = state;
+    replace(this.hints, ...state.notes.map((text) => element("p", { class: "small" }, text)));
     // Answers that the studio does not have yet are answered all the same.
     const answered = new Set(this.outbox.map((each) => each.pair));
     while (this.state.question && answered.has(this.state.question.pair)) {
