@@ -43,5 +43,24 @@ def test_system_that_always_wins_has_a_finite_strength() -> None:
     assert np.isfinite(fitted.systems["x"].high)
 
 
+def test_interval_spans_both_units_of_two() -> None:
+    fitted = strengths([Game("x", "y", 1.0, "first"), Game("x", "y", 0.0, "second")], resamples=50)
+    assert fitted is not None
+    # With two units the interval reaches from the lowest draw to the highest: the lost unit twice, the won unit twice.
+    # x on the left wins twice: strength s, -s for y, and position s too. The highest posterior has
+    # 2 * (1 - sigmoid(s + s + s)) = 0.01 * s, about s = 1.95.
+    interval = fitted.systems["x"]
+    assert 2 * (1 - 1 / (1 + math.exp(-3 * interval.high))) == pytest.approx(0.01 * interval.high, rel=1e-6)
+    assert (interval.low, interval.value, interval.n) == (pytest.approx(-interval.high), pytest.approx(0, abs=1e-9), 2)
+    assert fitted.systems["y"].high == pytest.approx(interval.high)
+
+
+def test_interval_of_one_unit_has_no_bounds() -> None:
+    fitted = strengths([Game("x", "y", 1.0, "pair"), Game("y", "x", 0.0, "pair")], resamples=3)
+    assert fitted is not None
+    for estimate in (*fitted.systems.values(), fitted.position):
+        assert (estimate.low, estimate.high, estimate.n) == (-math.inf, math.inf, 1)
+
+
 def test_one_system_has_no_strength() -> None:
     assert strengths([]) is None

@@ -37,6 +37,29 @@ def test_kind_tells_right_from_wrong(kind: str) -> None:
     assert not satisfies({"kind": kind, **arguments}, "")
 
 
+@pytest.mark.parametrize(
+    ("response", "count"),
+    [
+        ("Cats purr.", 1),
+        ("Cats purr. Dogs bark!\nWho sings?", 3),
+        ("Really?! Wait...", 2),  # a run of marks is one end
+        ('"Cats purr. Dogs bark."', 2),  # quotation marks around the whole
+        ("“Cats purr. Dogs bark.”", 2),
+        (' " Cats purr. Dogs bark. " ', 2),  # with space on both sides of each mark
+        ('He said "Go." She went.', 2),  # the quotation mark ends the sentence before the space does
+        ("He said “Go.” She went.", 2),
+        ("Pi is 3.14 or so.", 1),  # no space after the point
+        ("Cats purr. Dogs bark", None),  # the last sentence has no end
+        ("Cats purr. Dogs bark,", None),
+        ("Cats purr", None),
+        ("", None),
+    ],
+)
+def test_sentences_end_with_marks_before_space(response: str, count: int | None) -> None:
+    counts = [n for n in range(5) if satisfies({"kind": "sentence_count", "count": n}, response)]
+    assert counts == ([] if count is None else [count])
+
+
 def test_ifeval_checker_and_the_ones_that_need_downloads() -> None:
     no_comma = {"kind": "ifeval", "id": "punctuation:no_comma", "args": {}}
     assert satisfies(no_comma, "a b")

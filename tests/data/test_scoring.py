@@ -253,6 +253,18 @@ def test_timeout_of_the_function_itself_is_its_own() -> None:
 
     with pytest.raises(ScoreFailed, match="TimeoutError: the service"):
         FunctionScorer("f", give_up, label="f", timeout=5).score(ROWS[:1], ["a"])
+def test_sum_of_steps_is_of_the_same_response() -> None:
+    def steps(rows: list[dict[str, Any]], responses: list[str]) -> list[Any]:
+        return [[1.0, 2.0], [10.0], {"score": [4.0, 8.0, 16.0], "depth": 5.0}]
+
+    parts = FunctionScorer("f", steps, separator="|").score_parts(ROWS, ["a|b", "c", "d|e|f"])
+    # 1 + 2; 10; 4 + 8 + 16
+    assert parts[""] == [3.0, 10.0, 28.0]
+    assert parts["steps"] == [2.0, 1.0, 3.0]
+    assert math.isnan(parts["depth"][0]) and parts["depth"][2] == 5.0
+    # Without a separator a list is no score.
+    with pytest.raises(UserError, match=r"returned \[1.0, 2.0\] for row 0; it must return finite numbers"):
+        FunctionScorer("f", steps).score_parts(ROWS, ["a|b", "c", "d|e|f"])
 
 
 def test_retries_need_a_function_of_one_response() -> None:

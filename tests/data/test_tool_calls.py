@@ -201,3 +201,20 @@ def test_the_template_shows_the_format() -> None:
     }
     assert {name: detect_format(text).name for name, text in shown.items()} == {name: name for name in FORMATS}
     assert detect_format("<|im_start|>") is None
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("<|python_tag|>", "llama3"),
+        ('<|python_tag|> {"parameters": {}}', "llama3"),
+        ('<|start_header_id|> {"parameters": {}}', "llama3"),
+        # Llama 3's first template calls nothing, and others call with a mapping of parameters.
+        ("<|start_header_id|>", None),
+        ('{"parameters": {}}', None),
+        ("<|python_tag|><tool_call>", "hermes"),
+    ],
+)
+def test_llama_3_is_its_tag_or_header_and_parameters(template: str, name: str | None) -> None:
+    detected = detect_format(template)
+    assert (detected and detected.name) == name

@@ -248,7 +248,7 @@ def _candidates(columns: Sequence[ColumnFacts], count: int) -> Iterator[tuple[st
         for option in ({}, {"options": {"first_choice": first_choice}}):
             yield "prompts", {"format": "multiple_choice", "columns": questions, **option}
     # Last, single columns under their usual names.
-    if prompt and answer and answer.name != prompt.name:
+    if prompt and answer:
         yield "instructions", {"columns": {"prompt": prompt.name, "completion": answer.name}}
     if prompt:
         yield "prompts", {"columns": {"prompt": prompt.name}}
