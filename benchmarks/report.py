@@ -3,11 +3,11 @@
     python -m benchmarks.report [--steps 10000] [--samples 2000] [--tokens 96] [--rounds 3] [--folder DIR]
 
 The run is made up: six stages, of which four log ``--steps`` steps each (PPO with 40 metrics, the others with 10), and
-an evaluation of four systems with ``--samples`` prompts, a response of ``--tokens`` tokens with its KL by token from
-each, and four tasks. Writing is timed in a process of its own, without its imports, which are timed apart; ``cpu`` is
-its processor time, which is comparable on a machine that others use too. A page is usable when it is loaded and painted
-and has answered one word typed into the samples' filter; that is timed in the page itself, from the start of the
-navigation. Without Chromium and chromedriver the page is only written.
+an evaluation of four systems with ``--samples`` prompts, a response of ``--tokens`` tokens from each (with its KL by
+token to the first 2,000 prompts), and four tasks. Writing is timed in a process of its own, without its imports, which
+are timed apart; ``cpu`` is its processor time, which is comparable on a machine that others use too. A page is usable
+when it is loaded and painted and has answered one word typed into the samples' filter; that is timed in the page
+itself, from the start of the navigation. Without Chromium and chromedriver the page is only written.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ STAGES: dict[str, tuple[Kind, tuple[str, ...], int]] = {
     "evaluate": (Kind.SCORECARD, ("model", "sft", "dpo", "ppo"), 0),
 }
 """Stage → what it makes, what it reads, how many metrics it logs a step."""
+KL_PROMPTS = 2_000
+"""Prompts whose responses have KL by token; an evaluation stores them for the first prompts only."""
+Draws = dict[str, dict[str, list[float]]]
+"""System → metric → a number for each prompt."""
 
 
 def prepare(folder: Path, steps: int, samples: int, tokens: int) -> None:
@@ -61,28 +65,42 @@ def prepare(folder: Path, steps: int, samples: int, tokens: int) -> None:
                 values = {name: math.exp(-step / steps) + rng.gauss(0, 0.1) for name in names}
                 file.write(json.dumps({"event": "metrics", "time": step / 7, "step": step, **values}) + "\n")
                 file.write(json.dumps({"event": "progress", "time": step / 7, "done": step, "total": steps}) + "\n")
-    (folder / "evaluate" / "scorecard.json").write_text(json.dumps(scorecard(rng, samples)))
-    with (folder / "evaluate" / "samples.jsonl").open("w") as file:
+    draws: Draws = {}
+    for name in SYSTEMS:
+        draws[name] = {metric: [rng.random() for _ in range(samples)] for metric in ("gold", "reward", "length", "kl")}
+        draws[name]["finished"] = [float(rng.random() < 0.9) for _ in range(samples)]
+    (folder / "evaluate" / "scorecard.json").write_text(json.dumps(scorecard(rng, draws, samples)))
+    lines = (folder / "evaluate" / "samples.jsonl").open("w")
+    items = (folder / "evaluate" / "items.jsonl").open("w")
+    with lines, items:
         for index in range(samples):
-            file.write(json.dumps(sample(rng, index, tokens)) + "\n")
+            line = sample(rng, draws, index, tokens)
+            lines.write(json.dumps(line) + "\n")
+            values = {name: {m: [numbers[index]] for m, numbers in draws[name].items()} for name in SYSTEMS}
+            items.write(json.dumps({name: line[name] for name in ("task", "id", "source")} | {"values": values}) + "\n")
 
 
-def sample(rng: random.Random, index: int, tokens: int) -> dict[str, Any]:
-    """A line of ``samples.jsonl`` with numbers by token."""
+def sample(rng: random.Random, draws: Draws, index: int, tokens: int) -> dict[str, Any]:
+    """A line of ``samples.jsonl``, with numbers by token if it is among the first."""
     responses = {}
     for name in SYSTEMS:
         words = [f"{rng.choice(WORDS)} " for _ in range(tokens)]
-        responses[name] = [{
-            "text": "".join(words), "tokens": tokens, "finished": rng.random() < 0.9, "gold": rng.random(),
-            "reward": rng.gauss(0, 1), "kl": rng.random() * 9,
-            "token_kl": [[word, rng.gauss(0, 0.3)] for word in words],
-        }]  # fmt: skip
+        numbers = {metric: draws[name][metric][index] for metric in ("gold", "reward", "kl")}
+        response: dict[str, Any] = {
+            "text": "".join(words),
+            "tokens": tokens,
+            "finished": bool(draws[name]["finished"][index]),
+            **numbers,
+        }
+        if index < KL_PROMPTS:
+            response["token_kl"] = [[word, rng.gauss(0, 0.3)] for word in words]
+        responses[name] = [response]
     prompt = [{"role": "user", "content": " ".join(rng.choice(WORDS) for _ in range(40))}]
     return {"task": "prompts", "id": str(index), "source": f"source {index % 20}", "prompt": prompt,
             "responses": responses}  # fmt: skip
 
 
-def scorecard(rng: random.Random, prompts: int) -> dict[str, Any]:
+def scorecard(rng: random.Random, draws: Draws, prompts: int) -> dict[str, Any]:
     """A scorecard of the prompt set and four tasks, by the evaluation's own code."""
     from align.evaluation.answers import Item, Measured
     from align.evaluation.comparisons import Resampling
@@ -99,18 +117,17 @@ def scorecard(rng: random.Random, prompts: int) -> dict[str, Any]:
             self.primary = "metric_0"
             self.items = [Item(f"{name}-{index}", f"source {index % 12}", []) for index in range(500)]
 
-    def draw(count: int, rate: bool) -> list[list[float]]:
-        return [[float(rng.random() < 0.5) if rate else rng.random()] for _ in range(count)]
+    def draw(count: int) -> list[list[float]]:
+        return [[float(rng.random() < 0.5)] for _ in range(count)]
 
-    names = {"gold": False, "reward": False, "length": False, "finished": True, "kl": False}
     tasks = [MadeUp(name) for name in ("ifeval", "gsm8k", "arc", "truthfulqa")]
     measurements = Measurements(
         [SystemInfo(name, name, "base" if name == "model" else "checkpoint", name) for name in SYSTEMS], "sft", "model",
         [f"source {index % 20}" for index in range(prompts)],
-        {system: {name: draw(prompts, rate) for name, rate in names.items()} for system in SYSTEMS},
+        {system: {name: [[x] for x in numbers] for name, numbers in draws[system].items()} for system in SYSTEMS},
         {"gold": ("higher", "made up")},
         tasks=[
-            TaskResult(task, {s: Measured({name: draw(500, True) for name in task.metrics}) for s in SYSTEMS})
+            TaskResult(task, {s: Measured({name: draw(500) for name in task.metrics}) for s in SYSTEMS})
             for task in tasks
         ],
     )  # fmt: skip

@@ -26,7 +26,8 @@ from align.inference.engine import open_engine
 from align.inference.sessions import LockstepSession
 from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext
-from align.report.scorecard.samples import page_samples, read_samples
+from align.report.scorecard.rollouts import SampleFile
+from align.report.scorecard.samples import page_samples
 from align.stages import evaluate
 from align.store.artifacts import Artifact, Kind
 from tests.support.environments.buttons import FORMAT, make_presser
@@ -118,7 +119,7 @@ def test_systems_play_and_are_compared(make_context: Any, monkeypatch: pytest.Mo
     assert list(card["metrics"]) == [f"buttons.{name}" for name in names]
     assert card["primary"] == "buttons.success" and card["policies"] == ["model", "sft", "again"]
     assert card["gates"][0]["passed"] and not metrics["failed_gates"]
-    samples = read_samples(context.output / "samples.jsonl")
+    samples = list(SampleFile(context.output / "samples.jsonl"))
     assert [sample["id"] for sample in samples] == [f"r{i}" for i in range(ROWS)]
     estimates = card["estimates"]
     for system in card["policies"]:
@@ -153,7 +154,7 @@ def test_systems_play_and_are_compared(make_context: Any, monkeypatch: pytest.Mo
 def test_the_page_shows_turns_with_what_tools_said(make_context: Any) -> None:
     context = make_context()
     evaluate.run(context)
-    page = page_samples(read_samples(context.output / "samples.jsonl"), read_card(context))
+    page = page_samples(list(SampleFile(context.output / "samples.jsonl")), read_card(context))
     assert page["tasks"]["buttons"] == {
         "title": page["tasks"]["buttons"]["title"],
         "metric": "success rate",
@@ -199,7 +200,7 @@ def test_a_killed_stage_plays_on_and_calls_no_tool_twice(
         with pytest.raises(Killed):
             evaluate.run(context)
     evaluate.run(context)
-    samples = read_samples(context.output / "samples.jsonl")
+    samples = list(SampleFile(context.output / "samples.jsonl"))
     presses = [call for sample in samples for episode in sample["responses"]["sft"] for call in episode["calls"]]
     presses = [call for call in presses if not call["error"]]
     assert len(log.read_text().splitlines()) == len(presses) > 0
@@ -236,7 +237,7 @@ def test_environments_that_fail_are_counted_and_leave_no_score(make_context: Any
     failed = card["tasks"]["buttons"]["notes"]["sft"]["failed"]
     assert 0 < failed < ROWS * SAMPLES
     assert estimates["buttons.failure_rate"]["value"] == pytest.approx(failed / (ROWS * SAMPLES))
-    samples = read_samples(context.output / "samples.jsonl")
+    samples = list(SampleFile(context.output / "samples.jsonl"))
     for episode in (episode for sample in samples for episode in sample["responses"]["sft"]):
         assert ("score" in episode["scores"]) == (episode["stop"] != "failed")
         assert ("the machine fell over" in episode["failure"]) == (episode["stop"] == "failed")
@@ -340,7 +341,7 @@ def test_a_checkpoint_plays_the_user_of_every_system(make_context: Any, monkeypa
     evaluate.run(context)
     estimates = read_card(context)["estimates"]
     assert estimates["sft"]["buttons.turns"]["value"] > 1
-    samples = read_samples(context.output / "samples.jsonl")
+    samples = list(SampleFile(context.output / "samples.jsonl"))
     talks = [
         episode["messages"] for sample in samples for system in ("model", "sft")
         for episode in sample["responses"][system]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,21 +21,22 @@ from typing import Any
 from align.evaluation.comparisons import Column, Resampling, correct_table, difference, per_item
 from align.evaluation.scorecard import FORMAT
 from align.evaluation.scorecard.scorecard_builder import DRIFT
-from align.report.scorecard.rollouts import is_episode, read_lines
-from align.report.scorecard.samples import read_samples
+from align.report.scorecard.rollouts import SampleFile, is_episode, read_lines
 from align.store.artifacts import Artifact, Kind
 
 Card = dict[str, Any]
 Row = dict[str, Any]
 ItemId = tuple[str, ...]
 """Task and id of an item; across runs also the digest of its prompt, because runs may number other prompts alike."""
-Items = dict[ItemId, list[float]]
+Items = dict[ItemId, Sequence[float]]
 """Item → a number for each sample."""
 
 PROMPTS = "prompts"
 SCORECARD = "scorecard.json"
 SAMPLES = "samples.jsonl"
 ITEMS = "items.jsonl"
+MAX_DRAWS, MIN_RESAMPLES = 2 * 10**8, 1_000
+"""Items that a bootstrap draws in all, about two seconds, and the resamples that it has in any case."""
 MEAN_TOLERANCE = 1e-6
 """Relative difference up to which a plain mean over items is the scorecard's own number."""
 
@@ -48,6 +49,8 @@ class EvaluatedRun:
     card: Card
     folder: Path
     labels: dict[str, str]
+    metrics: Collection[str] | None = None
+    """Metrics whose items are read; None for all."""
 
     @property
     def subject(self) -> str:
@@ -73,8 +76,10 @@ class EvaluatedRun:
             for system, metrics in line["values"].items():
                 for metric, samples in metrics.items():
                     name = metric if task == PROMPTS else f"{task}.{metric}"
-                    if samples and system in self.labels:
-                        items.setdefault(self.labels[system], {}).setdefault(name, {})[item] = samples
+                    is_wanted = self.metrics is None or name in self.metrics
+                    if samples and is_wanted and system in self.labels:
+                        # The garbage collector visits a million lists again and again, but tuples of numbers once.
+                        items.setdefault(self.labels[system], {}).setdefault(name, {})[item] = tuple(samples)
         return items
 
     @cached_property
@@ -84,7 +89,7 @@ class EvaluatedRun:
         Episodes are skipped. A sample has the first message of an episode, which a model may have played.
         """
         digests: dict[ItemId, str] = {}
-        for sample in read_samples(self.folder / SAMPLES):
+        for sample in SampleFile(self.folder / SAMPLES):
             responses = [response for answers in sample["responses"].values() for response in answers]
             if not any(is_episode(response) for response in responses):
                 digests[_sample_id(sample)] = _prompt_digest(sample)
@@ -354,7 +359,8 @@ def paired_difference(
     first_column = Column([first[item] for item in common])
     second_column = Column([second[item] for item in common])
     settings = card["settings"]
-    resampling = Resampling(int(settings.get("bootstrap", 10_000)), int(settings.get("seed", 0)))
+    resamples = min(int(settings.get("bootstrap", 10_000)), max(MIN_RESAMPLES, MAX_DRAWS // len(common)))
+    resampling = Resampling(resamples, int(settings.get("seed", 0)))
     row = difference(first_column, second_column, resampling)
     return None if row is None else {"policy": policy, "against": against, "metric": metric, **row}
 
@@ -366,7 +372,7 @@ def merge_samples(evaluated: Sequence[EvaluatedRun]) -> Iterator[Row]:
     """Yield lines of ``samples.jsonl`` that have the responses of all runs to the same prompt."""
     lines: dict[ItemId, Row] = {}
     for run in evaluated:
-        for sample in read_samples(run.folder / SAMPLES):
+        for sample in SampleFile(run.folder / SAMPLES):
             place = (*_sample_id(sample), _prompt_digest(sample))
             line = lines.setdefault(place, {**sample, "responses": {}})
             for system, responses in sample["responses"].items():

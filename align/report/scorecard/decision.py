@@ -54,12 +54,12 @@ class Decision:
 
 
 def item_columns(artifacts: Sequence[Artifact], card: Card) -> Columns:
-    """Return the numbers by item of a run's last evaluation; empty if its folder has none."""
+    """Return the primary metric's numbers by item in a run's last evaluation; empty if its folder has none."""
     folder = next((artifact.path for artifact in reversed(artifacts) if artifact.kind == Kind.SCORECARD), None)
     if folder is None:
         return {}
     # There is one run here, so its systems keep their own names.
-    run = EvaluatedRun("", card, folder, {name: name for name in card["policies"]})
+    run = EvaluatedRun("", card, folder, {name: name for name in card["policies"]}, metrics=[card["primary"]])
     return comparable_columns([run], card)
 
 

@@ -7,6 +7,7 @@ environment. The number of lines is bounded, each text is cut, and so is the who
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
@@ -24,17 +25,52 @@ Line = dict[str, Any]
 
 def read_lines(path: Path, fields: Set[str]) -> Iterator[Line]:
     """Yield the objects of a JSONL file that have ``fields``; damaged lines are skipped, a missing file has none."""
+    return (line for _, line in numbered_lines(path, fields))
+
+
+def numbered_lines(path: Path, fields: Set[str]) -> Iterator[tuple[int, Line]]:
+    """Yield the objects of :func:`read_lines`, each with the byte at which its line begins."""
+    start = 0
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with path.open("rb") as file:
             for text in file:
                 try:
-                    line = json.loads(text)
+                    line = parse_line(text)
                 except (ValueError, RecursionError):  # the latter for brackets that nest without end
-                    continue
+                    line = None
                 if isinstance(line, dict) and fields <= line.keys():
-                    yield line
+                    yield start, line
+                start += len(text)
     except OSError:
         return
+
+
+def parse_line(text: bytes) -> Any:
+    """Return the JSON value of a line, whose bytes may be damaged."""
+    return json.loads(text.decode("utf-8", errors="replace"))
+
+
+class SampleFile:
+    """The lines of a ``samples.jsonl``, read one at a time, because an evaluation may have hundreds of thousands.
+
+    A missing file has none, a damaged line is skipped. An index is valid after the file was read once from its start.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._starts = array("q")
+
+    def __iter__(self) -> Iterator[Line]:
+        self._starts = array("q")
+        for start, sample in numbered_lines(self.path, {"prompt", "responses"}):
+            self._starts.append(start)
+            yield sample
+
+    def __getitem__(self, index: int) -> Line:
+        with self.path.open("rb") as file:
+            file.seek(self._starts[index])
+            sample: Line = parse_line(file.readline())
+            return sample
 
 
 def read_episodes(path: Path) -> list[Line]:

@@ -6,16 +6,16 @@ Samples are sorted by score change and bounded in size. Torch-free.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from markupsafe import Markup
 
 from align.evaluation.scorecard import program_metrics
 from align.report.page.templates import script_json
-from align.report.scorecard.rollouts import MAX_TEXT, cut, episode_view, is_episode, read_lines
+from align.report.scorecard.rollouts import MAX_TEXT, SampleFile, cut, episode_view, is_episode
 from align.report.scorecard.scorecard_tables import PROMPTS, task_title
 
 MAX_BYTES = 7_000_000
@@ -34,13 +34,8 @@ COMPONENT = "score_"
 Sample = dict[str, Any]
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """Return the lines of a ``samples.jsonl``; a missing file is an empty list, a damaged line is skipped."""
-    return list(read_lines(path, {"prompt", "responses"}))
-
-
 def page_samples(
-    samples: list[Sample],
+    samples: SampleFile | Sequence[Sample],
     card: dict[str, Any] | None,
     rollouts: Mapping[str, list[Sample]] | None = None,
     validations: Mapping[str, list[list[Sample]]] | None = None,
@@ -55,18 +50,24 @@ def page_samples(
     a prompt as ``columns``.
 
     ``left_out`` counts the samples beyond :data:`MAX_BYTES`, ``without_heat`` those without their numbers by token.
+    ``lengths`` has task → policy → lengths of answers in tokens, over prompts and samples.
     """
     policies, reference = _compared_policies(samples, card)
-    metrics = {task: _sort_metric(card, task) for task in dict.fromkeys(map(_task_of, samples))}
-    items = [_item(sample, policies, reference, metrics[_task_of(sample)][0]) for sample in samples]
-    _set_weights(items)
-    # The index breaks ties, so equal changes keep the order of the file.
-    order = sorted(range(len(items)), key=lambda index: (-items[index]["weight"], index))
-    ordered = [(items[index], samples[index]) for index in order]
-    shown, encoded, without_heat = _fill_page(ordered, policies)
+    overview = _Overview.read(samples, card, policies, reference)
+    weights = overview.weights()
+
+    def ordered() -> Iterator[tuple[Sample, Sample]]:
+        # The index breaks ties, so equal changes keep the order of the file.
+        for index in sorted(range(len(weights)), key=lambda index: (-weights[index], index)):
+            # The file is read again only for the samples that fit on the page.
+            sample = samples[index]
+            item = _item(sample, policies, reference, overview.metrics[_task_of(sample)][0])
+            yield item | {"weight": weights[index]}, sample
+
+    shown, encoded, without_heat = _fill_page(ordered(), policies)
     tasks = {
         task: {"title": task_title(card, task) if card else task, "metric": title, "key": key}
-        for task, (key, title) in metrics.items()
+        for task, (key, title) in overview.metrics.items()
     }
     rollout_items: list[Sample] = []
     for stage, prompts in (validations or {}).items():
@@ -84,12 +85,13 @@ def page_samples(
         "tasks": tasks,
         "items": shown + rollout_items,
         "encoded": encoded + [script_json(item) for item in rollout_items],
-        "left_out": len(items) - len(shown),
+        "left_out": len(weights) - len(shown),
         "without_heat": without_heat,
+        "lengths": overview.lengths,
     }
 
 
-def _compared_policies(samples: list[Sample], card: dict[str, Any] | None) -> tuple[list[str], str]:
+def _compared_policies(samples: Iterable[Sample], card: dict[str, Any] | None) -> tuple[list[str], str]:
     """Return the compared systems and the reference; without a scorecard those that occur in the samples."""
     if card:
         return list(card["policies"]), str(card["reference"])
@@ -101,19 +103,52 @@ def _task_of(sample: Sample) -> str:
     return str(sample.get("task", PROMPTS))
 
 
-def _set_weights(items: Sequence[Sample]) -> None:
-    """Give each item its ``weight``: its largest change as a share of the largest change in its task."""
-    largest: dict[str, float] = {}
-    for item in items:
-        # Scores of tasks have different units: as shares of their task's largest change they can be sorted together.
-        largest[item["task"]] = max(largest.get(item["task"], 0.0), _largest_change(item))
-    for item in items:
-        scale = largest[item["task"]]
-        item["weight"] = round(_largest_change(item) / scale, 4) if scale else 0.0
+@dataclass
+class _Overview:
+    """The numbers of all samples that decide about their order, and the lengths of their answers."""
+
+    metrics: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Task → the metric that sorts its samples, and its title."""
+    changes: list[tuple[str, float]] = field(default_factory=list)
+    """Task and largest change of each sample."""
+    lengths: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, samples: Iterable[Sample], card: dict[str, Any] | None, policies: list[str], reference: str) -> Self:
+        """Read all samples once."""
+        overview = cls()
+        for sample in samples:
+            task = _task_of(sample)
+            if task not in overview.metrics:
+                overview.metrics[task] = _sort_metric(card, task)
+            changes = _changes(_scores(sample, _columns(sample, policies), overview.metrics[task][0]), reference)
+            largest = max((abs(change) for change in changes.values()), default=0.0)
+            overview.changes.append((task, largest))
+            if "columns" not in sample:
+                overview._add_lengths(sample["responses"], task, policies)
+        return overview
+
+    def _add_lengths(self, responses: Mapping[str, Any], task: str, policies: list[str]) -> None:
+        """Add the lengths of a sample's answers, without conversations of several turns."""
+        by_policy = self.lengths.setdefault(task, {policy: [] for policy in policies})
+        for policy in policies:
+            by_policy[policy] += [
+                response["tokens"] - response.get("thought_tokens", 0)
+                for response in responses.get(policy, [])
+                if "turns" not in response
+            ]
+
+    def weights(self) -> list[float]:
+        """Return the largest change of each sample as a share of the largest change in its task."""
+        largest: dict[str, float] = {}
+        for task, change in self.changes:
+            # Scores of tasks have different units: as shares of their task's largest change they can be sorted.
+            largest[task] = max(largest.get(task, 0.0), change)
+        return [round(change / largest[task], 4) if largest[task] else 0.0 for task, change in self.changes]
 
 
 def _fill_page(
-    ordered: Sequence[tuple[Sample, Sample]], policies: Sequence[str]
+    ordered: Iterable[tuple[Sample, Sample]], policies: Sequence[str]
 ) -> tuple[list[Sample], list[Markup], int]:
     """Return the items that fit on the page, also as JSON, and the number of items without numbers by token.
 
@@ -153,26 +188,6 @@ def page_json(page: Mapping[str, Any]) -> Markup:
     return Markup(f'{head[:-1]},"items":[{",".join(page["encoded"])}]}}')  # noqa: S704  (parts are encoded)
 
 
-def response_lengths(samples: Iterable[Sample], policies: list[str]) -> dict[str, dict[str, list[int]]]:
-    """Return task → policy → lengths of answers in tokens, over prompts and samples.
-
-    Conversations of several turns and samples of systems that are not compared (``columns``) are skipped.
-    """
-    lengths: dict[str, dict[str, list[int]]] = {}
-    for sample in samples:
-        if "columns" in sample:
-            continue
-        by_policy = lengths.setdefault(_task_of(sample), {policy: [] for policy in policies})
-        for policy in policies:
-            responses = sample["responses"].get(policy, [])
-            by_policy[policy] += [
-                response["tokens"] - response.get("thought_tokens", 0)
-                for response in responses
-                if "turns" not in response
-            ]
-    return lengths
-
-
 def _sort_metric(card: dict[str, Any] | None, task: str) -> tuple[str, str]:
     """Return the metric whose change sorts a task's samples, as ``samples.jsonl`` names it, and its title."""
     if card is None:
@@ -189,32 +204,45 @@ def _sort_metric(card: dict[str, Any] | None, task: str) -> tuple[str, str]:
     return name, name
 
 
-def _largest_change(item: Mapping[str, Any]) -> float:
-    return max((abs(change) for change in item["change"].values()), default=0.0)
+def _columns(sample: Sample, policies: list[str]) -> list[str]:
+    """Return the names of a sample's responses: the compared systems, unless the sample has ``columns``."""
+    return [str(name) for name in sample["columns"]] if sample.get("columns") is not None else policies
+
+
+def _scores(sample: Sample, columns: list[str], metric: str) -> dict[str, float | None]:
+    """Return the mean score by ``metric`` of each column."""
+    means: dict[str, float | None] = {}
+    for name in columns:
+        scores = [_score(response, metric) for response in sample["responses"].get(name) or []]
+        numbers = [score for score in scores if score is not None]
+        means[name] = sum(numbers) / len(numbers) if numbers else None
+    return means
+
+
+def _changes(scores: Mapping[str, float | None], reference: str) -> dict[str, float]:
+    """Return the change of each score against the reference's."""
+    reference_score = scores.get(reference)
+    # Without a score on both sides there is no change, and the sample sorts last.
+    if reference_score is None:
+        return {}
+    others = {name: score for name, score in scores.items() if name != reference and score is not None}
+    return {name: _round(score - reference_score) for name, score in others.items()}
 
 
 def _item(sample: Sample, policies: list[str], reference: str, metric: str) -> Sample:
     """Return a sample for the script: turns, answers, scores by ``metric`` and changes against the reference."""
-    columns = sample.get("columns")  # set if the responses do not come from the compared systems
-    if columns is not None:
-        policies = [str(name) for name in columns]
-    responses = {policy: sample["responses"].get(policy) or [] for policy in policies}
-    scores = {policy: _mean(_score(response, metric) for response in responses[policy]) for policy in policies}
-    reference_score = scores.get(reference)
-    # Without a score on both sides there is no change, and the sample sorts last.
-    changes: dict[str, float | None] = {}
-    if reference_score is not None:
-        others = {policy: score for policy, score in scores.items() if policy != reference}
-        changes = {policy: _round(score - reference_score) for policy, score in others.items() if score is not None}
-    item: Sample = {} if columns is None else {"columns": policies}
+    columns = _columns(sample, policies)
+    responses = {name: sample["responses"].get(name) or [] for name in columns}
+    scores = _scores(sample, columns, metric)
+    item: Sample = {} if sample.get("columns") is None else {"columns": columns}
     return item | {
         "id": str(sample.get("id", "")),
         "task": _task_of(sample),
         "source": str(sample.get("source", "")),
         "prompt": _turns(sample["prompt"]),
-        "answers": {policy: [answer_view(response) for response in responses[policy]] for policy in policies},
-        "score": {policy: _round(score) for policy, score in scores.items()},
-        "change": changes,
+        "answers": {name: [answer_view(response) for response in responses[name]] for name in columns},
+        "score": {name: _round(score) for name, score in scores.items()},
+        "change": _changes(scores, reference),
     }
 
 
@@ -351,11 +379,6 @@ def _score(response: Mapping[str, Any], metric: str) -> float | None:
         value = (response.get("scores") or {}).get(metric)
     # A broken reward model's score is shown as missing, and makes no change.
     return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    numbers = [value for value in values if value is not None]
-    return sum(numbers) / len(numbers) if numbers else None
 
 
 def _round(value: Any) -> Any:

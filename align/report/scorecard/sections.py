@@ -11,8 +11,8 @@ from align.report.page.assets import AssetWriter, Figure
 from align.report.page.metric_series import Events
 from align.report.scorecard import conclusions, decision, reward_models, score_plots, tuning_methods, win_rates
 from align.report.scorecard import scorecard_tables as tables
-from align.report.scorecard.rollouts import read_episodes
-from align.report.scorecard.samples import page_json, page_samples, read_samples, response_lengths
+from align.report.scorecard.rollouts import SampleFile, read_episodes
+from align.report.scorecard.samples import page_json, page_samples
 from align.report.scorecard.scorecard_tables import PROMPTS
 from align.report.scorecard.stored_rollouts import read_rollouts, read_validations
 from align.store.artifacts import Artifact, Kind
@@ -60,7 +60,7 @@ def evaluation_sections(
     """Return the template's values of an evaluation, by name; without an evaluation all values are empty."""
     card, problem = load_scorecard(artifacts, scorecard)
     evaluations = [artifact for artifact in artifacts if artifact.kind == Kind.SCORECARD]
-    samples = read_samples(evaluations[-1].path / SAMPLES) if evaluations else []
+    samples = SampleFile(evaluations[-1].path / SAMPLES) if evaluations else []
     rollouts = {artifact.stage: _rollouts_of(artifact) for artifact in artifacts}
     # Samples and training paths exist even if no scorecard can be shown.
     validations = {artifact.stage: read_validations(artifact.path / VALIDATIONS) for artifact in artifacts}
@@ -93,7 +93,7 @@ def evaluation_sections(
         "drift": lambda card: _kl_figures(card, assets),
         "matrices": lambda card: win_rates.matrices(card, assets),
         "reward_models": lambda card: reward_models.sections(card, assets),
-        "lengths": lambda card: _length_figures(card, samples, assets),
+        "lengths": lambda card: _length_figures(card, page["lengths"], assets),
         "rates": lambda card: _rate_figures(card, assets),
     }
     if card is None:
@@ -155,10 +155,10 @@ def _training_paths(events: Mapping[str, Events], assets: AssetWriter) -> list[F
     return figures
 
 
-def _length_figures(card: Card, samples: list[dict[str, Any]], assets: AssetWriter) -> list[Figure]:
+def _length_figures(card: Card, lengths: Mapping[str, Mapping[str, list[int]]], assets: AssetWriter) -> list[Figure]:
     figures = []
-    for task, lengths in response_lengths(samples, card["policies"]).items():
-        answered = {policy: tokens for policy, tokens in lengths.items() if tokens}
+    for task, by_policy in lengths.items():
+        answered = {policy: tokens for policy, tokens in by_policy.items() if tokens}
         if not answered:
             continue
         suffix = "" if task == PROMPTS else f", {tables.task_title(card, task)}"

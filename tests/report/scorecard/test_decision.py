@@ -1,15 +1,18 @@
 """The sentence at the top of a page: which checkpoint to take, or that none can be told apart."""
 
+import json
+
 import numpy as np
 import pytest
 
 from align.evaluation.comparisons import Resampling
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.scorecard.scorecard_builder import Measurements, build
+from align.report.compare import merged_scorecard
 from align.report.run.run_report import write_report
 from align.report.scorecard.conclusions import group_findings
-from align.report.scorecard.decision import checkpoints, decide_by_items, find_best
-from align.store.artifacts import Kind
+from align.report.scorecard.decision import checkpoints, decide_by_items, find_best, item_columns
+from align.store.artifacts import Artifact, Kind
 from tests.support.report.example_card import SETTINGS
 from tests.support.report.example_run import HOSTILE, write_artifact, write_evaluation
 
@@ -42,6 +45,29 @@ def sentence(columns, **options):
     card, by_item = make_card(columns, **options)
     decision = decide_by_items(card, by_item, checkpoints(card))
     return decision.kind, f"{decision.lead}: {decision.reason}"
+
+
+def test_columns_have_the_primary_metric_only(tmp_path):
+    card, by_item = make_card({"sft": NOISE, "ppo": NOISE + 0.1})
+    lines = []
+    for index in range(N):
+        values = {name: {"gold": by_item[name, "gold"]["prompts", str(index)], "kl": [0.5]} for name in ("sft", "ppo")}
+        lines.append(json.dumps({"task": "prompts", "id": str(index), "source": "all", "values": values}) + "\n")
+    (tmp_path / "items.jsonl").write_text("".join(lines))
+    columns = item_columns([Artifact("evaluate", Kind.SCORECARD, tmp_path, {})], card)
+    assert list(columns) == [("sft", "gold"), ("ppo", "gold")]
+    assert [list(samples) for samples in columns["ppo", "gold"].values()] == list(by_item["ppo", "gold"].values())
+
+
+@pytest.mark.parametrize(("draws", "fewest", "resamples"), [(10**9, 100, 300), (N * 200, 100, 200), (1, 150, 150)])
+def test_resamples_of_many_items_are_bounded(draws, fewest, resamples, monkeypatch):
+    card, by_item = make_card({"sft": NOISE, "ppo": NOISE + 0.1})
+    monkeypatch.setattr(merged_scorecard, "MAX_DRAWS", draws)
+    monkeypatch.setattr(merged_scorecard, "MIN_RESAMPLES", fewest)
+    used = []
+    monkeypatch.setattr(merged_scorecard, "difference", lambda first, second, resampling: used.append(resampling))
+    assert merged_scorecard.paired_difference(by_item, ("ppo", "sft", "gold"), card) is None
+    assert [resampling.resamples for resampling in used] == [resamples]
 
 
 def test_four_ties_at_zero_have_no_winner():

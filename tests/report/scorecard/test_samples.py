@@ -1,11 +1,16 @@
 """Samples of the page: order across tasks, room for numbers by token, rollouts of training, damaged files."""
 
+import json
+
 from align.report.page.templates import load_template
-from align.report.scorecard.samples import HUNDREDTHS, page_json, page_samples, read_samples, response_lengths
+from align.report.scorecard.rollouts import SampleFile
+from align.report.scorecard.samples import HUNDREDTHS, page_json, page_samples
 from align.report.scorecard.stored_rollouts import read_rollouts, read_validations
 from tests.support.report.example_card import POLICIES, full_card
 from tests.support.report.example_run import prompt_samples, task_samples
 from tests.support.stored_rollouts import write_lines
+
+SAMPLES_MODULE = "align.report.scorecard.samples"
 
 
 def test_a_change_counts_as_a_share_of_its_task_s_largest():
@@ -78,7 +83,7 @@ def test_pairs_of_reward_models_have_columns_by_side():
     assert (item["columns"], item["score"]) == (["chosen", "rejected"], {"chosen": 1.25, "rejected": -0.5})
     assert item["answers"]["rejected"][0] == {"finished": True, "text": "no", "scores": {"rm": -0.5, "rm-b": None}}
     assert page["tasks"]["hh"] == {"title": "Reward-model pairs", "metric": "score by rm", "key": "rm"}
-    assert response_lengths([pair], ["sft"]) == {}
+    assert page_samples([pair], card)["lengths"] == {}
 
 
 def rollout(update, prompt, response, score=0.5):
@@ -146,12 +151,41 @@ def test_damaged_files_of_rollouts_are_skipped(tmp_path):
 def test_damaged_lines_are_left_out(tmp_path):
     path = tmp_path / "samples.jsonl"
     path.write_text('{"prompt": [], "responses": {}}\n{"prompt": \n[1]\n{"id": 2}\n')
-    assert len(read_samples(path)) == 1
-    assert read_samples(tmp_path / "none") == []
+    assert len(list(SampleFile(path))) == 1
+    assert list(SampleFile(tmp_path / "none")) == []
+
+
+def test_file_of_samples_gives_the_page_of_a_list(tmp_path):
+    samples = [*prompt_samples(POLICIES, heat=True), *task_samples(POLICIES)]
+    path = tmp_path / "samples.jsonl"
+    lines = [json.dumps(sample) for sample in samples]
+    # Characters of several bytes and damaged lines between them do not move the places of the others.
+    lines[1:1] = ['{"prompt": "ä€", "respon', '{"id": "ö"}', ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert page_samples(SampleFile(path), full_card()) == page_samples(samples, full_card())
+    file = SampleFile(path)
+    assert list(file) == samples
+    assert [file[index] for index in (2, 0, len(samples) - 1)] == [samples[2], samples[0], samples[-1]]
+
+
+def test_only_samples_on_the_page_become_items(monkeypatch):
+    samples = [*prompt_samples(POLICIES, heat=False)]
+    responses = []
+    monkeypatch.setattr(f"{SAMPLES_MODULE}.MAX_BYTES", 3_000)
+    monkeypatch.setattr(
+        f"{SAMPLES_MODULE}.answer_view", lambda response: responses.append(response) or {"text": "?" * 99}
+    )
+    page = page_samples(samples, full_card())
+    shown = len(page["items"])
+    assert 0 < shown < len(samples) - 5
+    # The first sample that does not fit ends the page.
+    assert len(responses) == (shown + 1) * len(POLICIES)
+    assert page["left_out"] == len(samples) - shown
+    assert len(page["lengths"]["prompts"]["ppo"]) == len(samples)
 
 
 def test_lengths_by_task_leave_conversations_out():
-    lengths = response_lengths(task_samples(POLICIES), POLICIES)
+    lengths = page_samples(list(task_samples(POLICIES)), full_card())["lengths"]
     assert lengths["ifeval"]["ppo"] == [4] * 40
     assert lengths["mt"]["ppo"] == []
 
@@ -162,7 +196,7 @@ def test_thoughts_are_apart_from_answers():
     (item,) = page_samples([sample], None)["items"]
     answer = item["answers"]["sft"][0]
     assert (answer["text"], answer["thought"], answer["thought_tokens"]) == ("yes", "<think>a</think>\n\n", 7)
-    assert response_lengths([sample], ["sft"]) == {"prompts": {"sft": [2]}}
+    assert page_samples([sample], None)["lengths"] == {"prompts": {"sft": [2]}}
     plain = {**sample, "responses": {"sft": [{"text": "yes", "tokens": 2}]}}
     assert "thought" not in page_samples([plain], None)["items"][0]["answers"]["sft"][0]
 
