@@ -29,7 +29,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from align.store.rollouts import ROLLOUTS, SCHEMA, RolloutFiles, merge, open_rollouts
+from align.store.rollout_writer import RolloutFiles, merge
+from align.store.rollouts import ROLLOUTS, SCHEMA, open_rollouts, rollout_files
 from align.studio.rollouts.details import RolloutDetails
 from align.studio.rollouts.filters import RolloutFilter, TableQuery
 from align.studio.rollouts.parquet_reader import ParquetReader
@@ -137,7 +138,7 @@ def generate(root: Path, rows: int) -> None:
     for number in range(1, rows // (GROUPS * SAMPLES) + 1):
         files.write(generator.update(number))
     print(f"wrote {time.perf_counter() - began:.0f} s", flush=True)
-    merge(root / "running" / ROLLOUTS, root / "finished" / ROLLOUTS)
+    merge(root / "running" / ROLLOUTS, root / "finished" / ROLLOUTS, print)
     print(f"merged {time.perf_counter() - began:.0f} s", flush=True)
 
 
@@ -195,7 +196,7 @@ def measure(root: Path, rounds: int) -> None:
     """Print the times of all views."""
     for name in ("finished", "running"):
         folder = root / name / ROLLOUTS
-        files = list(folder.glob("*.parquet"))
+        files = rollout_files(folder)
         if not files:
             continue
         size = sum(path.stat().st_size for path in files) / 1e9

@@ -28,7 +28,7 @@ from align.rl.rollout import COMPONENT, Rollout, join_rollouts, rollout_of
 from align.rl.rollout_tables import read_episode
 from align.rl.sampler import RolloutSampler
 from align.rl.step_rewards import STEP_REWARDS
-from align.store.rollouts import open_rollouts, read_settings, rollout_files, rollout_rows
+from align.store.rollouts import checked_files, read_settings, rollout_dataset, rollout_rows
 
 SHAPES = ("rollout_batch", "samples_per_prompt", "temperature", "thinking_budget")
 """Settings that the stored rollouts and the stage must share."""
@@ -73,11 +73,12 @@ class StoredUpdates:
         """Check the files. Raises ``UserError``, which begins with ``place``, if the stage cannot learn from them."""
         self.folder = folder
         self.place = place
-        if not rollout_files(folder):
+        files = checked_files(folder)
+        if not files:
             raise UserError(
                 f"{place}: {folder} has no rollouts. Name a stage that learned from its own samples and stored them."
             )
-        self.data: ds.Dataset = open_rollouts(folder)
+        self.data: ds.Dataset = rollout_dataset(files)
         self._check_settings(read_settings(folder), config)
         self._check_updates(config)
 

@@ -24,8 +24,9 @@ from align.rl.masking import response_mask
 from align.rl.objectives import masked_kl
 from align.rl.rollout import COMPONENT, Rollout
 from align.rl.step_rewards import STEP_REWARDS
+from align.store import rollout_writer
 from align.store import rollouts as store
-from align.store.rollouts import SCHEMA, VALIDATIONS, RolloutFiles, to_json, to_text
+from align.store.rollouts import SCHEMA, VALIDATIONS, to_json, to_text
 from align.verifiers.verdict import reasons_in
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class RolloutRecorder:
     def __init__(self, args: RolloutArguments, tokenizer: Any, stage: str, notify: Callable[[str], None]) -> None:
         self.config = args.config.rollouts
         settings = {"stage": stage, "keep": self.config.keep, **args.fingerprint()}
-        self.files = RolloutFiles(Path(str(args.output_dir)), self.config.max_bytes, settings, notify)
+        self.files = rollout_writer.RolloutFiles(Path(str(args.output_dir)), self.config.max_bytes, settings, notify)
         self.token_texts = TokenTexts(tokenizer)
 
     def rewind(self, updates: int) -> None:
@@ -73,11 +74,10 @@ class RolloutRecorder:
         return table.filter(pa.array(store.is_kept(name, self.config.keep) for name in table["prompt_id"].to_pylist()))
 
 
-def merge(checkpoints: Path, output: Path) -> None:
+def merge(checkpoints: Path, output: Path, notify: Callable[[str], object]) -> None:
     """Write the rollouts and validations next to the checkpoints as few files into a stage's output."""
     for name in (store.ROLLOUTS, store.VALIDATIONS):
-        if store.rollout_files(checkpoints / name):
-            store.merge(checkpoints / name, output / name)
+        rollout_writer.merge(checkpoints / name, output / name, notify)
 
 
 def example(rollout: Rollout) -> str:

@@ -141,7 +141,7 @@ def run(context: StageContext) -> dict[str, Any]:
         # Every process participates, because sharded weights are gathered; the first process writes.
         trainer.save_model(str(context.output / "model"))
         if rank() == 0:
-            merge(context.checkpoints, context.output)
+            merge(context.checkpoints, context.output, context.warn)
         usage = {} if scorer is None else score_facts(scorer.parts)
         usage |= {} if player is None else player.user_usage()
         if frozen:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from align.config.runtime.rollouts import SAMPLE_CHUNK
 from align.data.rows import Row
@@ -17,16 +17,8 @@ from align.inference.protocol import Response
 from align.models.chat.token_texts import TokenTexts
 from align.pipeline.context import StageContext
 from align.rl.rollout_tables import episode_columns
-from align.store.rollouts import (
-    ROLLOUTS,
-    SCHEMA,
-    encode_value,
-    identify_prompt,
-    is_kept,
-    make_table,
-    rollout_files,
-    write_rollouts,
-)
+from align.store.rollout_writer import intact_files, read_tables, resume_manifest, write_file, write_manifest
+from align.store.rollouts import ROLLOUTS, SCHEMA, RolloutFile, encode_value, identify_prompt, is_kept, make_table
 from align.synthesis.selection import PromptResponses
 from align.training.sampled_answers import response_columns
 from align.verifiers.verdict import reasons_in
@@ -42,11 +34,15 @@ class SampledRollouts:
         self.output = context.output / ROLLOUTS
         self.settings = {"stage": "sample", "keep": self.config.keep, "temperature": context.config.temperature}
         self.token_texts = TokenTexts(tokenizer)
+        self.files = resume_manifest(self.folder, context.warn)
+        """Files of an earlier attempt, and files that were written."""
+        # A killed stage may have begun to write its output.
+        shutil.rmtree(self.output, ignore_errors=True)
         self._has_warned = False
 
     def has_chunk(self, split: str, start: int) -> bool:
         """Return True if the responses of a chunk need not be sampled again to store them."""
-        return not self.config.keep or _path(self.folder, split, start).exists()
+        return not self.config.keep or any(_is_chunk(file, split, start) for file in self.files)
 
     def write_chunk(self, split: str, start: int, chunk: Iterable[tuple[Row, list[int], list[Response]]]) -> None:
         """Write the responses to the prompts from number ``start`` on, which have no scores yet.
@@ -61,15 +57,17 @@ class SampledRollouts:
                 lines += [
                     columns | {"index": i} | response_columns(r, self.token_texts) for i, r in enumerate(responses)
                 ]
-        self._write(make_table(lines), _path(self.folder, split, start))
+        self._write(make_table(lines), self.folder, split, start)
+        if self.config.keep:
+            write_manifest(self.folder, self.files)
 
     def finish(self, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Write the chunks with their scores into the stage's output; ``samples`` has the samples of each split."""
-        for path in rollout_files(self.folder):
-            split, _, start = path.stem.partition("-")
+        for file in intact_files(self.folder, self.files, self.context.warn):
+            split, start, _ = file.name.split("-")
             if int(start) < len(samples.get(split, ())):
-                table = _with_scores(pq.read_table(path, schema=SCHEMA), samples[split])
-                write_rollouts(table, self.output / path.name, self.settings)
+                scored = [_with_scores(table, samples[split]) for table in read_tables(self.folder, [file])]
+                write_file(self.output, scored, self.settings, prefix=f"{split}-{start}")
 
     def write_episodes(self, split: str, prompts: Sequence[PromptResponses]) -> None:
         """Write the scored episodes of a split into the stage's output."""
@@ -79,18 +77,22 @@ class SampledRollouts:
                 columns = self._prompt_columns(prompt.row, split, number)
                 if columns is not None:
                     lines += [columns | line for line in self._episode_lines(prompt)]
-            self._write(make_table(lines), _path(self.output, split, start))
+            self._write(make_table(lines), self.output, split, start)
 
-    def _write(self, table: pa.Table, path: Path) -> None:
+    def _write(self, table: pa.Table, folder: Path, split: str, start: int) -> None:
         if not self.config.keep:
             return
-        size = sum(file.stat().st_size for file in rollout_files(path.parent) if file != path)
-        if size + write_rollouts(table, path, self.settings) > self.config.max_bytes:
+        prefix = f"{split}-{start:07d}"
+        others = [file for file in self.files if not _is_chunk(file, split, start)]
+        file = write_file(folder, [table], self.settings, prefix=prefix)
+        if sum(other.bytes for other in others) + file.bytes > self.config.max_bytes:
+            (folder / file.name).unlink()
             # An empty file shows a resumed stage that the chunk was sampled.
-            write_rollouts(SCHEMA.empty_table(), path, self.settings)
+            file = write_file(folder, [SCHEMA.empty_table()], self.settings, prefix=prefix)
             if not self._has_warned:
                 self._has_warned = True
                 self.context.warn(f"the rollouts reached rollouts.max_gb {self.config.max_gb:g}; no more are stored")
+        self.files = sorted([*others, file], key=lambda file: file.name)
 
     def _prompt_columns(self, row: Row, split: str, number: int) -> dict[str, Any] | None:
         """Return the columns of a prompt; None if its responses are not stored."""
@@ -124,8 +126,8 @@ class SampledRollouts:
             }
 
 
-def _path(folder: Path, split: str, start: int) -> Path:
-    return folder / f"{split}-{start:07d}.parquet"
+def _is_chunk(file: RolloutFile, split: str, start: int) -> bool:
+    return file.name.startswith(f"{split}-{start:07d}-")
 
 
 def _with_scores(table: pa.Table, samples: Sequence[Mapping[str, Any]]) -> pa.Table:

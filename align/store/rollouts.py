@@ -1,40 +1,42 @@
-"""Rollouts as Parquet files: the schema, the writer that a resumed run continues, and readers. Torch-free.
+"""Rollouts as Parquet files: the schema, the list of a folder's files, and readers. Torch-free.
 
-A folder holds files that are named by the first update in them. An update extends the last file if that file is small,
-else it begins a new file. A file is written under another name and renamed, so every file is complete at any time, and
-a reader may open the files while the run continues.
+A file is written once, under a name with its first and its last update and the beginning of its digest. Small files are
+merged into new files (``rollout_writer``). While the stage runs, a manifest next to the folder lists the files that
+together hold each row once. It is replaced atomically. The files that it no longer lists stay for some minutes, so a
+reader takes one manifest and reads its files to the end. The record lists the files of a finished stage.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import io
 import json
+import os
+import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field
 
 from align.errors import UserError
-from align.store.json_files import atomic_draft
+from align.store.fingerprint import file_state
+from align.store.json_files import DamagedFile, parse_sealed, validate
+from align.store.record import RECORD, Digest, read_record
 
 ROLLOUTS, VALIDATIONS = "rollouts", "validations"
 """Folders of the responses that a stage learns from, and of the responses to its held-out prompts."""
-FILE_BYTES = 2**19
-"""Size of a file above which the next update begins a new file. Extending a file rewrites it."""
-GROUP_BYTES, MERGED_BYTES = 16 * 2**20, 256 * 2**20
-"""Bytes in memory of a row group and of a file after ``merge``."""
 FORMAT = "1"
 FORMAT_KEY, SETTINGS_KEY = b"align.format", b"align.settings"
 """Keys of a file's metadata: the version of the schema, and the settings of the run as JSON."""
 
-_NUMBERS = pa.list_(pa.field("element", pa.float32()))
+NUMBERS = pa.list_(pa.field("element", pa.float32()))
 _IDS = pa.list_(pa.field("element", pa.int32()))
 _MASK = pa.list_(pa.field("element", pa.bool_()))
 _TEXTS = pa.list_(pa.field("element", pa.string()))
@@ -67,7 +69,7 @@ EPISODE_COLUMNS = {
     "messages": pa.string(),
     "calls": pa.string(),
     "turns": pa.int32(),
-    "turn_scores": _NUMBERS,
+    "turn_scores": NUMBERS,
     "stop": pa.string(),
     "failure": pa.string(),
     "episode": pa.string(),
@@ -81,121 +83,70 @@ TOKEN_COLUMNS = {
     "learn_mask": _MASK,
     "forced": _MASK,
     "weights_update": _IDS,
-    "sampler_logprobs": _NUMBERS,
-    "logprobs": _NUMBERS,
-    "ref_logprobs": _NUMBERS,
-    "token_kl": _NUMBERS,
-    "entropy": _NUMBERS,
-    "values": _NUMBERS,
-    "step_rewards": _NUMBERS,
-    "raw_advantages": _NUMBERS,
-    "advantages": _NUMBERS,
+    "sampler_logprobs": NUMBERS,
+    "logprobs": NUMBERS,
+    "ref_logprobs": NUMBERS,
+    "token_kl": NUMBERS,
+    "entropy": NUMBERS,
+    "values": NUMBERS,
+    "step_rewards": NUMBERS,
+    "raw_advantages": NUMBERS,
+    "advantages": NUMBERS,
 }
 """Columns with a list for each response: of the prompt's tokens, and of the response's tokens."""
 SCHEMA = pa.schema([pa.field(*column) for column in (RESPONSE_COLUMNS | EPISODE_COLUMNS | TOKEN_COLUMNS).items()])
 JSON_COLUMNS = ("prompt", "explanation", "messages", "calls", "episode")
 """Columns with JSON as text."""
-_SPLIT_COLUMNS = [f"{name}.list.element" for name, kind in TOKEN_COLUMNS.items() if kind is _NUMBERS]
-_OPTIONS: dict[str, Any] = {
-    "compression": "zstd",
-    "compression_level": 1,
-    # Numbers by token hardly ever repeat, but their bytes of equal weight do.
-    "use_dictionary": [name for name in SCHEMA.names if f"{name}.list.element" not in _SPLIT_COLUMNS],
-    "use_byte_stream_split": _SPLIT_COLUMNS,
-}
 
-Notify = Callable[[str], None]
+Result = TypeVar("Result")
+_UPDATES = re.compile(r"(\d{6,9})-(\d{6,9})-[0-9a-f]{8}\.parquet")
 
 
-# ---- writing ----
+class RolloutFile(BaseModel):
+    """A file of a manifest."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    name: str = Field(pattern=r"^[a-z0-9-]+\.parquet$")
+    bytes: int
+    sha256: Digest
+    level: int = 0
+    """Number of merges behind its rows."""
 
 
-@dataclass
-class RolloutFiles:
-    """Writes the rollouts of a run into ``root/rollouts`` and ``root/validations``, up to ``max_bytes`` in all."""
+class Manifest(BaseModel):
+    """The files of a running stage, in the order of their rows."""
 
-    root: Path
-    max_bytes: int
-    settings: Mapping[str, Any]
-    """Settings of the run, which every file stores."""
-    notify: Notify
-    _sizes: dict[Path, int] = field(default_factory=dict, repr=False)
-    _last: dict[str, tuple[Path, pa.Table]] = field(default_factory=dict, repr=False)
-    """The last file of each folder, with its rows."""
-    _has_notified: bool = field(default=False, repr=False)
-
-    def rewind(self, updates: int) -> None:
-        """Delete the rows that a run after ``updates`` finished updates writes again."""
-        self._sizes.clear()
-        self._last.clear()
-        # The validation after an update is repeated by a run that resumes there.
-        for name, last in ((ROLLOUTS, updates), (VALIDATIONS, updates - 1)):
-            self._rewind_folder(name, last)
-
-    def _rewind_folder(self, name: str, last: int) -> None:
-        files = rollout_files(self.root / name)
-        for path in [path for path in files if int(path.stem) > last]:
-            path.unlink()
-            files.remove(path)
-        self._sizes |= {path: path.stat().st_size for path in files}
-        if not files:
-            return
-        # Only the last file may have rows of earlier and of later updates.
-        table = pq.read_table(files[-1], schema=SCHEMA)
-        earlier_rows = table.filter(pc.less_equal(table["update"], last))
-        if len(earlier_rows) < len(table):
-            self._write_file(files[-1], earlier_rows)
-        self._last[name] = (files[-1], earlier_rows)
-
-    def write(self, table: pa.Table, name: str = ROLLOUTS) -> None:
-        """Add the rows of one update, with the columns of ``SCHEMA``, to the folder ``name``."""
-        if not len(table):
-            return
-        path = self.root / name / f"{table['update'][0].as_py():06d}.parquet"
-        last = self._last.get(name)
-        # Parquet files cannot be appended to. The last table stays in memory and is written again with the new rows,
-        # until its file is large enough.
-        if last is not None and self._sizes[last[0]] < FILE_BYTES:
-            path = last[0]
-            table = pa.concat_tables([last[1], table])
-        self._write_file(path, table)
-        self._last[name] = (path, table)
-        self._limit_size(path)
-
-    def _write_file(self, path: Path, table: pa.Table) -> None:
-        self._sizes[path] = write_rollouts(table, path, self.settings)
-
-    def _limit_size(self, written: Path) -> None:
-        """Delete the files of the oldest updates until the size is below the limit."""
-        total = sum(self._sizes.values())
-        for path in sorted(self._sizes, key=lambda path: int(path.stem)):
-            if total <= self.max_bytes or path == written:
-                return
-            # The last file of the other folder may be extended again.
-            if any(path == last for last, _ in self._last.values()):
-                continue
-            total -= self._sizes.pop(path)
-            path.unlink()
-            if not self._has_notified:
-                self._has_notified = True
-                self.notify(
-                    f"the rollouts exceed rollouts.max_gb {self.max_bytes / 10**9:g}; those of the oldest updates are "
-                    "deleted"
-                )
+    files: list[RolloutFile]
 
 
-def write_rollouts(table: pa.Table, path: Path, settings: Mapping[str, Any]) -> int:
-    """Write a table of ``SCHEMA`` with the settings of its run atomically; return the file's bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {FORMAT_KEY: FORMAT, SETTINGS_KEY: json.dumps(settings, default=str)}
-    with atomic_draft(path) as draft:
-        write_parquet(table.replace_schema_metadata(metadata), draft)
-    return path.stat().st_size
+def updates_of(name: str) -> tuple[int, int] | None:
+    """Return the first and the last update of the file ``name``; None for rows that belong to no update."""
+    match = _UPDATES.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
-def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write a table of ``SCHEMA`` as one row group."""
-    pq.write_table(table, path, row_group_size=max(1, len(table)), **_OPTIONS)
+# ---- manifests ----
+
+
+def manifest_path(folder: Path) -> Path:
+    """Return the path of the manifest, next to its folder."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def read_manifest(folder: Path) -> list[RolloutFile] | None:
+    """Return the files of a running stage; None without a manifest. Raises ``UserError`` for a damaged manifest."""
+    path = manifest_path(folder)
+    try:
+        with _open_regular(path) as file:
+            return validate(Manifest, parse_sealed(file.read())).files
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        raise UserError(f"{path}: damaged: it {error}. A running stage writes it anew with its next update.") from None
+
+
+# ---- rows ----
 
 
 def make_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -262,43 +213,6 @@ def is_kept(prompt_id: str, share: float) -> bool:
     return number < share * 2**48
 
 
-def merge(source: Path, target: Path) -> None:
-    """Write the rows of the folder ``source`` as few large files into ``target``, which is written anew."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in rollout_files(target):
-        path.unlink()
-    settings = json.dumps(read_settings(source))
-    file: list[pa.Table] = []
-    group: list[pa.Table] = []
-    # Tables become row groups, and row groups become files, so at most one file is in memory.
-    for path in rollout_files(source):
-        group.append(pq.read_table(path, schema=SCHEMA))
-        if _bytes(group) < GROUP_BYTES:
-            continue
-        file.append(pa.concat_tables(group))
-        group = []
-        if _bytes(file) >= MERGED_BYTES:
-            _write_groups(file, target, settings)
-            file = []
-    if group:
-        file.append(pa.concat_tables(group))
-    if file:
-        _write_groups(file, target, settings)
-
-
-def _bytes(tables: Iterable[pa.Table]) -> int:
-    return sum(table.nbytes for table in tables)
-
-
-def _write_groups(groups: Sequence[pa.Table], folder: Path, settings: str) -> None:
-    """Write tables as the row groups of a file."""
-    path = folder / f"{groups[0]['update'][0].as_py():06d}.parquet"
-    schema = SCHEMA.with_metadata({FORMAT_KEY: FORMAT, SETTINGS_KEY: settings})
-    with atomic_draft(path) as draft, pq.ParquetWriter(draft, schema, **_OPTIONS) as writer:
-        for group in groups:
-            writer.write_table(group.replace_schema_metadata(schema.metadata), row_group_size=len(group))
-
-
 # ---- reading ----
 
 
@@ -307,32 +221,139 @@ def rollout_files(folder: Path) -> list[Path]:
 
     Raises ``UserError`` for an entry that is not a regular file: a pipe would block its reader forever.
     """
+    entries = _regular_files(folder)
+    listed = read_manifest(folder) if folder.is_dir() else None
+    return entries if listed is None else [folder / file.name for file in listed]
+
+
+def checked_files(folder: Path) -> list[Path]:
+    """Return the files of a folder, each of which is as the manifest or the record of the finished stage lists it.
+
+    Raises ``UserError`` for another file. A folder without manifest and record has the files that are there.
+    """
+    entries = _regular_files(folder)
+    source = manifest_path(folder)
+    if (manifest := read_manifest(folder)) is not None:
+        listed = {file.name: (file.bytes, file.sha256) for file in manifest}
+    else:
+        source = folder.parent / RECORD
+        try:
+            outputs = read_record(folder.parent)["outputs"]
+        except FileNotFoundError:
+            return entries
+        paths = [(PurePosixPath(name), outputs[name]) for name in sorted(outputs)]
+        listed = {
+            path.name: (entry["bytes"], entry["sha256"]) for path, entry in paths if str(path.parent) == folder.name
+        }
+        for path in entries:
+            if path.name not in listed:
+                raise UserError(f"{path}: the record of its stage does not list this file; remove it.")
+    for name, (size, sha256) in listed.items():
+        check_file(folder / name, size, sha256, source)
+    return [folder / name for name in listed]
+
+
+def read_located(locate: Callable[[], Path], read: Callable[[Path], Result]) -> Result:
+    """Return what ``read`` returns for the folder of a stage that may run.
+
+    A stage that finishes moves its rollouts to another folder, which is read if it finished meanwhile.
+    """
+    folder = locate()
+    try:
+        result = read(folder)
+    except (UserError, OSError):
+        if locate() == folder:
+            raise
+    else:
+        if locate() == folder:
+            return result
+    return read(locate())
+
+
+def _regular_files(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
     for path in files:
         # A running stage may delete a file at any time.
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(path.lstat().st_mode):
-                raise UserError(f"{path}: not a regular file, so it is not read; remove it.")
+                raise _irregular(path)
     return files
+
+
+def _irregular(path: Path) -> UserError:
+    return UserError(f"{path}: not a regular file, so it is not read; remove it.")
+
+
+def _open_regular(path: Path) -> io.BufferedReader:
+    """Open a file to be read. Raises ``UserError`` for another kind of entry, without waiting for a pipe's writer."""
+    try:
+        file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; it must be a regular file.") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise _irregular(path)
+    return file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
+
+
+def check_file(path: Path, size: int, sha256: str, source: Path) -> None:
+    """Raise ``UserError`` for a file that differs from its entry in ``source``, a manifest or a record."""
+    is_finished = source.name == RECORD
+    remedy = "Make the stage again with --rebuild." if is_finished else "Delete it; the stage continues without it."
+    try:
+        with _open_regular(path) as file:
+            state = tuple(file_state(os.fstat(file.fileno())))
+        is_equal = path.stat().st_size == size and _digest(path, state) == sha256
+    except FileNotFoundError:
+        raise UserError(f"{path}: {source.name} lists this file, and it is missing. {remedy}") from None
+    if not is_equal:
+        raise UserError(f"{path}: it has another sha256 than {source.name} says. {remedy}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: Path, state: tuple[int, ...]) -> str:
+    """Return a file's digest, computed once while its state is unchanged."""
+    with _open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_rollouts(folder: str | Path) -> ds.Dataset:
     """Return the files of a folder as a dataset of pyarrow, which is read later.
 
-    The run may still write: the dataset has the files that are complete now. A missing folder is an empty dataset.
+    The run may still write: the dataset has the rows of the updates until now, and its files stay for some minutes. A
+    missing folder is an empty dataset.
     """
-    files = rollout_files(Path(folder))
+    return rollout_dataset(rollout_files(Path(folder)))
+
+
+def rollout_dataset(files: Sequence[Path]) -> ds.Dataset:
+    """Return files as a dataset of pyarrow."""
     if not files:
         return ds.dataset(SCHEMA.empty_table())
     return ds.dataset([str(path) for path in files], schema=SCHEMA, format="parquet")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run that wrote the files; empty without files."""
-    for path in rollout_files(folder)[:1]:
-        settings: dict[str, Any] = json.loads((pq.read_schema(path).metadata or {}).get(SETTINGS_KEY, b"{}"))
-        return settings
-    return {}
+    """Return the settings of the run that wrote the files; empty without files. Raises as ``file_settings``."""
+    files = rollout_files(folder)
+    return file_settings(files[0]) if files else {}
+
+
+def file_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of the run that wrote a file. Raises ``UserError`` for another file."""
+    try:
+        with _open_regular(path) as file:
+            metadata = pq.read_schema(file).metadata or {}
+        settings: dict[str, Any] = json.loads(metadata.get(SETTINGS_KEY, b"{}"))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    return settings
 
 
 def rollout_rows(

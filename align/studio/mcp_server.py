@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 from mcp.server.mcpserver import MCPServer
@@ -26,7 +27,7 @@ from align.runs.run_page import RunOutline
 from align.runs.status import StageStatus, cancel_run
 from align.store.artifacts import CHECKPOINTS, DATASETS, LOG, VERSION, Artifact, Kind
 from align.store.json_files import DamagedFile, parse_object, read_file, read_tail
-from align.store.rollouts import ROLLOUTS, VALIDATIONS, rollout_files
+from align.store.rollouts import ROLLOUTS, VALIDATIONS, Result, read_located, rollout_files
 from align.studio.context import NotFound, StudioContext, checked_name
 from align.studio.foreign_text import EXCERPT, LONG_TEXT, foreign, foreign_tail, to_result
 from align.studio.rollouts.stored_responses import MAX_ROWS, Order, ResponseQuery, find_response, find_responses
@@ -171,7 +172,7 @@ class StoreTools:
             max_score=max_score, part=part, min_kl=min_kl, max_kl=max_kl, min_tokens=min_tokens, max_tokens=max_tokens,
             reason=reason, finished=finished, words=words, order=order, limit=limit, offset=offset,
         )  # fmt: skip
-        rows, matches = find_responses(self._rollout_folder(run, stage, validations), query)
+        rows, matches = self._read_rollouts(run, stage, validations, lambda folder: find_responses(folder, query))
         return {"matches": matches, "offset": offset, "rows": [_response(row, EXCERPT) for row in rows]}
 
     def read_rollout(
@@ -185,7 +186,8 @@ class StoreTools:
         validations: bool = False,
     ) -> dict[str, Any]:
         """Read one response with its whole conversation, calls, scores and reasons."""
-        row = find_response(self._rollout_folder(run, stage, validations), (update, split, round, index))
+        place = (update, split, round, index)
+        row = self._read_rollouts(run, stage, validations, lambda folder: find_response(folder, place))
         if row is None:
             raise NotFound(f"The stage '{stage}' has no such response; take its place from list_rollouts.")
         return _response(row, LONG_TEXT, is_whole=True)
@@ -315,13 +317,17 @@ class StoreTools:
             raise UserError(f"{stage}: makes {with_article(artifact.kind)}, not rows.")
         return artifact
 
-    def _rollout_folder(self, run: str, stage: str, validations: bool) -> Any:
+    def _read_rollouts(self, run: str, stage: str, validations: bool, read: Callable[[Path], Result]) -> Result:
         name = VALIDATIONS if validations else ROLLOUTS
-        folder = self._folder(run, stage)
-        for place in () if folder is None else (folder / name, folder / CHECKPOINTS / name):
-            if rollout_files(place):
-                return place
-        raise NotFound(f"The stage '{stage}' has no stored {name}.")
+
+        def locate() -> Path:
+            folder: Path | None = self._folder(run, stage)
+            for place in () if folder is None else (folder / name, folder / CHECKPOINTS / name):
+                if rollout_files(place):
+                    return place
+            raise NotFound(f"The stage '{stage}' has no stored {name}.")
+
+        return read_located(locate, read)
 
     def _pipeline(self, run: str) -> Pipeline:
         outline: RunOutline = self._find(run)[0].outline

@@ -6,6 +6,7 @@ changed are not read again, and a file that grows is read again only within a sh
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
@@ -214,7 +215,10 @@ class RunReader:
         folder = self.folder(run, stage, state)
         if folder is None:
             return curve_numbers(Events()) | {"steps_per_update": 1}
-        settings = read_settings(_rollout_folder(folder, state))
+        settings: dict[str, Any] = {}
+        # The view of rollouts says what is wrong with their files.
+        with contextlib.suppress(UserError):
+            settings = read_settings(_rollout_folder(folder, state))
         steps = int(settings.get("num_epochs", 1)) * int(settings.get("num_mini_batches", 1))
         return curve_numbers(self.events.read(folder)) | {"steps_per_update": steps}
 

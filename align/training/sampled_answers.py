@@ -13,7 +13,8 @@ from align.inference.thoughts import thought_facts
 from align.models.chat.token_texts import TokenTexts
 from align.models.compute.processes import all_gather
 from align.pipeline.context import StageContext
-from align.store.rollouts import ROLLOUTS, RolloutFiles, identify_prompt, is_kept, make_table, merge, rollout_files
+from align.store.rollout_writer import RolloutFiles, merge
+from align.store.rollouts import ROLLOUTS, identify_prompt, is_kept, make_table
 
 
 class AnswerRecorder:
@@ -51,8 +52,8 @@ class AnswerRecorder:
 
     def finish(self) -> None:
         """Write the answers as few files into the stage's output."""
-        if rank() == 0 and rollout_files(self.context.checkpoints / ROLLOUTS):
-            merge(self.context.checkpoints / ROLLOUTS, self.context.output / ROLLOUTS)
+        if rank() == 0:
+            merge(self.context.checkpoints / ROLLOUTS, self.context.output / ROLLOUTS, self.context.warn)
 
     def _line(self, number: int, prompt_ids: list[int], answer: Response) -> dict[str, Any]:
         row = self.sources[number]

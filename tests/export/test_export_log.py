@@ -22,7 +22,8 @@ from align.export import export_log as exports
 from align.export.transcripts import Transcript, TranscriptLog, read_calls, read_logs
 from align.store.artifacts import Artifact
 from align.store.record import read_artifact
-from align.store.rollouts import RolloutFiles, make_table
+from align.store.rollout_writer import RolloutFiles
+from align.store.rollouts import make_table
 from tests.support.records import put_record
 
 ROOT = Path(__file__).parents[2]

@@ -1,141 +1,39 @@
-"""Files of rollouts: what a writer leaves after kills and limits, and what readers of Parquet see."""
+"""Stored rollouts: the values that are written, and what readers of Parquet see of a folder."""
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from pathlib import Path
-from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 
-from align.store import rollouts
+from align.errors import UserError
+from align.store.rollout_writer import RolloutFiles
 from align.store.rollouts import (
     ROLLOUTS,
     SCHEMA,
-    VALIDATIONS,
-    RolloutFiles,
+    checked_files,
     is_kept,
     make_table,
-    merge,
     open_rollouts,
+    read_located,
+    read_manifest,
     read_settings,
     rollout_files,
     rollout_rows,
 )
+from tests.support.stored_rollouts import update_table
 
 
-def make_files(root: Path, max_bytes: int = 10**9) -> tuple[RolloutFiles, list[str]]:
-    notes: list[str] = []
-    return RolloutFiles(root, max_bytes, {"stage": "ppo"}, notes.append), notes
+@pytest.fixture
+def files(tmp_path: Path) -> RolloutFiles:
+    return RolloutFiles(tmp_path, 10**9, {"stage": "ppo"}, print)
 
 
-def update_table(update: int, text: str = "answer") -> Any:
-    rows = [
-        {"update": update, "index": index, "prompt": [{"role": "user", "content": "q"}], "response": f"{text} {update}",
-         "score": index / 4, "scores": {"form": 0.5}, "token_ids": [1, 2], "logprobs": [-0.5, -0.25]}
-        for index in range(4)
-    ]  # fmt: skip
-    return make_table(rows)
-
-
-def updates_in(folder: Path) -> list[int]:
-    return open_rollouts(folder).to_table(columns=["update"])["update"].to_pylist()
-
-
-def test_small_updates_share_files_and_large_ones_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, _ = make_files(tmp_path)
-    for update in (1, 2, 3):
-        files.write(update_table(update))
-        assert updates_in(tmp_path / ROLLOUTS) == [number for number in range(1, update + 1) for _ in range(4)]
-    assert [path.name for path in rollout_files(tmp_path / ROLLOUTS)] == ["000001.parquet"]
-    monkeypatch.setattr(rollouts, "FILE_BYTES", 1)
-    files.write(update_table(4))
-    files.write(update_table(5))
-    names = [path.name for path in rollout_files(tmp_path / ROLLOUTS)]
-    assert names == ["000001.parquet", "000004.parquet", "000005.parquet"]
-
-
-@pytest.mark.parametrize("file_bytes", [1, 10**6])
-def test_resumed_writer_repeats_and_loses_no_update(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_bytes: int
-) -> None:
-    monkeypatch.setattr(rollouts, "FILE_BYTES", file_bytes)
-    killed, _ = make_files(tmp_path)
-    for update in range(1, 6):
-        killed.write(update_table(update, "lost"))
-        killed.write(update_table(update), VALIDATIONS)
-    resumed, _ = make_files(tmp_path)
-    resumed.rewind(3)
-    assert updates_in(tmp_path / ROLLOUTS) == [1] * 4 + [2] * 4 + [3] * 4
-    assert updates_in(tmp_path / VALIDATIONS) == [1] * 4 + [2] * 4  # that of update 3 is repeated
-    for update in (4, 5):
-        resumed.write(update_table(update, "kept"))
-    rows = list(rollout_rows(open_rollouts(tmp_path / ROLLOUTS)))
-    assert [row["response"] for row in rows[::4]] == ["lost 1", "lost 2", "lost 3", "kept 4", "kept 5"]
-    resumed.rewind(0)
-    assert not rollout_files(tmp_path / ROLLOUTS) and not rollout_files(tmp_path / VALIDATIONS)
-
-
-def test_oldest_updates_go_first_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollouts, "FILE_BYTES", 1)
-    files, notes = make_files(tmp_path)
-    files.write(update_table(1))
-    size = rollout_files(tmp_path / ROLLOUTS)[0].stat().st_size
-    files, notes = make_files(tmp_path, max_bytes=int(size * 3.5))
-    files.rewind(1)
-    for update in range(2, 8):
-        files.write(update_table(update))
-        assert sum(path.stat().st_size for path in rollout_files(tmp_path / ROLLOUTS)) <= size * 3.5
-    assert sorted(set(updates_in(tmp_path / ROLLOUTS))) == [5, 6, 7]
-    assert len(notes) == 1 and "rollouts.max_gb" in notes[0]
-
-
-def test_an_open_file_stays_readable_while_the_run_writes(tmp_path: Path) -> None:
-    files, _ = make_files(tmp_path)
-    files.write(update_table(1))
-    with pq.ParquetFile(rollout_files(tmp_path / ROLLOUTS)[0]) as file:
-        files.write(update_table(2))
-        assert set(file.read(columns=["update"])["update"].to_pylist()) == {1}
-    assert set(updates_in(tmp_path / ROLLOUTS)) == {1, 2}
-
-
-def test_kill_while_writing_leaves_the_former_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, _ = make_files(tmp_path)
-    files.write(update_table(1))
-    written = rollouts.write_parquet
-
-    def die(table: Any, path: Path) -> None:
-        written(table, path)
-        path.write_bytes(path.read_bytes()[:100])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(rollouts, "write_parquet", die)
-    with pytest.raises(KeyboardInterrupt):
-        files.write(update_table(2))
-    assert updates_in(tmp_path / ROLLOUTS) == [1] * 4
-
-
-def test_merge_keeps_rows_order_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollouts, "FILE_BYTES", 1)
-    files, _ = make_files(tmp_path)
-    for update in range(1, 8):
-        files.write(update_table(update))
-    before = open_rollouts(tmp_path / ROLLOUTS).to_table()
-    group = 2 * rollouts.pq.read_table(rollout_files(tmp_path / ROLLOUTS)[0], schema=SCHEMA).nbytes
-    monkeypatch.setattr(rollouts, "GROUP_BYTES", group)
-    monkeypatch.setattr(rollouts, "MERGED_BYTES", 2 * group)
-    for _ in range(2):  # a stage that was killed at its end merges again
-        merge(tmp_path / ROLLOUTS, tmp_path / "output")
-        assert open_rollouts(tmp_path / "output").to_table().equals(before)
-    names = [path.name for path in rollout_files(tmp_path / "output")]
-    assert names == ["000001.parquet", "000005.parquet"]
-    assert pq.ParquetFile(tmp_path / "output" / names[0]).num_row_groups == 2
-    assert read_settings(tmp_path / "output") == {"stage": "ppo"}
-
-
-def test_rows_are_read_lazily_with_filters_and_json(tmp_path: Path) -> None:
-    files, _ = make_files(tmp_path)
+def test_rows_are_read_lazily_with_filters_and_json(tmp_path: Path, files: RolloutFiles) -> None:
     for update in (1, 2):
         files.write(update_table(update))
     data = open_rollouts(tmp_path / ROLLOUTS)
@@ -146,17 +44,15 @@ def test_rows_are_read_lazily_with_filters_and_json(tmp_path: Path) -> None:
     assert open_rollouts(tmp_path / "none").schema.equals(SCHEMA)
 
 
-def test_pandas_reads_a_folder(tmp_path: Path) -> None:
+def test_pandas_reads_a_folder(tmp_path: Path, files: RolloutFiles) -> None:
     pandas = pytest.importorskip("pandas")
-    files, _ = make_files(tmp_path)
     files.write(update_table(1))
     frame = pandas.read_parquet(tmp_path / ROLLOUTS)
     assert list(frame.columns) == SCHEMA.names and frame["score"].tolist() == [0.0, 0.25, 0.5, 0.75]
 
 
-def test_duckdb_reads_a_folder(tmp_path: Path) -> None:
+def test_duckdb_reads_a_folder(tmp_path: Path, files: RolloutFiles) -> None:
     duckdb = pytest.importorskip("duckdb")
-    files, _ = make_files(tmp_path)
     files.write(update_table(1))
     query = f"select scores['form'], logprobs[2] from '{tmp_path / ROLLOUTS}/*.parquet' where score > 0.5"
     assert duckdb.sql(query).fetchall() == [(0.5, -0.25)]
@@ -176,3 +72,99 @@ def test_share_of_prompts_is_kept_whole() -> None:
     assert 430 < len(kept) < 570
     assert kept < {name for name in names if is_kept(name, 0.5)}
     assert all(is_kept(name, 1.0) for name in names) and not any(is_kept(name, 0.0) for name in names)
+
+
+def test_duckdb_reads_what_a_manifest_lists(tmp_path: Path, files: RolloutFiles) -> None:
+    """The statement of docs/rollouts.md: merged rows are in the folder twice and in the manifest once."""
+    duckdb = pytest.importorskip("duckdb")
+    for update in range(1, 10):
+        files.write(update_table(update))
+    folder = tmp_path / ROLLOUTS
+    assert len(list(folder.glob("*.parquet"))) == 10
+    documented = (Path(__file__).parents[2] / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    statement = documented.split("```sql\n")[2].split("```")[0]
+    place = "store/ppo/0123456789ab.partial/checkpoints/rollouts"
+    assert place in statement
+    rows = duckdb.sql(statement.replace(place, str(folder))).fetchall()
+    assert rows == [(update, 0.375) for update in range(1, 10)]
+
+
+# ---- files that are not what a manifest lists
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "folder":
+        path.mkdir()
+    elif how == "link":
+        path.with_suffix(".copy").write_bytes(content)
+        path.symlink_to(path.with_suffix(".copy"))
+    elif how == "shorter":
+        path.write_bytes(content[:-1])
+    elif how == "flipped bit":
+        path.write_bytes(bytes([*content[:50], content[50] ^ 1, *content[51:]]))
+
+
+@pytest.mark.parametrize("how", ["pipe", "folder", "link", "shorter", "flipped bit", "missing"])
+@pytest.mark.parametrize("place", ["file", "manifest"])
+def test_other_file_than_listed_is_an_error(tmp_path: Path, files: RolloutFiles, how: str, place: str) -> None:
+    files.write(update_table(1))
+    (path,) = checked_files(tmp_path / ROLLOUTS)
+    damaged = path if place == "file" else tmp_path / "rollouts.json"
+    damage(damaged, how)
+    started = time.monotonic()
+    if place == "manifest" and how == "missing":
+        assert checked_files(tmp_path / ROLLOUTS) == [path]  # as in a folder that was copied
+        return
+    with pytest.raises(UserError, match=damaged.name):
+        checked_files(tmp_path / ROLLOUTS)
+    assert time.monotonic() - started < 5
+
+
+def test_manifest_names_no_file_elsewhere(tmp_path: Path, files: RolloutFiles) -> None:
+    from align.store.json_files import write_sealed
+
+    files.write(update_table(1))
+    content = json.loads((tmp_path / "rollouts.json").read_text())
+    del content["seal"]
+    content["files"][0]["name"] = "../secret.parquet"
+    write_sealed(tmp_path / "rollouts.json", content)
+    with pytest.raises(UserError, match=r"rollouts\.json: damaged: .*files\.0\.name"):
+        rollout_files(tmp_path / ROLLOUTS)
+
+
+def test_unlisted_file_is_not_read_from_a_running_stage(tmp_path: Path, files: RolloutFiles) -> None:
+    files.write(update_table(1))
+    other = RolloutFiles(tmp_path / "other", 10**9, {}, print)
+    other.write(update_table(2))
+    (stray,) = rollout_files(tmp_path / "other" / ROLLOUTS)
+    stray.rename(tmp_path / ROLLOUTS / stray.name)
+    assert set(open_rollouts(tmp_path / ROLLOUTS).to_table()["update"].to_pylist()) == {1}
+    assert len(checked_files(tmp_path / ROLLOUTS)) == 1
+
+
+def test_damaged_settings_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and something else")
+    with pytest.raises(UserError, match=r"a\.parquet: cannot be read"):
+        read_settings(tmp_path)
+    assert read_settings(tmp_path / "none") == {} and read_manifest(tmp_path / "none") is None
+
+
+def test_folder_of_a_finished_stage_is_read_once_more(tmp_path: Path) -> None:
+    seen: list[Path] = []
+    places = iter([tmp_path / "running", tmp_path / "finished", tmp_path / "finished"])
+
+    def read(folder: Path) -> int:
+        seen.append(folder)
+        if folder.name == "running":
+            raise UserError("a file is missing")
+        return 5
+
+    assert read_located(lambda: next(places), read) == 5
+    assert [folder.name for folder in seen] == ["running", "finished"]
+    with pytest.raises(UserError, match="a file is missing"):
+        read_located(lambda: tmp_path / "running", read)
+    assert len(seen) == 3

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.store.rollouts import SCHEMA, RolloutFiles, make_table, open_rollouts, rollout_rows
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from align.store.rollout_writer import RolloutFiles
+from align.store.rollouts import SCHEMA, SETTINGS_KEY, make_table, open_rollouts, rollout_rows
 
 
 def stored_rows(folder: Path) -> list[dict[str, Any]]:
@@ -19,6 +24,22 @@ def write_lines(folder: Path, lines: Sequence[dict[str, Any]]) -> Path:
     files = RolloutFiles(folder.parent, 10**9, {}, print)
     files.write(make_table([_row(line) for line in lines]), folder.name)
     return folder
+
+
+def update_table(update: int, text: str = "answer") -> pa.Table:
+    """Return four rows of an update."""
+    rows = [
+        {"update": update, "index": index, "prompt": [{"role": "user", "content": "q"}], "response": f"{text} {update}",
+         "score": index / 4, "scores": {"form": 0.5}, "token_ids": [1, 2], "logprobs": [-0.5, -0.25]}
+        for index in range(4)
+    ]  # fmt: skip
+    return make_table(rows)
+
+
+def write_rollouts(table: pa.Table, path: Path, settings: Mapping[str, Any]) -> None:
+    """Write a file under a name of its own, which no manifest lists."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.replace_schema_metadata({SETTINGS_KEY: json.dumps(settings)}), path)
 
 
 def _row(line: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,9 @@ class ReplayFolder(Config):
 
     def identity(self, base: Path) -> str:
         """Return the digest of the files. Raises ``UserError`` if there are none."""
-        files = sorted(user_path(self.folder, base).glob("*.parquet"))
+        from align.store.rollouts import rollout_files
+
+        files = rollout_files(user_path(self.folder, base))
         if not files:
             raise UserError(
                 f"replay.folder: {self.folder} has no Parquet files. Name the folder `rollouts` of a stage that "

@@ -18,9 +18,9 @@ from align.evaluation.scorecard import ITEMS, JUDGMENTS, SAMPLES, SCORECARD
 from align.report.scorecard.rollouts import episode_view, is_episode
 from align.report.scorecard.samples import answer_view
 from align.report.scorecard.scorecard_tables import PROMPTS, task_title
+from align.studio.rollouts.details import diff_words
 from align.studio.rollouts.filters import MAX_NAME, MAX_WORDS, split_words, word_pattern
 from align.studio.rollouts.queries import excerpt, finite, finite_map, last_message
-from align.studio.rollouts.word_diff import diff_words
 
 JUDGE = "judge"
 """Name of the metric that is a judge's verdict on two systems in both orders."""

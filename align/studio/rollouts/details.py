@@ -1,4 +1,4 @@
-"""Queries behind the table of stored rollouts: facets, means by update, the answers to a prompt, a row's tokens."""
+"""Queries behind the table of stored rollouts: facets, means by update, answers to a prompt, a row's tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from align.errors import missing_extra
 from align.report.scorecard.rollouts import episode_view, is_episode
 from align.store.rollouts import JSON_COLUMNS, TOKEN_COLUMNS
 from align.studio.rollouts.filters import PLACE, RolloutFilter
 from align.studio.rollouts.parquet_reader import Rows
 from align.studio.rollouts.queries import (
     FROM,
+    MAX_UPDATE,
     RolloutTable,
     file_parameters,
     files_of_updates,
@@ -23,7 +25,6 @@ from align.studio.rollouts.queries import (
     finite_map,
     row_id,
 )
-from align.studio.rollouts.word_diff import diff_words
 from align.verifiers.verdict import reasons_in
 
 MAX_POINTS = 400
@@ -39,9 +40,13 @@ MAX_TOKENS = 20_000
 DIGITS = 6
 COUNTED = ("score", "gold", "kl", "turns", "thought_tokens", "split")
 """Columns that a table may lack."""
-MAX_UPDATE = 2**31 - 1
 Base = Literal["previous", "first", "none"]
 """Answer that an answer to the same prompt is compared with."""
+MAX_WORDS = 10_000
+"""Words and signs of a text; longer texts are not compared."""
+SAME, ADDED, REMOVED = "same", "added", "removed"
+Pieces = list[tuple[str, str]]
+_WORD = re.compile(r"\w+\s*|[^\w\s]\s*|\s+")
 _PLACE_NAMES = [name.strip('"') for name in PLACE]
 _ROW_ID = re.compile(r"(\d{0,10})-([a-z]{0,20})-(\d{0,10})-(\d{0,10})-(\d{0,10})")
 
@@ -58,7 +63,7 @@ class RolloutDetails:
         ``parts`` are the names of the score's parts, ``reasons`` and ``stops`` have the number of rows by name, and
         ``columns`` the number of rows that have a value.
         """
-        return self.table.reader.read(self.table.files, self._facets)
+        return self.table.read(self._facets)
 
     def _facets(self, files: Sequence[Path]) -> dict[str, Any]:
         # Rows have few different sets of parts and reasons, so one pass groups by them.
@@ -96,7 +101,7 @@ class RolloutDetails:
         and ``parts``, the means of the parts of the score. Conditions on words are not used.
         """
         conditions = conditions.model_copy(update={"response_words": "", "prompt_words": ""})
-        return self.table.reader.read(self.table.files, lambda files: self._means(files, conditions, parts))
+        return self.table.read(lambda files: self._means(files, conditions, parts))
 
     def _means(self, files: Sequence[Path], conditions: RolloutFilter, parts: Sequence[str]) -> Rows:
         parameters: dict[str, Any] = {"points": MAX_POINTS}
@@ -128,7 +133,7 @@ class RolloutDetails:
         chosen ``updates``, or of :data:`SHOWN_UPDATES` from the first to the last. An answer has ``pieces``, its
         differences from the answer with the same number in the update that ``base`` says.
         """
-        content = self.table.reader.read(self.table.files, lambda files: self._prompt(files, prompt_id, updates))
+        content = self.table.read(lambda files: self._prompt(files, prompt_id, updates))
         _mark_differences(content["answers"], base)
         return content
 
@@ -175,7 +180,7 @@ class RolloutDetails:
         parsed = _ROW_ID.fullmatch(identity)
         if parsed is None:
             return None
-        return self.table.reader.read(self.table.files, lambda files: self._row(files, parsed.groups()))
+        return self.table.read(lambda files: self._row(files, parsed.groups()))
 
     def _row(self, files: Sequence[Path], place: Sequence[str]) -> dict[str, Any] | None:
         parameters: dict[str, Any] = {}
@@ -219,6 +224,41 @@ def _mark_differences(answers: Sequence[dict[str, Any]], base: Base) -> None:
         for answer, other in zip(by_update[update], before, strict=False):
             if base != "none":
                 answer["pieces"] = diff_words(other.get("response", ""), answer.get("response", ""))
+
+
+def diff_words(before: str, after: str) -> Pieces | None:
+    """Return the pieces of ``after`` with the words that ``before`` has in their place. White space is not compared.
+
+    A piece is ``(SAME, text)``, ``(ADDED, text)`` for words that only ``after`` has, or ``(REMOVED, text)`` for words
+    that only ``before`` has. The same and the added pieces together are ``after``. None if a text is too long.
+    """
+    try:
+        # difflib needs a minute for a response that repeats one word 1,400 times; rapidfuzz needs a millisecond.
+        from rapidfuzz.distance import Indel
+    except ImportError:
+        raise missing_extra("rapidfuzz", "studio", "align studio") from None
+    old = _WORD.findall(before)
+    new = _WORD.findall(after)
+    if max(len(old), len(new)) > MAX_WORDS:
+        return None
+    pieces: Pieces = []
+    removed = ""
+    added = ""
+    for step in Indel.opcodes([word.strip() for word in old], [word.strip() for word in new]):
+        if step.tag != "equal":
+            # Words that replace others come in turns; they are read as one change.
+            removed += "".join(old[step.src_start : step.src_end])
+            added += "".join(new[step.dest_start : step.dest_end])
+            continue
+        pieces += _change(removed, added)
+        pieces.append((SAME, "".join(new[step.dest_start : step.dest_end])))
+        removed = ""
+        added = ""
+    return pieces + _change(removed, added)
+
+
+def _change(removed: str, added: str) -> Pieces:
+    return [(kind, text) for kind, text in ((REMOVED, removed), (ADDED, added)) if text]
 
 
 def _number(column: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from align.errors import UserError, missing_extra
-from align.studio.run_index import file_signature
+from align.store.rollouts import checked_files, read_located
 
 if TYPE_CHECKING:
     import duckdb
@@ -25,8 +25,6 @@ MAX_QUERIES = 2
 """Queries that run at the same time; further ones wait."""
 SECONDS = 60.0
 """Time limit of a query, and of waiting for its turn."""
-ATTEMPTS = 8
-"""Attempts at a query whose files were replaced or deleted while it ran."""
 CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
@@ -39,7 +37,7 @@ CONFIG: dict[str, str | bool | int | float | list[str]] = {
 _LOCKED = (
     # Nothing is written to a disk: a query that needs more memory fails.
     "SET GLOBAL temp_directory = ''",
-    # A running stage has thousands of files, whose footers are read once. DuckDB reads one again if its time changed.
+    # The footers of files are read once.
     "SET GLOBAL parquet_metadata_cache = true",
     "SET GLOBAL enable_external_access = false",
     "SET GLOBAL lock_configuration = true",
@@ -76,31 +74,20 @@ class ParquetReader:
         finally:
             self._slots.release()
 
-    def read(self, list_files: Callable[[], list[Path]], query: Callable[[list[Path]], Result]) -> Result:
-        """Return the result of ``query`` for files that did not change while it ran.
+    def read(self, locate: Callable[[], Path], query: Callable[[list[Path]], Result]) -> Result:
+        """Return the result of ``query`` for the checked files of a folder, which ``locate`` returns.
 
-        A running stage replaces and deletes files, and DuckDB opens a file several times during a query. So a query
-        whose files have changed is repeated with the files that are there then. Raises ``UserError`` for files that
-        cannot be read, or that change all the time.
+        Raises ``UserError`` for files that cannot be read or are not what the stage wrote.
         """
         import duckdb
 
-        for _ in range(ATTEMPTS):
-            files = list_files()
-            before = list(map(file_signature, files))
-            problem: Exception | None = None
+        def read_folder(folder: Path) -> Result:
             try:
-                result = query(files)
+                return query(checked_files(folder))
             except (duckdb.Error, OSError) as error:
-                problem = error
-            if list(map(file_signature, files)) != before or None in before:
-                continue
-            if problem is None:
-                return result
-            raise UserError(f"{self.root}: stored rollouts cannot be read: {problem}") from problem
-        raise UserError(
-            f"{self.root}: the rollouts were replaced {ATTEMPTS} times while they were read. Read them again."
-        )
+                raise UserError(f"{folder}: stored rollouts cannot be read: {error}") from error
+
+        return read_located(locate, read_folder)
 
     def close(self) -> None:
         """Free the memory."""

@@ -1,6 +1,6 @@
 """Pages of a table of stored rollouts, with a search for words that returns in time.
 
-The files are listed anew for each query, because a running stage adds, replaces and deletes them. A page has at most
+The files are listed anew for each query, because a running stage adds and merges them. A page has at most
 ``MAX_LIMIT`` rows, whose texts are cut, so memory does not grow with the number of rollouts.
 """
 
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.store.rollouts import rollout_files
+from align.store.rollouts import updates_of
 from align.studio.rollouts.filters import PLACE, RolloutFilter, TableQuery, word_pattern
-from align.studio.rollouts.parquet_reader import ParquetReader, Rows
+from align.studio.rollouts.parquet_reader import ParquetReader, Result, Rows
 
 SECONDS = 0.3
 """Time after which a search for words begins no further files."""
@@ -27,6 +27,7 @@ MAX_TEXT = 240
 """Characters of a text in a table."""
 BEFORE_WORD = 60
 """Characters before the first word in a text that is cut."""
+MAX_UPDATE = 2**31 - 1
 FROM = "FROM read_parquet($files, can_have_nan = true)"
 _COLUMNS = (
     *PLACE,
@@ -58,9 +59,9 @@ class RolloutTable:
     reader: ParquetReader
     locate: Callable[[], Path]
 
-    def files(self) -> list[Path]:
-        """Return the files that are complete now."""
-        return rollout_files(self.locate())
+    def read(self, query: Callable[[list[Path]], Result]) -> Result:
+        """Return the result of ``query`` for the files that are there now."""
+        return self.reader.read(self.locate, query)
 
     def page(self, query: TableQuery) -> Page:
         """Return a page of the table.
@@ -72,11 +73,11 @@ class RolloutTable:
         merged by ``key``.
         """
         read_page = self._search if query.has_words else self._scan
-        return self.reader.read(self.files, lambda files: read_page(query, files))
+        return self.read(lambda files: read_page(query, files))
 
     def _scan(self, query: TableQuery, files: Sequence[Path]) -> Page:
         total = self.count(files)
-        if query.is_unfiltered and query.by_update and _have_updates(files):
+        if query.is_unfiltered and query.by_update and all(updates_of(path.name) for path in files):
             needed = self._first_files(files, query)
             return Page(self._top(needed, query, query.limit, query.offset)[0], total, total, total)
         rows, matches = self._top(files_of_updates(files, query), query, query.limit, query.offset)
@@ -84,7 +85,7 @@ class RolloutTable:
 
     def _first_files(self, files: Sequence[Path], query: TableQuery) -> Sequence[Path]:
         """Return the files of the first updates that have the rows of a page without conditions."""
-        ordered = sorted(files, key=lambda path: int(path.stem), reverse=query.descending)
+        ordered = files[::-1] if query.descending else files
         number = 1
         while number < len(ordered) and self.count(ordered[:number]) < query.offset + query.limit:
             number *= 4
@@ -93,9 +94,8 @@ class RolloutTable:
     def _search(self, query: TableQuery, files: Sequence[Path]) -> Page:
         deadline = time.monotonic() + SECONDS
         is_newest_first = query.descending or not query.by_update
-        named = files_of_updates(files, query)
-        ordered = sorted(named, key=lambda path: path.name, reverse=is_newest_first)
-        remaining, skipped = _after(query.after, ordered, is_newest_first)
+        ordered = files_of_updates(files, query)[:: -1 if is_newest_first else 1]
+        query, remaining, skipped = _continue(query, ordered, is_newest_first)
         rows: Rows = []
         matches = 0
         searched = 0
@@ -108,10 +108,10 @@ class RolloutTable:
                 matches += count
                 searched += self.count(batch)
             if query.by_update and count > skipped + len(top):
-                following = f"{batch[0].name}:{skipped + len(top)}"
+                following = f"{_place(batch[0], query, is_newest_first)}:{skipped + len(top)}"
                 break
             skipped = 0
-            following = f"{upcoming.name}:0" if upcoming else ""
+            following = f"{_place(upcoming, query, is_newest_first)}:0" if upcoming else ""
             is_full = query.by_update and len(rows) == query.limit
             if is_full or time.monotonic() > deadline:
                 break
@@ -168,8 +168,7 @@ class RolloutTable:
         rows = self.reader.rows(" UNION ALL ".join(parts), parameters)
         by_place = {(row.pop("file_number"), row.pop("row_number")): row for row in rows}
         if len(by_place) < len(hits):
-            # A resumed run has shortened the file since it was searched. ParquetReader.read repeats the query.
-            raise OSError("a file of rollouts changed while it was read")
+            raise OSError("a file changed while it was read")
         return [by_place[hit["file_index"], hit["file_row_number"]] | {"key": hit["key"]} for hit in hits]
 
     def _count_matches(self, files: Sequence[Path], query: RolloutFilter) -> int:
@@ -179,20 +178,15 @@ class RolloutTable:
 
 
 def files_of_updates(files: Sequence[Path], conditions: RolloutFilter) -> list[Path]:
-    """Return the files that may have rows of the updates of the conditions. A file is named by its first update."""
-    if not files or not _have_updates(files):
-        return list(files)
+    """Return the files that may have rows of the updates of the conditions, by their names."""
     first = conditions.first_update or 0
     last = math.inf if conditions.last_update is None else conditions.last_update
-    ordered = sorted(files, key=lambda path: int(path.stem))
-    following = [*(int(path.stem) for path in ordered[1:]), math.inf]
-    # The last update of a file may also be the first of the next: a validation is repeated by a resumed run.
-    return [path for path, after in zip(ordered, following, strict=True) if int(path.stem) <= last and after >= first]
 
+    def has_updates(path: Path) -> bool:
+        updates = updates_of(path.name)
+        return updates is None or (updates[0] <= last and updates[1] >= first)
 
-def _have_updates(files: Sequence[Path]) -> bool:
-    """Return True for files that are named by updates; files of a stage that does not learn by prompts."""
-    return all(path.stem.isdecimal() for path in files)
+    return list(filter(has_updates, files))
 
 
 def file_parameters(files: Sequence[Path]) -> dict[str, Any]:
@@ -200,15 +194,35 @@ def file_parameters(files: Sequence[Path]) -> dict[str, Any]:
     return {"files": [str(path) for path in files]}
 
 
-def _after(place: str, ordered: Sequence[Path], is_newest_first: bool) -> tuple[Sequence[Path], int]:
-    """Return the files from a place on, and the matches in the first of them that were on earlier pages."""
-    name, _, skipped = place.rpartition(":")
-    if not name or not skipped.isdecimal():
-        return ordered, 0
-    # The file itself may be gone: a running stage deletes the oldest, and merges them when it ends.
-    remaining = [path for path in ordered if (path.name <= name if is_newest_first else path.name >= name)]
-    is_there = bool(remaining) and remaining[0].name == name
-    return remaining, int(skipped) if is_there else 0
+def _place(path: Path, query: TableQuery, is_newest_first: bool) -> str:
+    """Return where a search continues in a file: its first update in the order of the search, or its name."""
+    updates = updates_of(path.name)
+    if updates is None:
+        return path.name
+    if is_newest_first:
+        return str(min(updates[1], updates[1] if query.last_update is None else query.last_update))
+    return str(max(updates[0], query.first_update or 0))
+
+
+def _continue(
+    query: TableQuery, ordered: Sequence[Path], is_newest_first: bool
+) -> tuple[TableQuery, Sequence[Path], int]:
+    """Return the query and the files from its place ``after`` on, and the matches there that were on earlier pages."""
+    place, _, skipped = query.after.rpartition(":")
+    if not place or not skipped.isdecimal():
+        return query, ordered, 0
+    if place.isdecimal():
+        # A running stage merges files, so the file of this update may have rows that were on earlier pages.
+        update = min(int(place), MAX_UPDATE)
+        query = query.model_copy(update={"last_update" if is_newest_first else "first_update": update})
+        remaining = files_of_updates(ordered, query)
+        first, last = (remaining and updates_of(remaining[0].name)) or (0, -1)
+        is_there = first <= update <= last
+    else:
+        remaining = [path for path in ordered if (path.name <= place if is_newest_first else path.name >= place)]
+        is_there = bool(remaining) and remaining[0].name == place
+    # The file itself may be gone: a running stage deletes the oldest.
+    return query, remaining, int(skipped) if is_there else 0
 
 
 def _batches(files: Sequence[Path]) -> Iterator[tuple[Sequence[Path], Path | None]]:

@@ -11,11 +11,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from pydantic import Field
 
-from align.errors import UserError
 from align.store.artifacts import CHECKPOINTS
-from align.store.fingerprint import file_digest, file_state
-from align.store.record import read_record
-from align.store.rollouts import ROLLOUTS, VALIDATIONS, rollout_files
+from align.store.rollouts import ROLLOUTS, VALIDATIONS
 from align.studio.context import NotFound, StudioContext
 from align.studio.rollouts.details import Base, RolloutDetails
 from align.studio.rollouts.filters import MAX_NAME, Name, RolloutFilter, TableQuery
@@ -118,7 +115,6 @@ class StoredRollouts:
                 f"{run}/{stage}: no {folder} are stored. Stages that sample store rollouts unless "
                 "`rollouts: {keep: 0}`; those with `eval_updates` also store validations."
             )
-        _require_recorded_files(locate())
         return RolloutTable(self._reader, locate)
 
     def details(self, run: str, stage: str, folder: str) -> RolloutDetails:
@@ -139,25 +135,3 @@ class StoredRollouts:
         if not path.is_dir():
             path = store.partial(kind, key) / CHECKPOINTS / folder
         return self.context.inside(*path.relative_to(store.root).parts)
-
-
-def _require_recorded_files(folder: Path) -> None:
-    """Raise ``UserError`` for a file of a finished stage that its record lacks, or has with another digest."""
-    try:
-        outputs = read_record(folder.parent)["outputs"]
-    except FileNotFoundError:  # a running stage has no record yet
-        return
-    for path in rollout_files(folder):
-        recorded = outputs.get(path.relative_to(folder.parent).as_posix())
-        if recorded is None:
-            raise UserError(f"{path}: the record of its stage does not list this file; remove it.")
-        if _recorded_digest(path, tuple(file_state(path.stat()))) != recorded["sha256"]:
-            raise UserError(
-                f"{path}: it has another sha256 than the record of its stage says; make the stage again with --rebuild."
-            )
-
-
-@functools.lru_cache(maxsize=4096)
-def _recorded_digest(path: Path, state: tuple[int, ...]) -> str:
-    """Return a file's digest, computed once while its state is unchanged."""
-    return file_digest(path)

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 from pydantic import BaseModel, ConfigDict, Field
 
-from align.store.rollouts import open_rollouts, rollout_rows
+from align.store.rollouts import checked_files, rollout_dataset, rollout_rows
 
 PLACE = ("update", "split", "round", "index")
 """Columns that identify a response of a folder."""
@@ -110,14 +111,15 @@ def find_responses(folder: Path, query: ResponseQuery) -> tuple[list[dict[str, A
     """Return the rows of a page, and the number of rows that meet the conditions."""
     column, direction = ORDERS[query.order]
     columns = list(dict.fromkeys([*PLACE, column, *(("scores", "reasons") if query.has_map_condition else ())]))
-    table = open_rollouts(folder).to_table(columns=columns, filter=query.condition())
+    data = rollout_dataset(checked_files(folder))
+    table = data.to_table(columns=columns, filter=query.condition())
     if query.has_map_condition:
         table = table.filter(pa.array(list(_map_matches(table, query)), pa.bool_()))
     keys = [(column, direction), *((name, "ascending") for name in PLACE if name != column)]
     # Rows without a value come last in both directions.
     page = table.select(PLACE if column in PLACE else [*PLACE, column]).sort_by(keys).slice(query.offset, query.limit)
     places = [tuple(row[name] for name in PLACE) for row in page.to_pylist()]
-    rows = {place_of(row): row for row in _rows_at(folder, places)}
+    rows = {place_of(row): row for row in _rows_at(data, places)}
     return [rows[place] for place in places if place in rows], len(table)
 
 
@@ -127,7 +129,7 @@ def _map_matches(table: pa.Table, query: ResponseQuery) -> Iterator[bool]:
             yield query.holds_for(row["scores"] or {}, row["reasons"] or {})
 
 
-def _rows_at(folder: Path, places: list[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+def _rows_at(data: ds.Dataset, places: list[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Yield the responses of the updates, rounds and indices in ``places``, and perhaps others."""
     if not places:
         return
@@ -137,7 +139,7 @@ def _rows_at(folder: Path, places: list[tuple[Any, ...]]) -> Iterator[dict[str, 
     if None in updates:
         in_updates = in_updates | update.is_null()
     condition = in_updates & pc.field("round").isin(sorted(set(rounds))) & pc.field("index").isin(sorted(set(indices)))
-    yield from rollout_rows(open_rollouts(folder), TEXT_COLUMNS, filter=condition)
+    yield from rollout_rows(data, TEXT_COLUMNS, filter=condition)
 
 
 def place_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -147,4 +149,5 @@ def place_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def find_response(folder: Path, place: tuple[Any, ...]) -> dict[str, Any] | None:
     """Return the response at a place; None if the folder has none."""
-    return next((row for row in _rows_at(folder, [place]) if place_of(row) == place), None)
+    data = rollout_dataset(checked_files(folder))
+    return next((row for row in _rows_at(data, [place]) if place_of(row) == place), None)

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.store.rollouts import make_table, write_rollouts
-from align.studio.rollouts.details import RolloutDetails
+from align.store.rollouts import make_table
+from align.studio.rollouts.details import ADDED, MAX_WORDS, REMOVED, SAME, RolloutDetails, diff_words
 from align.studio.rollouts.filters import RolloutFilter
 from align.studio.rollouts.parquet_reader import ParquetReader
 from align.studio.rollouts.queries import RolloutTable
-from align.studio.rollouts.word_diff import ADDED, MAX_WORDS, REMOVED, SAME, diff_words
+from tests.support.stored_rollouts import write_rollouts
 
 
 def details_of(folder: Path, rows: list[dict[str, Any]]) -> RolloutDetails:

@@ -14,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from align.errors import UserError
-from align.store.rollouts import ROLLOUTS, SCHEMA, RolloutFiles, make_table, merge, write_rollouts
+from align.store.rollout_writer import RolloutFiles, merge, write_file
+from align.store.rollouts import ROLLOUTS, SCHEMA, make_table
 from align.studio.rollouts.details import RolloutDetails
 from align.studio.rollouts.filters import RolloutFilter, TableQuery, split_words
 from align.studio.rollouts.parquet_reader import ParquetReader, Rows
 from align.studio.rollouts.queries import Page, RolloutTable, row_id
+from tests.support.stored_rollouts import write_rollouts
 
 HOSTILE = [
     "' OR true --",
@@ -37,11 +39,14 @@ HOSTILE = [
 ]
 
 
-def write(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a file for each update, as a running stage does."""
+def write(folder: Path, rows: list[dict[str, Any]], has_old_names: bool = False) -> None:
+    """Write a file for each update; ``has_old_names`` names them as earlier versions did."""
     for update in sorted({row["update"] for row in rows}):
-        mine = [row for row in rows if row["update"] == update]
-        write_rollouts(make_table(mine), folder / f"{update:06d}.parquet", {})
+        table = make_table([row for row in rows if row["update"] == update])
+        if has_old_names:
+            write_rollouts(table, folder / f"{update:06d}.parquet", {})
+        else:
+            write_file(folder, [table], {})
 
 
 def open_table(folder: Path) -> RolloutTable:
@@ -191,13 +196,13 @@ def in_order(rows: list[dict[str, Any]], query: TableQuery) -> list[str]:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(stored=stored_rows, conditions=filters, order=orders)
+@given(stored=stored_rows, conditions=filters, order=orders, has_old_names=st.booleans())
 def test_pages_equal_those_of_plain_python(
-    tmp_path_factory: pytest.TempPathFactory, stored: Any, conditions: Any, order: Any
+    tmp_path_factory: pytest.TempPathFactory, stored: Any, conditions: Any, order: Any, has_old_names: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("rollouts")
     rows = [row(each["update"], index) | each for index, each in enumerate(stored)]
-    write(folder, rows)
+    write(folder, rows, has_old_names)
     query = TableQuery(**conditions, **order)
     expected = in_order([each for each in rows if meets(each, query)], query)
     page = open_table(folder).page(query)
@@ -225,21 +230,50 @@ def test_search_returns_in_time_and_continues(tmp_path: Path, monkeypatch: pytes
     first = table.page(TableQuery(response_words="answer", limit=3))
     # The page is full after three of the newest file's four rows.
     assert [each["id"] for each in first.rows] == ["5--0-0-0", "5--0-0-1", "5--0-1-2"]
-    assert (first.searched, first.matches, first.total, first.next) == (4, 4, 20, "000005.parquet:3")
+    assert (first.searched, first.matches, first.total, first.next) == (4, 4, 20, "5:3")
     second = table.page(TableQuery(response_words="answer", limit=3, after=first.next))
     assert [each["id"] for each in second.rows] == ["5--0-1-3"]
-    assert (second.searched, second.matches, second.next) == (0, 0, "000004.parquet:0")
+    assert (second.searched, second.matches, second.next) == (0, 0, "4:0")
     best = table.page(TableQuery(response_words="answer", limit=2, sort="score"))
     assert [each["key"] for each in best.rows] == [3.0, 2.0]
-    assert (best.searched, best.next) == (4, "000004.parquet:0")
+    assert (best.searched, best.next) == (4, "4:0")
     assert len(read_all(table, response_words="answer", limit=3)) == 20
 
 
-def test_search_continues_after_its_file_is_deleted(tmp_path: Path) -> None:
-    write(tmp_path, [row(update, 0) for update in (1, 2, 3)])
-    (tmp_path / "000002.parquet").unlink()
-    page = open_table(tmp_path).page(TableQuery(response_words="answer", after="000002.parquet:1"))
+@pytest.mark.parametrize("has_old_names", [True, False])
+def test_search_continues_after_its_file_is_deleted(tmp_path: Path, has_old_names: bool) -> None:
+    write(tmp_path, [row(update, 0) for update in (1, 2, 3)], has_old_names)
+    name = sorted(tmp_path.glob("*.parquet"))[1].name
+    (tmp_path / name).unlink()
+    place = name if has_old_names else "2"
+    page = open_table(tmp_path).page(TableQuery(response_words="answer", after=f"{place}:1"))
     assert [each["update"] for each in page.rows] == [1]
+
+
+@pytest.mark.parametrize("order", [{}, {"descending": False}, {"sort": "score"}])
+def test_search_continues_in_the_file_of_a_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("align.studio.rollouts.queries.SEARCH_BYTES", 1)
+    monkeypatch.setattr("align.studio.rollouts.queries.SECONDS", -1.0)
+    files = RolloutFiles(tmp_path, 10**9, {}, print)
+    table = open_table(tmp_path / ROLLOUTS)
+    after = ""
+    ids: list[str] = []
+    update = 6
+    for number in range(1, update + 1):
+        files.write(make_table([row(number, index) for index in range(4)]))
+    # A search by score continues once before everything is in one file.
+    while True:
+        page = table.page(TableQuery(response_words="answer", limit=3, last_update=6, after=after, **order))
+        ids += [each["id"] for each in page.rows]
+        if not (after := page.next):
+            break
+        update += 1
+        files.write(make_table([row(update, index) for index in range(4)]))
+    assert update >= 8 and len(set(ids)) == len(ids)
+    # Another order than by update has the best rows of each request only.
+    assert len(ids) == (9 if "sort" in order else 24)
 
 
 def test_text_of_a_row_is_cut_around_the_word(tmp_path: Path) -> None:
@@ -254,10 +288,10 @@ def test_text_of_a_row_is_cut_around_the_word(tmp_path: Path) -> None:
 
 
 def test_pages_of_a_running_stage_are_complete(tmp_path: Path) -> None:
-    """Files are extended, replaced, deleted and merged while they are read: an update is there entirely or not."""
+    """Files are added, merged and deleted while they are read: an update is there entirely or not."""
     root = tmp_path / "store"
     finished = tmp_path / "store" / "finished"
-    is_done = threading.Event()
+    is_published, is_done = threading.Event(), threading.Event()
 
     def train() -> None:
         files = RolloutFiles(root, 60_000, {}, lambda _: None)
@@ -266,15 +300,15 @@ def test_pages_of_a_running_stage_are_complete(tmp_path: Path) -> None:
                 files.rewind(30)
             files.write(make_table([row(update, index, response="answer " + "z" * 200) for index in range(6)]))
             time.sleep(0.02)  # an update of a real run needs seconds
-        merge(root / ROLLOUTS, finished / ROLLOUTS)
+        merge(root / ROLLOUTS, finished / ROLLOUTS, print)
+        is_published.set()  # by a rename; then the folder with the checkpoints is deleted
         for path in (root / ROLLOUTS).glob("*.parquet"):
             path.unlink()
         (root / ROLLOUTS).rmdir()
         is_done.set()
 
     def locate() -> Path:
-        is_finished = is_done.is_set() or not (root / ROLLOUTS).is_dir()
-        return (finished if is_finished else root) / ROLLOUTS
+        return (finished if is_published.is_set() else root) / ROLLOUTS
 
     reader = ParquetReader(root)
     table = RolloutTable(reader, locate)
@@ -296,7 +330,33 @@ def test_pages_of_a_running_stage_are_complete(tmp_path: Path) -> None:
     assert last.rows[0]["update"] == 79
 
 
-def test_a_file_shortened_while_it_is_read_is_read_again(tmp_path: Path) -> None:
+def test_updates_between_statements_repeat_no_query(tmp_path: Path) -> None:
+    files = RolloutFiles(tmp_path, 10**9, {}, print)
+    update = 0
+    statements = 0
+
+    def write_update() -> None:
+        nonlocal update
+        update += 1
+        files.write(make_table([row(update, index) for index in range(4)]))
+
+    class Reader(ParquetReader):
+        def rows(self, sql: str, parameters: Any) -> Rows:
+            nonlocal statements
+            statements += 1
+            write_update()
+            return super().rows(sql, parameters)
+
+    write_update()
+    table = RolloutTable(Reader(tmp_path), lambda: tmp_path / ROLLOUTS)
+    for _ in range(8):
+        stored = update
+        page = table.page(TableQuery(sort="score", limit=2))
+        assert (page.total, len(page.rows)) == (4 * stored, 2)
+    assert statements == 3 * 8
+
+
+def test_a_file_shortened_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     class Reader(ParquetReader):
         is_first = True
 
@@ -307,9 +367,9 @@ def test_a_file_shortened_while_it_is_read_is_read_again(tmp_path: Path) -> None
                 write_rollouts(make_table([row(1, 0)]), tmp_path / "000001.parquet", {})
             return result
 
-    write(tmp_path, [row(1, index) for index in range(6)])
-    page = RolloutTable(Reader(tmp_path), lambda: tmp_path).page(TableQuery())
-    assert [each["id"] for each in page.rows] == [row_id(row(1, 0) | {"split": None})]
+    write(tmp_path, [row(1, index) for index in range(6)], has_old_names=True)
+    with pytest.raises(UserError, match="changed while it was read"):
+        RolloutTable(Reader(tmp_path), lambda: tmp_path).page(TableQuery())
 
 
 def test_empty_files_and_folders_have_no_rows(tmp_path: Path) -> None:
@@ -351,7 +411,7 @@ def test_database_refuses_other_files_and_hosts(tmp_path: Path, sql: str) -> Non
 
     folder = tmp_path / "rollouts"
     write(folder, [row(1, 0)])
-    write(tmp_path / "other", [row(1, 0)])
+    write(tmp_path / "other", [row(1, 0)], has_old_names=True)
     reader = ParquetReader(folder)
     with pytest.raises((duckdb.PermissionException, duckdb.InvalidInputException, duckdb.CatalogException)):
         reader.rows(sql.replace("{folder}", str(folder)), {})

@@ -10,12 +10,15 @@ pytest.importorskip("fastapi")
 
 from fastapi.testclient import TestClient
 
-from align.store.rollouts import make_table, write_rollouts
+from align.store.artifacts import CHECKPOINTS
+from align.store.rollout_writer import RolloutFiles
+from align.store.rollouts import make_table
 from align.store.store import Store
 from align.studio.app import create_app
 from align.studio.context import StudioContext
 from align.studio.rollouts import parquet_reader
 from tests.support.records import put_record
+from tests.support.stored_rollouts import write_rollouts
 
 KEY = "0123456789abcdef" * 4
 HOSTILE = ["..", "%2e%2e", "..%2f..%2fetc", "a/../../b", "ppo%00", "'; DROP TABLE x; --", "<b>", "ppo'", "."]
@@ -53,7 +56,11 @@ def client(store: Store) -> TestClient:
 
 
 def write(folder: Path, count: int = 6) -> None:
-    write_rollouts(make_table(rows(count)), folder / "000001.parquet", {})
+    """Write rows as a running stage does, or for a finished stage without a record."""
+    files = RolloutFiles(folder.parent, 10**9, {"num_epochs": 2, "num_mini_batches": 4}, print)
+    files.write(make_table(rows(count)), folder.name)
+    if folder.parent.name != CHECKPOINTS:
+        (folder.parent / f"{folder.name}.json").unlink()
 
 
 def test_finished_and_running_stages_are_listed_and_read(store: Store, client: TestClient) -> None:
@@ -138,49 +145,61 @@ def test_folder_that_leads_out_of_the_store_is_refused(store: Store, client: Tes
 
 def test_curves_lead_from_a_step_to_its_update(store: Store, client: TestClient) -> None:
     folder = store.partial("ppo", KEY) / "checkpoints" / "rollouts"
-    write_rollouts(make_table(rows(2)), folder / "000001.parquet", {"num_epochs": 2, "num_mini_batches": 4})
+    write(folder, 2)
     for stage, steps in (("ppo", 8), ("sft", 1)):
         assert client.get(f"/api/runs/smoke/stages/{stage}/curves").json()["steps_per_update"] == steps
+    # The curves need no rollouts.
+    next(folder.glob("*.parquet")).write_bytes(b"garbage")
+    assert client.get("/api/runs/smoke/stages/ppo/curves").json()["steps_per_update"] == 1
 
 
-def damage(path: Path, how: str) -> None:
-    """Put something else in the place of a file, or next to it."""
-    other = path.with_name("000009.parquet")
+def damage(path: Path, other: Path, how: str) -> None:
+    """Put something else at ``other``, which may be the place of a file."""
+    content = bytearray(path.read_bytes())
+    other.unlink(missing_ok=True)
     if how == "pipe":
         os.mkfifo(other)
     elif how == "folder":
         other.mkdir()
     elif how == "link":
-        other.symlink_to(path)
+        copy = path.with_suffix(".copy")
+        copy.write_bytes(content)
+        other.symlink_to(copy)
     elif how == "garbage":
         other.write_bytes(b"garbage")
     elif how == "other run":
         write_rollouts(make_table(rows(2)), other, {})
-    else:
-        content = bytearray(path.read_bytes())
+    elif how == "flipped bit":
         content[len(content) // 2] ^= 1
-        times = path.stat()
-        path.write_bytes(content)
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        other.write_bytes(content)
 
 
-KINDS = ("pipe", "folder", "link", "garbage")
-RECORDED = (*KINDS, "other run", "flipped bit")
-"""What only the record of a finished stage can tell is not asked of a running stage."""
+IRREGULAR = ("pipe", "folder", "link")
 
 
-@pytest.mark.parametrize(("how", "is_finished"), [*((how, True) for how in RECORDED), *((how, False) for how in KINDS)])
-def test_file_of_another_kind_is_named(store: Store, client: TestClient, how: str, is_finished: bool) -> None:
-    folder = store.folder("ppo", KEY) if is_finished else store.partial("ppo", KEY) / "checkpoints"
+@pytest.mark.parametrize("how", [*IRREGULAR, "garbage", "other run", "flipped bit", "missing"])
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize("place", ["listed", "another"])
+def test_other_file_than_listed_is_named(
+    store: Store, client: TestClient, how: str, is_finished: bool, place: str
+) -> None:
+    folder = store.folder("ppo", KEY) if is_finished else store.partial("ppo", KEY) / CHECKPOINTS
     write(folder / "rollouts")
     if is_finished:
         put_record(folder)
-    path = folder / "rollouts" / "000001.parquet"
-    assert client.get("/api/rollouts/smoke/ppo/rollouts").status_code == 200
-    damage(path, how)
-    answer = client.get("/api/rollouts/smoke/ppo/rollouts")
-    assert 400 <= answer.status_code < 500
-    assert ("000001" if how == "flipped bit" else "000009") in answer.text
+    (path,) = (folder / "rollouts").glob("*.parquet")
+    addresses = [f"/api/rollouts/smoke/ppo/rollouts{rest}" for rest in ("", "/facets", "/means", "/row?id=1--0-0-0")]
+    before = [client.get(address) for address in addresses]
+    assert [answer.status_code for answer in before] == [200] * 4
+    other = path if place == "listed" else path.with_name("000009-000009-01234567.parquet")
+    damage(path, other, how)
+    for address, answer in zip(addresses, before, strict=True):
+        after = client.get(address)
+        if place == "another" and (how == "missing" or (not is_finished and how not in IRREGULAR)):
+            assert after.json() == answer.json()  # what the manifest does not list is not read
+        else:
+            assert 400 <= after.status_code < 500
+            assert other.name in after.text
 
 
 def test_long_query_is_ended_and_frees_its_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

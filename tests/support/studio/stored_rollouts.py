@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.store.rollouts import make_table, write_rollouts
+from align.store.rollouts import make_table
 from align.store.store import Store
+from tests.support.stored_rollouts import write_rollouts
 
 PPO, EPISODES, EVALUATION = "a" * 64, "b" * 64, "c" * 64
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>\u202egpj"
