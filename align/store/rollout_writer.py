@@ -220,7 +220,10 @@ def write_manifest(folder: Path, files: Sequence[RolloutFile]) -> None:
 def resume_manifest(folder: Path, notify: Warn) -> list[RolloutFile]:
     """Return the files that a resumed stage continues."""
     try:
-        return intact_files(folder, read_manifest(folder) or [], notify)
+        listed = read_manifest(folder)
+        if listed is None and any(folder.glob("*.parquet")):
+            notify(f"{folder}: no {manifest_path(folder).name} lists its files. Their rollouts are dropped.")
+        return intact_files(folder, listed or [], notify)
     except UserError as error:
         notify(f"{error} The rollouts of earlier updates are dropped.")
         return []

@@ -144,7 +144,7 @@ def test_resumed_stage_deletes_files_that_no_manifest_lists(tmp_path: Path, monk
     assert not stray.exists() and sorted(set(updates_in(tmp_path / ROLLOUTS))) == [1, 2]
 
 
-@pytest.mark.parametrize("how", ["missing", "flipped bit", "manifest"])
+@pytest.mark.parametrize("how", ["missing", "flipped bit", "manifest", "no manifest"])
 def test_damaged_rollouts_are_dropped_with_a_warning(tmp_path: Path, how: str) -> None:
     files, _ = make_files(tmp_path)
     for update in (1, 2):
@@ -155,13 +155,15 @@ def test_damaged_rollouts_are_dropped_with_a_warning(tmp_path: Path, how: str) -
         path.unlink()
     elif how == "manifest":
         (tmp_path / "rollouts.json").write_text("{}")
+    elif how == "no manifest":  # as after a run of an earlier version
+        (tmp_path / "rollouts.json").unlink()
     else:
         path.write_bytes(bytes([*content[:50], content[50] ^ 1, *content[51:]]))
     resumed, notes = make_files(tmp_path)
     resumed.rewind(2)
     resumed.write(update_table(3))
-    assert sorted(set(updates_in(tmp_path / ROLLOUTS))) == ([3] if how == "manifest" else [2, 3])
-    assert len(notes) == 1 and ("rollouts.json" if how == "manifest" else path.name) in notes[0]
+    assert sorted(set(updates_in(tmp_path / ROLLOUTS))) == ([3] if "manifest" in how else [2, 3])
+    assert len(notes) == 1 and ("rollouts.json" if "manifest" in how else path.name) in notes[0]
     assert checked_files(tmp_path / ROLLOUTS)
 
 
