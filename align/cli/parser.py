@@ -141,9 +141,12 @@ def load(options: argparse.Namespace) -> Pipeline:
     """Load the pipeline of the command line with its ``--set`` options."""
     from align.config.shipped import find_shipped
     from align.pipeline.pipeline import Pipeline
+    from align.runner.open_store import settle_states
 
     place = find_shipped(options.pipeline)
-    return Pipeline.load(place, options.assignments, getattr(options, "on", None), print_warning)
+    pipeline = Pipeline.load(place, options.assignments, getattr(options, "on", None), print_warning)
+    # Only a stage that continues a stopped stage depends on the store.
+    return settle_states(pipeline, getattr(options, "store", None))
 
 
 def print_pins(pipeline: Pipeline) -> None:

@@ -15,11 +15,14 @@ from align.config.base import Config
 from align.config.stages.continue_from import (
     CONTINUE,
     DATA,
+    END,
     LENGTHS,
     ChangedStage,
+    awaits_store,
     changed_names,
     changes_in,
     continued_stage,
+    end_in,
     fixed_reason,
     must_be_equal,
 )
@@ -29,6 +32,8 @@ from align.config.validation import remedy_for_unknown, suggest, validate
 from align.errors import UserError, plain_number
 from align.pipeline.registry import STAGES, Stage
 
+CHECKPOINT, COMPLETE = "checkpoint-", "complete.json"
+"""Beginning of the name of a checkpoint's folder, before its step, and the file in it that is written last."""
 START_FIELDS = ("model", "policy")
 """Fields of the checkpoint that a stage starts from."""
 
@@ -45,7 +50,7 @@ def inherit(blocks: Mapping[str, dict[str, Any]], place: Callable[[str], str]) -
         if isinstance(block.get(CONTINUE), Mapping):
             validate(ChangedStage, block[CONTINUE], where)
         source = continued_stage(block)
-        written[name] = block
+        written[name] = dict(block)
         if source is None:
             continue
         if source == name:
@@ -58,6 +63,7 @@ def inherit(blocks: Mapping[str, dict[str, Any]], place: Callable[[str], str]) -
         base = dict(written[source])
         kind = base.pop("stage", source)
         base.pop(CONTINUE, None)
+        base.pop(END, None)
         # Without ``stage``, a name that is a kind sets the kind; any other name gets the source's kind.
         kind_here = block.get("stage", name if name in STAGES else kind)
         if kind_here != kind:
@@ -74,8 +80,31 @@ def inherit(blocks: Mapping[str, dict[str, Any]], place: Callable[[str], str]) -
         change = changes_in(block)
         if stage is not None:
             _check_change(where, change, block, stage.config_class())
+            _end_source(where, source, end_in(block), written[source], stage.config_class())
         written[name] = {"stage": kind, **base, **change, **block}
     return written
+
+
+def _end_source(where: str, name: str, end: int | None, source: dict[str, Any], config_class: type[Config]) -> None:
+    """Have the stage ``source`` end after ``end`` steps or updates, because another stage continues it there.
+
+    Raises ``UserError`` for an end beyond its own, and for two stages that continue it at different ends.
+    """
+    if end is None:
+        return
+    field = "updates" if "updates" in config_class.model_fields else "max_steps"
+    length = source.get(field, config_class.model_fields[field].default)
+    if isinstance(length, int) and end > length:
+        raise UserError(
+            f"{where}.at is {end}, and '{name}' ends after {field} {length}. Set a smaller number, or `last`."
+        )
+    if source.get(END, end) != end:
+        raise UserError(
+            f"{where}.at is {end}, and '{name}' ends after {source[END]}, where another stage continues it. A stage "
+            f"has one end in a pipeline: write the stage '{name}' a second time under another name for the other."
+        )
+    if end != length:
+        source[END] = end
 
 
 def _check_change(where: str, change: Mapping[str, Any], block: Mapping[str, Any], config_class: type[Config]) -> None:
@@ -185,7 +214,8 @@ def refuse_changes(place: str, stage: Settings, source: Settings) -> None:
             f"{place}.{CONTINUE}: tuning.unfreeze and lisa choose the trained weights from all steps of a run, so more "
             f"steps are another run. Remove them{_other_way(config, source.name)}."
         )
-    _refuse_no_more(place, config, source)
+    if not awaits_store(config):
+        refuse_no_more(place, config, source)
 
 
 def _remedy(config: Config, source: Settings, name: str, value: Any) -> str:
@@ -200,11 +230,16 @@ def _remedy(config: Config, source: Settings, name: str, value: Any) -> str:
     )
 
 
-def _refuse_no_more(place: str, config: Config, source: Settings) -> None:
+def refuse_no_more(place: str, config: Config, source: Settings) -> None:
+    """Raise ``UserError`` for a stage that is no longer than the stage that it continues, from its last state."""
+    end = getattr(source.config, END)
+    if end is not None:
+        _refuse_before_end(place, config, end)
+        return
     lengths = [name for name in LENGTHS if hasattr(config, name)]
     before = {name: getattr(source.config, name) for name in lengths}
     after = {name: getattr(config, name) for name in lengths}
-    if any(_count(after[name]) > _count(before[name]) for name in lengths):
+    if any(length_value(after[name]) > length_value(before[name]) for name in lengths):
         return
     # More rows make epochs longer.
     has_other_rows = any(getattr(config, name, None) != getattr(source.config, name, None) for name in DATA)
@@ -218,7 +253,16 @@ def _refuse_no_more(place: str, config: Config, source: Settings) -> None:
     )
 
 
-def _count(value: float | None) -> float:
+def _refuse_before_end(place: str, config: Config, end: int) -> None:
+    field = "updates" if hasattr(config, "updates") else "max_steps"
+    if length_value(getattr(config, field)) <= end:
+        raise UserError(
+            f"{place}: {field} is {getattr(config, field)}, and it continues after {end}; set larger {field}."
+        )
+
+
+def length_value(value: float | None) -> float:
+    """Return a length of training as a number; None is no limit."""
     return float("inf") if value is None else float(value)
 
 
@@ -238,3 +282,9 @@ def _other_way(config: Config, source: str) -> str:
     if field is None or getattr(config, "has_vocabulary", True) is False:
         return ""
     return f", or start a new run from its weights with `{field}: {source}` in place of {CONTINUE}"
+
+
+def with_end(parts: Mapping[str, Any], end: int | None) -> dict[str, Any]:
+    """Return the parts of a stage's key with another ``end_after``."""
+    config = {name: value for name, value in parts["config"].items() if name != END}
+    return {**parts, "config": config | ({} if end is None else {END: end})}

@@ -1,4 +1,4 @@
-"""Open the store that a run uses, and transfer artifacts between it and its remote. Never imports torch.
+"""Open the store that a run uses, transfer artifacts, and find the states of stopped stages. Never imports torch.
 
 A run only begins if the remote has said what is finished, because running a finished stage again could cost days. Later
 an unreachable remote only causes a warning; the next run uploads.
@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.config.runtime import StoreConfig
+from align.config.stages.continue_from import CONTINUE, END, awaits_store, steps_per_length
 from align.config.user_paths import user_path
 from align.errors import UserError
-from align.pipeline.pipeline import Pipeline
-from align.store.artifacts import Artifact
+from align.pipeline.inheritance import CHECKPOINT, COMPLETE, Settings, refuse_no_more, with_end
+from align.pipeline.pipeline import Node, Pipeline
+from align.store.artifacts import CHECKPOINTS, Artifact
+from align.store.fingerprint import digest
 from align.store.locks import Hold, Lease
 from align.store.object_store import AccessRefused, check_address
 from align.store.record import DamagedRecord
@@ -155,3 +158,50 @@ def _size(record: dict[str, object]) -> str:
     outputs = record["outputs"]
     assert isinstance(outputs, dict)
     return f"{len(outputs)} files, {sum(entry['bytes'] for entry in outputs.values()) / 2**20:.1f} MiB"
+
+
+def settle_states(pipeline: Pipeline, store: str | Path | Store | None) -> Pipeline:
+    """Return the pipeline with a number in place of ``at: last`` of stages that continue a stopped stage.
+
+    It is the number of steps, or updates, of the stopped stage's last checkpoint in ``store`` (as of ``open_store``). A
+    finished stage is continued at its end. Raises ``UserError`` for a stage that has nothing left to train.
+    """
+    waiting = [node.name for node in pipeline if awaits_store(node.config) and node.name in pipeline.config.stages]
+    if not waiting:
+        return pipeline
+    opened = open_store(pipeline, store)
+    for name in waiting:
+        node = pipeline.nodes[name]
+        source = pipeline.nodes[str(node.inputs[CONTINUE])]
+        end = _last_state(source, opened)
+        if end is not None:
+            pipeline = pipeline.changed({f"stages.{name}.{CONTINUE}.at": end})
+            continue
+        place = f"{pipeline.where}: {pipeline.expanded.places[name]}"
+        try:
+            refuse_no_more(place, node.config, Settings(source.name, source.config, source.seed))
+        except UserError as error:
+            raise UserError(
+                f"{error} '{source.name}' has no checkpoint of an earlier step here, so `at: last` means its end."
+            ) from None
+    return pipeline
+
+
+def _last_state(node: Node, store: Store) -> int | None:
+    """Return the steps, or updates, of the last state of a stage that was stopped; None for any other stage.
+
+    The state is a checkpoint in the stage's partial folder, or an artifact that ends there.
+    """
+    kind = node.stage.kind
+    if store.find_intact(kind, node.key) is not None or (store.remote and store.remote.find(kind, node.key)):
+        return None
+    unit = steps_per_length(node.config)
+    folders = (store.partial(kind, node.key) / CHECKPOINTS).glob(f"{CHECKPOINT}*")
+    steps = [int(folder.name.removeprefix(CHECKPOINT)) for folder in folders if (folder / COMPLETE).is_file()]
+    ends = [step // unit for step in steps if step % unit == 0]
+    for artifact in store.all():
+        parts = artifact.record["parts"]
+        end = (parts.get("config") or {}).get(END)
+        if artifact.record["kind"] == kind and end is not None and digest(with_end(parts, None)) == node.key:
+            ends.append(int(end))
+    return max(ends, default=None)

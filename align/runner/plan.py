@@ -12,6 +12,7 @@ from align.capacity.memory import resolve_engine
 from align.config.stages.continue_from import (
     CONTINUE,
     DATA,
+    END,
     LENGTHS,
     OBSERVED,
     STATE,
@@ -22,10 +23,11 @@ from align.config.stages.continue_from import (
 )
 from align.config.validation import suggest
 from align.errors import UserError, plain_number
+from align.pipeline.inheritance import CHECKPOINT, COMPLETE, length_value, with_end
 from align.pipeline.pipeline import Node, Pipeline
-from align.pipeline.provenance import source_digest
 from align.runner.plan_warnings import stage_warnings
 from align.store.artifacts import CHECKPOINTS, Artifact
+from align.store.fingerprint import digest
 from align.store.record import RECORD, SHORT, DamagedRecord
 from align.store.store import Store
 
@@ -216,26 +218,6 @@ def stages_to_make(pipeline: Pipeline, store: Store, only: str | None, force: se
     return [node for node in nodes if node.name in force or store.find(node.stage.kind, node.key, node.name) is None]
 
 
-def check_sources(pipeline: Pipeline, store: Store, used: set[str], strict: bool) -> list[str]:
-    """Return warnings for cached stages in ``used`` that other source code made under the same version.
-
-    Raises ``UserError`` for them when ``strict``.
-    """
-    warnings = []
-    for node in pipeline:
-        if node.name not in used:
-            continue
-        artifact = store.find_intact(node.stage.kind, node.key, node.name)
-        if artifact is not None and artifact.record.get("source") != source_digest(node.stage):
-            warnings.append(node.name)
-    if not warnings:
-        return []
-    text = f"made by other source code under the same stage version: {', '.join(warnings)}"
-    if strict:
-        raise UserError(f"{text}. `--rebuild {warnings[0]}` makes it again; without --strict it is used as it is.")
-    return [f"{text}. They are used as they are; --rebuild STAGE makes one again, --strict refuses them."]
-
-
 STATE_FILE = f"{STATE}/state.json"
 
 
@@ -281,7 +263,7 @@ def describe(pipeline: Pipeline, store: Store, node: Node) -> list[str]:
     """Return what a plan says about a stage that continues another and is to run: where it starts, if it is equal."""
     source = _source(pipeline, node)
     if source is None:
-        return []
+        return _describe_end(pipeline, store, node)
     artifact = store.find_intact(source.stage.kind, source.key, source.name)
     objection = None if artifact is None else _objection(artifact, node)
     if objection is not None:
@@ -297,7 +279,8 @@ def describe(pipeline: Pipeline, store: Store, node: Node) -> list[str]:
         files = artifact.record["outputs"].items()
         size = sum(entry["bytes"] for name, entry in files if name.startswith(f"{STATE}/"))
         state = f" (its state: {size_text(size)})"
-    start = f"continues '{source.name}'{state}"
+    end = getattr(source.config, END)
+    start = f"continues '{source.name}'{state}{'' if end is None else f' after {_unit(source)} {end}'}"
     before, after = (_changing_settings(each, changed_names(node.config)) for each in (source, node))
     changes = list(_differences(before, after, "", {}))
     if changes:
@@ -305,6 +288,22 @@ def describe(pipeline: Pipeline, store: Store, node: Node) -> list[str]:
     if reason is None:
         return [f"{start}; equals {at_once} at once, {_exactness(pipeline, node)}"]
     return [f"{start}; differs from {at_once} at once: {reason}"]
+
+
+def _describe_end(pipeline: Pipeline, store: Store, node: Node) -> list[str]:
+    """Return the step at which a stage ends because another continues it, and whether its state is there."""
+    end = getattr(node.config, END, None)
+    if end is None:
+        return []
+    folder = store.partial(node.stage.kind, digest(with_end(node.parts, None))) / CHECKPOINTS
+    has_state = (folder / f"{CHECKPOINT}{end * steps_per_length(node.config)}" / COMPLETE).is_file()
+    state = "its checkpoint is there" if has_state else "no state is kept there, so it trains up to there"
+    names = ", ".join(f"'{other.name}'" for other in pipeline if other.inputs.get(CONTINUE) == node.name)
+    return [f"ends after {_unit(node)} {end}, where {names} continues it; {state}"]
+
+
+def _unit(node: Node) -> str:
+    return "update" if hasattr(node.config, "updates") else "step"
 
 
 def _changing_settings(node: Node, names: frozenset[str]) -> dict[str, Any]:
@@ -356,7 +355,7 @@ def _is_beginning(artifact: Artifact, node: Node) -> bool:
     old = _json_copy(record["parts"])
     new = _json_copy(node.parts)
     lengths = [name for name in LENGTHS if name in new["config"]]
-    pairs = [(_count(old["config"].get(name)), _count(new["config"].get(name))) for name in lengths]
+    pairs = [(length_value(old["config"].get(name)), length_value(new["config"].get(name))) for name in lengths]
     for parts in (old, new):
         # Lengths may differ, and fields that only observe; every other part of the key must be equal.
         for name in (*LENGTHS, *OBSERVED):
@@ -369,10 +368,6 @@ def _json_copy(parts: dict[str, Any]) -> dict[str, Any]:
     """Return a copy in the types of JSON, which a record's parts have and a node's parts do not."""
     copy: dict[str, Any] = json.loads(json.dumps(parts))
     return copy
-
-
-def _count(value: float | None) -> float:
-    return float("inf") if value is None else float(value)
 
 
 def _done(artifact: Artifact) -> float:

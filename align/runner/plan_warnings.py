@@ -18,6 +18,7 @@ from align.config.stages.inputs import DataConfig, ModelConfig
 from align.config.tuning import Ia3Tuning, LowRank
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
+from align.pipeline.provenance import source_digest
 from align.pipeline.registry import load_object
 from align.store.store import Store
 
@@ -256,3 +257,23 @@ def _model_stages(pipeline: Pipeline, node: Node) -> list[Node]:
             roots = [source] if source.stage.kind == "model" else _model_stages(pipeline, source)
             stages |= {root.name: root for root in roots}
     return list(stages.values())
+
+
+def check_sources(pipeline: Pipeline, store: Store, used: set[str], strict: bool) -> list[str]:
+    """Return warnings for cached stages in ``used`` that other source code made under the same version.
+
+    Raises ``UserError`` for them when ``strict``.
+    """
+    warnings = []
+    for node in pipeline:
+        if node.name not in used:
+            continue
+        artifact = store.find_intact(node.stage.kind, node.key, node.name)
+        if artifact is not None and artifact.record.get("source") != source_digest(node.stage):
+            warnings.append(node.name)
+    if not warnings:
+        return []
+    text = f"made by other source code under the same stage version: {', '.join(warnings)}"
+    if strict:
+        raise UserError(f"{text}. `--rebuild {warnings[0]}` makes it again; without --strict it is used as it is.")
+    return [f"{text}. They are used as they are; --rebuild STAGE makes one again, --strict refuses them."]

@@ -21,14 +21,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from align.config.stages.continue_from import END, steps_per_length
 from align.errors import StageFailed, UserError
+from align.pipeline.inheritance import CHECKPOINT, COMPLETE, with_end
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.provenance import command_line, git_commit, source_digest
 from align.pipeline.stop_signal import StopRequest, clear_request
 from align.runner.listener import Listener
 from align.runner.open_store import fetch_if_published, remote_lock, upload
 from align.runner.stage_process import run_attempt
-from align.runner.stage_result import RESULT, read_attempts, read_result, write_work
+from align.runner.stage_result import ATTEMPTS, RESULT, read_attempts, read_result, write_work
+from align.runner.stage_speed import PRECISION_FILE
 from align.store.artifacts import CHECKPOINTS, EVENTS, LOG, OUTPUT, VERSION, Artifact
 from align.store.fingerprint import digest
 from align.store.json_files import DamagedFile
@@ -195,6 +198,7 @@ class StageRun:
         """Lay out the partial folder: checkpoints of an earlier attempt stay, its half-written output goes."""
         require_marker(self.store.root)
         (self.partial / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        self._adopt_checkpoint()
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.partial / OUTPUT)
         # A partial without an output would count as left over from publishing (``Store.leftovers``).
@@ -218,6 +222,33 @@ class StageRun:
             "runner_pid": os.getpid(),
         }
         write_work(self.partial, work)
+
+    def _adopt_checkpoint(self) -> None:
+        """Begin a stage that ends early with the checkpoint of the stopped stage that has its full length.
+
+        The checkpoint and what was written next to it are copied, so that stage can still resume.
+        """
+        node = self.node
+        end = getattr(node.config, END, None)
+        checkpoints = self.partial / CHECKPOINTS
+        if end is None or any(checkpoints.iterdir()):
+            return
+        whole = self.store.partial(self.kind, digest(with_end(node.parts, None)))
+        name = f"{CHECKPOINT}{end * steps_per_length(node.config)}"
+        if not (whole / CHECKPOINTS / name / COMPLETE).is_file():
+            return
+        others = {folder.name for folder in (whole / CHECKPOINTS).glob(f"{CHECKPOINT}*")} - {name}
+        # The checkpoint is renamed into its place last: a kill before that begins the copy anew.
+        draft = checkpoints.with_name("adopted")
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(
+            whole / CHECKPOINTS, draft, ignore=lambda folder, names: {"engine", "damaged", *others}, symlinks=True
+        )
+        for file in (EVENTS, ATTEMPTS, PRECISION_FILE):
+            if (whole / file).is_file():
+                shutil.copyfile(whole / file, self.partial / file)
+        checkpoints.rmdir()
+        draft.rename(checkpoints)
 
     def _map_inputs(self, describe: Any) -> dict[str, Any]:
         """Return input field -> ``describe`` of each stage that it names; None for a field that names none."""

@@ -19,8 +19,9 @@ from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import StopRequest
 from align.report.page.metric_series import metric_values
 from align.runner.listener import Listener
-from align.runner.open_store import fetch_missing, open_store, upload
-from align.runner.plan import History, check_sources, choose_stages, refuse_without_state, stages_to_make
+from align.runner.open_store import fetch_missing, open_store, settle_states, upload
+from align.runner.plan import History, choose_stages, refuse_without_state, stages_to_make
+from align.runner.plan_warnings import check_sources
 from align.runner.run_stage import StageRun
 from align.runner.stage_process import forked_stages
 from align.store.artifacts import Artifact, Kind
@@ -155,6 +156,7 @@ def run_pipeline(
     ``Stopped`` once it was asked to stop: through ``stop``, or by the signal USR1 if none is given.
     """
     listener = listener or Listener()
+    pipeline = settle_states(pipeline, store)
     ready = prepare_run(pipeline, RunOptions(store, only, from_, rebuild, strict), listener)
     for message in ready.warnings:
         listener.warning(message)

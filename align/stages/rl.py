@@ -55,7 +55,7 @@ from align.training.arguments import parallel_options
 from align.training.input_checks import check_model, check_same_vocabulary
 from align.training.kept_state import OwnSettings, change_facts, continued_facts, refuse_no_steps, restore_checkpoint
 from align.training.rows import hold_back_validation
-from align.training.stopping import StopOnRequest
+from align.training.stopping import EndAfter, StopOnRequest
 from align.training.task_evaluations import TaskEvaluations
 from align.training.tracking import follow, tracking_options
 
@@ -217,6 +217,8 @@ def _make_trainer(context: StageContext, reward_models: list[RewardModel], **opt
         options["reward_model"] = reward_models[0].model if config.critic_source == "reward" else None
     trainer_class = next(trainer for config_class, trainer in TRAINERS.items() if isinstance(config, config_class))
     trainer = trainer_class(**options)
+    if config.end_after is not None:
+        trainer.add_callback(EndAfter(config.end_after * config.steps_per_update))
     # A stop is only possible between updates: half an update cannot be resumed.
     trainer.add_callback(StopOnRequest(context, every=config.steps_per_update))
     for reward_model in reward_models:

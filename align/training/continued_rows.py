@@ -23,6 +23,7 @@ from align.training.kept_state import (
 )
 from align.training.order import grouped_order
 from align.training.row_history import Continuation, passed_rows
+from align.training.stopping import EndAfter
 from align.training.unfreezing import steps_per_epoch
 
 
@@ -98,6 +99,8 @@ def continuing_callbacks(context: StageContext, trainer: Any) -> list[TrainerCal
     if config.scheduler == "wsd" and context.runtime.keep_state is not False:
         steps = int(trainer.args.max_steps)
         callbacks.append(KeepStable(context, steps - decay_steps(config, steps)))
+    if config.end_after is not None:
+        callbacks.append(EndAfter(config.end_after))
     return callbacks
 
 
@@ -107,7 +110,8 @@ def keep_trained_state(context: StageContext, trainer: Any) -> int:
         return 0
     checkpoint = last_complete(context.checkpoints, context.warn)
     # With wsd the state before the decay is kept. A state that is too large was not kept, and keep_state() says so.
-    if context.config.scheduler == "wsd" and not (checkpoint and is_too_large(context, checkpoint)):
+    decays = context.config.scheduler == "wsd" and context.config.end_after is None
+    if decays and not (checkpoint and is_too_large(context, checkpoint)):
         folder = context.checkpoints / STABLE
         checkpoint = folder if folder.is_dir() else None
     steps = 0

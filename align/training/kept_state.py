@@ -150,7 +150,7 @@ def restore_checkpoint(context: StageContext, adapt: Adapt, steps_per_point: int
 
 
 def change_facts(context: StageContext) -> dict[str, Any]:
-    """Return the settings that a stage changes where it continues another, as a metric; empty if there are none."""
+    """Return the settings that a stage changes on continuing another, as a metric; empty if there are none."""
     changed = changed_names(context.config)
     before = context.artifact(CONTINUE).record.get("config", {}) if changed else {}
     after = context.config.model_dump(mode="json")

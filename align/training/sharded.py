@@ -136,7 +136,7 @@ class ShardingTrainer:
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch, unless no step is left, in which case transformers' own loop would run one step."""
-        if int(self.state.global_step) >= int(self.state.max_steps):
+        if int(self.state.global_step) >= int(self.state.max_steps) or self.control.should_training_stop:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[misc]

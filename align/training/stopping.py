@@ -175,6 +175,24 @@ def best_so_far(context: StageContext, trainer: Any) -> BestSoFar | None:
     return BestSoFar(context, trainer) if config.chooses else None
 
 
+class EndAfter(TrainerCallback):
+    """Ends training after ``step`` with a checkpoint, for a stage that another stage continues there.
+
+    Add it before ``StopOnRequest``, which leaves a run alone that ends anyway.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """End at once if training begins with the checkpoint of that step."""
+        control.should_training_stop = state.global_step >= self.step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= self.step:
+            control.should_save = control.should_training_stop = True
+
+
 class StopOnRequest(TrainerCallback):
     """The last callback of a trainer; only checkpoints at multiples of ``every`` steps can be resumed."""
 

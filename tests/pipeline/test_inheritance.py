@@ -9,6 +9,7 @@ import pytest
 
 from align import Pipeline
 from align.errors import UserError
+from align.pipeline.inheritance import with_end
 
 SFT = {"model": "model", "data": "data", "learning_rate": 1e-3, "max_steps": 6, "scheduler": "constant", "seed": 5}
 PPO = {"policy": "sft", "prompts": "data", "score": "gold", "learning_rate": 1e-5, "updates": 2}
@@ -152,9 +153,20 @@ def test_empty_change_has_the_key_of_the_short_form() -> None:
         (changed("sft", batch_size=8), r"change: batch_size cannot change"),
         (changed("sft", micro_batch_size=4), r"change: micro_batch_size cannot change"),
         (changed("sft", ema=0.9, max_steps=12), r"change: ema cannot change, because it applies from the first step"),
-        (changed(kl_coef=0.5), r"'ppo' has updates 2 and this stage no more"),
+        (
+            {"continue_from": {"stage": "ppo", "at": 3}, "updates": 4},
+            r"continue_from.at is 3, and 'ppo' ends after updates 2",
+        ),
+        (
+            {"continue_from": {"stage": "ppo", "at": 1}, "updates": 1},
+            r"updates is 1, and it continues after 1; set larger",
+        ),
+        ({"continue_from": {"stage": "ppo", "at": 0}}, r"stages.more.continue_from.at"),
         (changed("poo"), r"stages.more.continue_from: there is no stage 'poo'. Did you mean 'ppo'\?"),
-        ({"continue_from": {"stage": "ppo", "at": "first"}}, r"stages.more.continue_from.at: 'first' is none of"),
+        (
+            {"continue_from": {"stage": "ppo", "at": "first"}},
+            r"stages.more.continue_from.at: should be 'last' or a whole number; found 'first'",
+        ),
         ({"continue_from": {"stge": "ppo"}}, r"stages.more.continue_from: unknown key 'stge'. Did you mean 'stage'\?"),
         ({"continue_from": {"stage": "ppo", "change": [1]}}, r"continue_from.change: should be a mapping"),
     ],
@@ -162,6 +174,21 @@ def test_empty_change_has_the_key_of_the_short_form() -> None:
 def test_change_that_is_not_possible_is_refused(block: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Pipeline(raw(more=block))
+
+
+def test_stage_ends_where_another_continues_it() -> None:
+    pipeline = Pipeline(raw(more={"continue_from": {"stage": "ppo", "at": 1, "change": {"kl_coef": 0.5}}}))
+    ppo, more = pipeline.nodes["ppo"], pipeline.nodes["more"]
+    assert (ppo.config.end_after, more.config.end_after, more.config.updates) == (1, None, 2)
+    assert with_end(ppo.parts, None) == Pipeline(raw()).nodes["ppo"].parts
+    assert more.key != Pipeline(raw(more=changed(kl_coef=0.5))).nodes["more"].key
+    assert Pipeline(pipeline.plain).nodes["more"].key == more.key
+    # Its own end is no other end.
+    at_end = Pipeline(raw(more={"continue_from": {"stage": "ppo", "at": 2}, "updates": 4}))
+    assert at_end.nodes["more"].key == Pipeline(raw(more={"continue_from": "ppo", "updates": 4})).nodes["more"].key
+    with pytest.raises(UserError, match="'sft' ends after 2, where another stage continues it. A stage has one end"):
+        more = {"continue_from": {"stage": "sft", "at": 2}}
+        Pipeline(raw(more=more, other={"continue_from": {"stage": "sft", "at": 3}}))
 
 
 def test_critic_keeps_the_reward_model_that_it_began_with() -> None:

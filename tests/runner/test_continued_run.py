@@ -9,11 +9,15 @@ import pytest
 
 from align import Pipeline
 from align.errors import UserError
+from align.pipeline.stop_signal import Stopped
 from align.report.page.curve_panels import curve_numbers
 from align.report.page.metric_series import read_events
 from align.report.run.run_report import write_report
+from align.runner.open_store import settle_states
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
+from align.store.garbage import delete_garbage
+from align.store.json_files import read_events as read_stored_events
 from align.store.store import Store
 from tests.support.runs import Recorder
 
@@ -72,6 +76,96 @@ def test_changed_settings_are_in_record_plan_report_and_curves(tmp_path: Path) -
     numbers = curve_numbers(read_events(run.artifacts["more"].path))
     assert numbers["changes"] == [{"x": 2.0, "text": "learning_rate 0.003 → 0.001, max_steps 2 → 4"}]
     assert plan(stages, Store.open(tmp_path / "store"))[-1].action == "cached"
+
+
+GRPO: dict[str, Any] = {
+    "stage": "grpo", "policy": "model", "prompts": "data", "score": "tests.support.stages.vowels:share",
+    "learning_rate": 1e-3, "rollout_batch": 8, "samples_per_prompt": 4, "max_tokens": 4, "precision": "float32",
+    "tuning": {"method": "lora", "rank": 4}, "score_validation": {"floor": 0},
+}  # fmt: skip
+STOPPED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "sft": (
+        {**SFT, "scheduler": "cosine", "max_steps": 6, "epochs": 2, "save_steps": 2},
+        {"learning_rate": 1e-3},
+        "loss",
+    ),
+    "grpo": ({**GRPO, "scheduler": "linear", "updates": 5, "num_epochs": 2}, {"kl_coef": 0.5}, "score"),
+}
+
+
+@pytest.mark.parametrize("kind", STOPPED)
+def test_stopped_stage_continues_with_other_settings(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal to a stage that ends there and keeps its state; the stopped stage itself can still resume."""
+    fields, change, metric = STOPPED[kind]
+    store = Store.open(tmp_path / "store")
+    first = pipeline(first=fields)
+    stop_after(monkeypatch, 3)
+    with pytest.raises(Stopped):
+        run_pipeline(first, store=store)
+    monkeypatch.undo()
+    whole = first.nodes["first"]
+    checkpoints = store.partial(kind, whole.key) / "checkpoints"
+    before = {file: file.stat().st_size for file in checkpoints.rglob("*") if file.is_file()}
+
+    last = {"continue_from": {"stage": "first", "at": "last", "change": change}}
+    more = settle_states(pipeline(first=fields, more=last), store)
+    assert more.nodes["more"].config.continue_from.at == 3
+    notes = {step.node.name: " ".join(step.notes) for step in plan(more, store)}
+    assert (
+        f"ends after {'step' if kind == 'sft' else 'update'} 3, where 'more' continues it; its checkpoint is"
+        in notes["first"]
+    )
+    run = run_pipeline(pipeline(first=fields, more=last), store=store)
+    assert run.artifacts["first"].key == more.nodes["first"].key != whole.key
+    assert run.artifacts["more"].record["config"]["continue_from"]["at"] == 3
+    assert [row["step"] for row in run.log_history("first") if metric in row] == [1, 2, 3]
+    assert min(row["step"] for row in run.log_history("more") if metric in row) == 4
+    # 1. A store without the checkpoint makes the same weights from the number alone.
+    again = run_pipeline(more, store=tmp_path / "other")
+    for name in ("first", "more"):
+        assert again.artifacts[name].weights == run.artifacts[name].weights, name
+    # 2. Without a change it is the uninterrupted run; the stopped stage resumes to the same.
+    assert {file: file.stat().st_size for file in checkpoints.rglob("*") if file.is_file()} == before
+    plain = {"continue_from": {"stage": "first", "at": 3}}
+    unchanged = run_pipeline(pipeline(first=fields, more=plain), store=store)
+    uninterrupted = run_pipeline(first, store=store)
+    assert uninterrupted.ran == ["first"]
+    assert unchanged.artifacts["more"].weights == uninterrupted.artifacts["first"].weights
+    # 3. The finished stage has nothing left; the number still names the state from before.
+    with pytest.raises(UserError, match="nothing is left to train.*so `at: last` means its end"):
+        run_pipeline(pipeline(first=fields, more=last), store=store)
+    assert run_pipeline(more, store=store).ran == []
+
+
+def test_end_of_a_stage_is_found_after_its_checkpoints_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = STOPPED["sft"][0]
+    store = Store.open(tmp_path / "store")
+    last = pipeline(first=fields, more={"continue_from": {"stage": "first", "change": {"learning_rate": 1e-3}}})
+    with pytest.raises(
+        UserError, match="'first' has no checkpoint of an earlier step here, so `at: last` means its end"
+    ):
+        run_pipeline(last, store=store)
+    stop_after(monkeypatch, 4)
+    with pytest.raises(Stopped):
+        run_pipeline(pipeline(first=fields), store=store)
+    monkeypatch.undo()
+    run_pipeline(last, store=store)
+    assert store.partial("sft", pipeline(first=fields).nodes["first"].key) in delete_garbage(store)
+    assert run_pipeline(last, store=store).ran == []
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, point: int) -> None:
+    """Have stages ask themselves to stop after so many steps, or updates."""
+
+    def is_requested(folder: Path) -> bool:
+        points = [event["step"] for event in read_stored_events(folder / "events.jsonl") if event["event"] == "metrics"]
+        return max(points, default=0) >= point - 1  # a point is logged after the request was looked for
+
+    monkeypatch.setattr("align.training.stopping.is_stop_requested", is_requested)
 
 
 def test_a_run_that_trains_finished_steps_again_says_so(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ from align.config.base import Config, stage_input
 from align.store.artifacts import Kind
 
 CONTINUE = "continue_from"
+END = "end_after"
+"""Field for the steps or updates after which a stage ends, because another stage continues it there."""
 STATE = "state"
 """Folder of an artifact with the trainer's state."""
 LARGEST_STATE = 2 * 10**9
@@ -49,8 +51,9 @@ class ChangedStage(Config):
 
     stage: stage_input(Kind.POLICY, Kind.REWARD)  # type: ignore[valid-type]
     """Stage of the same kind to continue."""
-    at: Literal["last"] = "last"
-    """State to continue from: ``last`` is the state after the stage's last step."""
+    at: Literal["last"] | Annotated[int, Field(ge=1)] = "last"
+    """Steps, or updates, after which to continue; the other stage ends there in this pipeline. ``last``: its end, or
+    for a stage that was stopped its last checkpoint, whose number the plan shows."""
     change: dict[str, Any] = Field(default_factory=dict)
     """Fields of the stage with other values from there on: ``{kl_coef: 0.5}``."""
 
@@ -64,16 +67,29 @@ def continued_stage(block: Mapping[str, Any]) -> str | None:
 
 
 def changes_in(block: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a stage's block, as the YAML has it, changes where it continues another stage."""
+    """Return the settings that a stage's block, as the YAML has it, changes on continuing another stage."""
     source = block.get(CONTINUE)
     change = source.get("change") if isinstance(source, Mapping) else None
     return dict(change) if isinstance(change, Mapping) else {}
 
 
 def changed_names(config: Any) -> frozenset[str]:
-    """Return the fields that a stage's config changes where it continues another stage."""
+    """Return the fields that a stage's config changes on continuing another stage."""
     source = config.continue_from
     return frozenset(source.change) if isinstance(source, ChangedStage) else frozenset()
+
+
+def end_in(block: Mapping[str, Any]) -> int | None:
+    """Return the number in ``at`` of a stage's block, as the YAML has it; None for ``last``."""
+    source = block.get(CONTINUE)
+    end = source.get("at") if isinstance(source, Mapping) else None
+    return end if isinstance(end, int) else None
+
+
+def awaits_store(config: Any) -> bool:
+    """Return True for a stage that continues the last state of another, which the store has to tell."""
+    source = getattr(config, CONTINUE, None)
+    return isinstance(source, ChangedStage) and source.at == "last"
 
 
 def fixed_reason(config: Any, name: str) -> str | None:
@@ -100,7 +116,7 @@ def chooses_by_validation(config: Any) -> bool:
 
 def must_be_equal(config: Any) -> list[str]:
     """Return the fields of a stage's config that a continuing stage must not change."""
-    free = {CONTINUE, *LENGTHS, *DATA, *OBSERVED, *changed_names(config)}
+    free = {CONTINUE, END, *LENGTHS, *DATA, *OBSERVED, *changed_names(config)}
     if chooses_by_validation(config):
         # Where validation decides, its rows and times are a part of the training.
         free -= {*DATA, *EVALUATED}

@@ -37,7 +37,7 @@ class RolloutFields(DefaultRates, TrainerOptions):
     """AdamW's epsilon, unless ``trainer`` sets another."""
 
     keyed_when_set: ClassVar[frozenset[str]] = frozenset(
-        {"continue_from", "environment", "replay", "thinking_budget", "train_router"}
+        {"continue_from", "end_after", "environment", "replay", "thinking_budget", "train_router"}
     )
 
     policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
@@ -75,6 +75,9 @@ class RolloutFields(DefaultRates, TrainerOptions):
     ``{stage: ppo, change: {kl_coef: 0.5}}`` continues with other settings."""
     updates: int = Field(100, ge=1)
     """Rollouts to sample and learn from."""
+    end_after: int | None = Field(None, ge=1)
+    """Updates after which the stage ends, with the schedule of its full length. ``at`` of a stage that continues this
+    stage sets it."""
     rollout_batch: int = Field(64, ge=1)
     """Responses per update. More is more stable and slower."""
     samples_per_prompt: int = Field(4, ge=1)

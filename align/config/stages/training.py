@@ -102,7 +102,7 @@ class TrainingFields(DefaultRates, TrainerOptions):
 
     has_vocabulary: ClassVar[bool] = True
     """True if the stage's model has a vocabulary head."""
-    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"continue_from", "thoughts"})
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"continue_from", "end_after", "thoughts"})
     refers: ClassVar[bool] = False
     """True if the stage needs a reference's log-probabilities of every row, which are computed once."""
     trainer_class: ClassVar[str] = "transformers.training_args:TrainingArguments"
@@ -163,6 +163,9 @@ class TrainingFields(DefaultRates, TrainerOptions):
     """Finished stage of the same kind to continue from, with its weights, optimizer, schedule and position in the rows.
     Fields that are not set, including ``seed``, are that stage's. ``max_steps`` and ``epochs`` count from its start.
     ``{stage: sft, change: {learning_rate: 1.0e-5}}`` continues with other settings."""
+    end_after: int | None = Field(None, ge=1)
+    """Steps after which the stage ends, with the schedule of its full length. ``at`` of a stage that continues this
+    stage sets it."""
     save_steps: int = Field(50, ge=1)
     """Steps between checkpoints; a killed stage repeats at most these. Full tuning writes 12 bytes per weight."""
     eval_steps: int | None = Field(None, ge=1)

@@ -43,7 +43,7 @@ class Events:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     changes: dict[float, str] = field(default_factory=dict)
-    """Settings that change after a step, where the stage continues another with other settings."""
+    """Settings that change after a step, in a stage that continues another with other settings."""
 
 
 def read_events(folder: Path) -> Events:
