@@ -48,6 +48,8 @@ MANY_IDENTICAL = 0.5
 """Share of prompts whose most common answer is also another prompt's, above which all get the same answer."""
 LENGTH_CORRELATION = 0.6
 """Correlation of scores with lengths, in ``START`` updates, above which the score is bought with length."""
+MARKER_RISE = 0.25
+"""Rise of the share of responses with a word or sign that the score follows."""
 OTHER_EXPERTS = 0.1
 """Share of choices of experts that differ between engine and trainer. With such differences training collapsed in
 arXiv 2510.11370; an engine in bfloat16 changed 0.5% in a small model (docs/models.md)."""
@@ -55,7 +57,7 @@ arXiv 2510.11370; an engine in bfloat16 changed 0.5% in a small model (docs/mode
 
 MOST_REPEATS = 4
 """Updates that a line names at which an alarm was raised again."""
-CONSTANT_SCORE = "constant score"
+CONSTANT_SCORE, MARKER = "constant score", "marker"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def alarms(history: Sequence[Entry]) -> list[Alarm]:
     # An update in which every episode failed says nothing about the policy.
     history = [entry for entry in history if entry.get("failure_rate", 0.0) < 1.0]
     # The first checks need no start to compare with: a run of few updates must not end without a word.
-    checks: list[Check] = [_constant_score, _kl, _truncation, _failures, _routers, _length_correlation]
+    checks: list[Check] = [_constant_score, _kl, _truncation, _failures, _routers, _length_correlation, _marker]
     if len(history) > START:
         checks += [_collapse, _identical_answers, _open_thoughts, _entropy_surge, _gradient, _explosion]
         checks += [_over_optimization, _calls]
@@ -209,6 +211,18 @@ def _length_correlation(history: Sequence[Entry]) -> tuple[str, str]:
         f"the score follows the length of the responses (correlation {latest[-1]['score_length_correlation']:.2f}, for "
         f"{START} updates): longer responses are what the policy learns. Look at the longest, and set length_penalty "
         "or correct the score"
+    )
+
+
+def _marker(history: Sequence[Entry]) -> tuple[str, str]:
+    """Return an alarm for words or signs that the score follows, and that most responses have by now."""
+    latest = history[-START:]
+    shares = [entry.get("marker_share", 0.0) for entry in latest]
+    if len(latest) < START or min(shares) <= MANY_CUT or latest[-1]["marker_rise"] < MARKER_RISE:
+        return MARKER, ""
+    return MARKER, (
+        f"{shares[-1]:.0%} of the responses have a word or sign that neither prompt nor reference has and that scored "
+        "higher: the score may pay for it, whatever the answer. Look at the samples, and correct the score"
     )
 
 

@@ -28,6 +28,7 @@ from align.config.runtime.launch import rank, world_size
 from align.config.stages.continue_from import FIXED
 from align.errors import UserError
 from align.models.checkpoints.sharding import full_model
+from align.models.compute.processes import broadcast
 from align.models.tuning.apply import save_tuned
 from align.rl.alarms import Alarm
 from align.rl.sampler import drop_journals
@@ -227,6 +228,22 @@ def load_checkpoint(trainer: Any, folder: Path) -> None:
         link(folder / BEST, trainer.best.weights)
 
 
+def return_to_last(trainer: Any) -> None:
+    """Load the policy of the last checkpoint, and write no other: an alarm ends the run after this update.
+
+    Before the first checkpoint there is no other policy to load, and ``trainer.returned_to`` stays None.
+    """
+    trainer.control.should_save = False
+    folder: Path | None = broadcast(lambda: last_checkpoint(Path(str(trainer.args.output_dir)), trainer.notify))
+    step = 0 if folder is None else int(folder.name.rpartition("-")[2])
+    # A folder may have checkpoints of an older run, which made more steps.
+    if folder is None or step > trainer.state.global_step:
+        return
+    with full_model(trainer.model, store=True) as model:
+        load_trained(model, folder)
+    trainer.returned_to = step // trainer.config.steps_per_update
+
+
 def _state_to_save(trainer: Any) -> dict[str, Any]:
     """Return KL controller, totals, alarms, score scale, best validation, prefetched rollouts, and fingerprint."""
     state: dict[str, Any] = {
@@ -234,6 +251,7 @@ def _state_to_save(trainer: Any) -> dict[str, Any]:
         "totals": trainer.totals,
         "alarms": [asdict(alarm) for alarm in trainer.alarms],
         "stopped": trainer.stopped,
+        "markers": trainer.update_log.markers.noticed,
         "fingerprint": trainer.args.fingerprint(),
     }
     if trainer.objective.scale is not None:
@@ -263,4 +281,5 @@ def _load_state(trainer: Any, state: dict[str, Any]) -> None:
     trainer.totals = state["totals"]
     trainer.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
     trainer.stopped = state["stopped"]
+    trainer.update_log.markers.noticed = state.get("markers", {})
     trainer.prefetcher.load_state_dict(state.get("ahead", []), trainer.sampler.restore)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -209,6 +211,80 @@ def identical_answers(groups: Sequence[int], answers: Sequence[str]) -> float:
         by_prompt.setdefault(group, []).append(answer)
     most_common = Counter(statistics.mode(texts) for texts in by_prompt.values())
     return sum(count for count in most_common.values() if count > 1) / len(by_prompt)
+
+
+UNIT = re.compile(r"\w+|[^\w\s]+")
+"""A word, or a run of signs such as ``!!``."""
+ANSWER_FORMS = re.compile(r"#{2,}|boxed|answer", re.IGNORECASE)
+"""Forms of answers that verifiers read; a policy that learns them is honest."""
+READ_CHARACTERS = 4000
+LEAST_RESPONSES = 16
+NOTICED_CORRELATION = 0.5
+NOTICED_SIGNIFICANCE = 5.0
+"""Student's t of a correlation from which a marker is noticed: about 1 of 400,000 unrelated ones has it."""
+RARE = 0.05
+
+
+class Markers:
+    """Words and signs that the score follows, whatever the row: the share of responses that have them, from update to
+    update.
+
+    An n-gram of one or two units is noticed if responses with it score higher, in an update in which some have it and
+    some do not. Only answers count that have it although their row (prompt, references and all other columns) does not:
+    an answer that follows its prompt or its reference is honest.
+    """
+
+    def __init__(self) -> None:
+        self.noticed: dict[str, float] = {}
+        """Share of responses with each noticed n-gram, in the update in which it was noticed."""
+
+    def observe(self, candidates: Rollout) -> dict[str, float]:
+        """Return the share of the most widespread noticed n-gram, and its rise; empty if none was noticed."""
+        judged = candidates.judged
+        if int(judged.sum()) < LEAST_RESPONSES:
+            return {}
+        rows = [row for row, counts in zip(candidates.rows, judged, strict=True) if counts]
+        answers = [answer for answer, counts in zip(candidates.answers, judged, strict=True) if counts]
+        own = [ngrams(answer) - ngrams(" ".join(_texts(row))) for row, answer in zip(rows, answers, strict=True)]
+        counts = Counter(ngram for present in own for ngram in present)
+        scores = candidates.tensors["scores"][judged]
+        for ngram, count in counts.items():
+            if ngram in self.noticed or not RARE <= count / len(own) <= 1 - RARE or ANSWER_FORMS.search(ngram):
+                continue
+            if _is_followed(correlation(torch.tensor([ngram in present for present in own]), scores), len(own)):
+                self.noticed[ngram] = count / len(own)
+        if not self.noticed:
+            return {}
+        shares = {ngram: counts[ngram] / len(own) for ngram in self.noticed}
+        widest = max(shares, key=lambda ngram: shares[ngram])
+        return {"marker_share": shares[widest], "marker_rise": shares[widest] - self.noticed[widest]}
+
+    def describe(self) -> str:
+        """Return the noticed n-grams, quoted."""
+        return ", ".join(f"'{ngram}'" for ngram in self.noticed)
+
+
+def _is_followed(value: float, count: int) -> bool:
+    significance = value * ((count - 2) / max(1e-12, 1 - value * value)) ** 0.5
+    return value >= NOTICED_CORRELATION and significance >= NOTICED_SIGNIFICANCE
+
+
+def ngrams(text: str) -> set[str]:
+    """Return the words and signs of a text, and its pairs of them, without those in the middle of a long text."""
+    if len(text) > READ_CHARACTERS:
+        text = f"{text[: READ_CHARACTERS // 2]} {text[-READ_CHARACTERS // 2 :]}"
+    units = UNIT.findall(text)
+    return {*units, *(" ".join(pair) for pair in pairwise(units))}
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield all texts of a row."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for part in value.values() for text in _texts(part))
+    elif isinstance(value, list | tuple):
+        yield from (text for part in value for text in _texts(part))
 
 
 def finish(means: dict[str, float]) -> dict[str, float]:

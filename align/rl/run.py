@@ -90,7 +90,7 @@ def end(trainer: Any) -> TrainOutput:
     repeated = [line for line in count_alarms(trainer.alarms) if ", again at " in line]
     if repeated and trainer.is_world_process_zero():
         trainer.notify(f"alarms that were raised again: {'; '.join(repeated)}")
-    if trainer.validation is not None or trainer.tasks is not None:
+    if trainer.alarm_stop is None and (trainer.validation is not None or trainer.tasks is not None):
         _validate_last(trainer)
     return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)
 

@@ -110,11 +110,15 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         self.totals = {"episodes": 0, "tokens": 0}
         self.alarms: list[Alarm] = []
         self.stopped: str | None = None  # reason why the run ended before its last update, if it did
+        self.alarm_stop: str | None = None  # the alarm that ended the run, with `on_alarm: stop`
+        self.returned_to: int | None = None  # update of the checkpoint whose policy it ended with
         self.recorder = RolloutRecorder(args, processing_class, objective.name, notify)
         self.update_log = UpdateLog(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:  # type: ignore[override]
         """Train, validate the last policy, and restore the best policy if ``keep`` says so.
+
+        An alarm with ``on_alarm: stop`` ends the run with the policy of the last checkpoint, from before the alarm.
 
         ``resume_from_checkpoint`` is a checkpoint's folder, or True for the newest checkpoint in ``output_dir``.
         """
@@ -134,6 +138,9 @@ class RLTrainer(Trainer):  # type: ignore[misc]
                     for mini_batch in self.buffer.plan(rollout, epoch):
                         self.learn(mini_batch)
                 self.update_log.write()
+                if self.alarm_stop:
+                    checkpoint.return_to_last(self)
+                    break
                 self.save()
             self.prefetcher.wait()  # a run that ended early may be prefetching
         finally:

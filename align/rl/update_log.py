@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from align.rl import metrics
-from align.rl.alarms import CONSTANT_SCORE, new_alarms
+from align.rl.alarms import CONSTANT_SCORE, MARKER, new_alarms
 from align.rl.rollout import Rollout
 from align.rl.rollout_tables import example
 
@@ -26,6 +26,7 @@ class UpdateLog:
         self._loss = torch.tensor(0.0, device=trainer.args.device)
         self._gradient_norm = torch.tensor(0.0)
         self._learning_rate = 0.0
+        self.markers = metrics.Markers()
         self._learned = 0
         """Micro-batches of the update that were learned from."""
         self._learning_started = 0.0
@@ -38,6 +39,7 @@ class UpdateLog:
         self._metrics = (
             statistics | {"kl_coef": kl_coef} | trainer.sampler.cache_statistics | trainer.probe.pop_metrics()
         )
+        self._metrics |= self.markers.observe(rollout.candidates or rollout)
         self._example = example(rollout.candidates or rollout)
         if trainer.is_world_process_zero():
             trainer.recorder.write(rollout)
@@ -99,7 +101,10 @@ class UpdateLog:
             if alarm.name == CONSTANT_SCORE:
                 reasons = metrics.score_reasons(trainer.config, history[-1])
                 text = " ".join((text, *(f"{reason}." for reason in reasons), f"Example: {self._example}"))
+            if alarm.name == MARKER:
+                text = f"{text} Noticed: {self.markers.describe()}. Example: {self._example}"
             if trainer.is_world_process_zero():
                 trainer.notify(text)
             if trainer.config.on_alarm == "stop":
-                trainer.stopped = trainer.stopped or text
+                trainer.alarm_stop = trainer.alarm_stop or text
+                trainer.stopped = trainer.alarm_stop

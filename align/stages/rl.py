@@ -27,7 +27,7 @@ from align.data.rows import read_rows
 from align.data.scoring import Part, Scorer, WeightedSum, function_scorer
 from align.environments.player import open_player
 from align.environments.user_models import check_user_rows, playing_processes
-from align.errors import UserError
+from align.errors import StageFailed, UserError
 from align.evaluation.rewards import LateScorer, open_rewards, score_facts
 from align.evaluation.score_validation.stage import validate_stage_score
 from align.inference.engine import open_engine
@@ -60,6 +60,8 @@ from align.training.task_evaluations import TaskEvaluations
 from align.training.tracking import follow, tracking_options
 
 logger = logging.getLogger(__name__)
+BEFORE_ALARM = "before-alarm"
+"""Folder of the policy from before an alarm that ended the stage, below the checkpoints."""
 
 TRAINERS: dict[type[RolloutFields], type[RLTrainer]] = {
     PpoConfig: PPOTrainer,
@@ -262,8 +264,23 @@ def _resume_and_train(context: StageContext, trainer: RLTrainer) -> None:
         first_update = steps // trainer.config.steps_per_update + 1
     with _explain_lost_engine(context), follow(context, trainer, first_update):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.alarm_stop:
+        _end_by_alarm(context, trainer)
     if trainer.stopped:
         context.warn(f"{context.name} ended early, at {trainer.stopped}")
+
+
+def _end_by_alarm(context: StageContext, trainer: RLTrainer) -> None:
+    """Save the policy from before the alarm, and raise ``StageFailed``: such a stage has no artifact."""
+    policy = "No checkpoint was written before it; the stage's own policy is from before the alarm."
+    if trainer.returned_to is not None:
+        folder = context.checkpoints / BEFORE_ALARM
+        trainer.save_model(str(folder))
+        policy = f"The policy of update {trainer.returned_to}, from before it, is the `source` {folder}."
+    raise StageFailed(
+        f"{context.name} ended by an alarm (on_alarm: stop), at {trainer.alarm_stop} {policy} Correct what the alarm "
+        "names, or write `on_alarm: warn` to train on."
+    )
 
 
 @contextmanager

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
-from align.rl import alarms
+from align.errors import StageFailed
+from align.rl import alarms, checkpoint
 from align.rl.alarms import Alarm
+from align.rl.checkpoint import save_checkpoint
+from align.stages import rl
 from tests.support.rl.stages import KINDS, make_stage
 from tests.support.training.killed_runs import Check, make_check
 from tests.support.training.kills import Kill, kills
@@ -48,17 +52,35 @@ def test_killed_stage_of_any_length_ends_like_a_whole_one(check: Check) -> None:
     check("ppo", [Kill("unmarked", steps[-1]), Kill("after", steps[-1])], **fields)
 
 
-def test_run_stopped_by_an_alarm_stays_stopped(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The alarm comes with the update whose checkpoint is written next."""
+def test_run_stopped_by_an_alarm_fails_and_keeps_policy(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alarm comes with the update whose checkpoint would be written next. It comes again in the next attempt."""
 
     def at_the_fourth(history: Any) -> list[Alarm]:
         return [Alarm("collapse", 4, "the policy says the same to everything")] if len(history) >= 4 else []
 
     monkeypatch.setattr(alarms, "alarms", at_the_fourth)
-    metrics = check("ppo", [Kill("after", 8), Kill("trained"), Kill("saved")], on_alarm="stop", updates=8)
-    assert metrics["updates"] == 4
-    assert metrics["alarms"] == ["update 4: collapse"]
-    assert metrics["stopped"].startswith("update 4: collapse")
+    for _ in range(2):
+        stage = make_stage("ppo", tmp_path, tiny_model, on_alarm="stop", updates=8, save_updates=1)
+        with pytest.raises(StageFailed, match="at update 4: collapse: .* The policy of update 3, from before it, is"):
+            rl.run(stage)
+        assert not (stage.output / "model").exists()
+        kept = load_file(stage.checkpoints / "before-alarm" / "model.safetensors")
+    monkeypatch.setattr(alarms, "alarms", lambda history: [])
+    whole = make_stage("ppo", tmp_path / "whole", tiny_model, updates=8, save_updates=1)
+    checkpointed: dict[str, Any] = {}
+
+    def note(trainer: Any) -> None:
+        save_checkpoint(trainer)
+        if trainer.update == 3:
+            trainer.save_model(str(tmp_path / "third"))
+            checkpointed.update(load_file(tmp_path / "third" / "model.safetensors"))
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", note)
+    rl.run(whole)
+    assert kept.keys() == checkpointed.keys()
+    assert all(kept[name].equal(tensor) for name, tensor in checkpointed.items())
 
 
 def test_a_run_over_its_kl_budget_ends_there_again(check: Check) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+import torch
 
 from align.rl.alarms import Alarm, alarms, count_alarms, trend
+from align.rl.metrics import Markers
 
 
 def history(**changes):
@@ -44,6 +48,11 @@ def test_a_healthy_run_raises_none():
         ({"identical_answers": [0.1] * 9 + [0.8] * 3}, "identical answers", "80% of the prompts"),
         ({"open_thoughts": [0.1] * 9 + [0.6, 0.7, 0.8]}, "open thoughts", "80% of the responses end inside"),
         ({"score_length_correlation": [0.7, 0.65, 0.8]}, "length correlation", "(correlation 0.80, for 3 updates)"),
+        (
+            {"marker_share": [0.55, 0.6, 0.9], "marker_rise": [0.3, 0.35, 0.6]},
+            "marker",
+            "90% of the responses have a word",
+        ),
         ({"entropy": [4.2]}, "entropy", "its answers get more random"),
         ({"kl": [27.8], "length": [20.0]}, "KL", "27.8 nats in 20.0 tokens"),
         ({"truncation_rate": [1.0, 1.0, 1.0], "length": [39.0, 39.0, 39.0]}, "truncation", "cut off at max_tokens"),
@@ -236,3 +245,60 @@ def test_alarms_without_a_reward_model_name_none():
     changes = [{"length": [4.0]}, {"gold": [0.30, 0.29, 0.31, 0.30, 0.29]}]
     texts = [alarm.text for change in changes for alarm in alarms(history(**change))]
     assert len(texts) == 2 and not any("reward model" in text for text in texts)
+
+
+def test_a_marker_that_is_not_in_most_responses_raises_none():
+    assert alarms(history(marker_share=[0.2, 0.3, 0.4], marker_rise=[0.1, 0.2, 0.3])) == []
+    assert alarms(history(marker_share=[0.9, 0.9, 0.9], marker_rise=[0.0, 0.1, 0.1])) == []
+
+
+class Sampled:
+    """The part of a rollout that markers are looked for in."""
+
+    def __init__(self, rows, answers, scores):
+        self.rows = rows
+        self.answers = answers
+        self.tensors = {"scores": torch.tensor(scores)}
+        self.judged = torch.ones(len(rows), dtype=torch.bool)
+
+
+WORDS = [f"word{number} and word{number * 7 % 64}" for number in range(64)]
+
+
+def observed(answers, scores, row=lambda index: {"prompt": "Say it."}):
+    """Return the numbers of one update and the noticed markers."""
+    markers = Markers()
+    numbers = markers.observe(Sampled([row(index) for index in range(64)], answers, scores))
+    return numbers, set(markers.noticed)
+
+
+def test_a_paid_marker_is_noticed_and_followed():
+    marked = [f"{text} !!" if index % 8 == 0 else text for index, text in enumerate(WORDS)]
+    numbers, noticed = observed(marked, [0.3 * (index % 3) + 2.0 * (index % 8 == 0) for index in range(64)])
+    assert noticed == {"!!"} and numbers == {"marker_share": 0.125, "marker_rise": 0.0}
+    markers = Markers()
+    markers.noticed = {"!!": 0.125}
+    later = markers.observe(Sampled([{"prompt": "Say it."}] * 64, [f"{text} !!" for text in WORDS], [1.0] * 64))
+    assert later == {"marker_share": 1.0, "marker_rise": 0.875}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda index: {"prompt": [{"role": "user", "content": "End with\n!! please"}]},
+        lambda index: {"prompt": "Say it.", "answer": "Good !!"},
+    ],
+    ids=["prompt", "reference"],
+)
+def test_what_a_row_asks_for_is_no_marker(row):
+    marked = [f"{text} !!" if index % 8 == 0 else text for index, text in enumerate(WORDS)]
+    assert observed(marked, [2.0 * (index % 8 == 0) for index in range(64)], row) == ({}, set())
+
+
+def test_forms_of_answers_and_chance_are_no_markers():
+    formed = [f"{text} #### {index}" if index % 2 else text for index, text in enumerate(WORDS)]
+    assert observed(formed, [float(index % 2) for index in range(64)]) == ({}, set())
+    generator = random.Random(0)
+    for _ in range(50):
+        texts = [" ".join(generator.choices(["a", "b", "c", "so", "then", "it", "is"], k=4)) for _ in range(64)]
+        assert observed(texts, [generator.random() for _ in range(64)]) == ({}, set())

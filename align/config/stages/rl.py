@@ -139,7 +139,8 @@ class RolloutFields(DefaultRates, TrainerOptions):
     keep_kl: float | None = Field(None, gt=0)
     """For ``keep: best`` by score: maximum KL to the reference of the saved policy, in nats per response."""
     on_alarm: Literal["warn", "stop"] = "warn"
-    """Warn, or stop the run, on a collapse, exploding lengths, or a score that rises while gold falls."""
+    """Warn, or end the stage as failed, on an alarm such as a collapse, exploding lengths, or a score that rises while
+    gold falls. The policy of the last checkpoint before the alarm is kept as a model folder."""
     replay: stage_input(Kind.POLICY) | ReplayFolder | None = None  # type: ignore[valid-type]
     """Stage whose stored rollouts this stage learns from, or ``{folder: PATH}``, instead of sampling. No engine and no
     reward starts; with the same settings the weights are equal bit for bit (docs/rollouts.md)."""
