@@ -131,7 +131,7 @@ class TableQuery(RolloutFilter):
     limit: int = Field(50, ge=1, le=MAX_LIMIT)
     offset: int = Field(0, ge=0, le=MAX_OFFSET)
     after: Annotated[str, Field(max_length=120)] = ""
-    """Place where the search for words continues: ``next`` of the page before."""
+    """Place at which the search for words continues: ``next`` of the page before."""
 
     @property
     def by_update(self) -> bool:

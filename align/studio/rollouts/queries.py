@@ -49,7 +49,7 @@ class Page:
     searched: int
     """Rows that this request searched."""
     next: str = ""
-    """Place where a search for words continues; empty if it is complete."""
+    """Place at which a search for words continues; empty if it is complete."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def file_parameters(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _place(path: Path, query: TableQuery, is_newest_first: bool) -> str:
-    """Return where a search continues in a file: its first update in the order of the search, or its name."""
+    """Return the place of a file at which a search continues: the first update in its order, or the file's name."""
     updates = updates_of(path.name)
     if updates is None:
         return path.name
