@@ -48,8 +48,8 @@ class FormatOptions:
     """Path of llama-quantize."""
     text: Path | None = None
     is_checked: bool = True
-    task_items: int = 0
-    """Instructions that checkpoint and export answer for a task score."""
+    task_items: int | None = None
+    """Instructions that checkpoint and export answer for a task score; None to choose by the size of the model."""
     merged: Path | None = None
     """For ``lora``: the checkpoint with the adapter merged in."""
     base_name: str = ""
@@ -71,7 +71,10 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=int, metavar="N", help="numbers with one scale in gptq and awq")
     parser.add_argument("--text", metavar="FILE", help="text whose perplexity is measured, before and after")
     parser.add_argument(
-        "--task-items", type=int, metavar="N", help="instructions that both answer for a task score (default: 50)"
+        "--task-items",
+        type=int,
+        metavar="N",
+        help="instructions that both answer for a task score (50; 0 below 20M parameters)",
     )
 
 
@@ -99,7 +102,6 @@ def check_format(
     from align.export.formats.calibrated import CALIBRATED_FORMATS
     from align.export.formats.compressed import COMPRESSED_FORMATS, check_compressed_source
     from align.export.formats.gguf_export import check_gguf_source, find_quantizer
-    from align.export.task_score import ITEMS
 
     # The name becomes a file's name.
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", card_facts["name"]).strip("-.") or "model"
@@ -108,8 +110,8 @@ def check_format(
         return replace(checked, merged=merged)
     if options.text is not None:
         checked = replace(checked, text=_text_file(options.text))
-    checked = replace(checked, task_items=ITEMS if options.task_items is None else options.task_items)
-    if checked.task_items < 0:
+    checked = replace(checked, task_items=options.task_items)
+    if checked.task_items is not None and checked.task_items < 0:
         raise UserError(f"--task-items {options.task_items}: must be 0, for no task score, or more.")
     if options.format in COMPRESSED_FORMATS:
         check_compressed_source(source, options.format)
@@ -166,9 +168,18 @@ def write_format(
 ) -> tuple[Written, Fidelity | None]:
     """Write the folder ``scratch/new`` in a format; return its description and its cost."""
     from align.export.export import export
+    from align.export.task_score import ITEMS, SMALL
 
     plain = scratch / "plain"
     written = export(source, plain)
+    if options.task_items is None:
+        is_small = written.parameters < SMALL
+        options = replace(options, task_items=0 if is_small else ITEMS)
+        if is_small and options.is_checked:
+            log(
+                f"no task score for a model of {written.parameters:,} parameters, which solves no instruction; "
+                f"--task-items {ITEMS} measures it"
+            )
     write = _write_compressed if options.calibration is None else _write_calibrated
     if options.format == "gguf":
         write = _write_gguf
@@ -330,7 +341,7 @@ def _measure(
         activations,
         # llama.cpp does not read transformers folders.
         plain=scratch / "plain" if engine is not None and engine.engine == "vllm" else None,
-        items=options.task_items,
+        items=options.task_items or 0,
         log=log,
     )
     fidelity = measure(comparison, sizes, engine)

@@ -12,6 +12,7 @@ engine of the format, llama.cpp or vLLM, also shows how the file is read.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from align.export.answers import Job, JobResult
 from align.export.export import Source
 from align.export.task_score import ITEMS, TOKENS, change_of_share, check_answers, solved_share, task_prompts
 from align.export.verify import QUESTIONS, JobFailed, Runner, render_questions, run_job
+from align.pipeline.context import duration
 from align.report.page.number_format import MISSING, interval, number, signed, size, value_with_interval
 
 if TYPE_CHECKING:
@@ -149,27 +151,23 @@ def measure(comparison: Comparison, sizes: tuple[int, int], engine_job: Job | No
     adapter = None if source.adapter is None else str(source.adapter)
     job = Job("transformers", str(source.folder), "distributions", rows, adapter=adapter, output=output, texts=texts)
     job = replace(job, tasks=tasks, task_tokens=TOKENS)
-    comparison.log("the checkpoint answers, in transformers")
-    before = comparison.run(job, comparison.scratch / "source")
-    comparison.log("the export answers, with its weights in transformers")
+    before = _run(comparison, job, "source", "the checkpoint")
     job = replace(job, folder=str(comparison.exported), adapter=None, responses=before.tokens)
-    after = comparison.run(replace(job, activations=comparison.activations), comparison.scratch / "exported")
+    after = _run(comparison, replace(job, activations=comparison.activations), "exported", "the export")
     # The checkpoint is equal to itself, and its speed is known.
     same = sum(map(len, before.tokens))
     checkpoint = [_reading(replace(before, same=same), before, comparison, before.seconds)]
     readings = [_reading(after, before, comparison, None)]
     unchecked = None
     if engine_job is not None:
-        comparison.log(f"the export answers, in {engine_job.engine}")
         prompts = _prompt_texts(comparison.exported)
         job = replace(job, engine=engine_job.engine, dtype=engine_job.dtype, prompts=prompts, ends=engine_job.ends)
-        native = _run_engine(comparison, replace(job, folder=engine_job.folder))
+        native = _run_engine(comparison, replace(job, folder=engine_job.folder), "the export")
         unchecked = native.unusable
         if unchecked is None:
             readings.append(_reading(native, before, comparison, native.seconds))
         if unchecked is None and comparison.plain is not None:
-            comparison.log(f"the checkpoint answers, in {engine_job.engine}")
-            native = _run_engine(comparison, replace(job, folder=str(comparison.plain)))
+            native = _run_engine(comparison, replace(job, folder=str(comparison.plain)), "the checkpoint")
             checkpoint += [] if native.unusable else [_reading(native, before, comparison, native.seconds)]
     fidelity = Fidelity(
         comparison.format,
@@ -187,10 +185,22 @@ def measure(comparison: Comparison, sizes: tuple[int, int], engine_job: Job | No
     return fidelity
 
 
-def _run_engine(comparison: Comparison, job: Job) -> JobResult:
+def _run(comparison: Comparison, job: Job, folder: str, model: str) -> JobResult:
+    """Run a job in a process; log its work before and its time after, also if it fails."""
+    tasks = f" and {len(job.tasks)} instructions" if job.tasks else ""
+    text = sum(map(len, job.texts))
+    comparison.log(f"{model} answers {len(job.rows)} prompts{tasks} and reads {text:,} tokens, in {job.engine}")
+    started = time.monotonic()
+    try:
+        return comparison.run(job, comparison.scratch / folder)
+    finally:
+        comparison.log(f"  {duration(time.monotonic() - started)}, with the start of the process")
+
+
+def _run_engine(comparison: Comparison, job: Job, model: str) -> JobResult:
     """Return the result of the format's engine. vLLM may lack a kernel for this processor, which is no fault."""
     try:
-        return comparison.run(job, comparison.scratch / "engine")
+        return _run(comparison, job, "engine", model)
     except JobFailed as error:
         if job.engine != "vllm":
             raise

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ITEMS = 50
 """Default number of instructions."""
+SMALL = 20_000_000
+"""Parameters of a model that is too small to solve any: by default it is not asked, which needs most of the time."""
 TOKENS = 64
 """Most tokens of an answer; correct replies are shorter."""
 SEED = 40

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,13 @@ def test_perplexity_is_that_of_the_named_text(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("A short text of one line.")
-    words = ("--format", "gguf", "--text", str(text), "--task-items", "0", "--json")
+    words = ("--format", "gguf", "--text", str(text), "--json")
     assert export("22222222", *words, check=True) == 0
-    cost: dict[str, Any] = json.loads(capsys.readouterr().out)["cost"]
+    shown = capsys.readouterr()
+    cost: dict[str, Any] = json.loads(shown.out)["cost"]
     assert cost["text_tokens"] == len(text.read_text()) - 1
+    # A toy model is not asked for a task score, and every step says what it does and how long it took.
+    assert cost["items"] == 0 and "no task score for a model of" in shown.err
+    for model in ("checkpoint", "export"):
+        line = rf"the {model} answers 8 prompts and reads {len(text.read_text())} tokens, in transformers\n  \d+s, with the"
+        assert re.search(line, shown.err), shown.err
