@@ -60,8 +60,8 @@ class EndpointConfig(Config):
     timeout: Seconds = Field(120, gt=0)
     """Time limit of one attempt in seconds, from connecting to the last byte."""
     patience: Seconds = Field(900, ge=0)
-    """Seconds to wait for a server that has answered before and is away: no connection, a cut connection, status 502 or
-    503. ``15m`` and ``2h`` are times as well. 0 counts such attempts only by ``retries``."""
+    """Seconds to wait for a server that has answered before and is away: no connection, or status 502 or 503. ``15m``
+    and ``2h`` are times as well. 0 counts such attempts only by ``retries``."""
     retries: int = Field(5, ge=0, le=100)
     """Further attempts after a timeout, a lost connection, status 429 or 5xx, or an answer that cannot be read."""
     send_seed: bool = True

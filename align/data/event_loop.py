@@ -34,7 +34,7 @@ class _OutOfTime(BaseException):
 
 
 def call_within(seconds: float | None, function: Callable[..., Any], *inputs: Any, **arguments: Any) -> Any:
-    """Return a function's result. Raises ``CallTimeout``, with the line where the function hangs, after ``seconds``.
+    """Return a function's result. Raises ``CallTimeout``, with the line at which it hangs, after ``seconds``.
 
     A call that holds the interpreter's lock without reading signals cannot be ended.
     """

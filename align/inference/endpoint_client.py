@@ -184,7 +184,8 @@ class Endpoint:
 
     async def _retry(self, transport: Transport, request: Request, sink: Sink) -> Answer:
         """Try until there is an answer, or no retry is left and the patience with a server that is away has ended."""
-        attempt = 0
+        attempt = strikes = 0
+        answers = self._outage.answers
         while True:
             await asyncio.sleep(max(0.0, self._paused_until - time.monotonic()))
             try:
@@ -206,7 +207,10 @@ class Endpoint:
             else:
                 self._outage.end()
             attempt += 1
-            if attempt > self.config.retries and not (is_away and self._outage.seconds_left):
+            # A server that has answered others since the last attempt is not away, at least not for them.
+            strikes += not is_away or self._outage.answers > answers
+            answers = self._outage.answers
+            if max(strikes, 0 if is_away and self._outage.seconds_left else attempt) > self.config.retries:
                 break
             self.retried += 1
             await self._wait(failure, attempt - 1)
@@ -277,7 +281,7 @@ class Endpoint:
         if reply.is_timeout:
             limit = f"{self.config.timeout:g} s ({self.place}.timeout)"
             raise _AttemptFailed(f"did not answer {self.path} within {limit}")
-        raise _AttemptFailed(self._explain(reply), is_away=reply.is_cut)
+        raise _AttemptFailed(self._explain(reply))
 
     def _explain(self, reply: Reply) -> str:
         problem = f"{type(reply.error).__name__}: {self._clean(str(reply.error))}".rstrip(": ")

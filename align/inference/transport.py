@@ -49,11 +49,6 @@ class Reply:
         return isinstance(self.error, httpx.ConnectError | httpx.ConnectTimeout)
 
     @property
-    def is_cut(self) -> bool:
-        """True when the connection broke, or the other end does not keep to the protocol."""
-        return isinstance(self.error, OSError | httpx.TransportError)
-
-    @property
     def is_timeout(self) -> bool:
         """True when the call was connected or connecting, and its time ran out."""
         return isinstance(self.error, TimeoutError | httpx.TimeoutException)
@@ -69,6 +64,8 @@ class Outage:
     """Place of ``patience`` in the YAML."""
     began: float | None = None
     """Monotonic time of the first failure; None while the server answers."""
+    answers: int = 0
+    """Answers so far, usable or not: a server that answers other requests is not away."""
     _reported: float = 0.0
 
     @property
@@ -98,6 +95,7 @@ class Outage:
 
     def end(self) -> None:
         """Note that the server answers."""
+        self.answers += 1
         if self.began is not None:
             LOG.warning("the endpoint %s answers again after %s", self.server, duration(self.seconds))
         self.began = None

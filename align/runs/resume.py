@@ -47,7 +47,7 @@ def console_path(store: Store, run: str) -> Path:
 def resume_run(run: RunOutline, store: Store, seconds: float = SECONDS_TO_START) -> Resumed:
     """Start ``align run`` with the stored pipeline, detached from this process.
 
-    Relative paths of the pipeline start at the folder where the run was started.
+    Relative paths of the pipeline start at the folder in which the run was started.
 
     Raises:
         UserError: if a stage runs already, if nothing is left to do, or if the pipeline has other keys than the run,

@@ -46,7 +46,7 @@ class RunOutline:
     stages: Mapping[str, tuple[str, str]]
     pipeline: Mapping[str, Any]
     folder: str = ""
-    """Folder where it was started, at which relative paths start; empty for the current one."""
+    """Folder in which it was started and relative paths start; empty for the current one."""
     modules: tuple[str, ...] = ()
     """Further folders with Python modules that the pipeline names."""
 

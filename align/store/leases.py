@@ -150,7 +150,7 @@ class RunRecord(BaseModel):
     pipeline: dict[str, Any]
     """As parsed YAML."""
     folder: str = ""
-    """Folder where the run was started, at which relative paths of the pipeline start; empty in older records."""
+    """Folder in which the run was started and relative paths of the pipeline start; empty in older records."""
     modules: list[str] = []
     """Further folders with Python modules that the pipeline names."""
 

@@ -184,5 +184,5 @@ def test_perplexity_is_that_of_the_named_text(
     # A toy model is not asked for a task score, and every step says what it does and how long it took.
     assert cost["items"] == 0 and "no task score for a model of" in shown.err
     for model in ("checkpoint", "export"):
-        line = rf"the {model} answers 8 prompts and reads {len(text.read_text())} tokens, in transformers\n  \d+s, with the"
+        line = rf"the {model} answers 8 prompts and reads {len(text.read_text())} tokens, in transformers\n  \d+s, with"
         assert re.search(line, shown.err), shown.err

@@ -453,11 +453,11 @@ def test_server_that_is_away_is_waited_for_by_time(
     assert last.endswith("answers again after 1s")
 
 
-@pytest.mark.parametrize("reply", [(502, "bad gateway"), (503, {}, {"Retry-After": "0"}), "cut"])
+@pytest.mark.parametrize("reply", [(502, "bad gateway"), (503, {}, {"Retry-After": "0"})])
 def test_patience_ends_and_message_says_how_long(fake: FakeChat, tmp_path: Path, reply: Any) -> None:
     endpoint = _endpoint(fake, retries=1, patience=1.2, concurrency=1)
     _ask(endpoint, tmp_path, 1)
-    fake.reply = fake.refuse if reply == "cut" else lambda body: reply
+    fake.reply = lambda body: reply
     limits = r"\(endpoint.retries, endpoint.patience\)\. What was answered is kept"
     began = time.monotonic()
     with pytest.raises(EndpointLost, match=rf"gave up after \d+ attempts in 1s {limits}"):
@@ -487,3 +487,22 @@ def test_times_have_units(fake: FakeChat, text: Any, seconds: float) -> None:
 def test_time_without_unit_is_refused(fake: FakeChat) -> None:
     with pytest.raises(ValidationError, match="'15 minutes' is not a time; write seconds as a number, or 30s, 15m"):
         _endpoint(fake, patience="15 minutes")
+
+
+def test_cut_connections_end_after_the_retries(fake: FakeChat, tmp_path: Path) -> None:
+    endpoint = _endpoint(fake, retries=2)
+    _ask(endpoint, tmp_path, 1)
+    fake.reply = fake.refuse
+    began = time.monotonic()
+    with pytest.raises(EndpointLost, match=r"gave up after 3 attempts \(endpoint.retries\)"):
+        _ask(endpoint, tmp_path, 4)
+    assert time.monotonic() - began < 5
+
+
+def test_server_that_answers_others_is_not_away(fake: FakeChat, tmp_path: Path) -> None:
+    fake.delay = 0.02
+    endpoint = _endpoint(fake, retries=2, concurrency=2)
+    fake.reply = lambda body: (503, "no") if body["messages"][0]["content"] == "q3" else echo(body)
+    with pytest.raises(EndpointLost, match="answered with status 503: .* gave up after"):
+        _ask(endpoint, tmp_path, 200)
+    assert len(fake.bodies) < 60

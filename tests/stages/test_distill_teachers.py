@@ -49,15 +49,7 @@ def server(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeChat]
 
 def endpoint(server: FakeChat, **fields: Any) -> dict[str, Any]:
     # With a name the teacher may move to another port.
-    return {
-        "url": server.url,
-        "model": "good-model",
-        "name": "teacher",
-        "retries": 1,
-        "patience": 0,
-        "timeout": 20,
-        **fields,
-    }
+    return {"url": server.url, "model": "good-model", "name": "teacher", "retries": 1, "timeout": 20, **fields}
 
 
 def stage_of(root: Path, student: Path, teacher: Any, inputs: Any = None, **fields: Any) -> StageContext:

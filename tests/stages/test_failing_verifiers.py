@@ -177,7 +177,7 @@ def judge_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeChat]:
 def test_judge_that_dies_loses_no_update_and_no_grade(
     make_context: Maker, judge_server: FakeChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    endpoint = {"url": judge_server.url, "model": "good-model", "retries": 1, "patience": 0}
+    endpoint = {"url": judge_server.url, "model": "good-model", "retries": 1}
     score = [{"judge": {"endpoint": endpoint}}]
     whole = make_context("grpo", "whole", score=score, tuning=LORA)
     failed = make_context("grpo", "failed", score=score, tuning=LORA)
