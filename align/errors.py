@@ -6,6 +6,7 @@ Everything else that escapes is a bug in align and keeps its traceback.
 import errno
 import importlib.util
 import math
+import os
 import re
 import shutil
 import unicodedata
@@ -114,13 +115,20 @@ class StageFailed(Exception):
 
 def explain_os_error(error: OSError, folder: Path) -> str:
     """One sentence on an error of the system while working in ``folder``; a full disk comes with its remedy."""
-    return no_space(folder) if error.errno in NO_SPACE else f"{type(error).__name__}: {error}"
+    return no_space(folder) if is_no_space(error) else f"{type(error).__name__}: {error}"
 
 
-def no_space(folder: Path) -> str:
-    """Return the remedy for a full disk that holds ``folder``."""
+def is_no_space(error: BaseException) -> bool:
+    """Return True for a full disk, which libraries such as shutil and safetensors wrap in their own errors."""
+    is_system_error = isinstance(error, OSError) and error.errno in NO_SPACE
+    return is_system_error or any(os.strerror(number) in str(error) for number in NO_SPACE)
+
+
+def no_space(folder: Path | None = None) -> str:
+    """Return the remedy for a full disk that holds ``folder``, if it is known."""
+    place = "" if folder is None else f" that holds {folder}"
     return (
-        f"no space left on the disk that holds {folder}; free some (`align gc` lists what no run needs) "
+        f"no space left on the disk{place}; free some (`align gc` lists what no run needs) "
         "or name another --store, then run again: finished stages are kept."
     )
 

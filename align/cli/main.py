@@ -24,7 +24,7 @@ from align.cli.parser import (
     print_pins,
 )
 from align.cli.streams import GuardedStream, OutputEnded, guarded_streams
-from align.errors import StageFailed, UserError, printable
+from align.errors import StageFailed, UserError, is_no_space, no_space, printable
 from align.pipeline.stop_signal import Stopped
 from align.store.artifacts import VERSION
 
@@ -388,6 +388,12 @@ def _run_command(arguments: Sequence[str] | None, output: GuardedStream) -> int:
     except (UserError, StageFailed, Stopped) as error:
         print("\n".join(printable(line) for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        # What a command itself writes, such as a page or a copy; a stage explains its own full disk.
+        if not is_no_space(error):
+            raise
+        print(no_space(), file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
 

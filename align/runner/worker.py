@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import functools
 import json
 import logging
@@ -28,7 +27,7 @@ from align.config.base import Config
 from align.config.runtime import Runtime
 from align.config.runtime.launch import BY_SRUN, PARENT, RANKS, is_head, local_size, rank, symptom, world_size
 from align.config.validation import validate_plain
-from align.errors import StageFailed, UserError, explain_os_error, no_space
+from align.errors import StageFailed, UserError, explain_os_error, is_no_space, no_space
 from align.pipeline.context import StageContext
 from align.pipeline.process_limits import relax_collections, set_waiting, usable_cores
 from align.pipeline.registry import Stage, find_stage, load_object
@@ -208,8 +207,8 @@ def _explain(error: Exception, folder: Path) -> dict[str, Any]:
         return {"status": "failed", "message": explain_os_error(error, folder)}
     if isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
         return {"status": "failed", "message": OUT_OF_MEMORY}
-    full = os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers wrap it in their own errors
-    return {"status": "failed", "message": no_space(folder) if full else f"{type(error).__name__}: {error}"}
+    message = no_space(folder) if is_no_space(error) else f"{type(error).__name__}: {error}"
+    return {"status": "failed", "message": message}
 
 
 def _print_trace() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -159,6 +160,37 @@ def test_an_error_in_the_report_changes_nothing_else(
     assert "note: the report could not be written: ValueError: no\\x1b[31m figure" in captured.err
     assert "Report:" not in captured.out and "total 3" in captured.out
     assert ran(pipeline_file, store, "--set", "stages.two.crash=bug") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]),
+    ],
+    ids=["full", "quota", "copy"],
+)
+def test_report_on_a_full_disk_keeps_the_page(
+    error: OSError, finished: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = page_of(finished).read_bytes()
+
+    def fail(path: Path, data: bytes) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("align.store.json_files.Path.write_bytes", fail)
+        (page_of(finished).parent / run_page.STAMP).unlink()
+        assert main(["report", "toy", "--store", str(finished)]) == 1
+        assert capsys.readouterr().err.startswith("no space left on the disk; free some (`align gc` lists")
+    assert page_of(finished).read_bytes() == before
+    assert main(["report", "toy", "--store", str(finished)]) == 0
+    with pytest.raises(PermissionError), monkeypatch.context() as patched:
+        error = PermissionError(errno.EACCES, "Permission denied")
+        patched.setattr("align.store.json_files.Path.write_bytes", fail)
+        (page_of(finished).parent / run_page.STAMP).unlink()
+        main(["report", "toy", "--store", str(finished)])
 
 
 def test_a_page_of_the_same_is_not_written_again(pipeline_file: Path, finished: Path) -> None:

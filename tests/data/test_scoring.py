@@ -253,6 +253,8 @@ def test_timeout_of_the_function_itself_is_its_own() -> None:
 
     with pytest.raises(ScoreFailed, match="TimeoutError: the service"):
         FunctionScorer("f", give_up, label="f", timeout=5).score(ROWS[:1], ["a"])
+
+
 def test_sum_of_steps_is_of_the_same_response() -> None:
     def steps(rows: list[dict[str, Any]], responses: list[str]) -> list[Any]:
         return [[1.0, 2.0], [10.0], {"score": [4.0, 8.0, 16.0], "depth": 5.0}]

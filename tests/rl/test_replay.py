@@ -19,6 +19,8 @@ from align.store.artifacts import Artifact, Kind
 from align.store.rollouts import ROLLOUTS, open_rollouts
 from tests.support.environments.buttons import FORMAT, make_presser
 from tests.support.rl.stages import KINDS, make_stage
+from tests.support.training.killed_stage import Killed, dying
+from tests.support.training.kills import Kill, assert_same, run, run_killed
 
 REPLAYS: dict[str, dict[str, Any]] = {
     # The critic, the KL controller and the running scale of the scores have a state.
@@ -87,6 +89,25 @@ def test_replay_ends_with_the_weights_of_the_live_run(
         assert replayed_metrics[name] == metrics[name], name
     # The replay stores the same rollouts, which can be replayed again.
     tables = [open_rollouts(context.output / ROLLOUTS).to_table() for context in (live, replayed)]
+    assert tables[1].equals(tables[0])
+
+
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_killed_replay_ends_with_equal_weights(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    fields = {"updates": 4, **REPLAYS[kind]}
+    live, _ = run_live(kind, tmp_path / "live", tiny_model, **fields)
+    folder = {"replay": {"folder": str(live.output / ROLLOUTS)}}
+    whole = make_stage(kind, tmp_path / "whole", tiny_model, **fields, **folder)
+    killed = make_stage(kind, tmp_path / "killed", tiny_model, **fields, **folder)
+    # The stage dies before any checkpoint, within the first one, after it, and with half of the model written.
+    steps = 2 * 2 * fields.get("num_mini_batches", 1)  # of two updates with two epochs each
+    with pytest.raises(Killed):
+        run(dying(killed, 1, "updates"))
+    expected = run(whole)
+    metrics = run_killed(killed, [Kill("during", steps), Kill("after", steps), Kill("saved")])
+    assert_same(whole, killed, expected, metrics)
+    assert_same_weights(live, killed)
+    tables = [open_rollouts(context.output / ROLLOUTS).to_table() for context in (live, killed)]
     assert tables[1].equals(tables[0])
 
 

@@ -6,6 +6,7 @@ import errno
 import importlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 
 from align import Pipeline
 from align.errors import StageFailed
+from align.runner.plan import plan
 from align.runner.runner import run_pipeline
 from align.store import store as store_module
 from align.store.retry import Retry, StoreUnreachable, is_unreachable
@@ -298,6 +300,37 @@ def test_a_store_on_a_disk_that_is_full_loses_nothing(small_disk: Path) -> None:
     filler.unlink()
     run = run_pipeline(Pipeline(toy.pipeline()), store=store)
     assert run.ran == ["two", "total"]
+
+
+def test_data_stage_on_a_full_disk_resumes_to_equal_rows(small_disk: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    rows = [{"prompt": rng.randbytes(99).hex(), "completion": rng.randbytes(99).hex()} for _ in range(4000)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.yaml").write_text("kind: instructions\nsources: [{type: files, paths: [rows.jsonl]}]\n")
+    (tmp_path / "data.yaml").write_text("name: data\nstages: {data: {recipe: rows.yaml}}\n")
+    store = small_disk / "store"
+    with pytest.raises(StageFailed, match="no space left on the disk that holds .*finished stages are kept"):
+        run_pipeline(Pipeline.load(tmp_path / "data.yaml"), store=store)
+    assert Store.open(store).all() == []
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    for place in (store, tmp_path / "store"):
+        assert run_pipeline(Pipeline.load(tmp_path / "data.yaml"), store=place).ran == ["data"]
+    outputs = [Store.open(place).all()[0].record["outputs"] for place in (store, tmp_path / "store")]
+    digests = [{name: file["sha256"] for name, file in files.items() if name.endswith(".parquet")} for files in outputs]
+    assert digests[0] == digests[1] and len(digests[0]) == 3
+
+
+def test_stage_whose_log_fills_the_disk_is_explained(small_disk: Path) -> None:
+    store = small_disk / "store"
+    noisy = Pipeline(toy.pipeline(one={"crash": "noise"}))
+    plan(noisy, Store.open(store))
+    filler = fill(small_disk)
+    # Room for the stage's files, and not for the 100 kB that it prints.
+    os.truncate(filler, filler.stat().st_size - 64 * 1024)
+    with pytest.raises(StageFailed, match="no space left on the disk"):
+        run_pipeline(noisy, store=store)
+    filler.unlink()
+    assert run_pipeline(noisy, store=store).ran == ["one", "two", "total"]
 
 
 def test_lock_on_a_full_disk_is_still_renewed(small_disk: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from align.config.stages.sft import SftConfig
+from align.errors import UserError
 from align.models.chat.render import render_prompt
 from align.models.loading import load_policy, load_tokenizer
 from align.stages.sft import run
@@ -77,3 +79,40 @@ def test_without_test_rows_nothing_is_measured_on_them(keep: str, tiny_model: Pa
     assert (keep == "best") == any("validation_loss" in event for event in events(stage, "metrics"))
     notes = [event for event in events(stage, "note") if "the test split of" in str(event)]
     assert len(notes) == 1
+
+
+def test_nan_loss_ends_sft_and_keeps_curve_and_checkpoints(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"model": "model", "data": "data", "batch_size": 8, "max_length": 128, "save_steps": 1, "max_steps": 6}
+    data = data_artifact(tmp_path / "data", Kind.INSTRUCTIONS, train=48)
+    stage = context(tmp_path, SftConfig(**fields, learning_rate=0.5, tuning={"method": "full"}), tiny_model, data)
+    step = torch.optim.AdamW.step
+    steps: list[int] = []
+
+    def overflow(self: torch.optim.AdamW, *args: object, **options: object) -> object:
+        result = step(self, *args, **options)
+        steps.append(len(steps))
+        if len(steps) == 3:
+            self.param_groups[0]["params"][0].data.fill_(math.inf)
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    message = r"the training loss is nan at step 4\. Lower learning_rate \(now 0\.5\) or max_grad_norm \(now 1\)"
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            run(stage)
+        assert not (stage.output / "model").exists()
+    # The second attempt resumes after the step that broke the weights, and says the same.
+    curve = losses(stage)
+    assert [(step, math.isfinite(loss)) for step, loss in curve.items()] == [
+        (1, True),
+        (2, True),
+        (3, True),
+        (4, False),
+    ]
+    assert len(steps) == 5
+    assert {path.name for path in stage.checkpoints.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    # A lower rate is another stage, which begins anew.
+    lower = context(tmp_path / "lower", SftConfig(**fields, learning_rate=1e-3), tiny_model, data)
+    assert math.isfinite(run(lower)["test_loss_after"])
