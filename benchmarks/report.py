@@ -76,8 +76,9 @@ def prepare(folder: Path, steps: int, samples: int, tokens: int) -> None:
         for index in range(samples):
             line = sample(rng, draws, index, tokens)
             lines.write(json.dumps(line) + "\n")
-            values = {name: {m: [numbers[index]] for m, numbers in draws[name].items()} for name in SYSTEMS}
-            items.write(json.dumps({name: line[name] for name in ("task", "id", "source")} | {"values": values}) + "\n")
+            numbers = {name: {m: [column[index]] for m, column in draws[name].items()} for name in SYSTEMS}
+            head = {name: line[name] for name in ("task", "id", "source")}
+            items.write(json.dumps({**head, "values": numbers}) + "\n")
 
 
 def sample(rng: random.Random, draws: Draws, index: int, tokens: int) -> dict[str, Any]:

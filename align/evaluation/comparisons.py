@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from align.evaluation.answers import Values
 from align.evaluation.statistics import (
     LEVEL,
     Difference,
@@ -46,7 +45,8 @@ class Resampling:
 class Column:
     """One metric of one system."""
 
-    values: Values
+    values: Sequence[Sequence[float]]
+    """Per item, a number for each sample."""
     weights: list[float] | None = None
     """Per item; None if all items have equal weights."""
 
@@ -68,7 +68,7 @@ class Column:
         return self.weights is not None and len({self.weights[index] for index in self.counted}) > 1
 
 
-def per_item(values: Values) -> list[float]:
+def per_item(values: Sequence[Sequence[float]]) -> list[float]:
     """Return the mean over the samples of each item: the unit that every statistic resamples."""
     return [sum(samples) / len(samples) for samples in values]
 

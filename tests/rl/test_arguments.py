@@ -36,6 +36,13 @@ def test_counts_follow_from_config() -> None:
     assert (config.steps_per_update, config.prompts_per_update) == (6, 6)
 
 
+@pytest.mark.parametrize("budget", [None, 7])
+def test_fingerprint_names_a_budget_only_if_there_is_one(budget: int | None) -> None:
+    config = PpoConfig.for_trainer(learning_rate=1e-6, thinking_budget=budget)
+    fingerprint = rollout_arguments(config, **OPTIONS).fingerprint()
+    assert fingerprint.get("thinking_budget", "absent") == ("absent" if budget is None else 7)
+
+
 def test_epsilon_follows_from_method() -> None:
     ppo = rollout_arguments(PpoConfig.for_trainer(learning_rate=1e-6), **OPTIONS)
     grpo = rollout_arguments(GrpoConfig.for_trainer(learning_rate=1e-6), **OPTIONS)

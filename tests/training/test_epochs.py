@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.training.epochs import micro_batches_of_rank
+from align.training.epochs import gather_uneven, micro_batches_of_rank
 
 
 def test_by_hand() -> None:
@@ -58,3 +59,25 @@ def test_the_mean_over_processes_is_the_loss_of_one(rows, part, parts, micros, p
                 actual += share * sum(value[row] for row, _ in micro_rows) / len(micro_rows)
         assert actual / (rounds * processes) == pytest.approx(expected, abs=1e-9)
         index += rounds
+
+
+def test_gather_pads_and_cuts_rows_of_another_process() -> None:
+    others = {"sizes": torch.tensor([3]), "rows": torch.tensor([[1.0], [2.0], [3.0]])}
+    gathered: list[object] = []
+
+    def gather(value: object) -> object:
+        gathered.append(value)
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return value
+        return torch.cat([value, others["sizes" if value.dtype == torch.int64 else "rows"]])
+
+    # This process has two rows, the other three: this one pads by a row, which is cut off again.
+    rows = gather_uneven(gather)(torch.tensor([[8.0], [9.0]]))
+    assert rows.tolist() == [[8.0], [9.0], [1.0], [2.0], [3.0]]
+    assert [len(value) for value in gathered if isinstance(value, torch.Tensor)] == [1, 3]
+    # A number and a nested value have no rows: they pass as they are.
+    gathered.clear()
+    scalar = torch.tensor(2.0)
+    assert gather_uneven(gather)(scalar) is scalar
+    assert gather_uneven(gather)({"a": 1}) == {"a": 1}
+    assert gathered == [scalar, {"a": 1}]

@@ -197,6 +197,13 @@ def test_tracker_that_cannot_start_is_refused_without_secrets(
     assert not stage.events.exists(), "nothing was computed"
 
 
+def test_only_long_values_of_secret_names_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MY_API_KEY": "abcdef", "SHORT_TOKEN": "12345", "MY_PLACE": "springfield"}.items():
+        monkeypatch.setenv(name, value)
+    error = RuntimeError("abcdef in springfield has 12345")
+    assert _safe(error) == "RuntimeError: *** in springfield has 12345"
+
+
 def test_an_error_is_told_without_the_password_of_its_address() -> None:
     error = OSError("https://alice:hunter22@mlflow.example.com/api does not answer")
     assert _safe(error) == "OSError: https://***@mlflow.example.com/api does not answer"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -421,6 +424,18 @@ RIGHT_FORMS = [
 def test_math_reads_units_marks_and_values(cases: list[tuple[str, str]], score: float) -> None:
     verdicts = [mathematics.verify(reference, answer).score for reference, answer in cases]
     assert [case for case, verdict in zip(cases, verdicts, strict=True) if verdict != score] == []
+
+
+@pytest.mark.parametrize("allowed", [resource.RLIM_INFINITY, 2**40])
+def test_worker_has_a_limit_of_memory(allowed: int) -> None:
+    code = (
+        f"import resource\nresource.setrlimit(resource.RLIMIT_AS, ({allowed}, {allowed}))\n"
+        "from align.verifiers.workers import MEMORY, load_verifier\n"
+        "load_verifier('regex')\nsoft, hard = resource.getrlimit(resource.RLIMIT_AS)\n"
+        "print(MEMORY < soft < MEMORY + 2**33, hard)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", str(allowed)]
 
 
 def test_worker_that_hangs_is_killed_and_replaced() -> None:

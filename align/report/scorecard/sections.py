@@ -11,7 +11,7 @@ from align.report.page.assets import AssetWriter, Figure
 from align.report.page.metric_series import Events
 from align.report.scorecard import conclusions, decision, reward_models, score_plots, tuning_methods, win_rates
 from align.report.scorecard import scorecard_tables as tables
-from align.report.scorecard.rollouts import SampleFile, read_episodes
+from align.report.scorecard.rollouts import Line, SampleFile, read_episodes
 from align.report.scorecard.samples import page_json, page_samples
 from align.report.scorecard.scorecard_tables import PROMPTS
 from align.report.scorecard.stored_rollouts import read_rollouts, read_validations
@@ -60,7 +60,7 @@ def evaluation_sections(
     """Return the template's values of an evaluation, by name; without an evaluation all values are empty."""
     card, problem = load_scorecard(artifacts, scorecard)
     evaluations = [artifact for artifact in artifacts if artifact.kind == Kind.SCORECARD]
-    samples = SampleFile(evaluations[-1].path / SAMPLES) if evaluations else []
+    samples: SampleFile | list[Line] = SampleFile(evaluations[-1].path / SAMPLES) if evaluations else []
     rollouts = {artifact.stage: _rollouts_of(artifact) for artifact in artifacts}
     # Samples and training paths exist even if no scorecard can be shown.
     validations = {artifact.stage: read_validations(artifact.path / VALIDATIONS) for artifact in artifacts}
