@@ -275,7 +275,7 @@ ALIGNMENT = "general.alignment"
 
 
 class _GgufHeader:
-    """Reads the header of a GGUF file from its bytes (ggml's ``docs/gguf.md``): counts, fields, tensors."""
+    """Reads the header of a GGUF file from its bytes (by the specification in ggml): counts, fields, tensors."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
