@@ -181,9 +181,9 @@ def settle_states(pipeline: Pipeline, store: str | Path | Store | None) -> Pipel
         try:
             refuse_no_more(place, node.config, Settings(source.name, source.config, source.seed))
         except UserError as error:
-            raise UserError(
-                f"{error} '{source.name}' has no checkpoint of an earlier step here, so `at: last` means its end."
-            ) from None
+            is_finished = opened.find_intact(source.stage.kind, source.key) is not None
+            reason = "is finished" if is_finished else "has no checkpoint yet"
+            raise UserError(f"{error} '{source.name}' {reason}, so `at: last` means its end.") from None
     return pipeline
 
 

@@ -134,7 +134,7 @@ def test_stopped_stage_continues_with_other_settings(
     assert uninterrupted.ran == ["first"]
     assert unchanged.artifacts["more"].weights == uninterrupted.artifacts["first"].weights
     # 3. The finished stage has nothing left; the number still names the state from before.
-    with pytest.raises(UserError, match="nothing is left to train.*so `at: last` means its end"):
+    with pytest.raises(UserError, match="nothing is left to train.*'first' is finished, so `at: last` means its end"):
         run_pipeline(pipeline(first=fields, more=last), store=store)
     assert run_pipeline(more, store=store).ran == []
 
@@ -146,7 +146,7 @@ def test_end_of_a_stage_is_found_after_its_checkpoints_are_gone(
     store = Store.open(tmp_path / "store")
     last = pipeline(first=fields, more={"continue_from": {"stage": "first", "change": {"learning_rate": 1e-3}}})
     with pytest.raises(
-        UserError, match="'first' has no checkpoint of an earlier step here, so `at: last` means its end"
+        UserError, match="'first' has no checkpoint yet, so `at: last` means its end"
     ):
         run_pipeline(last, store=store)
     stop_after(monkeypatch, 4)
