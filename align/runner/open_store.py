@@ -195,13 +195,17 @@ def _last_state(node: Node, store: Store) -> int | None:
     kind = node.stage.kind
     if store.find_intact(kind, node.key) is not None or (store.remote and store.remote.find(kind, node.key)):
         return None
-    unit = steps_per_length(node.config)
-    folders = (store.partial(kind, node.key) / CHECKPOINTS).glob(f"{CHECKPOINT}*")
-    steps = [int(folder.name.removeprefix(CHECKPOINT)) for folder in folders if (folder / COMPLETE).is_file()]
-    ends = [step // unit for step in steps if step % unit == 0]
+    ends = stopped_ends(store.partial(kind, node.key), steps_per_length(node.config))
     for artifact in store.all():
         parts = artifact.record["parts"]
         end = (parts.get("config") or {}).get(END)
         if artifact.record["kind"] == kind and end is not None and digest(with_end(parts, None)) == node.key:
             ends.append(int(end))
     return max(ends, default=None)
+
+
+def stopped_ends(partial: Path, unit: int) -> list[int]:
+    """Return the steps, or updates of ``unit`` steps, of the checkpoints in the folder of a stage in progress."""
+    folders = (partial / CHECKPOINTS).glob(f"{CHECKPOINT}*")
+    steps = [int(folder.name.removeprefix(CHECKPOINT)) for folder in folders if (folder / COMPLETE).is_file()]
+    return [step // unit for step in steps if step % unit == 0]

@@ -20,12 +20,13 @@ from align.config.stages.continue_from import (
     inexactness,
     size_text,
     steps_per_length,
+    unit_of,
 )
 from align.config.validation import suggest
 from align.errors import UserError, plain_number
 from align.pipeline.inheritance import CHECKPOINT, COMPLETE, length_value, with_end
 from align.pipeline.pipeline import Node, Pipeline
-from align.runner.plan_warnings import stage_warnings
+from align.runner.plan_warnings import stage_warnings, suggest_change
 from align.store.artifacts import CHECKPOINTS, Artifact
 from align.store.fingerprint import digest
 from align.store.record import RECORD, SHORT, DamagedRecord
@@ -116,8 +117,9 @@ class History:
         return self.store.all()
 
     def suggest(self, node: Node) -> str | None:
-        """Return how to train only the steps of a stage that no finished stage has done; None if it must do all."""
-        return suggest_continuing(self.pipeline, node, self._artifacts) if node.stage.distributed else None
+        """Return how to train less by continuing a finished or stopped stage; None if the stage must do all."""
+        known = (self.pipeline, node, self._artifacts)
+        return suggest_continuing(*known) or suggest_change(*known, self.store) if node.stage.distributed else None
 
     @cached_property
     def _newest(self) -> dict[tuple[str, str], Artifact]:
@@ -260,7 +262,7 @@ def _objection(artifact: Artifact, node: Node | None = None) -> str | None:
 
 
 def describe(pipeline: Pipeline, store: Store, node: Node) -> list[str]:
-    """Return what a plan says about a stage that continues another and is to run: where it starts, if it is equal."""
+    """Return what a plan says about a stage that continues another and is to run: its start, and if it is equal."""
     source = _source(pipeline, node)
     if source is None:
         return _describe_end(pipeline, store, node)
@@ -280,7 +282,7 @@ def describe(pipeline: Pipeline, store: Store, node: Node) -> list[str]:
         size = sum(entry["bytes"] for name, entry in files if name.startswith(f"{STATE}/"))
         state = f" (its state: {size_text(size)})"
     end = getattr(source.config, END)
-    start = f"continues '{source.name}'{state}{'' if end is None else f' after {_unit(source)} {end}'}"
+    start = f"continues '{source.name}'{state}{'' if end is None else f' after {unit_of(source.config)} {end}'}"
     before, after = (_changing_settings(each, changed_names(node.config)) for each in (source, node))
     changes = list(_differences(before, after, "", {}))
     if changes:
@@ -299,11 +301,7 @@ def _describe_end(pipeline: Pipeline, store: Store, node: Node) -> list[str]:
     has_state = (folder / f"{CHECKPOINT}{end * steps_per_length(node.config)}" / COMPLETE).is_file()
     state = "its checkpoint is there" if has_state else "no state is kept there, so it trains up to there"
     names = ", ".join(f"'{other.name}'" for other in pipeline if other.inputs.get(CONTINUE) == node.name)
-    return [f"ends after {_unit(node)} {end}, where {names} continues it; {state}"]
-
-
-def _unit(node: Node) -> str:
-    return "update" if hasattr(node.config, "updates") else "step"
+    return [f"ends after {unit_of(node.config)} {end}, where {names} continues it; {state}"]
 
 
 def _changing_settings(node: Node, names: frozenset[str]) -> dict[str, Any]:

@@ -5,13 +5,24 @@ A setting that works badly is a warning of the plan. A setting with which the st
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from align.config.chat_template import TEMPLATE_FIELDS
 from align.config.environment import EnvironmentConfig
 from align.config.scores import metric_functions, verifier_kinds
+from align.config.stages.continue_from import (
+    CONTINUE,
+    LENGTHS,
+    OBSERVED,
+    STATE,
+    fixed_reason,
+    steps_per_length,
+    unit_of,
+)
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.stages.inputs import DataConfig, ModelConfig
@@ -20,6 +31,9 @@ from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.provenance import source_digest
 from align.pipeline.registry import load_object
+from align.runner.open_store import stopped_ends
+from align.runner.stage_result import read_work
+from align.store.artifacts import Artifact
 from align.store.store import Store
 
 POLICY_FIELDS = ("policy", "model", "policies")
@@ -277,3 +291,44 @@ def check_sources(pipeline: Pipeline, store: Store, used: set[str], strict: bool
     if strict:
         raise UserError(f"{text}. `--rebuild {warnings[0]}` makes it again; without --strict it is used as it is.")
     return [f"{text}. They are used as they are; --rebuild STAGE makes one again, --strict refuses them."]
+
+
+def suggest_change(pipeline: Pipeline, node: Node, artifacts: Iterable[Artifact], store: Store) -> str | None:
+    """Return how to continue a finished or stopped stage of this name with the settings of ``node``; else None.
+
+    ``artifacts`` are those of the store. The stage counts if it differs by settings that may change on continuing it.
+    """
+    if CONTINUE not in type(node.config).model_fields or getattr(node.config, CONTINUE) is not None:
+        return None
+    for config, state in _earlier_states(pipeline, node, artifacts, store):
+        after = node.config.model_dump(mode="json")
+        changed = {name: value for name, value in after.items() if name in config and config[name] != value}
+        if not changed.keys() - {*LENGTHS, *OBSERVED} or any(fixed_reason(node.config, name) for name in changed):
+            continue
+        settings = ", ".join(f"{name}: {json.dumps(value)}" for name, value in changed.items())
+        return (
+            f"'{node.name}' {state} with other settings, and this run begins anew. To continue it with these settings, "
+            f"leave stages.{node.name} as it was and add `{node.name}_more: {{{CONTINUE}: {{stage: {node.name}, at: "
+            f"last, change: {{{settings}}}}}}}` below it."
+        )
+    return None
+
+
+def _earlier_states(
+    pipeline: Pipeline, node: Node, artifacts: Iterable[Artifact], store: Store
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield config and state, as a clause, of stopped and of finished stages with this name, seed and run."""
+    for partial in (store.root / node.stage.kind).glob("*.partial"):
+        ends = stopped_ends(partial, steps_per_length(node.config))
+        with contextlib.suppress(OSError, UserError):
+            work = read_work(partial)
+            if ends and (work.name, work.pipeline, work.seed) == (node.name, pipeline.name, node.seed):
+                yield work.config, f"was stopped after {unit_of(node.config)} {max(ends)}"
+    for artifact in artifacts:
+        record = artifact.record
+        identity = (record["stage"], record["kind"], record.get("pipeline"), record.get("seed"))
+        if (
+            identity == (node.name, node.stage.kind, pipeline.name, node.seed)
+            and f"{STATE}/state.json" in record["outputs"]
+        ):
+            yield record["config"], "is finished"

@@ -34,7 +34,7 @@ class Work(BaseModel):
 
     name: str
     stage: str
-    """The kind of a stage, or where its description is (``module:NAME``)."""
+    """The kind of a stage, or the place of its description (``module:NAME``)."""
     config: dict[str, Any]
     seed: int
     runtime: dict[str, Any]

@@ -56,7 +56,7 @@ def choose_precision(folder: Path, config: Any, inputs: Mapping[str, Any], runti
         if first_attempt is not None:
             return first_attempt
         # Results differ between the types. A later attempt, and a stage that continues another, keep the first choice,
-        # also on a machine where the other type is faster.
+        # also on a machine whose other type is faster.
         precision = _precision_of(inputs.get(CONTINUE)) or measured_speed(runtime).faster
         write_sealed(folder / PRECISION_FILE, {"precision": precision})
         return precision

@@ -14,7 +14,7 @@ from align.report.page.curve_panels import curve_numbers
 from align.report.page.metric_series import read_events
 from align.report.run.run_report import write_report
 from align.runner.open_store import settle_states
-from align.runner.plan import plan
+from align.runner.plan import History, plan
 from align.runner.runner import run_pipeline
 from align.store.garbage import delete_garbage
 from align.store.json_files import read_events as read_stored_events
@@ -109,6 +109,10 @@ def test_stopped_stage_continues_with_other_settings(
     checkpoints = store.partial(kind, whole.key) / "checkpoints"
     before = {file: file.stat().st_size for file in checkpoints.rglob("*") if file.is_file()}
 
+    other = History(pipeline(first={**fields, **change}), store)
+    suggestion = other.suggest(other.pipeline.nodes["first"])
+    assert suggestion is not None and "'first' was stopped after" in suggestion and "at: last, change: {" in suggestion
+
     last = {"continue_from": {"stage": "first", "at": "last", "change": change}}
     more = settle_states(pipeline(first=fields, more=last), store)
     assert more.nodes["more"].config.continue_from.at == 3
@@ -145,9 +149,7 @@ def test_end_of_a_stage_is_found_after_its_checkpoints_are_gone(
     fields = STOPPED["sft"][0]
     store = Store.open(tmp_path / "store")
     last = pipeline(first=fields, more={"continue_from": {"stage": "first", "change": {"learning_rate": 1e-3}}})
-    with pytest.raises(
-        UserError, match="'first' has no checkpoint yet, so `at: last` means its end"
-    ):
+    with pytest.raises(UserError, match="'first' has no checkpoint yet, so `at: last` means its end"):
         run_pipeline(last, store=store)
     stop_after(monkeypatch, 4)
     with pytest.raises(Stopped):

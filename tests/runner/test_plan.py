@@ -10,6 +10,7 @@ import pytest
 
 from align.capacity.memory import Estimate
 from align.capacity.plan import estimate_memory
+from align.config.yaml import parse_yaml
 from align.errors import UserError
 from align.models.compute.costs import ProductSpeed
 from align.pipeline.pipeline import Node, Pipeline
@@ -145,6 +146,7 @@ def finish(store: Store, node: Node, has_state: bool = True, **metrics: Any) -> 
         makes=str(node.makes),
         pipeline="run",
         config=node.config.model_dump(mode="json"),
+        seed=node.seed,
         parts=node.parts,
         metrics=metrics,
     )
@@ -239,6 +241,21 @@ def test_nothing_is_suggested_where_nothing_can_be_continued(
 ) -> None:
     finish(store, pipeline().nodes["sft"], has_state, **metrics)
     assert notes(pipeline(sft={**SFT, **change}), store, "sft") == ""
+
+
+def test_continuing_is_suggested_for_other_settings(store: Store) -> None:
+    finish(store, pipeline(ppo=PPO).nodes["ppo"], updates=2)
+    strict = pipeline(ppo={**PPO, "kl_coef": 0.5, "updates": 4})
+    suggestion = notes(strict, store, "ppo")
+    block = "{continue_from: {stage: ppo, at: last, change: {updates: 4, kl_coef: 0.5}}}"
+    assert "'ppo' is finished with other settings, and this run begins anew." in suggestion
+    assert f"leave stages.ppo as it was and add `ppo_more: {block}` below it." in suggestion
+    assert suggestion in prepare_run(strict, RunOptions(store)).warnings
+    suggested = pipeline(ppo=PPO, more=parse_yaml(block, "suggestion"))
+    assert [step.action for step in plan(suggested, store)][3:] == ["cached", "run"]
+    # Other batches and another seed are another run.
+    assert notes(pipeline(ppo={**PPO, "rollout_batch": 32, "kl_coef": 0.5}), store, "ppo") == ""
+    assert notes(pipeline(ppo={**PPO, "seed": 9, "kl_coef": 0.5}), store, "ppo") == ""
 
 
 def test_another_schedule_is_suggested_with_its_difference(store: Store) -> None:

@@ -134,6 +134,11 @@ def steps_per_length(config: Any) -> int:
     return int(config.num_epochs * config.num_mini_batches) if hasattr(config, "updates") else 1
 
 
+def unit_of(config: Any) -> str:
+    """Return the word for a unit of the stage's length."""
+    return "update" if hasattr(config, "updates") else "step"
+
+
 def inexactness(config: Any, finished_steps: int | None, steps: int | None) -> str | None:
     """Return why a stage that continues another differs from one run of ``steps``, as a clause; None if they are equal.
 
