@@ -35,6 +35,7 @@ from align.inference.protocol import RolloutEngine
 from align.inference.servers.server_client import EngineLost
 from align.inference.thoughts import check_stage_room
 from align.lint.trainer import Split, lint_prompts
+from align.models.chat.render import render_prompt
 from align.models.compute.processes import broadcast, device_of, use_threads
 from align.models.experts import freeze_routers
 from align.models.loading import load_tokenizer
@@ -54,7 +55,7 @@ from align.store.rollouts import ROLLOUTS
 from align.training.arguments import parallel_options
 from align.training.input_checks import check_model, check_same_vocabulary
 from align.training.kept_state import OwnSettings, change_facts, continued_facts, refuse_no_steps, restore_checkpoint
-from align.training.rows import hold_back_validation
+from align.training.rows import hold_back_validation, refuse_long_rows
 from align.training.stopping import EndAfter, StopOnRequest
 from align.training.task_evaluations import TaskEvaluations
 from align.training.tracking import follow, tracking_options
@@ -62,7 +63,8 @@ from align.training.tracking import follow, tracking_options
 logger = logging.getLogger(__name__)
 BEFORE_ALARM = "before-alarm"
 """Folder of the policy from before an alarm that ended the stage, below the checkpoints."""
-
+MOST_MEASURED = 2000
+"""Prompts whose lengths are measured before a model is loaded."""
 TRAINERS: dict[type[RolloutFields], type[RLTrainer]] = {
     PpoConfig: PPOTrainer,
     GrpoConfig: GRPOTrainer,
@@ -95,6 +97,7 @@ def run(context: StageContext) -> dict[str, Any]:
         validation_facts = broadcast(lambda: validate_stage_score(context, parts, prompts, validation_prompts or ()))
     tokenizer = load_tokenizer(source)
     check_stage_room(context, tokenizer)
+    _check_prompt_lengths(context, tokenizer, prompts)
     # A rollout is used once, so a server's outage may fail episodes: the update continues.
     player = None if replay else open_player(context, load_tokenizer(source), outage_fails_episodes=True)
     context.phase("loading models")
@@ -313,6 +316,16 @@ def _read_prompts(context: StageContext) -> tuple[list[dict[str, Any]], list[dic
     elif config.eval_updates:
         rows, validation = hold_back_validation(context, rows, config.eval_prompts)
     return rows[: config.max_prompts], validation
+
+
+def _check_prompt_lengths(context: StageContext, tokenizer: Any, prompts: list[dict[str, Any]]) -> None:
+    """Refuse prompts that are mostly too long, before a model is loaded. Of many prompts every n-th is rendered."""
+    config: RolloutFields = context.config
+    if config.long_rows == "skip":
+        return
+    some = prompts[:: len(prompts) // MOST_MEASURED + 1]
+    lengths = [len(render_prompt(tokenizer, row["prompt"], row.get("tools"))) for row in some]
+    refuse_long_rows(context.name, "max_prompt_tokens", config.max_prompt_tokens, lengths, "prompts")
 
 
 def _load_reward_models(context: StageContext) -> list[RewardModel]:

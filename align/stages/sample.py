@@ -30,6 +30,7 @@ from align.stages.sample_rollouts import SampledRollouts
 from align.store.fingerprint import digest
 from align.store.json_files import read_entry, write_entry
 from align.synthesis.selection import write_lines, write_table
+from align.training.rows import refuse_long_rows
 from align.verifiers.verdict import explain_low_scores
 
 SPLITS = ("train", "test")
@@ -112,6 +113,9 @@ def _read_prompts(context: StageContext, split: str, tokenizer: Any) -> SplitPro
     # A cut prompt would be another question, so long prompts are skipped and counted.
     fitting = [(row, ids) for row, ids in rendered if len(ids) <= context.config.max_prompt_tokens]
     too_long = len(rows) - len(fitting)
+    if split == "train" and context.config.long_rows == "refuse":
+        lengths = [len(ids) for _, ids in rendered]
+        refuse_long_rows(context.name, "max_prompt_tokens", context.config.max_prompt_tokens, lengths, "train prompts")
     if too_long:
         context.warn(
             f"{too_long} of {len(rows)} {split} prompts are longer than max_prompt_tokens "

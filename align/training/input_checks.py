@@ -11,7 +11,7 @@ from align.models.checkpoints.folder_checks import require_embeddings, require_s
 from align.models.loading import load_tokenizer
 from align.models.tuning.apply import load_for_tuning
 from align.pipeline.context import StageContext
-from align.training.rows import MASKED, Encoded, Row
+from align.training.rows import MASKED, Encoded, Row, refuse_long_rows
 
 
 def load_model(context: StageContext, field: str = "model", reward: bool = False) -> tuple[Any, Any]:
@@ -59,11 +59,14 @@ def check_model(stage: str, model: Any, tokenizer: Any) -> None:
 
 
 def check_encoded(context: StageContext, encoded: Encoded, total: int, split: str) -> None:
-    """Warn of every cut or dropped row of a split's ``total`` rows. Raises ``UserError`` when none is left.
+    """Warn of every cut or dropped row of a split's ``total`` rows.
 
+    Raises ``UserError`` when none is left, and for rows to train on that are mostly too long.
     ``split`` is how the messages name the split.
     """
     max_length = context.config.max_length
+    if split.endswith("train") and context.config.long_rows == "refuse":
+        refuse_long_rows(context.name, "max_length", max_length, encoded.all_lengths, f"{split} rows")
     for reason, rows in encoded.counts.items():
         context.warn(f"{context.name}: {rows} of {total} {split} rows {reason} (max_length {max_length}).")
     if not encoded.rows:

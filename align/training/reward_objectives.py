@@ -312,7 +312,7 @@ def encode_scored(tokenizer: Any, rows: Sequence[Row], max_length: int, scale: S
             continue
         ids = render_answered(tokenizer, row)
         if len(ids) > max_length:
-            out.count(TOO_LONG)
+            out.count(TOO_LONG, len(ids))
             continue
         out.add({"input_ids": ids, "places": [len(ids) - 1], "targets": [scale(row["target"])]}, len(ids), row)  # type: ignore[list-item, dict-item]
     return out
@@ -346,7 +346,7 @@ def encode_steps(tokenizer: Any, rows: Sequence[Row], max_length: int, separator
             out.count(OTHER_STEPS)
             continue
         if len(ids) > max_length:
-            out.count(TOO_LONG)
+            out.count(TOO_LONG, len(ids))
             continue
         out.add({"input_ids": ids, "places": places, "targets": targets}, len(ids), row)  # type: ignore[dict-item]
     return out

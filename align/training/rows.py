@@ -8,6 +8,7 @@ predicted once, from the tokens before it in its window. Packing is in ``packing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,8 @@ MESSAGES = ("prompt", "completion", "chosen", "rejected")
 """Fields of a row that have messages."""
 MASKED = -100
 """Label of a token without a loss; torch's and trl's convention."""
+KEPT_SHARE = 0.95
+"""Share of the rows that the length in an error keeps."""
 NO_ROOM = "skipped: the prompt alone fills max_length"
 TOO_LONG = "skipped: longer than max_length"
 CUT = "cut at max_length, so the answer has no end of turn"
@@ -53,12 +56,14 @@ class Encoded:
 
     ``rows`` are the inputs of the stage's trl trainer, ``lengths`` their tokens (of a pair's longer side), ``sources``
     the rows they come from. ``counts`` maps the reason for a cut or a left-out row, as in a warning, to its number.
+    ``long`` are the tokens of the rows that were cut or skipped for their length.
     """
 
     rows: list[dict[str, list[int]]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     sources: list[Row] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    long: list[int] = field(default_factory=list)
 
     def add(self, row: dict[str, list[int]], length: int, source: Row) -> None:
         """Add an encoded row of ``length`` tokens, made from ``source``."""
@@ -66,9 +71,34 @@ class Encoded:
         self.lengths.append(length)
         self.sources.append(source)
 
-    def count(self, reason: str) -> None:
-        """Count a row that was cut or skipped for ``reason``."""
+    def count(self, reason: str, length: int | None = None) -> None:
+        """Count a row that was cut or skipped for ``reason``; its ``length`` in tokens if that is the reason."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
+        if length is not None:
+            self.long.append(length)
+
+    @property
+    def all_lengths(self) -> list[int]:
+        """Tokens of each row as it was, without rows that were skipped for another reason than their length."""
+        # Cut rows are among ``lengths`` as well, where none is longer.
+        kept = sorted(self.lengths)
+        return [*kept[: len(kept) - self.counts.get(CUT, 0)], *self.long]
+
+
+def refuse_long_rows(stage: str, setting: str, limit: int, lengths: Sequence[int], noun: str) -> None:
+    """Raise ``UserError`` if more than half of the rows, called ``noun``, have more than ``limit`` tokens.
+
+    ``setting`` is the field of the limit.
+    """
+    long = sum(length > limit for length in lengths)
+    if long <= len(lengths) / 2:
+        return
+    enough = sorted(lengths)[math.ceil(KEPT_SHARE * len(lengths)) - 1]
+    raise UserError(
+        f"{stage}: {long} of {len(lengths)} {noun} are longer than {setting} {limit} and would be skipped or cut. "
+        f"`{setting}: {enough}` keeps {KEPT_SHARE:.0%} of them as they are. Raise it, or write `long_rows: skip` if it "
+        "is meant so."
+    )
 
 
 def read_split(path: Path, most: int | None, stage: str) -> list[Row]:
@@ -199,10 +229,10 @@ def _turn_labels(tokenizer: Any, row: Row, turn: list[int]) -> list[int]:
 def _add_cut(out: Encoded, ids: list[int], labels: list[int], max_length: int, row: Row) -> None:
     """Add a row, cut to ``max_length`` tokens; skip it if no label is left."""
     if all(label == MASKED for label in labels[:max_length]):
-        out.count(NO_ROOM)
+        out.count(NO_ROOM, len(ids))
         return
     if len(ids) > max_length:
-        out.count(CUT)
+        out.count(CUT, len(ids))
     out.add({"input_ids": ids[:max_length], "labels": labels[:max_length]}, min(len(ids), max_length), row)
 
 
@@ -234,7 +264,7 @@ def encode_pairs(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encode
         # Both sides share the prompt, and trl pads them to the longer one.
         length = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
         if length > max_length:
-            out.count(TOO_LONG)
+            out.count(TOO_LONG, length)
             continue
         chosen_mask = assistant_mask(tokenizer, row, "chosen", prompt_ids, chosen_ids)
         rejected_mask = assistant_mask(tokenizer, row, "rejected", prompt_ids, rejected_ids)
@@ -264,7 +294,7 @@ def encode_conversations(tokenizer: Any, rows: Sequence[Row], max_length: int) -
             continue
         length = max(len(chosen_ids), len(rejected_ids))
         if length > max_length:
-            out.count(TOO_LONG)
+            out.count(TOO_LONG, length)
             continue
         out.add({"chosen_ids": chosen_ids, "rejected_ids": rejected_ids}, length, row)
     return out

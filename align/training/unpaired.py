@@ -59,12 +59,12 @@ def encode_unpaired(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Enc
     masks: list[list[int]] = []
     for row in rows:
         prompt_ids, answer_ids = split_answer(tokenizer, row, "completion")
-        if len(prompt_ids) >= max_length:
-            out.count(NO_ROOM)
-            continue
         length = len(prompt_ids) + len(answer_ids)
+        if len(prompt_ids) >= max_length:
+            out.count(NO_ROOM, length)
+            continue
         if length > max_length:
-            out.count(TOO_LONG)
+            out.count(TOO_LONG, length)
             continue
         mask = assistant_mask(tokenizer, row, "completion", prompt_ids, answer_ids)
         if mask is None:

@@ -27,6 +27,7 @@ from tests.support.stages.rollout_contexts import BASE, context_maker
 from tests.support.stored_rollouts import stored_rows
 from tests.support.training.harness import events
 
+SAMPLE = {"policy": "sft", "prompts": "data"}
 SCORED = BASE | {"score": "gsm8k_answer"}
 KINDS = ["grpo", "rloo", "online_dpo", "rejection"]
 
@@ -225,6 +226,18 @@ def test_checkpoint_judges_the_responses_of_a_policy(make_context):
     assert metrics["score_judge_last"] == 0.0
     point = next(point for point in events(context, "metrics") if "score" in point)
     assert point["score_judge_unreadable"] == 1.0 and point["score"] == pytest.approx(point["score_vowels"])
+
+
+def test_prompts_that_are_mostly_too_long_are_refused(make_context, monkeypatch):
+    monkeypatch.setattr(stage, "load_for_tuning", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=r"^grpo: 8 of 8 prompts are longer than max_prompt_tokens 8 .* keeps 95%"):
+        STAGES["grpo"].runner()(make_context("grpo", "long", score="gsm8k_answer", max_prompt_tokens=8))
+
+
+def test_long_rows_is_in_no_key():
+    for kind, inputs in (("grpo", SCORED), ("sft", {"model": "m", "data": "d"}), ("sample", SAMPLE)):
+        config = STAGES[kind].config_class()(**inputs, long_rows="skip")
+        assert "long_rows" in config.fields_outside_key()
 
 
 def test_score_of_0_shows_the_reasons_of_the_verifier(make_context):

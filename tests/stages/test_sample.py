@@ -245,6 +245,9 @@ def test_no_pairs_is_an_error_and_no_test_pairs_a_warning(tiny_model: Path, tmp_
 
 def test_long_prompts_are_counted(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="every train prompt is longer than max_prompt_tokens 5"):
+        run(_context(tmp_path, tiny_model, max_prompt_tokens=5, long_rows="skip"))
+    message = r"^sample: 5 of 5 train prompts .*`max_prompt_tokens: \d+` keeps 95% .*`long_rows: skip`"
+    with pytest.raises(UserError, match=message):
         run(_context(tmp_path, tiny_model, max_prompt_tokens=5))
 
 

@@ -63,9 +63,10 @@ def test_preferences_train_on_the_chosen_answer(tokenizer: Any) -> None:
     assert encode_supervised(tokenizer, pairs, 100).rows == encode_supervised(tokenizer, rows(2), 100).rows
 
 
-def stage_context(max_length: int, warnings: list[str]) -> Any:
+def stage_context(max_length: int, warnings: list[str], long_rows: str = "refuse") -> Any:
     """What the check of a stage's rows reads of its context; warnings are added to ``warnings``."""
-    return SimpleNamespace(name="sft", config=SimpleNamespace(max_length=max_length), warn=warnings.append)
+    config = SimpleNamespace(max_length=max_length, long_rows=long_rows)
+    return SimpleNamespace(name="sft", config=config, warn=warnings.append)
 
 
 def test_long_rows_are_cut_or_left_out_and_counted(tokenizer: Any) -> None:
@@ -75,7 +76,7 @@ def test_long_rows_are_cut_or_left_out_and_counted(tokenizer: Any) -> None:
     assert supervised_text(tokenizer, encoded.rows[0]) == "re"
     assert sum(encoded.counts.values()) == 2
     warnings: list[str] = []
-    check_encoded(stage_context(prompt + 2, warnings), encoded, 2, "train")
+    check_encoded(stage_context(prompt + 2, warnings, "skip"), encoded, 2, "train")
     assert len(warnings) == 2
     assert "sft: 1 of 2 train rows skipped" in "".join(warnings)
     with pytest.raises(UserError, match="never learn to stop"):
@@ -85,10 +86,38 @@ def test_long_rows_are_cut_or_left_out_and_counted(tokenizer: Any) -> None:
 def test_no_usable_row_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
     encoded = encode_supervised(tokenizer, rows(2), 8)
     with pytest.raises(UserError, match=r"none of the 2 train rows can be used.*Raise max_length \(now 8\)"):
-        check_encoded(stage_context(8, []), encoded, 2, "train")
+        check_encoded(stage_context(8, [], "skip"), encoded, 2, "train")
     write_rows(tmp_path / "train.parquet", [])
     with pytest.raises(UserError, match="has no rows"):
         read_split(tmp_path / "train.parquet", None, "sft")
+
+
+ENCODERS = [
+    encode_supervised,
+    encode_pairs,
+    encode_conversations,
+    lambda tokenizer, stored, most: encode_unpaired(tokenizer, unpair(stored), most),
+]
+
+
+@pytest.mark.parametrize("encode", ENCODERS)
+def test_rows_that_are_mostly_too_long_are_refused(encode: Any, tokenizer: Any) -> None:
+    """With the length that keeps 95 %: of 20 rows the longest may be cut."""
+    answers = [assistant("y" * (10 + number)) for number in range(20)]
+    others = [assistant("z" * (10 + number)) for number in range(20)]
+    sides = [{"completion": [a], "chosen": [a], "rejected": [b]} for a, b in zip(answers, others, strict=True)]
+    stored = [rows(1)[0] | side for side in sides]
+    lengths = sorted(encode(tokenizer, stored, 1000).all_lengths)
+    limit = lengths[len(lengths) * 2 // 5]
+    enough = lengths[len(lengths) * 19 // 20 - 1]
+    encoded = encode(tokenizer, stored, limit)
+    assert sorted(encoded.all_lengths) == lengths
+    with pytest.raises(UserError, match=rf"^sft: \d+ of {len(lengths)} train rows .* `max_length: {enough}` keeps 95%"):
+        check_encoded(stage_context(limit, []), encoded, len(lengths), "train")
+    # A held-out split only warns, and so do rows to train on of which half fit.
+    check_encoded(stage_context(limit, []), encoded, len(lengths), "test")
+    half = lengths[len(lengths) // 2]
+    check_encoded(stage_context(half, []), encode(tokenizer, stored, half), len(lengths), "train")
 
 
 def test_pairs_that_are_too_long_or_equal_are_left_out(tokenizer: Any) -> None:

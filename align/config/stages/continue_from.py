@@ -27,8 +27,8 @@ DATA = ("data", "prompts", "max_rows", "max_prompts")
 """Fields for the rows, which may be other ones."""
 EVALUATED = ("eval_rows", "eval_prompts", "eval_steps", "eval_updates", "evaluate")
 """Fields of evaluations during training."""
-OBSERVED = ("save_steps", "save_updates", "rollouts", "lint", *EVALUATED)
-"""Fields that only observe training."""
+OBSERVED = ("save_steps", "save_updates", "rollouts", "lint", "long_rows", *EVALUATED)
+"""Fields that only observe training, or refuse it."""
 TOTAL_SCHEDULES = ("linear", "cosine", "cosine_with_min_lr")
 """Schedules of the learning rate whose every step depends on the number of steps."""
 _SHAPE = "the kept weights and the optimizer's state have its shape"

@@ -21,7 +21,7 @@ from align.config.stages.continue_from import ChangedStage
 from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.stages.lint import LintSettings
 from align.config.stages.stored_rollouts import ReplayFolder, StoredRollouts
-from align.config.stages.training import DefaultRates, LearningRate, PeakRates, sharding_objection
+from align.config.stages.training import DefaultRates, LearningRate, LongRows, PeakRates, sharding_objection
 from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.config.tuning import FullTuning, Tuning
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
@@ -86,6 +86,8 @@ class RolloutFields(DefaultRates, TrainerOptions):
     """Use only the first so many prompts."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts are skipped and counted."""
+    long_rows: LongRows = "refuse"
+    """``refuse`` ends the stage before sampling if more than half of the prompts are longer than that."""
     max_tokens: int = Field(64, ge=1)
     """Maximum tokens per response. A longer one is truncated."""
     thinking_budget: ThinkingBudget = None
@@ -183,9 +185,10 @@ class RolloutFields(DefaultRates, TrainerOptions):
         return None if self.evaluate is None else self.evaluate.best_metric
 
     def fields_outside_key(self) -> set[str]:
-        """Return ``identified``, ``rollouts``, and fields with identities: ``evaluate``, and a folder to replay."""
+        """Return ``identified``, fields that change no result, ``evaluate`` and a folder to replay, which have
+        identities."""
         replayed = {"replay"} if isinstance(self.replay, ReplayFolder) else set()
-        return {*super().fields_outside_key(), "evaluate", "rollouts", *replayed}
+        return {*super().fields_outside_key(), "evaluate", "long_rows", "rollouts", *replayed}
 
     @property
     def steps_per_update(self) -> int:

@@ -12,6 +12,7 @@ from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Think
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.scores import Score, ScoreValidation, score_identities
 from align.config.stages.stored_rollouts import StoredRollouts
+from align.config.stages.training import LongRows
 from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
@@ -50,6 +51,8 @@ class SampleConfig(Config):
     limit."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts are dropped and counted."""
+    long_rows: LongRows = "refuse"
+    """``refuse`` ends the stage before sampling if more than half of the train prompts are longer than that."""
     thinking: Thinking = None
     """``on`` or ``off`` sets the thinking switch of the policy's chat template; by default as the checkpoint has it
     (docs/thinking.md)."""
@@ -97,8 +100,8 @@ class SampleConfig(Config):
         return self
 
     def fields_outside_key(self) -> set[str]:
-        """Return ``identified`` and ``rollouts``, on which no result depends."""
-        return {*super().fields_outside_key(), "rollouts"}
+        """Return ``identified``, ``long_rows`` and ``rollouts``, on which no result depends."""
+        return {*super().fields_outside_key(), "long_rows", "rollouts"}
 
     def identities(self, base: Path) -> dict[str, str]:
         """Return the identities of all that scores, and of the environment."""

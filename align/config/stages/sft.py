@@ -178,7 +178,7 @@ class DistillConfig(TrainingFields):
 
     def fields_outside_key(self) -> set[str]:
         """Return the fields whose text the stage's key omits; blocks of teachers are in ``identities``."""
-        return {*self.identified, "rollouts"} | (set() if isinstance(self.teacher, str) else {"teacher"})
+        return {*self.identified, "long_rows", "rollouts"} | (set() if isinstance(self.teacher, str) else {"teacher"})
 
     def identities(self, base: Path) -> dict[str, str]:
         """Return the identities of teachers that are blocks. Rates and retries of their servers do not change them."""

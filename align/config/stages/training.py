@@ -20,6 +20,8 @@ from align.store.artifacts import Kind
 
 LearningRate = Literal["auto"] | Annotated[float, Field(gt=0, le=1)]
 """A peak learning rate; ``auto`` is the default of the kind, for the tuning method and the model's size."""
+LongRows = Literal["refuse", "skip"]
+"""Whether rows that are mostly longer than a limit end a stage. It changes no result, so it is in no key."""
 SIZES = (2e9, 4e9)
 """Numbers of parameters between which default rates change, along a line in the logarithms of both."""
 RATE_SHARES = {
@@ -125,6 +127,8 @@ class TrainingFields(DefaultRates, TrainerOptions):
     """Rows per forward pass; must divide ``batch_size``. By default the largest divisor up to 8."""
     max_length: int = Field(1024, ge=8)
     """Most tokens per row; longer rows are cut (SFT) or dropped (pairs), counted and reported."""
+    long_rows: LongRows = "refuse"
+    """``refuse`` ends the stage before training if more than half of the rows are longer than ``max_length``."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0; with too little the loss may diverge at first."""
     scheduler: Literal["constant", "linear", "cosine", "cosine_with_min_lr", "wsd", "inverse_sqrt"] = "cosine"
@@ -197,8 +201,8 @@ class TrainingFields(DefaultRates, TrainerOptions):
         return reads_pairs or (self.chooses and self.best_metric is None)
 
     def fields_outside_key(self) -> set[str]:
-        """Return ``identified``, and ``evaluate``, whose settings and files are identities."""
-        return {*super().fields_outside_key(), "evaluate"}
+        """Return ``identified``, ``long_rows``, and ``evaluate``, whose settings and files are identities."""
+        return {*super().fields_outside_key(), "long_rows", "evaluate"}
 
     @property
     def sides(self) -> int:
