@@ -9,7 +9,7 @@ and tokenizer. All other checks are torch-free.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from align.checks.facts import (
     write_facts,
 )
 from align.config.stages.continue_from import CONTINUE
+from align.errors import UserError
 from align.evaluation.statistics import wilson
 from align.models.chat.template_settings import TemplateSettings, template_state
 from align.pipeline.context import StageContext
@@ -298,6 +299,7 @@ def check_output(context: StageContext, kind: str, makes: Kind | None, metrics: 
     if makes not in CHECKPOINTS or not folder.is_dir() or folder.is_symlink():
         return
     faults = check_folder(folder, makes == Kind.REWARD)
+    _refuse_untrained(context, faults, metrics)
     refuse(f"{context.name}, of its own result", faults, context.runtime.handover.waive)
     # Record facts after the checks, so a checkpoint with faults that were not waived has no record.
     tensors = read_tensors(folder)
@@ -314,6 +316,17 @@ def check_output(context: StageContext, kind: str, makes: Kind | None, metrics: 
     facts = facts_of(folder, kind, tensors, metrics, verified=not faults, thoughts=thoughts, adapter_base=base)
     write_facts(folder, facts)
     _record_base(context)
+
+
+def _refuse_untrained(context: StageContext, faults: Sequence[Fault], metrics: dict[str, Any]) -> None:
+    """Raise ``UserError`` with the causes of a score head that learned nothing, if the stage's metrics have some."""
+    causes = [metrics["untrained"]] if "untrained" in metrics else []
+    causes += metrics.get("skipped_rows", [])
+    is_refused = "score-head" not in context.runtime.handover.waive
+    if causes and is_refused and any(fault.name == "score-head" for fault in faults):
+        raise UserError(
+            f"{context.name} cannot be trained like this: its score head is still zeros, since {'; '.join(causes)}."
+        )
 
 
 def _record_base(context: StageContext) -> None:

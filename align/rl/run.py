@@ -31,6 +31,7 @@ from align.rl.rollout import COMPONENT
 from align.rl.sampler import drop_journals
 from align.training import sharded
 from align.training.kept_state import continue_order, keep_state
+from align.training.progress import explain_no_learning
 from align.training.row_history import Continuation
 
 SUMMARIZED = (
@@ -106,6 +107,10 @@ def summarize(trainer: Any) -> dict[str, Any]:
     if history:
         metrics |= _summarize_history(history, getattr(trainer.sampler.scorer, "names", []))
         metrics["tokens_per_second"] = trainer.totals["tokens"] / max(metrics["seconds"], 1e-9)
+        untrained = explain_no_learning(history, trainer.config.warmup_ratio)
+        if untrained is not None:
+            trainer.notify(f"nothing was learned: {untrained}.")
+            metrics["untrained"] = untrained
         reasons = score_reasons(trainer.config, history[-1])
         metrics |= {"score_reasons": reasons} if reasons else {}
     if trainer.best is not None and trainer.best.best is not None:

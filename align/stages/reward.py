@@ -57,4 +57,7 @@ def run(context: StageContext) -> dict[str, Any]:
     if rank() == 0:
         # Only the first process writes the files next to the weights.
         prepared.save(context.output / "model")
-    return {**metrics, **counts(prepared.splits, "rows"), **prepared.facts(), "reload_difference": gap}
+    total = len(prepared.stored_rows["train"])
+    skipped = [f"{number} of {total} train rows {reason}" for reason, number in train.counts.items()]
+    facts = {**counts(prepared.splits, "rows"), **prepared.facts(), **({"skipped_rows": skipped} if skipped else {})}
+    return {**metrics, **facts, "reload_difference": gap}

@@ -36,8 +36,7 @@ from align.training.continued_rows import continue_rows, continuing_callbacks, k
 from align.training.forgetting import KLToStart, PullToStart, make_replay
 from align.training.held_out import divergence_alarm
 from align.training.kept_state import change_facts, continued_facts, refuse_no_steps, restore_checkpoint
-from align.training.progress import ReportProgress, report_scores
-from align.training.stopping import VALIDATION, BestSoFar, StopOnRequest, best_so_far, wait_again
+from align.training.progress import ReportProgress, no_learning, report_scores
 from align.training.tracking import follow
 from align.training.unfreezing import OpenLayers, schedule_layers
 
@@ -184,13 +183,13 @@ def _facts_of_run(trainer: Any) -> dict[str, Any]:
     }
 
 
-def _first_and_last_loss(context: StageContext, trainer: Any) -> dict[str, float]:
-    """Return the first and the last training loss, if there are steps; warn if the loss rose again."""
+def _first_and_last_loss(context: StageContext, trainer: Any) -> dict[str, Any]:
+    """Return the first and the last training loss, if there are steps; warn of a loss that rose, and of no learning."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if not losses:
         return {}
     _warn_of_lost_progress(context, losses)
-    return {"loss_first": losses[0], "loss_last": losses[-1]}
+    return {"loss_first": losses[0], "loss_last": losses[-1], **no_learning(context, trainer.state.log_history)}
 
 
 def _timed_tokens(trainer: Any, clock: TrainingClock, checkpoint: Path | None) -> int:

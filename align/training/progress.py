@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,6 +14,27 @@ from align.training.stopping import VALIDATION
 
 HIDDEN = ("total_flos", "epoch", "num_tokens", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second")
 """Values in trl's logs that are not shown as curves."""
+
+
+def explain_no_learning(history: Sequence[Mapping[str, float]], warmup_ratio: float) -> str | None:
+    """Return why a run has trained nothing if its learning rate was 0 in every logged step; None if it was not."""
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+    if not rates or any(rates):
+        return None
+    steps = "its only step" if len(rates) == 1 else f"all {len(rates)} steps"
+    text = f"the learning rate was 0 in {steps}"
+    if warmup_ratio:
+        return f"{text}, of the warm-up. Train for more steps, or set `warmup_ratio: 0` (now {warmup_ratio:g})"
+    return f"{text}. Train for more steps, or use another scheduler"
+
+
+def no_learning(context: StageContext, history: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """Return ``untrained``, why a stage has trained nothing, and warn of it; empty if it has learned."""
+    reason = explain_no_learning(history, context.config.warmup_ratio)
+    if reason is None:
+        return {}
+    context.warn(f"{context.name}: nothing was learned: {reason}.")
+    return {"untrained": reason}
 
 
 def report_scores(context: StageContext, step: int, scores: Mapping[str, float]) -> None:

@@ -205,6 +205,15 @@ def test_a_head_that_learned_nothing_is_not_published(tiny_reward: Path, tmp_pat
         check_output(context(tmp_path / "rm", {}), "reward", Kind.REWARD, {})
 
 
+def test_untrained_head_has_its_causes(tiny_reward: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_reward, tmp_path / "rm" / "model")
+    edit_weights(tmp_path / "rm" / "model", lambda w: w["score.weight"].zero_())
+    skipped = "15 of 16 train rows skipped: longer than max_length"
+    metrics = {"untrained": "the learning rate was 0 in its only step", "skipped_rows": [skipped]}
+    with pytest.raises(UserError, match=f"cannot be trained like this: .* 0 in its only step; {skipped}"):
+        check_output(context(tmp_path / "rm", {}), "reward", Kind.REWARD, metrics)
+
+
 def test_a_floor_needs_a_known_accuracy_and_says_so(
     artifacts: dict[str, Artifact], tiny_reward: Path, tmp_path: Path
 ) -> None:
