@@ -209,8 +209,19 @@ def print_outcome(pipeline: Pipeline, outcome: Outcome, json: bool) -> int:
     if json:
         print_json(run_document(pipeline, outcome))
         return FAILED if outcome.run.failed_gates() else 0
+    print(printable(result_of(outcome.run)))
     print_page(outcome.page)
     return print_failed_gates(outcome.run)
+
+
+def result_of(run: Run) -> str:
+    """Return the result of a run in a sentence."""
+    # Imported late, because commands that show no result import this module as well.
+    from align.report.run.training_health import result_sentence
+    from align.report.scorecard.conclusions import load_scorecard
+
+    artifacts = list(run.artifacts.values())
+    return result_sentence(artifacts, load_scorecard(artifacts, None)[0])
 
 
 def run_document(pipeline: Pipeline, outcome: Outcome) -> dict[str, Any]:
@@ -228,6 +239,7 @@ def run_document(pipeline: Pipeline, outcome: Outcome) -> dict[str, Any]:
         "name": pipeline.name,
         "store": str(outcome.run.store.root),
         "stages": stages,
+        "result": result_of(outcome.run),
         "report": None if outcome.page is None else str(outcome.page.resolve()),
         "failed_gates": outcome.run.failed_gates(),
     }

@@ -6,7 +6,7 @@ The same for every stage that scores: sample, synthesize, evaluate and those tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,14 @@ def open_rewards(context: StageContext, load_reward: LoadReward, processes: int 
         checkpoint = None if entry.judge.model is None else next(checkpoints)
         return _open_judge(context, entry, place, checkpoint, processes)
 
-    return open_entries(score, RewardSources(lambda _: load_reward(next(artifacts)), open_judge))
+    def report(done: int, total: int) -> None:
+        context.phase(f"scoring {done}/{total} programs")
+
+    parts = open_entries(score, RewardSources(lambda _: load_reward(next(artifacts)), open_judge))
+    return tuple(
+        replace(part, scorer=replace(part.scorer, report=report)) if isinstance(part.scorer, VerifierScorer) else part
+        for part in parts
+    )
 
 
 @dataclass(frozen=True)
@@ -183,17 +190,24 @@ def load_late(context: StageContext) -> LoadReward:
     """Return a function that loads a reward stage's checkpoint when it scores for the first time."""
 
     def load(artifact: Artifact) -> Scorer:
-        return LateScorer(lambda: load_checkpoint(artifact.model, context.runtime, context.precision))
+        def report(done: int, total: int) -> None:
+            context.phase(f"scoring {done}/{total} by '{artifact.stage}'")
+
+        return LateScorer(lambda: load_checkpoint(artifact.model, context.runtime, context.precision, report))
 
     return load
 
 
-def load_checkpoint(folder: Path, runtime: Runtime, setting: PrecisionSetting) -> Scorer:
-    """Return the scorer of a reward model's checkpoint."""
+def load_checkpoint(
+    folder: Path, runtime: Runtime, setting: PrecisionSetting, report: Callable[[int, int], None] | None = None
+) -> Scorer:
+    """Return the scorer of a reward model's checkpoint; ``report`` gets counts while it scores."""
     from align.models.compute.precision import resolve_precision
     from align.models.compute.processes import device_of, use_threads
     from align.models.reward import RewardModel
 
     use_threads(runtime)
     device = device_of(runtime)
-    return RewardScorer(RewardModel(folder, device, resolve_precision(setting, device)))
+    model = RewardModel(folder, device, resolve_precision(setting, device))
+    model.on_progress = report
+    return RewardScorer(model)

@@ -147,7 +147,7 @@ def _kl(history: Sequence[Entry]) -> tuple[str, str]:
     if kl > LEAST_KL and kl / length > KL_PER_TOKEN:
         return "KL", (
             f"the KL to the reference is {kl:.3g} nats in {length:.1f} tokens: the policy has left the language that "
-            "it started from. Lower learning_rate, or raise kl_coef or set kl_budget"
+            "it started from. Do not use it. Lower learning_rate, or raise kl_coef or set kl_budget"
         )
     return "KL", ""
 

@@ -95,6 +95,7 @@ class RolloutSampler:
         sampled = time.perf_counter()
         # Score before gathering, so each process scores its part at the same time.
         if local is not None:
+            self.report_phase(f"scoring {len(local)} responses")
             self.score(local)
         rollout = join_rollouts([part for part in all_gather(local) if part is not None])
         rollout.tensors["place"] = torch.arange(len(rollout))

@@ -340,7 +340,9 @@ def _load_reward_models(context: StageContext) -> list[RewardModel]:
 
 def _load_reward_model(context: StageContext, artifact: Artifact) -> RewardModel:
     device = device_of(context.runtime)
-    return RewardModel(artifact.model, device=device, precision=context.precision, share_beginnings=True)
+    model = RewardModel(artifact.model, device=device, precision=context.precision, share_beginnings=True)
+    model.on_progress = lambda done, total: context.phase(f"scoring {done}/{total} by '{artifact.stage}'")
+    return model
 
 
 def _open_parts(context: StageContext) -> list[Part]:

@@ -242,6 +242,7 @@ def _score(
             cut_off += [not has_end for has_end in sample["finished"]]
         if not rows:
             continue
+        context.phase(f"scoring {len(rows)} responses")
         # One call scores all responses of a split, so a reward model can batch them.
         parts = scorer.score_parts(rows, texts, cut_off)
         explanations = scorer.explain(rows, texts)

@@ -95,6 +95,7 @@ def _fit(
     trainer: Any, context: StageContext, held_out: HeldOut, before: bool, checkpoint: Path | None
 ) -> dict[str, Any]:
     extras = extra_callbacks(context, trainer)
+    trainer.report_scored = lambda done, total: context.phase(f"scoring {done}/{total} held-out rows")
     _note_memory(context, trainer, extras)
     # A resumed run uses the scores of the test rows from before the first attempt's training.
     score_before = scored_with(extras, partial(held_out, "test") if before else dict)

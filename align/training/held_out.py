@@ -18,7 +18,7 @@ from align.models.compute.processes import trim_malloc
 from align.pipeline.context import StageContext
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded, pad_right
-from align.training.trainers import SCORING_TOKENS
+from align.training.trainers import SCORING_TOKENS, ReportCount, report_nothing
 
 DIVERGED = 1.5
 """Held-out loss of answers, as a multiple of the loss before training, above which training has diverged."""
@@ -41,8 +41,11 @@ def scoring(trainer: Any) -> Iterator[None]:
 
 def row_batches(trainer: Any, encoded: Encoded, sides: int = 1) -> Iterator[tuple[list[int], Any]]:
     """Yield the row indices of each batch, and its inputs on the trainer's device; ``sides`` is 2 for pairs."""
+    done = 0
     for batch in by_length(encoded.lengths, SCORING_TOKENS // sides):
         yield batch, send_to_device(trainer.data_collator([encoded.rows[row] for row in batch]), trainer.args.device)
+        done += len(batch)
+        trainer.report_scored(done, len(encoded.rows))
 
 
 def supervised(trainer: Any, encoded: Encoded) -> dict[str, float]:
@@ -97,11 +100,14 @@ def preferences(trainer: Any, encoded: Encoded) -> dict[str, float]:
     return {name: value / len(encoded.rows) for name, value in sums.items()}
 
 
-def scores(model: Any, sequences: Sequence[Sequence[int]], pad: int, group_size: int = 1) -> list[float]:
+def scores(
+    model: Any, sequences: Sequence[Sequence[int]], pad: int, group_size: int = 1, report: ReportCount = report_nothing
+) -> list[float]:
     """Return a reward model's score of each sequence of token ids, in the surrounding context's precision.
 
     ``group_size`` sequences after each other share a prompt, and stay in one batch.
     """
+    done = 0
     values = [0.0] * len(sequences)
     device = next(model.parameters()).device
     groups = [range(start, start + group_size) for start in range(0, len(sequences), group_size)]
@@ -110,6 +116,8 @@ def scores(model: Any, sequences: Sequence[Sequence[int]], pad: int, group_size:
         outputs = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         for row, score in zip(batch, outputs.logits[:, 0].float().tolist(), strict=True):
             values[row] = score
+        done += len(batch)
+        report(done, len(sequences))
     return values
 
 
@@ -127,7 +135,7 @@ def pairs(trainer: Any, encoded: Encoded, pad: int) -> dict[str, float]:
     """
     sequences = [row[side] for row in encoded.rows for side in ("chosen_ids", "rejected_ids")]
     with scoring(trainer):
-        values = scores(trainer.model, sequences, pad, group_size=2)
+        values = scores(trainer.model, sequences, pad, group_size=2, report=trainer.report_scored)
     # The sequences alternate between chosen and rejected.
     chosen = values[0::2]
     rejected = values[1::2]

@@ -6,7 +6,7 @@ They override private methods of trl and transformers, which ``align.patches.tra
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -90,6 +90,14 @@ def score_in_float32(model: Any) -> None:
     model.score = head
 
 
+ReportCount = Callable[[int, int], None]
+"""Gets the number of rows that are done, and of all."""
+
+
+def report_nothing(done: int, total: int) -> None:
+    """Report nothing, as outside a stage."""
+
+
 class LossTerm(Protocol):
     """A term that is added to a micro-batch's loss."""
 
@@ -116,6 +124,8 @@ class Prepared(ShardingTrainer):
     """Order of the rows of a stage that continues another with other rows."""
     terms: Sequence[LossTerm] = ()
     """Terms added to trl's loss while training (``align.training.fit``)."""
+    report_scored: ReportCount = staticmethod(report_nothing)
+    """Gets counts while held-out rows are scored (``align.training.fit``)."""
     step_tokens: int = 0
     """Answer tokens of the step's micro-batches, in all processes; counted for ``terms`` only."""
 

@@ -37,6 +37,8 @@ class VerifierScorer:
     """Place of the entry in the YAML, for messages."""
     sandbox: Sandbox | None = None
     """Isolation of the programs of ``code``."""
+    report: Callable[[int, int], None] | None = field(default=None, compare=False)
+    """Gets the number of programs of ``code`` that have run, and of all."""
     _checked: dict[str, code.ProgramTests | BadReference] = field(default_factory=dict, repr=False, compare=False)
     """Tests by their reference as JSON, or what is wrong with them."""
 
@@ -132,6 +134,7 @@ class VerifierScorer:
         """Run the program of each response against its tests, as many at the same time as there are cores."""
         assert self.sandbox is not None
         sandbox, limits, tolerance = self.sandbox, self._limits, self.config.tolerance
+        verdicts: list[Verdict | BadReference] = []
 
         def run(tests: code.ProgramTests | BadReference, response: str) -> Verdict | BadReference:
             if isinstance(tests, BadReference):
@@ -139,7 +142,11 @@ class VerifierScorer:
             return code.verify(code.find_program(response, tests.entry_point), tests, sandbox, limits, tolerance)
 
         with ThreadPoolExecutor(cores(), "programs") as threads:
-            return list(threads.map(run, self._read_tests(references), responses))
+            for verdict in threads.map(run, self._read_tests(references), responses):
+                verdicts.append(verdict)
+                if self.report is not None:
+                    self.report(len(verdicts), len(responses))
+        return verdicts
 
     def _compare(self, reference: Any, response: str) -> Verdict | BadReference:
         try:

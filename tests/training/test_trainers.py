@@ -63,7 +63,10 @@ def test_held_out_loss_is_the_mean_over_tokens(
     trainer, _, encoded = make_sft_trainer(tmp_path, tiny_model, precision="float32")
     full = held_out.supervised(trainer, encoded)
     monkeypatch.setattr(held_out, "SCORING_TOKENS", 1)  # one row at a time: no padding at all
+    counts: list[tuple[int, int]] = []
+    trainer.report_scored = lambda done, total: counts.append((done, total))
     single = held_out.supervised(trainer, encoded)
+    assert counts == [(done, len(encoded.rows)) for done in range(1, len(encoded.rows) + 1)]
     assert single["loss"] == pytest.approx(full["loss"], rel=1e-5)
     ids = [torch.tensor([row["input_ids"]]) for row in encoded.rows]
     labels = [torch.tensor([row["labels"]]) for row in encoded.rows]

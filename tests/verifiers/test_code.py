@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -174,6 +175,15 @@ def test_scorer_refuses_a_reference_and_names_its_row() -> None:
 def test_programs_import_the_packages_that_are_named(tests: str, program: str, expected: str) -> None:
     pytest.importorskip("numpy")
     assert verdict(f"import numpy as np\n{tests}", program, packages=["numpy"]) == expected
+
+
+def test_programs_are_counted_while_they_run() -> None:
+    config = validate(EnvironmentVerifier, {"code": "tests"}, "p")
+    counts: list[tuple[int, int]] = []
+    scorer = replace(open_verifier(config, "score"), report=lambda done, total: counts.append((done, total)))
+    rows = [{"id": str(number), "tests": ["assert f() == 1"]} for number in range(3)]
+    assert [verdict.score for verdict in scorer.verify(rows, ["def f(): return 1"] * 3)] == [1.0] * 3
+    assert counts == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_packages_are_hidden_and_a_missing_package_is_named() -> None:

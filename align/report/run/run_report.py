@@ -18,7 +18,7 @@ from align.report.page.panels import Panel
 from align.report.page.templates import load_template, page_shell, script_json
 from align.report.run import data_ledgers, stage_costs
 from align.report.run.stage_costs import pipeline_diagram
-from align.report.run.training_health import measured_changes, training_health
+from align.report.run.training_health import measured_changes, training_health, unusable
 from align.report.scorecard.sections import evaluation_sections
 from align.store.artifacts import Artifact
 from align.store.json_files import read_tail, write_text_atomically
@@ -74,6 +74,7 @@ def write_report(
         diagram=pipeline_diagram(artifacts, failed, cached, pending, states),
         changes=measured_changes(artifacts),
         health=training_health(events),
+        unusable=unusable(artifacts),
         stages=stage_costs.stage_rows(artifacts, finished_events),
         data=data,
         licenses=licenses,

@@ -13,6 +13,7 @@ from typing import Any
 
 from align.report.page.metric_series import Events
 from align.report.page.number_format import number
+from align.report.scorecard.conclusions import last_change
 from align.rl.alarms import COLLAPSED_ENTROPY, KL_PER_TOKEN, LEAST_KL, MANY_CUT, START, SURGED_ENTROPY
 from align.store.artifacts import Artifact
 
@@ -75,6 +76,46 @@ def raised_alarms(warnings: Sequence[str]) -> list[str]:
     """Return the alarms among a stage's warnings, such as ``KL since update 12``."""
     matches = (ALARM.match(warning) for warning in warnings)
     return [f"{match['name']} since {match['place']}" for match in matches if match]
+
+
+UNUSABLE = {
+    "KL": "the policy has left the language that it started from",
+    "divergence": "its held-out loss rose, so it answers worse than before training",
+}
+"""Alarms after which a checkpoint should not be used, with the reason."""
+_COUNTED = re.compile(r"^(?P<place>(?:update|step) \d+): (?P<name>[\w -]+?)(?:, again at .*)?$")
+"""An alarm of a record."""
+
+
+def unusable(artifacts: Sequence[Artifact]) -> list[str]:
+    """Return a sentence for each finished stage whose checkpoint should not be used, by the alarms in its record.
+
+    A stage that kept an earlier, validated policy is not among them.
+    """
+    texts = []
+    for artifact in artifacts:
+        metrics = artifact.record.get("metrics") or {}
+        matches = (_COUNTED.match(line) for line in metrics.get("alarms") or ())
+        for match in matches:
+            if match is not None and match["name"] in UNUSABLE and "kept" not in metrics:
+                reason = f"{UNUSABLE[match['name']]} (alarm {match['name']}, {match['place']})"
+                texts.append(f"Do not use the checkpoint of '{artifact.stage}': {reason}.")
+    return texts
+
+
+def result_sentence(artifacts: Sequence[Artifact], card: Mapping[str, Any] | None) -> str:
+    """Return the result of a run in a sentence: what not to use, else what the scorecard or the last stage measured."""
+    warned = unusable(artifacts)
+    if warned:
+        return warned[-1]
+    change = None if card is None else last_change(dict(card))
+    if change is not None:
+        return change
+    changes = measured_changes(artifacts)
+    if changes:
+        last = changes[-1]
+        return f"{last['stage']}: {last['metric']} {last['before']} → {last['after']}."
+    return f"All {len(artifacts)} stages are finished." if len(artifacts) > 1 else "The stage is finished."
 
 
 def _cell(measure: Health, events: Events) -> dict[str, Any]:

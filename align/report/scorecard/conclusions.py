@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from align.evaluation.scorecard import FORMAT
 from align.report.page.number_format import MISSING, interval, number, p_value, signed, with_minus_signs
+from align.store.artifacts import Artifact, Kind
 
 Card = dict[str, Any]
+
+SCORECARD = "scorecard.json"
 
 UNTRAINED = ("prompted", "best_of")
 """Roles of systems that use a checkpoint in another way, without training."""
@@ -20,6 +25,26 @@ RELATIONS = {
 }
 """Words between two systems, by verdict."""
 GATE_STATES = ("failed", "undecided", "warning", "passed")
+
+
+def load_scorecard(artifacts: Sequence[Artifact], scorecard: Card | None) -> tuple[Card | None, str]:
+    """Return the scorecard to show, and a message if it exists but cannot be shown.
+
+    The scorecard is ``scorecard``, or else the last scorecard among the artifacts. Another format cannot be shown.
+    """
+    evaluations = [artifact for artifact in artifacts if artifact.kind == Kind.SCORECARD]
+    stage = evaluations[-1].stage if evaluations else "evaluate"
+    if scorecard is None and evaluations:
+        try:
+            scorecard = json.loads((evaluations[-1].path / SCORECARD).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return None, f"The scorecard of {stage} cannot be read ({error}); rebuild it with --rebuild {stage}."
+    if scorecard is not None and scorecard.get("format") != FORMAT:
+        return None, (
+            f"The scorecard of {stage} has format {scorecard.get('format')}, this align shows {FORMAT}; "
+            f"rebuild it with --rebuild {stage}."
+        )
+    return scorecard, ""
 
 
 def find_difference(card: Card, policy: str, against: str, metric: str) -> dict[str, Any] | None:
@@ -129,6 +154,17 @@ def sentences(card: Card) -> list[dict[str, str]]:
         if not _is_repetition(card, flag):
             findings.append({"kind": "worse", "text": _flag_sentence(flag["text"])})
     return findings + [{"kind": "note", "text": _accuracy_sentence(report)} for report in card["reward_models"]]
+
+
+def last_change(card: Card) -> str | None:
+    """Return the sentence about the last checkpoint that was trained, or else the first finding; None without any."""
+    untrained = {system["name"] for system in card["systems"] if system["role"] in UNTRAINED}
+    for policy in reversed(card["policies"]):
+        against = baseline_of(card, policy)
+        row = None if against is None else find_difference(card, policy, against, card["primary"])
+        if row is not None and policy not in untrained:
+            return _change_sentence(card, row)
+    return next((finding["text"] for finding in sentences(card)), None)
 
 
 def _change_sentence(card: Card, row: dict[str, Any]) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from align.evaluation.scorecard import FORMAT, program_metrics
+from align.evaluation.scorecard import program_metrics
 from align.report.page.assets import AssetWriter, Figure
 from align.report.page.metric_series import Events
 from align.report.scorecard import conclusions, decision, reward_models, score_plots, tuning_methods, win_rates
@@ -21,27 +20,7 @@ from align.store.rollouts import ROLLOUTS, VALIDATIONS
 Card = dict[str, Any]
 
 MAX_TASK_FIGURES = 12
-SCORECARD, SAMPLES = "scorecard.json", "samples.jsonl"
-
-
-def load_scorecard(artifacts: Sequence[Artifact], scorecard: Card | None) -> tuple[Card | None, str]:
-    """Return the scorecard to show, and a message if it exists but cannot be shown.
-
-    The scorecard is ``scorecard``, or else the last scorecard among the artifacts. Another format cannot be shown.
-    """
-    evaluations = [artifact for artifact in artifacts if artifact.kind == Kind.SCORECARD]
-    stage = evaluations[-1].stage if evaluations else "evaluate"
-    if scorecard is None and evaluations:
-        try:
-            scorecard = json.loads((evaluations[-1].path / SCORECARD).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            return None, f"The scorecard of {stage} cannot be read ({error}); rebuild it with --rebuild {stage}."
-    if scorecard is not None and scorecard.get("format") != FORMAT:
-        return None, (
-            f"The scorecard of {stage} has format {scorecard.get('format')}, this align shows {FORMAT}; "
-            f"rebuild it with --rebuild {stage}."
-        )
-    return scorecard, ""
+SAMPLES = "samples.jsonl"
 
 
 def _rollouts_of(artifact: Artifact) -> list[dict[str, Any]]:
@@ -58,7 +37,7 @@ def evaluation_sections(
     artifacts: Sequence[Artifact], scorecard: Card | None, events: Mapping[str, Events], assets: AssetWriter
 ) -> dict[str, Any]:
     """Return the template's values of an evaluation, by name; without an evaluation all values are empty."""
-    card, problem = load_scorecard(artifacts, scorecard)
+    card, problem = conclusions.load_scorecard(artifacts, scorecard)
     evaluations = [artifact for artifact in artifacts if artifact.kind == Kind.SCORECARD]
     samples: SampleFile | list[Line] = SampleFile(evaluations[-1].path / SAMPLES) if evaluations else []
     rollouts = {artifact.stage: _rollouts_of(artifact) for artifact in artifacts}

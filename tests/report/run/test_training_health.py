@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 from align.report.page.metric_series import Events
 from align.report.run.run_report import write_report
-from align.report.run.training_health import raised_alarms, training_health
-from align.store.artifacts import Kind
+from align.report.run.training_health import raised_alarms, result_sentence, training_health, unusable
+from align.store.artifacts import Artifact, Kind
 from tests.support.report.example_run import HOSTILE, write_artifact
 
 HEALTHY = {"score": [0.0, 0.2, 0.5, 0.9], "kl": [0.0, 1.0, 2.0, 4.0], "entropy": [2.0, 1.9, 1.8, 1.7],
@@ -69,3 +71,34 @@ def test_first_screen_shows_health_and_alarms(tmp_path):
     assert summary.count("✓ no alarms") == 1 and "⚠ collapse since update 2" in summary
     assert "rises slowly; below 1 nat a token" in summary and "0.000 → 4.00" in summary
     assert "<script>document.title" not in html
+
+
+def artifact(stage: str, **metrics: Any) -> Artifact:
+    return Artifact(stage, Kind.POLICY, Path(), {"metrics": metrics})
+
+
+def test_checkpoint_with_an_alarm_of_kl_is_not_to_be_used() -> None:
+    ppo = artifact("ppo", alarms=["update 3: entropy", "update 8: KL, again at 9, 12"], score_first=0.1, score_last=0.9)
+    (text,) = unusable([artifact("sft"), ppo])
+    assert text == (
+        "Do not use the checkpoint of 'ppo': the policy has left the language that it started from "
+        "(alarm KL, update 8)."
+    )
+    # The run ends with this, although its score rose.
+    assert result_sentence([artifact("sft"), ppo], None) == text
+    assert unusable([artifact("ppo", alarms=["update 8: KL"], kept={"update": 4.0}), artifact("sft")]) == []
+    diverged = artifact("sft", alarms=["step 12: divergence"])
+    assert "held-out loss rose" in unusable([diverged])[0]
+
+
+def test_run_ends_with_what_its_last_stage_measured() -> None:
+    sft = artifact("sft", test_loss_before=3.5, test_loss_after=2.25)
+    assert result_sentence([artifact("model"), sft], None) == "sft: held-out loss 3.50 → 2.25."
+    assert result_sentence([artifact("model"), artifact("merge")], None) == "All 2 stages are finished."
+
+
+def test_page_says_not_to_use_a_checkpoint(tmp_path):
+    ppo = write_artifact(tmp_path, "ppo", Kind.POLICY, (), HEALTHY, metrics={"alarms": ["update 8: KL"]})
+    html = write_report([ppo], None, tmp_path / "r.html").read_text(encoding="utf-8")
+    summary = html[html.index('id="summary"') : html.index('id="pipeline"')]
+    assert "⚠ Do not use the checkpoint of &#39;ppo&#39;" in summary

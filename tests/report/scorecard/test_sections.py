@@ -14,6 +14,7 @@ from align.report.scorecard.conclusions import (
     gate_rows,
     gate_sentence,
     headlines,
+    last_change,
     measured_on,
     role,
     sentences,
@@ -59,6 +60,11 @@ def test_roles_and_setups(card):
 def test_training_is_held_against_what_needs_none(card):
     texts = [sentence["text"] for sentence in sentences(card)]
     assert any(text.startswith("ppo is not clearly different from best8 (best of 8, not trained)") for text in texts)
+
+
+def test_result_of_a_card_is_its_last_trained_checkpoint(card):
+    assert last_change(card).startswith("ppo raised the") or "ppo: no clear change" in last_change(card)
+    assert last_change(card) in [sentence["text"] for sentence in sentences(card)]
 
 
 def test_card_without_prompts_has_headlines_of_first_task():
