@@ -45,6 +45,8 @@ MISSING_TOOLS = "align.models.planned_template:explain_missing_tools"
 TEMPLATE_SETTINGS = "align.models.planned_template:check_settings"
 NO_THOUGHTS = "align.models.planned_template:writes_no_thoughts"
 REFERENCES = "align.evaluation.score_validation.stage:check_planned_references"
+PREVIEW = "align.data.builds.dataset_recipe:preview_rows"
+RECIPE = "align.stages.data:resolved_recipe"
 VALIDATION = "align.evaluation.score_validation.stage:validate_planned_score"
 """Functions about models, tasks and scores. Their packages have modules that import torch, so they are loaded by
 name."""
@@ -206,11 +208,8 @@ def _planned_rows(pipeline: Pipeline, source: Node, store: Store, split: str) ->
         return list(itertools.islice(iter_rows(artifact.split(split)), MOST_ROWS)), True
     if not isinstance(source.config, DataConfig):
         return [], False
-    from align.data.builds.dataset_recipe import preview_rows
-    from align.stages.data import resolved_recipe
-
-    recipe = resolved_recipe(source.config, pipeline.base)
-    return preview_rows(recipe, pipeline.base, PREVIEWED) or [], not recipe.steps
+    recipe = load_object(RECIPE)(source.config, pipeline.base)
+    return load_object(PREVIEW)(recipe, pipeline.base, PREVIEWED) or [], not recipe.steps
 
 
 def _check_tools(pipeline: Pipeline, node: Node, environment: EnvironmentConfig, place: str) -> None:

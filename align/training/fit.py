@@ -74,6 +74,7 @@ def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = T
     def gathered(split: str) -> Scores:
         return all_gather(held_out(split))[0] if is_tested or split != "test" else {}
 
+    trainer.report_scored = lambda done, total: context.phase(f"scoring {done}/{total} held-out rows")
     refuse_no_steps(context, trainer.args.max_steps)
     # A stage that continues another starts from the other stage's state if it has no checkpoint itself.
     checkpoint = broadcast(lambda: last_complete(context.checkpoints, warn) or restore_checkpoint(context, wait_again))
@@ -95,7 +96,6 @@ def _fit(
     trainer: Any, context: StageContext, held_out: HeldOut, before: bool, checkpoint: Path | None
 ) -> dict[str, Any]:
     extras = extra_callbacks(context, trainer)
-    trainer.report_scored = lambda done, total: context.phase(f"scoring {done}/{total} held-out rows")
     _note_memory(context, trainer, extras)
     # A resumed run uses the scores of the test rows from before the first attempt's training.
     score_before = scored_with(extras, partial(held_out, "test") if before else dict)

@@ -27,7 +27,14 @@ def made(kind: str, root: Path, model: Path, train: list[dict[str, Any]], **fiel
     write_rows(folder / "train.parquet", train)
     write_rows(folder / "test.parquet", rows(8, start=80))
     config = STAGES[kind].config_class()(
-        **{source: "model"}, data="data", learning_rate=1e-3, max_steps=1, batch_size=8, max_length=128, **fields
+        **{source: "model"},
+        data="data",
+        learning_rate=1e-3,
+        max_steps=1,
+        warmup_ratio=0.0,
+        batch_size=8,
+        max_length=128,
+        **fields,
     )
     return context(root, config, model, Artifact("data", Kind.PREFERENCES, folder, {}), source)
 

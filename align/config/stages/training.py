@@ -21,7 +21,7 @@ from align.store.artifacts import Kind
 LearningRate = Literal["auto"] | Annotated[float, Field(gt=0, le=1)]
 """A peak learning rate; ``auto`` is the default of the kind, for the tuning method and the model's size."""
 LongRows = Literal["refuse", "skip"]
-"""Whether rows that are mostly longer than a limit end a stage. It changes no result, so it is in no key."""
+"""Answer to rows that are mostly longer than a limit. It changes no result, so it is in no key."""
 SIZES = (2e9, 4e9)
 """Numbers of parameters between which default rates change, along a line in the logarithms of both."""
 RATE_SHARES = {
