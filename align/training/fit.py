@@ -37,6 +37,7 @@ from align.training.forgetting import KLToStart, PullToStart, make_replay
 from align.training.held_out import divergence_alarm
 from align.training.kept_state import change_facts, continued_facts, refuse_no_steps, restore_checkpoint
 from align.training.progress import ReportProgress, no_learning, report_scores
+from align.training.stopping import VALIDATION, BestSoFar, StopOnRequest, best_so_far, wait_again
 from align.training.tracking import follow
 from align.training.unfreezing import OpenLayers, schedule_layers
 
@@ -187,10 +188,9 @@ def _facts_of_run(trainer: Any) -> dict[str, Any]:
 def _first_and_last_loss(context: StageContext, trainer: Any) -> dict[str, Any]:
     """Return the first and the last training loss, if there are steps; warn of a loss that rose, and of no learning."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if not losses:
-        return {}
     _warn_of_lost_progress(context, losses)
-    return {"loss_first": losses[0], "loss_last": losses[-1], **no_learning(context, trainer.state.log_history)}
+    facts = no_learning(context, trainer.state.log_history)
+    return {"loss_first": losses[0], "loss_last": losses[-1], **facts} if losses else {}
 
 
 def _timed_tokens(trainer: Any, clock: TrainingClock, checkpoint: Path | None) -> int:
@@ -245,8 +245,8 @@ def _untrimmed_heap_for(trainer: Any) -> AbstractContextManager[None]:
     (docs/performance.md).
     """
     trained, total = parameter_counts(trainer.model)
-    is_on_cpu = trainer.args.device.type == "cpu"
-    return untrimmed_heap() if is_on_cpu and trained > total / 2 else contextlib.nullcontext()
+    is_due = trainer.args.device.type == "cpu" and trained > total / 2
+    return untrimmed_heap() if is_due else contextlib.nullcontext()
 
 
 def _release_optimizer(trainer: Any) -> None:
