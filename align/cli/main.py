@@ -366,8 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"standard output cannot be written ({output.error.strerror or output.error}); the rest of it is lost.",
             file=sys.stderr,
         )
-        is_result_complete = output.goes_on and not output.is_document
-        return code if is_result_complete else code or FAILED
+        return code if output.goes_on and not output.is_document else code or FAILED
 
 
 def _is_error(record: logging.LogRecord) -> bool:
@@ -389,8 +388,7 @@ def _run_command(arguments: Sequence[str] | None, output: GuardedStream) -> int:
         print("\n".join(printable(line) for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        # What a command itself writes, such as a page or a copy; a stage explains its own full disk.
-        if not is_no_space(error):
+        if not is_no_space(error):  # of a page or a copy: a stage explains its own full disk
             raise
         print(no_space(), file=sys.stderr)
         return FAILED

@@ -36,6 +36,16 @@ def test_without_learning_nothing_drifts(make_trainer, tuning):
         assert entry["parity_gap_max"] < 1e-4
 
 
+def test_train_loss_is_the_mean_over_updates(make_trainer):
+    trainer = make_trainer(updates=2, num_epochs=2)
+    output = trainer.train()
+    losses = [entry["loss"] for entry in updates(trainer)]
+    assert len(losses) == 2
+    assert output.training_loss == pytest.approx(sum(losses) / 2, rel=1e-6)
+    # Without held-out prompts no time goes to them.
+    assert not any("seconds_validating" in entry for entry in updates(trainer))
+
+
 def test_ratio_is_exactly_1_at_first_step_in_bfloat16(make_trainer):
     trainer = make_trainer(updates=1, bf16=True, per_device_train_batch_size=2, num_epochs=1)
     trainer.train()

@@ -71,11 +71,13 @@ def test_held_out_loss_is_the_mean_over_tokens(
     ids = [torch.tensor([row["input_ids"]]) for row in encoded.rows]
     labels = [torch.tensor([row["labels"]]) for row in encoded.rows]
     plain = load_policy(tiny_model)
+    tokens = sum(int((y[:, 1:] != -100).sum()) for y in labels)
     with torch.no_grad():
-        total = sum(
-            float(plain(i, labels=y).loss) * int((y[:, 1:] != -100).sum()) for i, y in zip(ids, labels, strict=True)
-        )
-    assert full["loss"] == pytest.approx(total / sum(int((y[:, 1:] != -100).sum()) for y in labels), rel=1e-5)
+        outputs = [plain(i, labels=y) for i, y in zip(ids, labels, strict=True)]
+    total = sum(float(out.loss) * int((y[:, 1:] != -100).sum()) for out, y in zip(outputs, labels, strict=True))
+    right = sum(int((out.logits[:, :-1].argmax(-1) == y[:, 1:]).sum()) for out, y in zip(outputs, labels, strict=True))
+    assert full["loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert full["token_accuracy"] == pytest.approx(right / tokens)
 
 
 def test_only_labeled_positions_reach_the_vocabulary(

@@ -29,6 +29,7 @@ def test_long_answers_are_skipped_and_cut_answers_have_no_end(tiny_model: Path) 
     cut = encode_unpaired(tokenizer, unpair([{**rows(1)[0], "rejected_finished": False}]), 128)
     assert cut.rows[1]["completion_ids"] == full.rows[1]["completion_ids"][:-1]
     longest = max(full.lengths)
+    assert len(encode_unpaired(tokenizer, unpair(rows(4)), longest).rows) == 8
     assert encode_unpaired(tokenizer, unpair(rows(4)), longest - 1).counts == {TOO_LONG: full.lengths.count(longest)}
     assert encode_unpaired(tokenizer, unpair(rows(1)), 5).counts == {NO_ROOM: 2}
 

@@ -128,6 +128,13 @@ def test_choice_reads_usual_sentences() -> None:
     forms = [text.replace("|", "\n") for text in CHOICE_FORMS]
     assert [text for text in forms if answers.choice("B", text).score < 1.0] == []
     assert [text for text in CHOICE_ATTACKS if answers.choice("B", text).score > 0.0] == []
+    # The same letter twice is one answer, and another letter makes a list.
+    assert [answers.choice("B", text).score for text in ("B, B", "(B), (B)", "B, C", "B or B, C")] == [
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize(
