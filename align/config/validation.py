@@ -64,7 +64,11 @@ def validate(config_class: type[Model], mapping: Any, where: str, stage: type[Ba
         return validate_plain(config_class, mapping)
     except ValidationError as error:
         # an unknown key explains a missing key, so it comes first
-        details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")
+        # A default that follows from a mistaken field is no mistake.
+        errors = [
+            detail for detail in error.errors(include_url=False) if detail["type"] != "default_factory_not_called"
+        ]
+        details = sorted(errors, key=lambda detail: detail["type"] != "extra_forbidden")
         # pydantic reports a mistake once for every member of a union; only the most specific report helps.
         mistakes = [(detail, _locate(config_class, detail)) for detail in details]
         lines = [_explain(detail, place, where, stage) for detail, place in _most_specific(mistakes)]

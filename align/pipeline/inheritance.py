@@ -146,15 +146,20 @@ class Predecessor(Protocol):
 
 def default_rates(
     config: Config, start: str, nodes: Mapping[str, Predecessor], base: Path, place: str
-) -> Mapping[str, float]:
+) -> Mapping[str, float | None]:
     """Return the learning rates that a stage leaves open, for the size of the model of the stage ``start``.
+
+    A critic's rate that the file does not mention is the policy's, None, if the size is not known.
 
     Training keeps the size, so the models of a pipeline have the size of the first one. It is read from files that the
     key counts, never from the store, so a key does not depend on what has finished. Raises ``UserError`` with ``place``
     if the size is not known.
     """
-    if not isinstance(config, DefaultRates) or not config.default_rates(1):
+    open_rates = config.default_rates(1) if isinstance(config, DefaultRates) else {}
+    if not isinstance(config, DefaultRates) or not open_rates:
         return {}
+    needed = [field for field in open_rates if field == "learning_rate" or field in config.model_fields_set]
+    unknown = dict.fromkeys(open_rates)
     name = start
     while True:
         node = nodes[name]
@@ -164,17 +169,21 @@ def default_rates(
         sources = [node.inputs.get(field) for field in (*START_FIELDS, "base", "policies")]
         names = [source if isinstance(source, str) else source[0] for source in sources if source]
         if not names:
+            if not needed:
+                return unknown
             raise UserError(
-                f"{place}.learning_rate: auto needs the number of parameters of '{start}', and stage '{name}' of kind "
-                f"{node.stage.kind} does not tell it before it has run. Set learning_rate."
+                f"{place}.{needed[0]}: auto needs the number of parameters of '{start}', and stage '{name}' of kind "
+                f"{node.stage.kind} does not tell it before it has run. Set {needed[0]}."
             )
         name = names[0]
     try:
         return config.default_rates(count(node.config, base))
     except ValueError as error:
+        if not needed:
+            return unknown
         raise UserError(
-            f"{place}.learning_rate: auto needs the number of parameters of '{name}', which is not known: {error}. Set "
-            "learning_rate, or make the file known."
+            f"{place}.{needed[0]}: auto needs the number of parameters of '{name}', which is not known: {error}. Set "
+            f"{needed[0]}, or make the file known."
         ) from None
 
 

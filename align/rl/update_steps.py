@@ -144,7 +144,7 @@ def learning_rates(config: Any, model: PolicyAndReference) -> dict[str, float]:
     """Return the peak rates of ``policy`` and, with a critic, ``critic`` (its trunk) and ``head``."""
     if not hasattr(model, "critic"):
         return {"policy": config.peak_rate}
-    critic = config.peak_rate if config.critic_learning_rate is None else config.critic_learning_rate
+    critic = config.critic_rate(sum(parameter.numel() for parameter in model.policy.parameters()))
     head = config.critic_head_learning_rate
     if head is None:
         # A policy with adapters is its own reference. Frozen weights are no sign of adapters, because full tuning may

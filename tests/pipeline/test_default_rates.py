@@ -81,6 +81,36 @@ def test_default_rate_follows_kind_tuning_and_size(
     assert config_class.rates.choose(tuning, int(parameters)) == rate
 
 
+PPO = {"policy": "sft", "prompts": "data", "score": "align.data.checkers:sentence_count", "learning_rate": 1e-5}
+
+
+def test_critic_has_a_rate_of_its_own_by_default() -> None:
+    unset, number, null = (
+        Pipeline(raw(ppo={**PPO, "tuning": LORA, **rate})).nodes["ppo"].config
+        for rate in ({}, {"critic_learning_rate": 1e-3}, {"critic_learning_rate": None})
+    )
+    assert [config.critic_learning_rate for config in (unset, number, null)] == [5e-4, 1e-3, None]  # type: ignore[attr-defined]
+    assert null.critic_rate(1) == 1e-5  # type: ignore[attr-defined]
+    # A script knows no pipeline, and keeps the policy's rate.
+    assert PpoConfig.for_trainer(learning_rate=1e-5).critic_rate(1) == 1e-5
+    assert PpoConfig(policy="p", prompts="d", score="m:f", learning_rate=1e-5).critic_rate(135_000_000) == 5e-5
+
+
+def test_critic_of_a_model_of_unknown_size_has_the_policys_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def ppo(**rates: Any) -> Any:
+        model = {"source": "some/model", "revision": "0" * 40}
+        sft = {"model": "model", "data": "data", "learning_rate": 1e-3}
+        return Pipeline(raw(model=model, sft=sft, ppo={**PPO, **rates})).nodes["ppo"].config
+
+    with pytest.raises(UserError, match=r"ppo\.critic_learning_rate: auto needs .* Set critic_learning_rate, or make"):
+        ppo(critic_learning_rate="auto")
+    assert ppo().critic_learning_rate is None
+
+
 def test_auto_shares_the_key_of_its_value() -> None:
     unset, auto, number, other = (
         Pipeline(raw(sft={"model": "model", "data": "data", "tuning": LORA, **rate})).nodes["sft"]
@@ -98,7 +128,7 @@ def test_later_stages_take_the_size_of_the_first_model() -> None:
         "grpo": online,
         "ppo": {**online, "critic_learning_rate": "auto"},
         "same": {**online, "stage": "ppo", "learning_rate": 3e-4, "critic_learning_rate": 5e-4},
-        "plain": {**online, "stage": "ppo"},
+        "plain": {**online, "stage": "ppo", "critic_learning_rate": None},
         "more": {"continue_from": "grpo", "updates": 200},
     }
     nodes = Pipeline(raw(**values)).nodes

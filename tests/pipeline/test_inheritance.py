@@ -113,7 +113,7 @@ def changed(source: str = "ppo", **change: Any) -> dict[str, Any]:
         ("sft", {"max_length": 512, "data": "more_data", "max_steps": 12}),
         ("ppo", {"kl_coef": 0.5, "updates": 4}),
         ("ppo", {"score": [{"function": "gold", "weight": 2.0}], "max_tokens": 32, "temperature": 0.8, "updates": 4}),
-        ("ppo", {"prompts": "more_data", "clip_range": 0.1, "critic_learning_rate": "auto", "updates": 4}),
+        ("ppo", {"prompts": "more_data", "clip_range": 0.1, "critic_learning_rate": 1e-3, "updates": 4}),
     ],
 )
 def test_settings_change_where_a_stage_continues(source: str, change: dict[str, Any]) -> None:

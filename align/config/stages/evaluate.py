@@ -140,8 +140,10 @@ class EvaluateConfig(Config):
 
     policies: list[stage_input(*GENERATORS)] = Field(min_length=1)  # type: ignore[valid-type]
     """Stages whose checkpoints are compared, in the order the report shows them."""
-    reference: stage_input(*GENERATORS)  # type: ignore[valid-type]
-    """Policy of ``policies`` that differences and KL are computed against, usually the SFT stage."""
+    reference: stage_input(*GENERATORS) = Field(  # type: ignore[valid-type]
+        default_factory=lambda fields: fields.get("policies", [""])[0]
+    )
+    """Policy that differences and KL are computed against, usually the SFT stage; by default the first."""
     prompts: stage_input(*PROMPT_SOURCES) | None = None  # type: ignore[valid-type]
     """Stage whose ``test`` split has the prompts; omit it to run only ``tasks``."""
     reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
@@ -149,8 +151,7 @@ class EvaluateConfig(Config):
     second_reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
     """A second reward model, to measure how far the two agree."""
     pairs: stage_input(Kind.PREFERENCES) | None = None  # type: ignore[valid-type]
-    """Preferences whose ``test`` split measures the reward models' accuracy; the task ``preference`` also reads
-    them."""
+    """Preferences whose ``test`` split measures reward models, and which the task ``preference`` reads."""
     heldout: stage_input(Kind.INSTRUCTIONS) | None = None  # type: ignore[valid-type]
     """Instructions whose ``test`` split gives every checkpoint's loss per token on reference answers."""
     texts: list[stage_input(Kind.TEXTS)] = Field([])  # type: ignore[valid-type]

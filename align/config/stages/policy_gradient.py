@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -161,8 +161,9 @@ class PpoConfig(DriftFields):
     """
     critic_detach: bool = True
     """For ``critic: head``: stop the value loss at the head. False lets it also train the policy's trunk."""
-    critic_learning_rate: LearningRate | None = None
-    """Learning rate of the critic; by default the policy's. ``auto`` is higher (docs/methods.md)."""
+    critic_learning_rate: LearningRate | None = "auto"
+    """Learning rate of the critic. ``auto`` follows from ``tuning`` and the model's size (docs/methods.md); the plan
+    shows its value. Null: the policy's."""
     critic_head_learning_rate: float | None = Field(None, gt=0, le=1)
     """Learning rate of the critic's value head; by default the critic's, with LoRA a tenth of it."""
     critic_warmup_updates: int = Field(0, ge=0)
@@ -200,11 +201,23 @@ class PpoConfig(DriftFields):
             )
         return super().processes_objection(launch)
 
+    @classmethod
+    def for_trainer(cls, **settings: Any) -> Self:
+        """As for every method; the critic of a script has the policy's rate if none is set."""
+        return super().for_trainer(**({"critic_learning_rate": None} | settings))
+
+    def critic_rate(self, parameters: int) -> float:
+        """Return the critic's learning rate for a model of so many parameters."""
+        rate = self.critic_learning_rate
+        if rate == "auto":
+            return self.critic_rates.choose(self.tuning, parameters)
+        return self.peak_rate if rate is None else rate
+
     def default_rates(self, parameters: int) -> dict[str, float]:
         """Return the rates of policy and critic that are ``auto``, with their values."""
         rates = super().default_rates(parameters)
         if self.critic_learning_rate == "auto":
-            rates["critic_learning_rate"] = self.critic_rates.choose(self.tuning, parameters)
+            rates["critic_learning_rate"] = self.critic_rate(parameters)
         return rates
 
     @property
