@@ -28,7 +28,7 @@ from align.config.base import Precision
 from align.config.runtime import Runtime
 from align.config.stages.rl import RolloutFields
 from align.config.stages.training import TrainingFields
-from align.config.tuning import FullTuning, LoraTuning, LowRank, TuningBase
+from align.config.tuning import FullTuning, LoraTuning, TuningBase
 from align.models.compute.architecture import Architecture, UnknownArchitecture
 from align.models.compute.costs import FLOAT, SHORT, SIZES, activations_per_token, passing_per_token, resolved
 
@@ -107,10 +107,9 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
     """Return the memory of one process. A reward model has a score head instead of its vocabulary head."""
     model = trained_model(models)
     scores = not config.has_vocabulary
-    weights = model_bytes(model, tuning)
-    if scores and not model.tied:
-        # A reward model is loaded without the vocabulary's head.
-        weights -= FLOAT * model.head
+    precision = resolved(config.precision)
+    # A reward model is loaded without the vocabulary's head.
+    weights = model_bytes(model, tuning, precision, with_head=not scores)
     # ``added`` counts the parameters that are not the model's own: adapters and the score head.
     head = model.hidden if scores else 0
     if tuning.trains_all:
@@ -118,7 +117,6 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
         trained = (model.trunk if scores else model.parameters) + head
     else:
         added = trained = model.adapters(tuning, "trunk" if scores else "model") + head
-    precision = resolved(config.precision)
     learned = rows_to_tokens(config, setting.rows)
     logits = 0 if scores else _learning_logits(model, learned, precision, tuning.trains_all, setting.gpu)
     return Memory(
@@ -126,10 +124,12 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
         gradients=FLOAT * trained,
         optimizer=2 * FLOAT * trained,
         reference=_other_models(config, models, trained),
-        copies=_copies(model, tuning, setting.checkpointing, scores) if precision == "bfloat16" else 0,
+        copies=_copies(model, tuning, precision, setting.checkpointing),
         logits=logits,
         scoring=_scoring(config, models, tuning, setting.gpu),
-        saving=_saving(config, model, tuning, setting.gpu),
+        # A reward model is read back to be checked, on a GPU after the trained one has left it. Folding has one matrix
+        # in memory at a time.
+        saving=FLOAT * model.trunk if scores and not setting.gpu else 0,
         activations=activations_per_token(
             model,
             tuning,
@@ -142,14 +142,10 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
     )
 
 
-def _copies(model: Architecture, tuning: TuningBase, checkpointing: bool, scores: bool) -> int:
-    """Return the bytes of bfloat16 copies: autocast's, or all frozen matrices' below adapters."""
-    if tuning.method == "qlora":
-        return 0
-    rounded_once = isinstance(tuning, LowRank) and not tuning.dora and not checkpointing
-    head = 0 if model.tied or scores else model.head
-    embeddings = model.embedded + head if rounded_once else 0
-    return 2 * (copied_parameters(model, tuning, checkpointing) + embeddings)
+def _copies(model: Architecture, tuning: TuningBase, precision: Precision, checkpointing: bool) -> int:
+    """Return the bytes of autocast's bfloat16 copies of float32 matrices."""
+    is_cast = precision == "bfloat16" and tuning.base_type(precision) == "float32" and tuning.method != "qlora"
+    return 2 * copied_parameters(model, tuning, checkpointing) if is_cast else 0
 
 
 def rows_to_tokens(config: TrainingFields, rows: int) -> int:
@@ -201,12 +197,6 @@ def _scoring(config: TrainingFields, models: Models, tuning: TuningBase, gpu: bo
     else:
         logits = head_work_space(model, False, resolved(config.precision) == "bfloat16", LOGITS_AT_ONCE["cpu"])
     return references + max(layer, logits + FLOAT * tokens * model.hidden)
-
-
-def _saving(config: TrainingFields, model: Architecture, tuning: TuningBase, gpu: bool) -> int:
-    """Return the bytes of matrices with their adapters merged; a reward model is read back after these are freed."""
-    merged = FLOAT * model.matrices if isinstance(tuning, LowRank) and not gpu else 0
-    return merged if config.has_vocabulary else max(merged, FLOAT * model.trunk)
 
 
 def _notes(config: TrainingFields) -> list[str]:

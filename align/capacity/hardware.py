@@ -16,7 +16,7 @@ from align.pipeline.process_limits import usable_memory
 
 GIB = 2**30
 CPU = re.compile(r"cpu(-(?P<gib>[1-9]\d{0,4}))?")
-NOTATION = re.compile(r"((?P<first>[1-9]\d{0,3})x)?((?P<second>[1-9]\d{0,3})x)?(?P<name>[a-z][a-z0-9-]*|\d{4})")
+NOTATION = re.compile(r"((?P<first>[1-9]\d{0,3})x)?((?P<second>[1-9]\d{0,3})x)?(?P<name>[a-z][a-z0-9-]*|\d{4}|\d{2}gb)")
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,13 @@ GIB_OF_CARDS = {
     "a10g": 22.0,
     "rtx4090": 23.5,
     "rtx3090": 23.6,
+    "rtx4080": 15.7,
 }
 DEVICES = {name: Device(name, int(gib * GIB)) for name, gib in GIB_OF_CARDS.items()}
 """Cards by their name in ``--hardware``."""
-ALIASES = {"a100": "a100-80", "4090": "rtx4090", "3090": "rtx3090", "h100-80": "h100"}
+ALIASES = {"a100": "a100-80", "4090": "rtx4090", "3090": "rtx3090", "4080": "rtx4080", "h100-80": "h100"}
+ALIASES |= {"16gb": "rtx4080", "24gb": "rtx4090", "40gb": "a100-40", "80gb": "h100"}
+"""Other names; ``24gb`` stands for a common card of that size."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Memory of training in bytes, counted from the models' sizes and not measured. Torch-free.
 
 ``align plan --memory``, ``align plan --hardware`` and the notice before a stage's first step all use it. A trained
-parameter needs 16 bytes: weight, gradient and AdamW's state in float32. Frozen models that are never saved, the
-reference and reward models, are in bfloat16 if that is the ``precision`` (``align.models.compute.precision``).
+parameter needs 16 bytes: weight, gradient and AdamW's state in float32. Frozen matrices, of a base below adapters, a
+reference or a reward model, are in bfloat16 if that is the ``precision`` (``align.models.compute.precision``).
 
 Excluded: the interpreter and its libraries, and what a GPU's allocator keeps for itself. ``align.capacity.sharding``
 divides the parts among devices.
@@ -66,7 +66,7 @@ class Memory:
     activations: int | None = None
     """Activations per token of a micro-batch; policy and critic train one after the other. None without a rule."""
     saving: int = 0
-    """Bytes that saving needs in addition to the model: merged matrices, and the model read back to be checked."""
+    """Bytes that saving needs in addition to the model: a reward model read back to be checked."""
     accumulated: bool = True
     """True if an earlier micro-batch's gradients are in memory during the next one's passes."""
     buffers: int = 0
@@ -202,14 +202,16 @@ def ppo_memory(
         raise ValueError("critic is reward, but there is no reward model")
     critic_base = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
     critic_trained = policy.hidden + 1  # the value head and its bias
+    # A base in bfloat16 needs no copies for its products.
+    is_narrow = tuning.base_type(precision) == "bfloat16"
     # Both lists have an entry for the policy, and another for the critic if it has a trunk.
-    copies = [(0 if quantized else copied_parameters(policy, tuning, checkpointing)) + policy.head]
+    copies = [0 if is_narrow else (0 if quantized else copied_parameters(policy, tuning, checkpointing)) + policy.head]
     per_token = [activations_per_token(policy, tuning, precision, checkpointing=checkpointing, flash=flash)]
     if critic_base is not None:
         trunk = critic_base.trunk if full else critic_base.adapters(tuning, "trunk")
         critic_trained = critic_base.hidden + 1 + trunk
         # the matrices of a frozen reward model are in bfloat16 already, and need no copy
-        is_float32 = full or (critic == "policy" and not quantized)
+        is_float32 = full or (critic == "policy" and not quantized and not is_narrow)
         copies.append(copied_parameters(critic_base, tuning, checkpointing) if is_float32 else 0)
         per_token.append(
             activations_per_token(critic_base, tuning, precision, checkpointing=checkpointing, flash=flash)
@@ -220,7 +222,7 @@ def ppo_memory(
     if critic_base is not None:
         reference += _unshared_matrices(critic_base, tuning, critic)
     return Memory(
-        weights=model_bytes(policy, tuning) + (0 if full else FLOAT * trained),
+        weights=model_bytes(policy, tuning, precision) + (0 if full else FLOAT * trained),
         gradients=FLOAT * trained,
         optimizer=2 * FLOAT * trained,
         reference=reference,
@@ -242,13 +244,18 @@ def copied_parameters(model: Architecture, tuning: TuningBase, checkpointing: bo
     return sum(block.matrices for block in model.blocks[model.layers - model.learning_layers(tuning) :])
 
 
-def model_bytes(model: Architecture, tuning: TuningBase) -> int:
-    """Return the bytes of a causal model's weights under ``tuning``, without the adapters."""
+def model_bytes(model: Architecture, tuning: TuningBase, precision: Precision, *, with_head: bool = True) -> int:
+    """Return the bytes of a model's weights under ``tuning``, without the adapters; ``with_head`` is a causal model's.
+
+    Norms, biases and embeddings that scale their rows are float32. Only linear layers are quantized.
+    """
+    size = SIZES[tuning.base_type(precision)]
+    vectors = FLOAT * (model.trunk - model.rounded)
+    head = size * (model.parameters - model.trunk) if with_head else 0
     if not isinstance(tuning, QloraTuning):
-        return FLOAT * model.parameters
-    # Only linear layers are quantized. Embeddings, head, experts, norms and biases stay in float32.
-    weights = model.matrices - model.biases
-    return FLOAT * (model.parameters - weights) + _quantized_bytes(weights, tuning)
+        return size * model.rounded + vectors + head
+    quantized = model.matrices - model.biases
+    return size * (model.rounded - quantized) + vectors + head + _quantized_bytes(quantized, tuning)
 
 
 def _quantized_bytes(weights: int, tuning: QloraTuning) -> int:

@@ -11,64 +11,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from align.config.base import Config
 from align.config.options import check_options, check_type
-from align.config.tuning_blocks import Lisa, TrainedTokens, Unfreeze
+from align.config.tuning_blocks import FrozenBase, Lisa, TrainedTokens, Unfreeze
+from align.config.tuning_blocks import TuningBase as TuningBase
 from align.config.validation import hint_nearest
-
-LORA_HEAD_RATE = 0.1
-"""Learning rate of a score or value head, as a share of the adapters' rate.
-
-A step of Adam moves every weight of a head by about the learning rate, and a score by that times the hidden size and
-the size of the features. At 1e-3, right for adapters, SmolLM2's scores move by about 1.
-"""
 
 Targets = Literal["all-linear"] | list[str]
 
 LORA_INITS = ("default", "gaussian", "orthogonal", "eva", "pissa", "olora", "loftq")
 """Initializations of LoRA's matrices; ``pissa_niter_N`` is also allowed."""
-
-
-# Every stage that trains has such a block. Their schemas are built once and shared by the stages' schemas.
-class TuningBase(Config, defer_build=False):
-    """Properties of every method."""
-
-    method: str
-    input_only: ClassVar[bool] = False
-    """True if the method changes the model's input or its keys and values (virtual tokens), not its modules."""
-
-    @property
-    def trains_all(self) -> bool:
-        """True if the model's own weights are trained; a reference then needs a copy of them."""
-        return self.method == "full"
-
-    @property
-    def starts_from_weights(self) -> bool:
-        """True if adapters start with a part of the weights; the model without them then differs."""
-        return False
-
-    @property
-    def completes_weights(self) -> bool:
-        """True if adapters start with the difference between the input model and the frozen weights."""
-        return False
-
-    @property
-    def head_share(self) -> float:
-        """Default learning rate of a score or value head, as a share of ``learning_rate``."""
-        return 1.0 if self.trains_all else LORA_HEAD_RATE
-
-    @property
-    def online_objection(self) -> str | None:
-        """Reason why PPO and the other online methods cannot use the method; None if they can.
-
-        They compare log-probabilities of one model, so two forward passes must agree.
-        """
-        return f"tuning {self.method} changes the model's input, which rows share there" if self.input_only else None
-
-    @property
-    def label(self) -> str:
-        """Short name for tables: ``lora r16``."""
-        return self.method
 
 
 class FullTuning(TuningBase):
@@ -113,7 +64,7 @@ class FullTuning(TuningBase):
         return self
 
 
-class LowRank(TrainedTokens, TuningBase):
+class LowRank(TrainedTokens, FrozenBase):
     """Fields of every kind of LoRA."""
 
     rank: int = Field(16, ge=1, le=1024)
@@ -206,7 +157,8 @@ class QloraTuning(LowRank):
     """LoRA on weights in 4 bits (arXiv 2305.14314): an eighth of the model's memory, and slower.
 
     Policy and reference both use the quantized model, with LoftQ's initial adapters if that is the ``init``. The saved
-    checkpoint has dequantized weights with the adapters merged, in float32. Needs bitsandbytes; also runs on CPUs.
+    checkpoint has dequantized weights with the adapters merged, in the base's type. Needs bitsandbytes; also runs on
+    CPUs.
     """
 
     method: Literal["qlora"] = "qlora"
@@ -231,7 +183,7 @@ IA3_INPUTS = ("down_proj", "dense_4h_to_h", "mlp.c_proj")
 """Modules whose input IA3 scales by default: the MLP's last projection."""
 
 
-class Ia3Tuning(TuningBase):
+class Ia3Tuning(FrozenBase):
     """Train scales of keys, values and the MLP's inner features (arXiv 2205.05638); use a learning rate near 1e-2."""
 
     method: Literal["ia3"] = "ia3"
@@ -250,7 +202,7 @@ class Ia3Tuning(TuningBase):
         return self
 
 
-class PeftTuning(TuningBase):
+class PeftTuning(FrozenBase):
     """Any other method of peft that can be merged into the weights: ``{method: peft, type: vera, options: {r:
     64}}``."""
 
@@ -285,7 +237,7 @@ class PeftTuning(TuningBase):
         return self
 
 
-class VirtualTokens(TuningBase):
+class VirtualTokens(FrozenBase):
     """Trained tokens in front of every conversation: new entries of the vocabulary, first in the chat template.
 
     The model's own weights do not change. ``max_length`` counts the tokens.
@@ -332,7 +284,7 @@ class PrefixTuning(VirtualTokens):
     tokens."""
 
 
-class AdaptersTuning(TuningBase):
+class AdaptersTuning(FrozenBase):
     """Train small modules between frozen layers: ``bottleneck`` or ``llama_adapter``.
 
     On saving, a parallel bottleneck is merged into a wider MLP, so the result is a plain checkpoint. The others are
@@ -366,7 +318,7 @@ class AdaptersTuning(TuningBase):
         allowed = {"size", "position", "after"} if self.kind == "bottleneck" else {"tokens", "layers"}
         # compare values, not which fields were set: a stage's process gets its config with every default written out
         defaults = type(self).model_construct().__dict__
-        others = self.__dict__.keys() - allowed - {"method", "kind"}
+        others = self.__dict__.keys() - allowed - {"method", "kind", "base_dtype"}
         foreign = sorted(name for name in others if self.__dict__[name] != defaults[name])
         if foreign:
             raise ValueError(

@@ -1,13 +1,80 @@
-"""Blocks of ``tuning``: schedules that train a part of the weights at a time, and rows of tokens. Torch-free."""
+"""Parts of ``tuning``: properties of all methods, schedules that train a part at a time, rows of tokens. Torch-free."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_serializer, model_validator
 
-from align.config.base import Config
+from align.config.base import Config, Precision, PrecisionSetting
+
+LORA_HEAD_RATE = 0.1
+"""Learning rate of a score or value head, as a share of the adapters' rate.
+
+A step of Adam moves every weight of a head by about the learning rate, and a score by that times the hidden size and
+the size of the features. At 1e-3, right for adapters, SmolLM2's scores move by about 1.
+"""
+
+
+# Every stage that trains has such a block. Their schemas are built once and shared by the stages' schemas.
+class TuningBase(Config, defer_build=False):
+    """Properties of every method."""
+
+    method: str
+    input_only: ClassVar[bool] = False
+    """True if the method changes the model's input or its keys and values (virtual tokens), not its modules."""
+
+    @property
+    def trains_all(self) -> bool:
+        """True if the model's own weights are trained; a reference then needs a copy of them."""
+        return self.method == "full"
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """True if adapters start with a part of the weights; the model without them then differs."""
+        return False
+
+    @property
+    def completes_weights(self) -> bool:
+        """True if adapters start with the difference between the input model and the frozen weights."""
+        return False
+
+    @property
+    def head_share(self) -> float:
+        """Default learning rate of a score or value head, as a share of ``learning_rate``."""
+        return 1.0 if self.trains_all else LORA_HEAD_RATE
+
+    @property
+    def online_objection(self) -> str | None:
+        """Reason why PPO and the other online methods cannot use the method; None if they can.
+
+        They compare log-probabilities of one model, so two forward passes must agree.
+        """
+        return f"tuning {self.method} changes the model's input, which rows share there" if self.input_only else None
+
+    def base_type(self, precision: Precision) -> Precision:
+        """Return the type of the weights that are loaded for a stage that computes in ``precision``."""
+        return "float32"
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: ``lora r16``."""
+        return self.method
+
+
+class FrozenBase(TuningBase):
+    """Fields of every method that freezes the model below what it trains."""
+
+    base_dtype: PrecisionSetting = "auto"
+    """Type of the frozen matrices: ``bfloat16`` (2 bytes a weight), ``float32``, or by ``auto`` the stage's
+    ``precision``. What is trained is float32. ``pissa`` and ``olora`` change the frozen weights, which stay float32."""
+
+    def base_type(self, precision: Precision) -> Precision:
+        """Return the type of frozen matrices in a stage that computes in ``precision``."""
+        if self.starts_from_weights or precision == "float32":
+            return "float32"
+        return "bfloat16" if self.base_dtype == "auto" else self.base_dtype
 
 
 class Unfreeze(Config):

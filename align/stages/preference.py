@@ -28,7 +28,18 @@ from align.training.sft_trainer import LintedRows
 from align.training.thoughts import check_thoughts, own_template, use_training_template
 from align.training.trainers import reduce_work
 
-ADAPTER_FIELDS = {"rank", "alpha", "dropout", "targets", "last_layers", "rslora", "dora", "init", "save_modules"}
+ADAPTER_FIELDS = {
+    "rank",
+    "alpha",
+    "dropout",
+    "targets",
+    "last_layers",
+    "rslora",
+    "dora",
+    "init",
+    "save_modules",
+    "base_dtype",
+}
 """Fields of ``qlora`` that do not affect the quantized weights, unless the adapters start from the weights."""
 
 
@@ -144,7 +155,7 @@ class Reference:
     def _load(self, artifact: Artifact) -> Any:
         """Load another stage's checkpoint like the policy before its first step."""
         tuning: TuningBase = self.context.config.tuning
-        model = load_for_tuning(artifact.model, tuning)
+        model = load_for_tuning(artifact.model, tuning, self.context.precision)
         # LoftQ's adapters start as the quantization error, so the reference needs them as well.
         if tuning.completes_weights:
             model = apply_tuning(model, tuning, self.context.seed)
@@ -164,7 +175,7 @@ def _identity(context: StageContext, checkpoint: Artifact | None) -> dict[str, s
     ``checkpoint`` is the reference's checkpoint if it is not the policy's.
     """
     tuning: TuningBase = context.config.tuning
-    loaded = "float32"
+    loaded: str = tuning.base_type(context.precision)
     # Tuning changes the reference only if it changes frozen weights: by quantization, or by its initialization.
     if tuning.completes_weights or (tuning.starts_from_weights and checkpoint is None):
         loaded = f"{tuning.model_dump_json()} {context.seed}"

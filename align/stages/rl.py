@@ -102,7 +102,7 @@ def run(context: StageContext) -> dict[str, Any]:
     player = None if replay else open_player(context, load_tokenizer(source), outage_fails_episodes=True)
     context.phase("loading models")
     refuse_untrainable(source, config.tuning, samples=True)
-    policy = load_for_tuning(source, config.tuning)
+    policy = load_for_tuning(source, config.tuning, context.precision)
     check_model(context.name, policy, tokenizer)
     # A router that learns changes the experts of tokens, and with them ratios that should be near 1.
     frozen = 0 if config.train_router else freeze_routers(policy)

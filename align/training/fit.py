@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.config.runtime.launch import rank
@@ -25,7 +24,6 @@ from align.config.stages.training import TrainingFields
 from align.config.tuning import FullTuning
 from align.data.rows import has_rows
 from align.models.checkpoints.sharding import is_sharded
-from align.models.compute.precision import frozen_in_bf16
 from align.models.compute.processes import all_gather, broadcast, trim_malloc, untrimmed_heap
 from align.models.tuning.apply import notice, parameter_counts
 from align.pipeline.context import StageContext
@@ -123,7 +121,7 @@ def _fit(
         tasks.evaluate(0)  # a resumed run has these scores in its checkpoint
     if checkpoint is not None:
         context.note(f"resuming from {checkpoint}")
-    with frozen_weights_rounded(trainer), _untrimmed_heap_for(trainer):
+    with _untrimmed_heap_for(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # The time of evaluations on tasks is a separate number.
     seconds = clock.seconds() - (0.0 if tasks is None else tasks.evaluations.seconds)
@@ -218,24 +216,6 @@ def _warn_of_lost_progress(context: StageContext, losses: Sequence[float]) -> No
             f"{context.name}: the loss fell from {first:.4g} to {lowest:.4g} and rose to {last:.4g} again (means of "
             f"{count} logged steps). What was learned is lost; lower learning_rate ({context.config.learning_rate:g})."
         )
-
-
-def frozen_weights_rounded(trainer: Any) -> AbstractContextManager[None]:
-    """Return a context in which the frozen matrices below LoRA adapters are in bfloat16, rounded once.
-
-    Autocast would round them in every pass. No number changes: these adapters read the frozen weights in products only.
-    Three cases stay in full precision: adapters that read the weights otherwise (DoRA's norms), models that are sharded
-    over processes, and checkpointed activations, which are for models whose second copy would need too much memory.
-    """
-    model = trainer.model
-    tuner = getattr(model, "base_model", None)
-    is_plain_lora = isinstance(tuner, LoraModel) and not any(
-        config.use_dora or config.trainable_token_indices for config in model.peft_config.values()
-    )
-    is_partitioned = is_sharded(model) or trainer.is_deepspeed_enabled
-    if not trainer.args.bf16 or trainer.args.gradient_checkpointing or is_partitioned or not is_plain_lora:
-        return contextlib.nullcontext()
-    return frozen_in_bf16(model)
 
 
 def _untrimmed_heap_for(trainer: Any) -> AbstractContextManager[None]:

@@ -25,7 +25,7 @@ def load_model(context: StageContext, field: str = "model", reward: bool = False
 
         # Before the model is loaded and rows are scored. ``fit`` reads the items again, and then shows notes.
         TrainingTasks(context, tokenizer, is_quiet=True)
-    model = load_for_tuning(source, tuning, reward=reward)
+    model = load_for_tuning(source, tuning, context.precision, reward=reward)
     check_model(context.name, model, tokenizer)
     return tokenizer, model
 

@@ -31,10 +31,14 @@ def test_sft_by_hand() -> None:
     full, lora = counted(SftConfig, LORA).choices[::-1]
     assert [c.settings["tuning"] for c in (lora, full)] == ["lora r2", "full"]
     assert (lora.chosen, full.chosen) == (True, False)
-    assert (lora.memory.weights, lora.memory.gradients, lora.memory.optimizer) == (4 * 178, 4 * 36, 8 * 36)
+    base = 2 * (40 + 40 + 40) + 4 * 22  # embedding, matrices and head in bfloat16, biases and norms in float32
+    assert (lora.memory.weights, lora.memory.gradients, lora.memory.optimizer) == (base + 4 * 36, 4 * 36, 8 * 36)
     assert (full.memory.weights, full.memory.gradients, full.memory.optimizer) == (4 * 142, 4 * 142, 8 * 142)
-    assert lora.memory.copies == 2 * (50 + 40 + 40)  # the matrices, the embeddings and the head
-    assert counted(SftConfig, LORA, precision="float32").choices[0].memory.copies == 0
+    assert lora.memory.copies == 0
+    wide = counted(SftConfig, LORA | {"base_dtype": "float32"}).choices[0].memory
+    assert (wide.weights, wide.copies) == (4 * 178, 2 * 50)
+    narrow = counted(SftConfig, LORA, precision="float32").choices[0].memory
+    assert (narrow.weights, narrow.copies) == (4 * 178, 0)
 
 
 def test_the_head_s_work_space_by_hand() -> None:
@@ -46,7 +50,7 @@ def test_the_head_s_work_space_by_hand() -> None:
     assert (lora.logits, lora.scoring) == (blocks + states, blocks + 4 * 4096 * 4)
     parts = lora.fullest(0)
     heap = parts.pop("heap")
-    assert sum(parts.values()) == 4 * 178 + 12 * 36 + 2 * (50 + 40 + 40) + blocks + states
+    assert sum(parts.values()) == 2 * 120 + 4 * 22 + 16 * 36 + blocks + states
     assert heap == 100 * 2**20 + int(0.06 * sum(parts.values()))
     assert lora.total == sum(parts.values()) + heap
     assert lora.per_token is None, "this architecture has no rule for activations"
@@ -83,7 +87,7 @@ def test_checkpointing_keeps_a_layer_s_input_and_one_layer() -> None:
 
 def test_reward_model_has_a_score_head_instead() -> None:
     lora = counted(RewardConfig, LORA).choices[0].memory
-    assert (lora.weights, lora.gradients, lora.copies) == (4 * (102 + 36 + 4), 4 * (36 + 4), 2 * (50 + 40))
+    assert (lora.weights, lora.gradients, lora.copies) == (2 * 80 + 4 * (22 + 36 + 4), 4 * (36 + 4), 0)
     full = counted(RewardConfig, {"method": "full"}).choices[0].memory
     assert (full.weights, full.optimizer) == (4 * 106, 8 * 106)
 

@@ -21,7 +21,7 @@ from align.models.compute.architecture import Architecture
 from align.models.compute.costs import FLOAT, activations_per_token
 from align.models.compute.layers import Layer, Linear
 from align.models.compute.model_types import architecture_of
-from align.models.compute.precision import low_residual
+from align.models.compute.precision import cast_frozen_to_bf16, low_residual
 from align.models.fast import ragged_rows
 from align.models.fast import token_logprobs as logprobs
 from align.models.fast.ragged_rows import enable_ragged, hidden_states, make_layout
@@ -58,10 +58,12 @@ def test_lora_shares_what_is_frozen() -> None:
 
 
 def test_bfloat16_copies_one_model_s_matrices_at_a_time() -> None:
-    assert cost(LORA, "head", precision="bfloat16").copies == 2 * (2 * 25 + 40)
+    wide = LORA.model_copy(update={"base_dtype": "float32"})
+    assert cost(LORA, "head", precision="bfloat16").copies == 0
+    assert cost(wide, "head", precision="bfloat16").copies == 2 * (2 * 25 + 40)
     larger = replace(TOY, blocks=(TOY_LAYER,) * 10)
     options: Any = {"precision": "bfloat16", "critic": "reward"}
-    assert ppo_memory(TOY, [larger], tuning=LORA, **options).copies == 2 * (2 * 25 + 40)  # it is in bfloat16
+    assert ppo_memory(TOY, [larger], tuning=wide, **options).copies == 2 * (2 * 25 + 40)  # it is in bfloat16
     assert ppo_memory(TOY, [larger], tuning=FullTuning(), **options).copies == 2 * 10 * 25
 
 
@@ -72,7 +74,8 @@ def test_frozen_matrices_are_rounded_but_not_vectors() -> None:
     assert counted.reference == trunk
     assert counted.reward == trunk + 4 * 4
     assert cost(FullTuning(), "policy", replace(TOY, tied=False), "bfloat16").reference == trunk + 2 * 40
-    assert cost(LORA, "policy", precision="bfloat16").weights == 4 * (102 + 36)
+    assert cost(LORA, "policy", precision="bfloat16").weights == trunk + 4 * 36  # the tied head is the embedding
+    assert cost(LORA, "policy", replace(TOY, tied=False), "bfloat16").weights == trunk + 2 * 40 + 4 * 36
     assert replace(TOY, conv1d=True).rounded == 40
 
 
@@ -254,14 +257,17 @@ def test_a_model_in_four_bits_is_as_large_as_the_live_one(double: bool) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE))
     sizes = architecture_of(model.config.to_dict())
     quantize(model, tuning)
-    assert model_bytes(sizes, tuning) == pytest.approx(weight_bytes(model), rel=1e-3)
-    assert model_bytes(sizes, FullTuning()) == 4 * sizes.parameters
+    assert model_bytes(sizes, tuning, "float32") == pytest.approx(weight_bytes(model), rel=1e-3)
+    model.requires_grad_(False)
+    cast_frozen_to_bf16(model)
+    assert model_bytes(sizes, tuning, "bfloat16") == pytest.approx(weight_bytes(model), rel=1e-3)
+    assert model_bytes(sizes, FullTuning(), "bfloat16") == 4 * sizes.parameters
 
 
 def test_ppo_with_matrices_that_cannot_be_shared() -> None:
     options: Any = {"precision": "bfloat16"}
     four = ppo_memory(TOY, [TOY], tuning=QloraTuning(rank=2), critic="policy", **options)
-    assert four.copies == 2 * 40  # those of the head: 4-bit matrices are dequantized anew in the backward pass
+    assert four.copies == 0  # 4-bit matrices are dequantized anew in the backward pass
     assert four.critic == 16 * (36 + 4 + 1)
     reward_critic = ppo_memory(TOY, [TOY], tuning=QloraTuning(rank=2), critic="reward", **options)
     # Frozen matrices of its own are none that the critic trains, whose state is saved and sharded.

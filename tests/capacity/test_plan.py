@@ -262,8 +262,8 @@ def test_remedy_of_a_launch_is_another_launch(plan: Any) -> None:
 def test_other_micro_batch_is_shown_as_a_setting(plan: Any) -> None:
     words = ["--hardware", "h100", "--set", "stages.sft.tuning={method: lora}"]
     _, out, _ = plan(MISTRAL, *words)
-    assert "the micro-batch is a setting of the stage: micro_batch_size: 2" in out
-    _, out, _ = plan(MISTRAL, *words, "--set", "stages.sft.micro_batch_size=2")
+    assert "the micro-batch is a setting of the stage: micro_batch_size: 4" in out
+    _, out, _ = plan(MISTRAL, *words, "--set", "stages.sft.micro_batch_size=4")
     sft = out.split("\nsft: ")[1].split("\nsample: ")[0]
     assert "the micro-batch is a setting" not in sft
 
@@ -308,3 +308,40 @@ def test_plan_imports_no_torch(pipeline: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
+
+
+CARDS = """name: card
+stages:
+  model: {{source: some/model, revision: '{revision}'}}
+  data: {{recipe: {recipe}}}
+  pairs: {{stage: sample, policy: model, prompts: data, score: gold}}
+  trained: {{{stage}, learning_rate: 1.0e-4, tuning: {{method: {method}, rank: 16}}, max_length: 2048, batch_size: 16,
+    gradient_checkpointing: true}}
+"""
+QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
+QWEN3_8B = QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+QWEN3_14B = QWEN3 | {
+    "hidden_size": 5120,
+    "intermediate_size": 17408,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "method", "config"),
+    [
+        ("stage: sft, model: model, data: data", "lora", QWEN3_8B),
+        ("stage: sft, model: model, data: data", "qlora", QWEN3_14B),
+        ("stage: dpo, policy: model, data: pairs", "lora", QWEN3_8B),
+        ("stage: reward, model: model, data: pairs", "lora", QWEN3_8B),
+    ],
+)
+def test_adapters_of_large_models_fit_24_gb(
+    stage: str, method: str, config: dict[str, Any], pipeline: Path, plan: Any
+) -> None:
+    recipe = Path("data_recipes/embedded.yaml").absolute()
+    pipeline.write_text(CARDS.format(revision="0" * 40, recipe=recipe, stage=stage, method=method))
+    _, out, _ = plan(config | {"tie_word_embeddings": False}, "--hardware", "24gb", "--json")
+    best = stages(out)["trained"]["options"][0]
+    assert best["fits"] and best["strategy"] == "single" and best["peak"] < 22.3 * 2**30

@@ -80,6 +80,7 @@ def test_blocks_are_found() -> None:
         ("tuning", "lisa"),
         ("early_stopping",),
         ("anchor",),
+        ("continue_from",),
         ("lint",),
     }
     methods = {path[0][1].get("method") for path, _ in blocks(STAGES["ppo"].config_class()) if path}

@@ -45,8 +45,9 @@ class ModelConfig(Config):
     add_tokens: list[str] = Field([])
     """Special tokens to add to the vocabulary, such as the chat template's: ``["<|im_start|>", "<|im_end|>"]``. Their
     embeddings start as the mean of all others; ``train_tokens`` of LoRA trains them."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the stored weights; bfloat16 halves the files. Training starts from float32 copies either way."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the stored weights: by default bfloat16 if all of the source's are, else float32. Checkpoints that are
+    trained by adapters keep the type. Weights that are trained in full become float32."""
 
     identified: ClassVar[frozenset[str]] = frozenset(
         {"source", "revision", "base_model", "base_revision", "chat_template", "add_tokens"}

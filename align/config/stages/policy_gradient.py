@@ -140,8 +140,8 @@ def drift_settings(config: RolloutFields) -> DriftFields:
 class PpoConfig(DriftFields):
     """One update samples ``rollout_batch`` responses, scores them and learns from them.
 
-    Memory: LoRA needs the policy once, in float32 (with its adapter off it is the reference), and the reward model
-    once, in ``precision`` (the critic is an adapter on it). Full tuning needs a second, trained copy of both, with
+    Memory: LoRA needs the policy once (with its adapter off it is the reference), and the reward model once (the critic
+    is an adapter on it), both in ``precision``. Full tuning needs a second, trained copy of both, with
     AdamW's state. `align plan --memory` shows the amounts for a model, and what other choices would cost.
     """
 

@@ -113,8 +113,8 @@ class RolloutFields(DefaultRates, TrainerOptions):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient norm to clip to, for the policy and the critic separately."""
     precision: PrecisionSetting = "auto"
-    """Type of the matrix products; ``auto`` measures which one this device multiplies faster in. Weights and AdamW's
-    state are float32 either way."""
+    """Type of the matrix products, and of frozen matrices below adapters; ``auto`` measures which one this device
+    multiplies faster in. Trained weights and AdamW's state are float32 either way."""
     missing_eos_penalty: float | None = Field(None, ge=0)
     """Subtracted from the score of a response without an end token. Teaches the policy to stop."""
     length_penalty: float = Field(0.0, ge=0)

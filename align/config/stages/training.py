@@ -112,8 +112,8 @@ class TrainingFields(DefaultRates, TrainerOptions):
     tuning: Tuning = FullTuning()
     """``{method: full}`` trains every weight, ``{method: lora, rank: 16}`` adapters of a few per cent."""
     precision: PrecisionSetting = "auto"
-    """Type of the matrix products; ``auto`` measures which one this device multiplies faster in. Weights and AdamW's
-    state are float32 either way."""
+    """Type of the matrix products, and of frozen matrices below adapters; ``auto`` measures which one this device
+    multiplies faster in. Trained weights and AdamW's state are float32 either way."""
     learning_rate: LearningRate = "auto"
     """Peak learning rate of AdamW. ``auto`` follows from the kind, ``tuning`` and the model's size (docs/methods.md);
     the plan shows its value."""

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from align.errors import UserError
 from align.models.chat.named_templates import require_tokens
@@ -19,11 +19,16 @@ from align.models.chat.render import require_chat_template
 from align.models.chat.special_tokens import add_tokens, grow_embeddings, unify_special_tokens
 from align.models.chat.template_settings import TemplateSettings
 from align.models.checkpoints.files import ADAPTER_WEIGHTS, read_header, read_object, read_optional
-from align.models.checkpoints.folder_checks import EMBEDDINGS, require_embeddings
+from align.models.checkpoints.folder_checks import EMBEDDINGS, FLOATS, require_embeddings, tensor_entries
 from align.models.pretrained import adapter_config, attach_adapter, open_gguf, open_model, open_tokenizer, refusing
 from align.store.json_files import write_text_atomically
 
 LOG = logging.getLogger(__name__)
+
+
+def stored_types(folder: Path) -> frozenset[str]:
+    """Return the floating-point types of a model folder's tensors, as safetensors calls them: ``BF16``, ``F32``."""
+    return frozenset(entry.dtype for entry in tensor_entries(folder).values()) & FLOATS
 
 
 @dataclass(frozen=True)
@@ -38,17 +43,24 @@ class Changes:
     """Variables of the template, to store in it."""
     add_tokens: tuple[str, ...] = ()
     """Special tokens to add to the vocabulary."""
-    dtype: str = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights; ``auto`` is bfloat16 if all weights of the source are, else float32."""
+
+    def type_for(self, source: Path | None = None) -> Any:
+        """Return torch's type for the weights of the folder ``source``; None stands for a GGUF file."""
+        import torch
+
+        if self.dtype == "auto":
+            return torch.bfloat16 if source is not None and stored_types(source) == {"BF16"} else torch.float32
+        return getattr(torch, self.dtype)
 
 
 def convert_gguf(
     gguf: Path, out_dir: Path, changes: Changes | None = None, warn: Callable[[str], None] = LOG.warning
 ) -> None:
     """Dequantize ``gguf`` and write it as a plain folder."""
-    import torch
-
     changes = changes or Changes()
-    tokenizer, model = open_gguf(gguf, getattr(torch, changes.dtype))
+    tokenizer, model = open_gguf(gguf, changes.type_for())
     # The weights are plain now. With a quantization config the next loader would expect GGUF blocks.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -72,14 +84,11 @@ def copy_model(
 
     Raises ``UserError`` for a model without any template, and for everything that ``pretrained.py`` refuses.
     """
-    import torch
-
     changes = changes or Changes()
     tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
     if changes.chat_template is None:
         require_chat_template(tokenizer, f"the model '{folder}'")  # before gigabytes are read
-    dtype = getattr(torch, changes.dtype)
-    model, _ = open_model("causal", folder, dtype, trust_remote_code=trust_remote_code)
+    model, _ = open_model("causal", folder, changes.type_for(folder), trust_remote_code=trust_remote_code)
     _apply(changes, tokenizer, model, str(folder))
     write_model(model, tokenizer, out_dir, warn, str(folder))
     if trust_remote_code:
@@ -99,8 +108,6 @@ def merge_adapter(
 
     The tokenizer is the adapter's, if it has one. Its template is the base's if it has none.
     """
-    import torch
-
     changes = changes or Changes()
     tokenizer = open_tokenizer(tokenizer_folder(adapter, base), trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
@@ -109,7 +116,7 @@ def merge_adapter(
         require_chat_template(tokenizer, f"the adapter '{adapter}' and its base")
     model = load_merged(base, adapter, len(tokenizer), trust_remote_code=trust_remote_code)
     _apply(changes, tokenizer, model, str(adapter))
-    write_model(model.to(getattr(torch, changes.dtype)), tokenizer, out_dir, warn, str(adapter))
+    write_model(model.to(changes.type_for(base)), tokenizer, out_dir, warn, str(adapter))
     if trust_remote_code:
         remove_code(out_dir)
 

@@ -123,7 +123,8 @@ class Architecture:
     def rounded(self) -> int:
         """Parameters of the trunk that ``align.models.compute.precision.cast_frozen_to_bf16`` keeps in bfloat16."""
         linears = 0 if self.conv1d else self.matrices - self.biases
-        return self.embedded - self.unrounded + linears
+        experts = sum(e.experts * e.inputs * e.outputs for block in self.blocks for e in block.experts)
+        return self.embedded - self.unrounded + linears + experts
 
     @property
     def head(self) -> int:

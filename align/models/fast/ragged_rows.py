@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from align.models.compute.precision import float32_products
 from align.models.fast.attention import FromGroups, HeadGather, ShortAttention, ToGroups
 from align.models.fast.stateful_layers import carries_state, enable_rows, stateful_layers
 from align.patches.transformers import attention_name
@@ -255,7 +256,7 @@ def try_ragged(model: Any) -> bool:
     device = next(model.parameters()).device
     tokens = torch.zeros(1, 2, dtype=torch.long, device=device)  # two rows of one token
     try:
-        with torch.no_grad():
+        with torch.no_grad(), float32_products(model.base_model):
             hidden_states(model.base_model, tokens, tokens, to_device(make_layout([1, 1]), device))
     except NotRaggedError:
         model.set_attn_implementation(before)

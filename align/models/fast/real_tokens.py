@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from align.models.checkpoints.conversion import plain_of
+from align.models.compute.precision import float32_products
 from align.models.fast.ragged_rows import NotRaggedError, can_run_ragged, enable_ragged, to_device
 from align.models.fast.shared_parts import PrefixBatch, share_prefixes
 from align.models.fast.stateful_layers import Spread
@@ -142,9 +143,10 @@ class _RealTokens:
         training = [module for module in trunk.modules() if module.training]
         trunk.eval()
         try:
-            in_line = trunk(**inputs).last_hidden_state[mask.bool()]
-            # A call that the hooks do not change.
-            padded = trunk(**{**inputs, "use_cache": True}).last_hidden_state[mask.bool()]
+            with float32_products(trunk):
+                in_line = trunk(**inputs).last_hidden_state[mask.bool()]
+                # A call that the hooks do not change.
+                padded = trunk(**{**inputs, "use_cache": True}).last_hidden_state[mask.bool()]
         except NotRaggedError:
             return False
         finally:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from align.config.base import Precision
 from align.config.tuning import (
@@ -25,11 +28,12 @@ from align.config.tuning import (
     VirtualTokens,
 )
 from align.errors import UserError
-from align.models.checkpoints.conversion import plain_of
+from align.models.checkpoints.conversion import plain_of, stored_types
 from align.models.checkpoints.files import CONFIG
 from align.models.compute.architecture import UnknownArchitecture
 from align.models.compute.costs import activations_per_token
 from align.models.compute.model_types import architecture_of
+from align.models.compute.precision import cast_frozen_to_bf16, widen_vectors
 from align.models.compute.processes import trim_malloc
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.parameter_groups import freeze
@@ -51,7 +55,7 @@ def refuse_untrainable(source: Path, tuning: TuningBase, *, samples: bool = Fals
     ``samples`` is True for a stage that trains on what the model samples.
     """
     config = source / CONFIG
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    kind = _model_type(source)
     if kind in UNEQUAL:
         raise UserError(
             f"{config}: models of type {kind} are not trained: their losses differ from transformers' by up to 4e-4, "
@@ -69,14 +73,30 @@ def refuse_untrainable(source: Path, tuning: TuningBase, *, samples: bool = Fals
         )
 
 
-def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -> Any:
+def _model_type(source: Path) -> str | None:
+    file = source / CONFIG
+    return json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+
+
+def load_for_tuning(source: Path, tuning: TuningBase, precision: Precision = "float32", *, reward: bool = False) -> Any:
     """Load the checkpoint in ``source`` for ``tuning``: a policy, or a reward model with a new score head.
 
-    float32 on the CPU, whatever the stage's precision (``align.models.compute.precision``); 4 bits for ``qlora``.
+    On the CPU: weights to train in float32, matrices that stay frozen in the base's type
+    (``align.models.compute.precision``), or in 4 bits for ``qlora``.
     Raises ``UserError`` for a type of model that cannot be trained so.
     """
     refuse_untrainable(source, tuning)
-    model = new_reward(source) if reward else load_policy(source)
+    # Layers that read the weights themselves do not cast them.
+    base_type = "float32" if _model_type(source) in CARRY_STATE else tuning.base_type(precision)
+    if getattr(tuning, "base_dtype", "auto") not in ("auto", base_type):
+        raise UserError(
+            "tuning.base_dtype: bfloat16 needs products in bfloat16, and adapters that do not change the frozen "
+            f"weights. This stage computes in {precision}. Set `precision: bfloat16`, or remove base_dtype."
+        )
+    dtype = torch.float32
+    if not tuning.trains_all:
+        dtype = frozen_dtype(source, base_type)
+    model = new_reward(source, dtype) if reward else load_policy(source, dtype)
     if isinstance(tuning, QloraTuning):
         from align.models.tuning.quantized import quantize
 
@@ -84,8 +104,71 @@ def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -
     if isinstance(tuning, VirtualTokens) and not stored.is_stored(source):
         tokenizer = stored.tokenizer_for(load_tokenizer(source), source, tuning)
         virtual_tokens.add_embedding_rows(model, tokenizer.new_virtual_tokens)
+    if base_type == "bfloat16":
+        freeze_in_bf16(model, source)
     note_ids(model, source, tuning)
     return model
+
+
+SHARD_SIZE = "1GB"
+"""Largest file of a saved model. The tensors of one file are in memory at a time."""
+STORED_BASE = "align_stored_base"
+"""Attribute of a model: the folder of its float32 weights, whose matrices it holds in bfloat16."""
+SAVED_TYPE = "align_saved_type"
+"""Attribute of a model: the type of its files, if that is not float32."""
+
+
+def frozen_dtype(source: Path, base_type: Precision) -> torch.dtype:
+    """Return the type to load a model to freeze in: the type of its files, or float32 if that is wider.
+
+    Raises ``UserError`` for a model with weights in float16.
+    """
+    kinds = stored_types(source)
+    if "F16" in kinds:
+        raise UserError(
+            f"{source}: has weights in float16, which training does not use: its largest number is 65,504, and "
+            "activations exceed it. Bring the model in through a `model` stage, which converts it."
+        )
+    return torch.bfloat16 if base_type == "bfloat16" and kinds == {"BF16"} else torch.float32
+
+
+def freeze_in_bf16(model: Any, source: Path) -> None:
+    """Freeze ``model``, loaded from ``source``, and keep its matrices in bfloat16, in place.
+
+    Norms, biases and a score head stay in float32. A matrix whose file is wider is read again to be folded into.
+    """
+    if model.dtype == torch.bfloat16:
+        setattr(model, SAVED_TYPE, torch.bfloat16)
+    else:
+        setattr(model, STORED_BASE, source)
+    model.requires_grad_(False)
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+    if model.dtype == torch.bfloat16:
+        widen_vectors(model)
+    else:
+        cast_frozen_to_bf16(model)
+
+
+def stored_base(model: Any) -> dict[str, torch.Tensor]:
+    """Return the weights to fold adapters into by plain name; empty if they are the live weights of ``model``.
+
+    They are read from the checkpoint's files when they are used.
+    """
+    inner = plain_of(model)
+    source: Path | None = getattr(inner, STORED_BASE, None)
+    if source is None:
+        return {}
+    loaded = new_reward(source) if hasattr(inner, "score") else load_policy(source)
+    weights: dict[str, torch.Tensor] = loaded.state_dict()
+    trained = {name for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    for name, live in inner.state_dict().items():
+        if name in trained:
+            weights.pop(name, None)
+        elif name in weights and len(live) > len(weights[name]):
+            # Virtual tokens have added rows, which are zero.
+            weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, len(live) - len(weights[name])))
+    return weights
 
 
 def apply_tuning(
@@ -137,10 +220,10 @@ def initial_policy(model: Any) -> Iterator[Any]:
 
 
 def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
-    """Write ``model`` (a policy or a reward model) to ``out_dir`` as a plain folder, adapters merged in float32.
+    """Write ``model`` (a policy or a reward model) to ``out_dir`` as a plain folder, adapters folded in float32.
 
-    The live model does not change. A bare adapter goes to ``adapter/`` next to ``out_dir``, and into ``out_dir`` when
-    it cannot be merged (``stored.py``).
+    The sums are rounded once, to the type of the files that a frozen base comes from. The live model does not change. A
+    bare adapter goes to ``adapter/`` next to ``out_dir``, and into ``out_dir`` if it cannot be folded (``stored.py``).
     """
     from peft import PeftModel
 
@@ -151,7 +234,9 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
     if isinstance(model, PeftModel):
         save_adapter(model, out_dir.parent / "adapter")
         inner = model.get_base_model()
-    weights = {name: tensor.detach() for name, tensor in merged_weights(model)}
+    dtype: torch.dtype = getattr(inner, SAVED_TYPE, torch.float32)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    weights = _folded(model, dtype, out_dir)
     config = inner.config
     # Other tools read these tokens from the configs, not from the tokenizer.
     for settings in (config, getattr(inner, "generation_config", None)):
@@ -161,8 +246,43 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
     # Merging may widen or untie matrices, and the written config must say so.
     weights, changes = stored.prepare_save(inner, weights, tokenizer, out_dir)
     with stored.config_with(config, changes):
-        save_everything(inner, save_directory=out_dir, state_dict=weights, is_main_process=True)
+        save_everything(
+            inner, save_directory=out_dir, state_dict=weights, is_main_process=True, max_shard_size=SHARD_SIZE
+        )
+        # transformers writes the type of the live model, whose frozen matrices may be narrower than the files.
+        config.dtype = dtype
+        config.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
+
+
+def _on_disk(tensor: torch.Tensor, file: Path) -> torch.Tensor:
+    """Return a copy of ``tensor`` in the deleted ``file``; its pages leave the process's memory until they are read."""
+    with file.open("w+b") as opened:
+        opened.truncate(tensor.nbytes)
+        pages = mmap.mmap(opened.fileno(), tensor.nbytes)
+    file.unlink()
+    copy = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+    pages.madvise(mmap.MADV_DONTNEED)
+    return copy
+
+
+def _folded(model: Any, dtype: torch.dtype, scratch: Path) -> dict[str, torch.Tensor]:
+    """Return all weights of ``model`` with its adapters folded, rounded once to ``dtype``; a score head is not rounded.
+
+    A tensor that is not the model's own is in a deleted file in the folder ``scratch``: saving needs no second model in
+    memory.
+    """
+    base = stored_base(model)
+    own = {tensor.data_ptr() for tensor in (*model.state_dict().values(), *base.values())}
+    weights = {}
+    for name, tensor in merged_weights(model, base):
+        weight = tensor.detach()
+        if weight.is_floating_point() and not name.startswith("score."):
+            weight = weight.to(dtype)
+        if weight.data_ptr() not in own and weight.numel():
+            weight = _on_disk(weight, scratch / "folded.bin")
+        weights[name] = weight
+    return weights
 
 
 def engine_source(source: Path, tuning: Any, scratch: Path) -> Path:
@@ -220,8 +340,6 @@ def notice(
     the most parameters that a layer schedule trains in one step. Activations are given per token, where there is a
     rule; ``low_residual`` is how the model computes (``align.models.compute.costs.activations_per_token``).
     """
-    import torch
-
     trained, total = parameter_counts(model)
     loaded = model if loaded is None else loaded
     trained_at_once = parameter_counts(loaded)[0] if max_trained is None else max_trained
@@ -229,7 +347,7 @@ def notice(
     needed = weight_bytes(loaded) + GRADIENT_AND_ADAMW * trained_at_once
     if precision == "bfloat16":  # autocast's bfloat16 copies of the matrices live until the backward pass
         matrices = (module.weight for module in loaded.modules() if isinstance(module, torch.nn.Linear))
-        needed += 2 * sum(weight.numel() for weight in matrices if weight.is_floating_point())
+        needed += 2 * sum(weight.numel() for weight in matrices if weight.dtype == torch.float32)
     unit, label = (2**30, "GiB") if needed >= 2**29 else (2**20, "MiB")
     activations = _activations(model, tuning, precision, low_residual=low_residual)
     words = f"{trained:,} of {total:,} parameters are trained ({_percent(trained / total)})"

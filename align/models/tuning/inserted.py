@@ -95,7 +95,7 @@ def train_insertions_only(model: Any, started: bool = False) -> Any:
         model.initial_insertions = {name: tensor.clone() for name, tensor in inserted_weights(model).items()}
     model.requires_grad_(False)
     for module in inserted.values():
-        module.requires_grad_(True)
+        module.float().requires_grad_(True)
     if isinstance(getattr(model, "score", None), nn.Module):
         model.score.requires_grad_(True)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -27,6 +27,7 @@ from torch import nn
 
 from align.config.tuning import AdaptersTuning, PrefixTuning
 from align.errors import UserError
+from align.models.compute.precision import float32_products
 from align.models.tuning.inserted import (
     GATED,
     Insertion,
@@ -286,7 +287,8 @@ def _keys_and_values(model: Any, ids: list[int]) -> list[dict[str, torch.Tensor]
             hooks.append(getattr(attention, name).register_forward_hook(_store))
     try:
         device = model.get_input_embeddings().weight.device
-        getattr(model, model.base_model_prefix)(input_ids=torch.tensor([ids], device=device), use_cache=False)
+        with float32_products(model):
+            getattr(model, model.base_model_prefix)(input_ids=torch.tensor([ids], device=device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

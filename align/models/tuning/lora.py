@@ -25,6 +25,7 @@ from align.config.validation import hint_nearest, nearest
 from align.errors import UserError
 from align.models.checkpoints.folder_checks import TOKENIZER, token_ids
 from align.models.compute.layers import FEED_FORWARD
+from align.models.compute.precision import float32_products, widen_trained
 from align.models.experts import default_targets, expert_matrices, has_experts
 from align.models.parameter_groups import layer_stack
 from align.models.tuning.inserted import swapped_values
@@ -65,6 +66,7 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
             raise UserError(f"tuning.targets: {tuning.targets} fits no module of this model: {error}") from None
         check_ties(peft_model)
         prepare(peft_model)
+        widen_trained(peft_model)
         if tuning.init == "eva":
             _start_from_rows(peft_model, rows or ())
     # The adapters are initialized: loading one from a checkpoint must not do it again.
@@ -253,7 +255,8 @@ def _start_from_rows(peft_model: Any, rows: Sequence[Sequence[int]]) -> None:
     was_training = peft_model.training
     peft_model.eval()
     try:
-        initialize_lora_eva_weights(peft_model, _batches(rows[:EVA_ROWS], device), show_progress_bar=False)
+        with float32_products(peft_model):
+            initialize_lora_eva_weights(peft_model, _batches(rows[:EVA_ROWS], device), show_progress_bar=False)
     except ValueError as error:
         raise UserError(f"tuning.init: eva does not work on these training rows: {error}") from None
     finally:
@@ -359,6 +362,7 @@ def wrap_method(model: Any, tuning: Ia3Tuning | PeftTuning, seed: int) -> Any:
         except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
             raise UserError(f"{place}: {tuning.label} does not fit this model: {error}") from None
     check_ties(peft_model)
+    widen_trained(peft_model)
     layers = tuner_layers(peft_model)
     if not layers:
         raise UserError(f"{place}: {tuning.label} changes no module of this model.")

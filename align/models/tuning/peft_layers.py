@@ -13,7 +13,8 @@ other by the product itself. ``align.patches.peft`` puts it in the place of peft
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,17 +40,21 @@ def tuner_layers(model: Any) -> dict[str, Any]:
     }
 
 
+Base = Mapping[str, torch.Tensor]
+"""Frozen weights by plain name, to fold adapters into instead of the live weights."""
+
+
 @torch.no_grad()
-def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_weights(model: Any, base: Base = MappingProxyType({})) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield ``(name, tensor)`` for every weight and saved buffer of ``model``, in their shapes without adapters.
 
-    A tied head comes under both names. Tensors that no adapter changes are the model's own, not copies; the others are
-    float32. Raises ``ValueError`` for an adapter that cannot be merged.
+    A tied head comes under both names. Tensors that no adapter changes are those of ``base``, or the model's own, not
+    copies. The others are float32. Raises ``ValueError`` for an adapter that cannot be merged.
     """
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
-        yield from plain_weights(model).items()
+        yield from plain_weights(model, base).items()
         return
     layers = tuner_layers(model)
     # Matrices in 4 bits without an adapter, by the plain name of their module.
@@ -73,7 +78,7 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if layer is None:
             quantized = four_bit.get(_quantized_module(name))
             if quantized is None:
-                yield name, tensor
+                yield name, base.get(name, tensor)
             elif name.endswith(".weight"):
                 yield name, float_weight(quantized)
             elif name.endswith(".bias"):
@@ -84,10 +89,12 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             if is_trained_rows(layers[layer]):
                 tied = layers[layer].tied_adapter or layers[layer]
                 if tied not in embeddings:
-                    embeddings[tied] = merged_rows(layers[layer])
+                    embeddings[tied] = merged_rows(layers[layer], base.get(f"{layer.removesuffix(ADAPTER)}.weight"))
                 yield f"{layer.removesuffix(ADAPTER)}.weight", embeddings[tied]
                 continue
-            for leaf, value in merge_layer(layers[layer]).items():
+            own_names = layers[layer].get_base_layer().state_dict()
+            stored = {name: base[f"{layer}.{name}"] for name in own_names if f"{layer}.{name}" in base}
+            for leaf, value in merge_layer(layers[layer], stored).items():
                 yield f"{layer}.{leaf}", value
 
 
@@ -107,23 +114,30 @@ def _adapted_layer_of(name: str, layers: dict[str, Any]) -> str | None:
 
 
 @torch.no_grad()
-def merge_layer(layer: Any) -> dict[str, torch.Tensor]:
+def merge_layer(layer: Any, stored: Base = MappingProxyType({})) -> dict[str, torch.Tensor]:
     """Return weight, bias and buffers, in their shapes, of the module that ``layer`` wraps, its adapters merged.
 
-    Matrices are float32. Raises ``ValueError`` for a method that cannot be merged.
+    Matrices are float32. Tensors of ``stored`` replace the module's own, by their names in it. Raises ``ValueError``
+    for a method that cannot be merged.
     """
     base = layer.get_base_layer()
     if isinstance(layer, ParamWrapper):
-        return _merge_experts(layer)
+        return _merge_experts(layer, stored)
+    weight = stored.get("weight") if base.weight.is_floating_point() else None
+    if weight is None:
+        weight = float_weight(base)
     if _is_plain_lora(layer):
         # A sum in float32: in bf16 a small update would vanish next to the weight.
-        merged = float_weight(base).clone()
+        merged = weight.float().clone()
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
                 merged += layer.get_delta_weight(adapter).float()
         return {**_own_tensors(base), "weight": merged}
     layer_copy = copy.deepcopy(layer)
     merge = type(layer_copy).merge
+    if base.weight.is_floating_point():
+        # peft merges in the type of the matrix.
+        layer_copy.get_base_layer().weight = torch.nn.Parameter(weight.float().clone(), requires_grad=False)
     if getattr(base.weight, "quant_state", None) is not None:
         # The layer of a 4-bit matrix would quantize the sum. The layer of a plain matrix merges in the matrix's type.
         layer_copy.base_layer = _dequantize(base)
@@ -135,9 +149,9 @@ def merge_layer(layer: Any) -> dict[str, torch.Tensor]:
     return _own_tensors(layer_copy.get_base_layer())
 
 
-def _merge_experts(layer: Any) -> dict[str, torch.Tensor]:
+def _merge_experts(layer: Any, stored: Base) -> dict[str, torch.Tensor]:
     """Return the tensors of a module of experts; peft wraps it once for each of its adapted parameters."""
-    tensors = {name: tensor.detach() for name, tensor in layer.get_base_layer().state_dict().items()}
+    tensors = {name: tensor.detach() for name, tensor in layer.get_base_layer().state_dict().items()} | dict(stored)
     while hasattr(layer, "parameter_name"):
         merged = tensors[layer.parameter_name].float()
         for adapter in layer.active_adapters:
@@ -187,9 +201,13 @@ def is_trained_rows(layer: Any) -> bool:
     return isinstance(layer, TrainableTokensLayer)
 
 
-def merged_rows(layer: Any) -> torch.Tensor:
-    """Return the matrix (V, hidden) of a layer of trained rows with their values in it, in float32."""
-    merged: torch.Tensor = layer.get_base_layer().weight.detach().float().clone()
+def merged_rows(layer: Any, stored: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the matrix (V, hidden) of a layer of trained rows with their values in it, in float32.
+
+    ``stored`` replaces the layer's own matrix.
+    """
+    weight: torch.Tensor = layer.get_base_layer().weight.detach() if stored is None else stored
+    merged = weight.float().clone()
     for adapter in layer.active_adapters:
         rows = layer.trainable_tokens_delta[adapter]
         merged[torch.tensor(layer.token_indices[adapter], device=merged.device)] = rows.detach().float()

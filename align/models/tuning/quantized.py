@@ -101,7 +101,8 @@ def _quantized(module: torch.nn.Linear, tuning: QloraTuning) -> QuantizedLinear:
         device="meta",
     )
     quantized.weight = bnb.nn.Params4bit(
-        module.weight.data.contiguous(),
+        # bitsandbytes dequantizes to the type of what it quantized.
+        module.weight.data.float().contiguous(),
         requires_grad=False,
         compress_statistics=tuning.double_quantization,
         quant_type=tuning.quantization,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,8 @@ def require_same(model: Any, tuning: Any) -> None:
     if carried is None or isinstance(tuning, FullTuning):
         return
     # The initial text matters only when the tokens are created.
-    same_fields = carried.model_dump(exclude={"text"}) == tuning.model_dump(exclude={"text"})
+    ignored = {"text", "base_dtype"}
+    same_fields = carried.model_dump(exclude=ignored) == tuning.model_dump(exclude=ignored)
     if type(carried) is not type(tuning) or not same_fields:
         raise UserError(
             f"tuning.method: the checkpoint carries an adapter of tuning {carried.label}, which is trained further "
@@ -159,7 +160,7 @@ def write_adapter(model: Any, folder: Path) -> None:
     tokens = getattr(model.get_input_embeddings(), virtual_tokens.NAME, None)
     described = {
         "format": FORMAT,
-        "tuning": model.inserted_tuning.model_dump(mode="json", exclude_defaults=True)
+        "tuning": model.inserted_tuning.model_dump(mode="json", exclude_defaults=True, exclude={"base_dtype"})
         | {"method": model.inserted_tuning.method},
         "first_token": None if tokens is None else tokens.first,
     }
@@ -168,13 +169,13 @@ def write_adapter(model: Any, folder: Path) -> None:
     write_text_atomically(folder / DESCRIPTION, json.dumps(described, indent=1))
 
 
-def plain_weights(model: Any) -> dict[str, torch.Tensor]:
+def plain_weights(model: Any, base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return every weight of ``model``, of any shape, by its name in a saved folder and in an engine.
 
-    Insertions are merged where plain weights can hold them, and listed by name elsewhere. An engine that loads these
-    weights was opened on ``engine_source``.
+    Tensors of ``base`` replace the frozen ones of their names. Insertions are merged where plain weights can hold
+    them, and listed by name elsewhere. An engine that loads these weights was opened on ``engine_source``.
     """
-    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    weights = {name: base.get(name, tensor.detach()) for name, tensor in model.state_dict().items()}
     if virtual_tokens.learned_tokens(model) is not None:
         return virtual_tokens.merge_into_embedding(model, weights)
     return inserted_methods.merge_into_mlps(model, weights) if inserted_methods.is_parallel(model) else weights

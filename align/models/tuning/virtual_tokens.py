@@ -19,6 +19,7 @@ from torch import nn
 from align.config.tuning import PromptTuning, PTuning, VirtualTokens
 from align.errors import UserError
 from align.models.chat.render import render_prompt
+from align.models.compute.precision import float32_products
 from align.models.tuning.inserted import Insertion, train_insertions_only
 
 NAME = "virtual"
@@ -232,7 +233,8 @@ def virtual_mass(model: Any, tokenizer: Any, ids: list[int]) -> float:
     largest = 0.0
     for text in PROBES:
         row = torch.tensor([render_prompt(tokenizer, [{"role": "user", "content": text}])], device=device)
-        logits = model(input_ids=row, use_cache=False).logits[0].float()  # (T, V)
+        with float32_products(model):
+            logits = model(input_ids=row, use_cache=False).logits[0].float()  # (T, V)
         # Only positions of real tokens count: no answer continues after a virtual token.
         real = (row[0] < ids[0]) | (row[0] > ids[-1])
         largest = max(largest, float(logits.softmax(dim=-1)[real][:, ids].sum(dim=-1).max()))

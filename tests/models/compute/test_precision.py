@@ -13,7 +13,7 @@ from align.config.tuning import LoraTuning
 from align.models.compute import costs
 from align.models.compute import precision as product_speed
 from align.models.compute.costs import ProductSpeed, read_speed, speed_key, with_expected_precision, write_speed
-from align.models.compute.precision import autocast, cast_frozen_to_bf16, frozen_in_bf16, low_residual
+from align.models.compute.precision import autocast, cast_frozen_to_bf16, float32_products, low_residual
 from align.models.fast.lean_modules import LeanRMSNorm
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
@@ -103,33 +103,49 @@ def test_rounding_leaves_nothing_in_the_mapped_file(tiny_model: Path) -> None:
         assert torch.equal(parameter, value.to(parameter.dtype))
 
 
-def test_frozen_in_bf16_changes_no_number(tiny_model: Path) -> None:
-    def adapted() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+def test_frozen_bf16_base_changes_no_number(tiny_model: Path) -> None:
+    def adapted(is_rounded: bool) -> torch.nn.Module:
         model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4), 0)
         low_residual(model)
-        return model, dict(model.named_parameters())
+        if is_rounded:
+            cast_frozen_to_bf16(model)
+        return model
 
     def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-    plain, _ = adapted()
-    with autocast("cpu", "bfloat16"):
-        expected = plain(input_ids=IDS, labels=IDS).loss
-    expected.backward()
-    model, before = adapted()
-    with frozen_in_bf16(model), autocast("cpu", "bfloat16"):
-        inside = dict(model.named_parameters())
-        frozen = [p for name, p in inside.items() if "lora_" not in name and "norm" not in name]
-        assert {p.dtype for p in frozen} == {torch.bfloat16}
-        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight  # still tied
-        loss = model(input_ids=IDS, labels=IDS).loss
-    after = dict(model.named_parameters())
-    assert before.keys() == after.keys() and all(after[name] is p for name, p in before.items())
-    loss.backward()  # of a graph that outlives it
-    assert torch.equal(loss, expected)
+    losses = []
+    models = [adapted(False), adapted(True)]
+    for model in models:
+        with autocast("cpu", "bfloat16"):
+            losses.append(model(input_ids=IDS, labels=IDS).loss)
+        losses[-1].backward()
+    plain, rounded = models
+    frozen = [p for name, p in rounded.named_parameters() if "lora_" not in name and "norm" not in name]
+    assert {p.dtype for p in frozen} == {torch.bfloat16}
+    assert rounded.get_input_embeddings().weight is rounded.get_output_embeddings().weight  # still tied
+    assert torch.equal(losses[0], losses[1])
     wanted = gradients(plain)
-    assert wanted and gradients(model).keys() == wanted.keys()
-    assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients(model).items())
+    assert wanted and gradients(rounded).keys() == wanted.keys()
+    assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients(rounded).items())
+
+
+def test_float32_products_widen_one_module_at_a_time(tiny_model: Path) -> None:
+    model = load_policy(tiny_model).requires_grad_(False)
+    exact = load_policy(tiny_model)
+    cast_frozen_to_bf16(model)
+    for parameter in exact.parameters():
+        if parameter.dim() == 2:
+            parameter.data = parameter.data.bfloat16().float()
+    kinds = []
+    model.model.layers[1].register_forward_pre_hook(
+        lambda *_: kinds.append({p.dtype for p in model.model.layers[0].mlp.parameters()})
+    )
+    with torch.no_grad(), float32_products(model):
+        logits = model(IDS).logits
+    assert torch.equal(logits, exact(IDS).logits)
+    assert kinds == [{torch.bfloat16}]  # the layer before is narrow again
+    assert model.lm_head.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
@@ -142,9 +158,6 @@ def test_embeddings_that_scale_their_rows_are_rounded_by_nobody(kind: str) -> No
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     with torch.no_grad(), autocast("cpu", "bfloat16"):
         expected = model(IDS).logits  # rows times 80 ** 0.5 = 8.944, which is 8.938 in bfloat16
-        with frozen_in_bf16(model):
-            assert torch.equal(model(IDS).logits, expected)
-            assert embedding.weight is head.weight and embedding.weight.dtype == torch.float32
         cast_frozen_to_bf16(model)
         assert torch.equal(model(IDS).logits, expected)
     assert embedding.weight is head.weight and embedding.weight.dtype == torch.float32
