@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from types import FrameType, TracebackType
 from typing import Any
 
+from align.patches.signatures import frame_of
 from align.pipeline.context import duration
 from align.pipeline.process_limits import alarm
 
@@ -59,8 +59,7 @@ def call_within(seconds: float | None, function: Callable[..., Any], *inputs: An
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        frame = sys._current_frames().get(thread.ident or 0)
-        raise CallTimeout(seconds).with_traceback(_traceback(frame))
+        raise CallTimeout(seconds).with_traceback(_traceback(frame_of(thread)))
     return result.result()
 
 

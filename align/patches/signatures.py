@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 from align.errors import UserError
@@ -45,3 +48,8 @@ def _version(package: str) -> str:
 
 def _remedy(package: str) -> str:
     return f"Install the version of {package} that align's constraints.txt names."
+
+
+def frame_of(thread: threading.Thread) -> FrameType | None:
+    """Return the frame that a thread runs now. Python documents ``sys._current_frames`` in spite of its name."""
+    return sys._current_frames().get(thread.ident or 0)

@@ -7,7 +7,8 @@ import torch
 from transformers.utils import logging
 
 from align.config.tuning import FullTuning
-from align.models.loading import load_policy, load_reward, load_tokenizer
+from align.models.loading import load_reward, load_tokenizer
+from align.models.tuning.apply import load_for_tuning
 from align.rl import PpoConfig, PPOTrainer
 from tests.support.rl.arguments import settings
 from tests.support.rl.trainers import ROWS, make_engine, options_in, share_of_vowels
@@ -34,10 +35,11 @@ def make_trainer(tiny_model, tiny_reward, tmp_path):
         tuning=None, reward=False, scorer=share_of_vowels, engine=None, callbacks=None, rows=ROWS, gold=None, **fields
     ):
         others = {name: fields.pop(name) for name in PASSED if name in fields}
+        is_narrow = (others | fields).get("bf16", False)
         options = options_in(tmp_path) | {"samples_per_prompt": 2, "per_device_train_batch_size": 4}
         torch.manual_seed(0)
         return PPOTrainer(
-            model=load_policy(tiny_model),
+            model=load_for_tuning(tiny_model, tuning or FullTuning(), "bfloat16" if is_narrow else "float32"),
             **settings(PpoConfig, **(options | fields | {"tuning": tuning or FullTuning()})),
             train_dataset=rows,
             processing_class=load_tokenizer(tiny_model),

@@ -72,7 +72,9 @@ def test_only_whole_checkpoints_count(make_trainer, tmp_path):
     folder = tmp_path / "run"
     assert last_checkpoint(folder) is None
     make_trainer(output_dir=str(folder), save_total_limit=2, **FIELDS).train()
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-12", "checkpoint-16", "rollouts"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("checkpoint-12", "checkpoint-16", "rollouts", "rollouts.json")
+    ]
     shutil.copytree(folder / "checkpoint-16", folder / DRAFT / "checkpoint-20")  # a kill while saving
     (folder / "checkpoint-16" / "trainer_state.json").unlink()
     assert last_checkpoint(folder) == folder / "checkpoint-12"

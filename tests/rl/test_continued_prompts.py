@@ -95,20 +95,22 @@ def test_changed_settings_equal_training_continued_by_hand(
             self.sampler.scorer = dataclasses.replace(self.sampler.scorer, parts=parts)
         return sample(self, update)
 
-    by_hand = stage(kind, tmp_path / "by_hand", tiny_model, updates=4)
+    # The critic's rate is then the policy's, and changes with it.
+    fields = {"critic_learning_rate": None} if kind == "ppo" else {}
+    by_hand = stage(kind, tmp_path / "by_hand", tiny_model, updates=4, **fields)
     with monkeypatch.context() as patch:
         patch.setattr(RLTrainer, "sample", change_by_hand)
         train(by_hand)
-    first = stage(kind, tmp_path / "first", tiny_model, updates=2)
+    first = stage(kind, tmp_path / "first", tiny_model, updates=2, **fields)
     train(first)
     change = {"kl_coef": 0.5, "learning_rate": 2e-3, "length_penalty": 0.01, "score_weight": 3.0}
-    more = continuing(first, kind, tmp_path / "more", tiny_model, change=change, updates=4)
+    more = continuing(first, kind, tmp_path / "more", tiny_model, change=change, updates=4, **fields)
     metrics = train(more)
     assert_equal_weights(by_hand, more)
     assert metrics["changed"].keys() == change.keys()
     (event,) = events(more, "change")
     assert event["step"] == 2
-    unchanged = continuing(first, kind, tmp_path / "unchanged", tiny_model, updates=4)
+    unchanged = continuing(first, kind, tmp_path / "unchanged", tiny_model, updates=4, **fields)
     train(unchanged)
     with pytest.raises(AssertionError):
         assert_equal_weights(unchanged, more)

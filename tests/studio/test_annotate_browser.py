@@ -37,7 +37,7 @@ def store(tmp_path: Path) -> Path:
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     annotations = AnnotationSet(Store.open(tmp_path / "store").root, "helpful-1")
-    annotations.add_pairs(read_file_pairs(path))
+    annotations.add_pairs(read_file_pairs(path).pairs.values())
     annotations.change_settings(duplicates=0.0, overlap=1.0)
     return tmp_path / "store"
 

@@ -354,6 +354,6 @@ def test_a_closed_request_ends_the_endpoints_answer(store: Path) -> None:
 def test_two_answers_become_a_pair_of_annotations(client: TestClient, store: Path) -> None:
     line = {"prompt": HI, "a": HOSTILE, "b": "No", "systems": ["smoke:sft", "smoke:dpo"], "scores": {"r": [1.0, 0.5]}}
     added = client.post("/api/annotate/chats/pairs", json={"lines": json.dumps(line)}, headers=OWN_PAGE)
-    assert added.json() == {"added": 1, "read": 1}
+    assert added.json() == {"added": 1, "read": 1, "skipped": []}
     (pair,) = AnnotationSet(store, "chats").pairs().values()
     assert {pair.a, pair.b} == {HOSTILE, "No"}

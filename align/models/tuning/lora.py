@@ -29,7 +29,7 @@ from align.models.compute.precision import float32_products, widen_trained
 from align.models.experts import default_targets, expert_matrices, has_experts
 from align.models.parameter_groups import layer_stack
 from align.models.tuning.inserted import swapped_values
-from align.models.tuning.peft_layers import fuse_lora, merge_layer, tuner_layers
+from align.models.tuning.peft_layers import fuse_lora, merge_layer, set_dora_magnitudes, tuner_layers
 
 START = "align_start"
 """Attribute of a peft model: its adapters' initial weights by name, where these are part of the initial model."""
@@ -67,6 +67,8 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
         check_ties(peft_model)
         prepare(peft_model)
         widen_trained(peft_model)
+        if tuning.dora and model.dtype != torch.float32:
+            set_dora_magnitudes(peft_model)
         if tuning.init == "eva":
             _start_from_rows(peft_model, rows or ())
     # The adapters are initialized: loading one from a checkpoint must not do it again.

@@ -194,6 +194,16 @@ def _dequantize(quantized: Any) -> torch.nn.Linear:
     return linear
 
 
+def set_dora_magnitudes(peft_model: Any) -> None:
+    """Compute DoRA's row norms in float32: peft computes them in the type of the matrix, and before LoftQ's values."""
+    for layer in peft_model.modules():
+        magnitudes = getattr(layer, "lora_magnitude_vector", None) or {}
+        if "default" in magnitudes and isinstance(layer.get_base_layer(), torch.nn.Linear):
+            update = layer.get_delta_weight("default")
+            lengths = (float_weight(layer.get_base_layer()) + update).norm(dim=1)
+            magnitudes["default"].weight.data = lengths.to(update.dtype)
+
+
 def is_trained_rows(layer: Any) -> bool:
     """Return True for peft's layer of trained rows."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer

@@ -15,7 +15,7 @@ import torch
 from align.config.tuning import QloraTuning
 from align.errors import UserError
 from align.models.tuning import lora
-from align.models.tuning.peft_layers import float_weight, tuner_layers
+from align.models.tuning.peft_layers import float_weight, set_dora_magnitudes, tuner_layers
 
 try:
     bnb: Any = importlib.import_module("bitsandbytes")
@@ -61,7 +61,7 @@ def wrap(model: Any, tuning: QloraTuning, seed: int, rows: Any = None) -> Any:
                 layer.lora_A["default"].weight.data = first.clone()
                 layer.lora_B["default"].weight.data = second / scale
         if tuning.dora:
-            _set_dora_magnitudes(peft_model)
+            set_dora_magnitudes(peft_model)
         lora.store_initial_values(peft_model)
     return peft_model
 
@@ -117,12 +117,3 @@ def _quantized(module: torch.nn.Linear, tuning: QloraTuning) -> QuantizedLinear:
         root = sizes[: tuning.rank].sqrt()
         quantized.loftq = (root[:, None] * right[: tuning.rank], left_vectors[:, : tuning.rank] * root)
     return quantized
-
-
-def _set_dora_magnitudes(peft_model: Any) -> None:
-    """Compute DoRA's row norms again: peft computed them before LoftQ's values were in the adapters."""
-    for layer in peft_model.modules():
-        if getattr(layer, "lora_magnitude_vector", None) and "default" in layer.lora_magnitude_vector:
-            update = layer.get_delta_weight("default")
-            lengths = (float_weight(layer.get_base_layer()) + update).norm(dim=1)
-            layer.lora_magnitude_vector["default"].weight.data = lengths.to(update.dtype)

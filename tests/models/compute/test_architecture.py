@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from align.models.fast.lean_modules import LeanRMSNorm
 from align.models.model_plan import EMBEDDED_SIZES, TINY_SIZES, known_architecture
 from align.models.tuning.apply import apply_tuning
 from tests.support.models.families import FAMILIES
+from tests.support.models.small_gguf import small_gguf
 from tests.support.models.tuning.confident_model import confident_copy, tuned
 from tools.model_matrix import PAGE, table_rows
 
@@ -299,7 +299,7 @@ def test_a_folder_is_read_and_a_hub_model_only_from_the_cache(
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES}))
     assert known_architecture("some/model", commit, tmp_path).vocabulary == 300
-    (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + bytes(40))
+    (tmp_path / "a.gguf").write_bytes(small_gguf())
     with pytest.raises(UnknownArchitecture, match="has no config.json before its model stage has run"):
         known_architecture("a.gguf", None, tmp_path)
     with pytest.raises(UserError, match="neither a built-in model"):
