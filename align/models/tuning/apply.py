@@ -110,8 +110,6 @@ def load_for_tuning(source: Path, tuning: TuningBase, precision: Precision = "fl
     return model
 
 
-SHARD_SIZE = "1GB"
-"""Largest file of a saved model. The tensors of one file are in memory at a time."""
 STORED_BASE = "align_stored_base"
 """Attribute of a model: the folder of its float32 weights, whose matrices it holds in bfloat16."""
 SAVED_TYPE = "align_saved_type"
@@ -246,9 +244,7 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
     # Merging may widen or untie matrices, and the written config must say so.
     weights, changes = stored.prepare_save(inner, weights, tokenizer, out_dir)
     with stored.config_with(config, changes):
-        save_everything(
-            inner, save_directory=out_dir, state_dict=weights, is_main_process=True, max_shard_size=SHARD_SIZE
-        )
+        save_everything(inner, save_directory=out_dir, state_dict=weights, is_main_process=True)
         # transformers writes the type of the live model, whose frozen matrices may be narrower than the files.
         config.dtype = dtype
         config.save_pretrained(out_dir)
@@ -256,7 +252,7 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
 
 
 def _on_disk(tensor: torch.Tensor, file: Path) -> torch.Tensor:
-    """Return a copy of ``tensor`` in the deleted ``file``; its pages leave the process's memory until they are read."""
+    """Return a copy of ``tensor`` in the deleted ``file``; the system can reclaim its pages at any time."""
     with file.open("w+b") as opened:
         opened.truncate(tensor.nbytes)
         pages = mmap.mmap(opened.fileno(), tensor.nbytes)
