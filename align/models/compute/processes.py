@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,8 @@ from align.errors import UserError
 from align.pipeline.process_limits import usable_cores, usable_memory
 
 T = TypeVar("T")
+MADV_PAGEOUT = 21
+"""Advice to ``madvise`` to reclaim pages now, whose content is kept; Python's ``mmap`` has no name for it."""
 
 
 def join(runtime: Runtime) -> None:
@@ -176,6 +179,15 @@ def trim_malloc(garbage: bool = True) -> None:
     trim = _glibc_function("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def page_out(tensor: torch.Tensor) -> None:
+    """Take the pages of a tensor in a mapped file out of memory; the next access reads them again."""
+    advise = _glibc_function("madvise")
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = tensor.data_ptr() + tensor.nbytes - first
+    if advise is not None and tensor.device.type == "cpu" and size >= mmap.PAGESIZE:
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(size // mmap.PAGESIZE * mmap.PAGESIZE), MADV_PAGEOUT)
 
 
 def empty_caches() -> None:

@@ -34,7 +34,7 @@ from align.models.compute.architecture import UnknownArchitecture
 from align.models.compute.costs import activations_per_token
 from align.models.compute.model_types import architecture_of
 from align.models.compute.precision import cast_frozen_to_bf16, widen_vectors
-from align.models.compute.processes import trim_malloc
+from align.models.compute.processes import page_out, trim_malloc
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.parameter_groups import freeze
 from align.models.tuning import lora, stored, virtual_tokens
@@ -258,7 +258,7 @@ def _on_disk(tensor: torch.Tensor, file: Path) -> torch.Tensor:
         pages = mmap.mmap(opened.fileno(), tensor.nbytes)
     file.unlink()
     copy = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
-    pages.madvise(mmap.MADV_DONTNEED)
+    page_out(copy)
     return copy
 
 
@@ -277,6 +277,7 @@ def _folded(model: Any, dtype: torch.dtype, scratch: Path) -> dict[str, torch.Te
             weight = weight.to(dtype)
         if weight.data_ptr() not in own and weight.numel():
             weight = _on_disk(weight, scratch / "folded.bin")
+            page_out(base.get(name, weight))
         weights[name] = weight
     return weights
 
