@@ -250,12 +250,13 @@ def model_bytes(model: Architecture, tuning: TuningBase, precision: Precision, *
     Norms, biases and embeddings that scale their rows are float32. Only linear layers are quantized.
     """
     size = SIZES[tuning.base_type(precision)]
-    vectors = FLOAT * (model.trunk - model.rounded)
+    rounded = model.rounded + model.expert_matrices
+    vectors = FLOAT * (model.trunk - rounded)
     head = size * (model.parameters - model.trunk) if with_head else 0
     if not isinstance(tuning, QloraTuning):
-        return size * model.rounded + vectors + head
+        return size * rounded + vectors + head
     quantized = model.matrices - model.biases
-    return size * (model.rounded - quantized) + vectors + head + _quantized_bytes(quantized, tuning)
+    return size * (rounded - quantized) + vectors + head + _quantized_bytes(quantized, tuning)
 
 
 def _quantized_bytes(weights: int, tuning: QloraTuning) -> int:

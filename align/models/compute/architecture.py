@@ -123,8 +123,12 @@ class Architecture:
     def rounded(self) -> int:
         """Parameters of the trunk that ``align.models.compute.precision.cast_frozen_to_bf16`` keeps in bfloat16."""
         linears = 0 if self.conv1d else self.matrices - self.biases
-        experts = sum(e.experts * e.inputs * e.outputs for block in self.blocks for e in block.experts)
-        return self.embedded - self.unrounded + linears + experts
+        return self.embedded - self.unrounded + linears
+
+    @property
+    def expert_matrices(self) -> int:
+        """Parameters of all experts without their biases."""
+        return sum(e.experts * e.inputs * e.outputs for block in self.blocks for e in block.experts)
 
     @property
     def head(self) -> int:

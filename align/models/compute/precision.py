@@ -122,16 +122,18 @@ def _frozen_matrices(model: Any) -> list[tuple[Any, str]]:
     return [place for place, matrix in matrices if matrix.is_floating_point() and not matrix.requires_grad]
 
 
-def cast_frozen_to_bf16(model: Any) -> None:
+def cast_frozen_to_bf16(model: Any, *, experts: bool = False) -> None:
     """Keep the frozen matrices of ``model`` in bfloat16, as autocast would cast them in every pass.
 
-    Models that share the tensors are rounded as well.
+    Models that share the tensors are rounded as well. Autocast does not reach the experts of a mixture, so rounding
+    them changes its numbers: only a base that policy and reference share has them rounded (``experts``).
     """
     import torch
 
-    for place in _frozen_matrices(model):
-        matrix = getattr(*place)
-        matrix.data = matrix.data.to(torch.bfloat16)
+    for module, name in _frozen_matrices(model):
+        matrix = getattr(module, name)
+        if experts or matrix.dim() == 2:
+            matrix.data = matrix.data.to(torch.bfloat16)
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.dtype == torch.float32:
             # The rest (norms) may belong to a memory-mapped file, which would stay in memory as a whole.

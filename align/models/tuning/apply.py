@@ -145,7 +145,7 @@ def freeze_in_bf16(model: Any, source: Path) -> None:
     if model.dtype == torch.bfloat16:
         widen_vectors(model)
     else:
-        cast_frozen_to_bf16(model)
+        cast_frozen_to_bf16(model, experts=True)
 
 
 def stored_base(model: Any) -> dict[str, torch.Tensor]:
