@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -146,8 +147,10 @@ def test_file_of_training_data_is_read_in_its_format(
 def test_lost_judge_ends_with_a_message_and_exit_code_1(
     score: Run, responses: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint_client, "FIRST_WAIT", 0.01)
-    server = FakeChat(lambda body: (500, "broken") if len(server.bodies) > 2 else completion("[[8]]"))
+    # The first answer must be stored before the other requests fail for good.
+    monkeypatch.setattr(endpoint_client, "FIRST_WAIT", 0.3)
+    calls = itertools.count()
+    server = FakeChat(lambda body: (500, "broken") if next(calls) > 1 else completion("[[8]]"))
     endpoint = f"{{url: '{server.url}', model: m, retries: 1, price_input: 1, price_output: 1}}"
     spec = f"{{judge: {{max_cost: 5, endpoint: {endpoint}}}}}"
     try:

@@ -57,6 +57,8 @@ def check(kind: str, count: int, seconds: float) -> None:
     scorer = open_verifier(validate(EnvironmentVerifier, FIELDS[kind] | {"seconds": seconds}, "p.yaml"), kind)
     answers = generate(count, seed=count)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # The peak of children includes those of earlier tests in this process, for example an engine's.
+    earlier = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     start = time.monotonic()
     verdicts = scorer.verify([ROW] * count, answers)
     assert len(verdicts) == count
@@ -66,7 +68,7 @@ def check(kind: str, count: int, seconds: float) -> None:
     # Each answer ends within its limit, and a worker that is killed starts again within a minute.
     assert time.monotonic() - start < count * (2 * seconds + 60)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 * 1024
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 <= 2 * MEMORY
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 <= max(earlier, 2 * MEMORY)
     print(kind, {reason: sum(verdict.reason == reason for verdict in verdicts) for reason in ("", *REASONS)})
 
 
