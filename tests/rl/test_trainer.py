@@ -38,10 +38,14 @@ def test_without_learning_nothing_drifts(make_trainer, tuning):
 
 def test_train_loss_is_the_mean_over_updates(make_trainer):
     trainer = make_trainer(updates=2, num_epochs=2)
+    add = trainer.update_log.add_loss
+    parts = []
+    trainer.update_log.add_loss = lambda loss: (parts.append(float(loss)), add(loss))
     output = trainer.train()
     losses = [entry["loss"] for entry in updates(trainer)]
     assert len(losses) == 2
     assert output.training_loss == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert sum(losses) / 2 == pytest.approx(sum(parts) / trainer.state.global_step, rel=1e-5)
     # Without held-out prompts no time goes to them.
     assert not any("seconds_validating" in entry for entry in updates(trainer))
 

@@ -124,6 +124,7 @@ def test_diverged_sft_is_an_alarm(tiny_model: Path, tmp_path: Path) -> None:
     metrics = run(stage)
     assert metrics["test_loss_after"] > 2 * metrics["test_loss_before"]
     assert metrics["alarms"] == ["step 4: divergence"]
+    assert [event["step"] for event in events(stage, "metrics") if "test_loss" in event] == [0, 4]
     messages = [event["message"] for event in events(stage, "warning")]
     assert any(f"{stage.name}: step 4: divergence: the held-out loss rose from" in message for message in messages)
 

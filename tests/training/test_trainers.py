@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ def test_held_out_loss_is_the_mean_over_tokens(
     total = sum(float(out.loss) * int((y[:, 1:] != -100).sum()) for out, y in zip(outputs, labels, strict=True))
     right = sum(int((out.logits[:, :-1].argmax(-1) == y[:, 1:]).sum()) for out, y in zip(outputs, labels, strict=True))
     assert full["loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert full["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
     assert full["token_accuracy"] == pytest.approx(right / tokens)
 
 

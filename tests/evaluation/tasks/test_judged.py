@@ -193,6 +193,7 @@ def test_what_presets_and_opponents_need_of_records(tmp_path: Path, fake: FakeCh
         make_task(tmp_path, records=[{"instruction": "a", "output": None}], against="file", judge=REWARD)
     with pytest.raises(UserError, match="2 turns and one output"):
         make_task(tmp_path, records=[{"turns": ["a", "b"], "output": "x"}], against="file", judge=REWARD)
+    assert make_task(tmp_path, records=[{"turns": ["a"], "output": "x"}], against="file", judge=REWARD).turns == 1
 
 
 def test_references_that_do_not_fit(tmp_path: Path, fake: FakeChat) -> None:

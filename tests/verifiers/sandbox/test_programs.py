@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +191,38 @@ def test_program_cannot_change_files_of_its_user(sandbox: Sandbox, tmp_path: Pat
         program = f"import os\nf = {str(file)!r}\nos.{call}"
         assert verify(program, output(""), sandbox, LIMITS).reason == "crashed"
     assert (file.stat().st_mode, file.stat().st_mtime, file.read_text()) == (before.st_mode, before.st_mtime, "text")
+
+
+@pytest.mark.skipif(bool(isolation._problem("landlock", ())), reason="Landlock does not work here")
+def test_landlock_denies_all_but_reading(tmp_path: Path) -> None:
+    """The filter of system calls, which denies some of these calls as well, is off."""
+    file = tmp_path / "file"
+    file.write_text("text")
+    calls = [
+        "os.open(file, os.O_WRONLY)", "os.open(file, os.O_RDONLY | os.O_TRUNC)", "os.truncate(file, 0)",
+        "os.execv('/bin/echo', ['echo', 'x'])", "os.open(folder + '/new', os.O_CREAT)", "os.mkdir(folder + '/new')",
+        "os.remove(file)", "os.rename(file, file + '2')", "os.symlink(file, file + '2')", "os.link(file, file + '2')",
+        "os.mkfifo(folder + '/new')", "os.listdir('/')", "fcntl.ioctl(null, termios.TCGETS, bytes(64))",
+    ]  # fmt: skip
+    program = f"""
+import ctypes, fcntl, os, termios
+from align.verifiers.sandbox import limits
+libc = ctypes.CDLL(None)
+libc.prctl(limits.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+folder, file = {str(tmp_path)!r}, {str(file)!r}
+limits.restrict_files(libc, [folder, "/dev/null", "/bin", "/lib", "/lib64", "/usr"], ["/dev/null"])
+null = os.open("/dev/null", os.O_WRONLY | os.O_TRUNC)
+assert os.read(os.open(file, os.O_RDONLY), 9) == b"text" and os.listdir(folder) == ["file"]
+for call in {calls}:
+    try:
+        eval(call)
+        print(call, flush=True)
+    except PermissionError:
+        pass
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_text() == "text"
 
 
 def test_best_level_is_taken_and_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
