@@ -77,7 +77,6 @@ LONGEST = (
     "inference/test_watchdog.py",
     "models/chat/test_chat_template.py",
     "cli/test_init.py",
-    "config/options/test_field_dumps.py",
     "store/test_leases.py",
     "data/builds/test_build.py",
     "runner/test_stage_process.py",
@@ -235,28 +234,6 @@ def stages_in_process() -> Iterator[None]:
 
     with in_process.stages():
         yield
-
-
-@pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The user's cache folder, empty, for a process that has looked up no class's fields yet."""
-    from align.config.options.field_dumps import class_options, field_dump
-
-    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
-    for lookup in (class_options, field_dump):
-        lookup.cache_clear()
-    yield tmp_path / "cache"
-    for lookup in (class_options, field_dump):
-        lookup.cache_clear()
-
-
-@pytest.fixture
-def forked_dumps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read the fields of classes in forks, which have imported trl and peft already."""
-    from align.config.options import field_dumps
-    from tests.support.fork_server import Forking
-
-    monkeypatch.setattr(field_dumps, "subprocess", Forking())
 
 
 @pytest.fixture(scope="session")

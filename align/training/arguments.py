@@ -128,7 +128,10 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
     if ROUTER_LOSS in config_class.__dataclass_fields__:
         # SFT overrides this: only the loss that a mixture of experts was pretrained with has the routers' term.
         options[ROUTER_LOSS] = 0.0
-    arguments = config_class(**{**options, **stage_options, **fields.trainer})
+    try:
+        arguments = config_class(**{**options, **stage_options, **fields.trainer})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{context.name}: trainer: {error}") from None
     arguments.launch = context.runtime.launch
     arguments.precision = context.precision
     arguments.shared_prefixes = shares_prefixes(context)

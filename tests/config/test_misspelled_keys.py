@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from align.config.base import Config
-from align.config.options import SET_HERE, peft_options, peft_types
+from align.config.options import SET_HERE, peft_types
+from align.config.options.field_dumps import method_options
 from align.config.validation import validate
 from align.errors import UserError
 from align.pipeline.registry import STAGES
@@ -135,7 +136,7 @@ def test_a_misspelled_option_of_the_trainer_is_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", peft_types())
 def test_every_misspelled_option_of_peft_is_refused(kind: str) -> None:
-    config, options = STAGES["sft"].config_class(), peft_options(kind)
+    config, options = STAGES["sft"].config_class(), method_options(kind) or {}
     fields = {"model": "m", "data": "d", "learning_rate": 1e-3}
     for name in set(options) - set(SET_HERE):
         for wrong in slips(name):

@@ -137,26 +137,6 @@ def test_trainer_options_of_documented_stage_are_checked(project):
         pipeline.set("stages.terse.trainer={neftune_noise_alpha: 5}")
 
 
-@pytest.mark.usefixtures("empty_cache")
-@pytest.mark.usefixtures("forked_dumps")
-def test_a_stage_may_name_its_own_class_of_trainer_options(project):
-    """A class of the user's package, which builds on one of trl's."""
-    (project / "mypackage" / "arguments.py").write_text(
-        "from dataclasses import dataclass\nfrom trl import SFTConfig\n\n"
-        "@dataclass\nclass TerseArguments(SFTConfig):\n    patience: int = 3\n"
-    )
-    source = project / "mypackage" / "terse_config.py"
-    field = "    max_words: int"
-    text = source.read_text(encoding="utf-8")
-    assert text.count(field) == 1
-    source.write_text(text.replace(field, f'    trainer_class = "mypackage.arguments:TerseArguments"\n{field}'))
-    pipeline = Pipeline.load("terse.yaml").set("stages.terse.trainer={patience: 2, adam_beta2: 0.9}")
-    with pytest.raises(UserError, match="'patience' should be int; found 'two'"):
-        pipeline.set("stages.terse.trainer={patience: two}")
-    with pytest.raises(UserError, match="TerseArguments has no such option. Did you mean 'patience'"):
-        pipeline.set("stages.terse.trainer={patiense: 2}")
-
-
 @pytest.mark.parametrize("kind", STAGES)
 def test_every_kind_has_a_config_class_and_a_run_file(kind):
     """The page's table: the config class, the run function, and the record in the registry."""

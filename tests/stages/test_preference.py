@@ -330,9 +330,7 @@ def test_settings_that_do_not_fit_together(kind: str, fields: dict[str, Any], me
 
 
 @pytest.mark.parametrize("kind", ["cpo", "simpo", "orpo"])
-def test_missing_experimental_trainer_is_refused_before_the_run(
-    kind: str, monkeypatch: pytest.MonkeyPatch, forked_dumps: None
-) -> None:
+def test_missing_experimental_trainer_is_refused_before_the_run(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "orpo" if kind == "orpo" else "cpo"
     config = STAGES[kind].config_class()
     monkeypatch.setattr(config, "trainer_class", f"trl.experimental.{name}.moved:{name.upper()}Config")

@@ -1,7 +1,7 @@
 """Options that go to classes of other packages, checked: a stage's ``trainer:``, and ``tuning: {method: peft}``.
 
-``field_dumps`` has the fields of the classes. Rules across fields are left to the class itself when the stage runs.
-Torch-free.
+``field_dumps`` has the fields of the classes. The class itself checks rules across fields when the stage runs, and all
+options if it has no dump. Torch-free.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from pydantic import field_validator
 
 from align.config.base import Config
-from align.config.options.field_dumps import PEFT, Option, class_options, field_dump
+from align.config.options.field_dumps import PEFT, class_options, method_options, shipped_fields
 from align.config.validation import hint_nearest
 
 _OPTIONS = json.loads(Path(__file__).with_name("owned_options.json").read_text(encoding="utf-8"))
@@ -48,22 +48,19 @@ def check_trainer_options(
 
     ``fields`` names the stage's own fields, ``owned`` the options that the stage sets itself, with the remedy. Raises
     ``ValueError`` for the first key that does not exist (with the nearest name), that is a field of the stage, or that
-    the stage sets itself, for a value of the wrong type, and for a class that cannot be read.
+    the stage sets itself, and for a value of the wrong type.
     """
-    if not options:
-        return
-    try:
-        known_options = class_options(trainer_class)
-    except LookupError as error:
-        raise ValueError(f"the class of its options, {trainer_class}, cannot be read: {error}") from None
+    class_fields = class_options(trainer_class)
     for name, value in options.items():
         # An unknown name first: a misspelling should not be told that the stage decides it.
-        refuse_unknown_option(name, {*known_options, *fields}, trainer_class.partition(":")[2])
+        if class_fields is not None:
+            refuse_unknown_option(name, {*class_fields, *fields}, trainer_class.partition(":")[2])
         if name in owned:
             raise ValueError(f"'{name}' is not set here: {owned[name]}.")
         if name in fields:
             raise ValueError(f"'{name}' is not set here: set '{name}' next to 'trainer'.")
-        known_options[name].check(value)
+        if class_fields is not None:
+            class_fields[name].check(value)
 
 
 class TrainerOptions(Config):
@@ -80,10 +77,7 @@ class TrainerOptions(Config):
         if key in cls.owned_options:
             reason = cls.owned_options[key].removesuffix(" next to 'trainer'")
             return f"Leave it out: {reason}."
-        try:
-            is_option = key in class_options(cls.trainer_class)
-        except LookupError:
-            return None
+        is_option = key in (class_options(cls.trainer_class) or ())
         return f"It goes under 'trainer': `trainer: {{{key}: …}}`." if is_option else None
 
     @field_validator("trainer", check_fields=False)
@@ -94,11 +88,8 @@ class TrainerOptions(Config):
 
 
 def peft_types() -> list[str]:
-    """Return every method of the installed peft that ``type`` may name; raise ``ValueError`` if its import fails."""
-    dump = field_dump(PEFT)
-    if dump.errors:
-        raise ValueError(f"the methods of peft cannot be read: {next(iter(dump.errors.values()))}")
-    return list(dump.classes)
+    """Return every method of the tested peft that ``type`` may name."""
+    return list(shipped_fields()[PEFT]["classes"])
 
 
 def check_type(name: str) -> None:
@@ -110,24 +101,21 @@ def check_type(name: str) -> None:
     types = peft_types()
     if name not in types:
         hint = hint_nearest(name, [*types, *METHODS])
-        raise ValueError(f"the installed peft has no method '{name}', only {', '.join(types)}.{hint}")
+        raise ValueError(f"peft has no method '{name}', only {', '.join(types)}.{hint}")
 
 
 def check_options(kind: str, mapping: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` for the first option that peft's config class of ``kind`` does not have or accept."""
-    options = peft_options(kind)
+    options = method_options(kind)
     for name, value in mapping.items():
-        refuse_unknown_option(name, options, f"peft's {kind}")
+        if options is not None:
+            refuse_unknown_option(name, options, f"peft's {kind}")
         if name in SET_HERE:
             raise ValueError(f"'{name}' is not set here: {SET_HERE[name]}.")
         if name == "bias" and value != "none":
             raise ValueError("'bias' trains the model's own biases, which then cannot be switched off for a reference.")
-        options[name].check(value)
-
-
-def peft_options(kind: str) -> dict[str, Option]:
-    """Return every field of peft's config class for ``kind`` by name, base classes included."""
-    return field_dump(PEFT).options(kind)
+        if options is not None:
+            options[name].check(value)
 
 
 def refuse_unknown_option(name: str, known_options: Iterable[str], owner: str) -> None:

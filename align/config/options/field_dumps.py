@@ -1,45 +1,24 @@
-"""Dumps of the real fields of classes in trl, transformers, peft and users' packages. Torch-free.
+"""Fields of the classes in trl, transformers and peft that options go to, as the tested versions have them. Torch-free.
 
-Importing those classes needs torch and several seconds, so ``align.training.dump_fields`` does it in a separate
-process. ``field_dumps.json`` next to this module has its result for the tested versions. For other versions, and for a
-user's class, the result is stored in the user's cache folder.
+Importing those classes needs torch and several seconds, so ``field_dumps.json`` next to this module has their fields
+(``tools/dump_fields.py`` writes it). For other versions, and for a user's class, only the class itself can check its
+options: it does when its stage starts.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import itertools
 import json
-import logging
-import os
-import subprocess
-import sys
-import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-from align.config.user_paths import cache_folder
-from align.errors import UserError
-from align.store.fingerprint import code_identity, digest, file_digest
-from align.store.json_files import DamagedFile, parse_sealed, read_file, write_sealed
-
-LOG = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).with_suffix(".json")
 """The dumps ``trainers`` and ``peft`` of the versions in constraints.txt."""
 TRAINERS = "trainers"
 PEFT = "peft"
 """The dump of every class that a stage of align names, and the dump of peft's config classes by method."""
-PACKAGES = {TRAINERS: ("trl", "transformers"), PEFT: ("peft",)}
-"""Packages that define the classes of a dump. A user's class may build on any of them."""
-MODULE = "align.training.dump_fields"
-SOURCES = ("training/dump_fields.py", "rl/arguments.py", "config/stages/*.py")
-"""Files of align that decide what a dump holds, besides the packages."""
-TIMEOUT_SECONDS = 300.0
-"""Time for the imports, usually 5 to 7 s."""
 
 
 _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
@@ -94,78 +73,35 @@ def _split_union(annotation: str) -> list[str]:
     return [*members, annotation[start:]]
 
 
-class UnreadableClass(LookupError):
-    """A class whose fields could not be read for a reason that may be gone the next time, such as a failed import."""
-
-
-@dataclass(frozen=True)
-class FieldDump:
-    """Fields of several classes.
-
-    ``classes`` maps a class's import path, or a method of peft, to its fields by name; a text in their place is the
-    reason why there are none. ``errors`` has the reasons that may be gone the next time, such as a failed import.
-    """
-
-    classes: dict[str, dict[str, Any] | str] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
-
-    def options(self, name: str) -> dict[str, Option]:
-        """Return the options of one class by name. Raises ``LookupError`` with the reason if there are none."""
-        if name in self.errors:
-            raise UnreadableClass(self.errors[name])
-        fields = self.classes[name]
-        if isinstance(fields, str):
-            raise LookupError(fields)
-        return {
-            option: Option(option, description["type"], tuple(description.get("choices", ())))
-            for option, description in fields.items()
-        }
-
-
 @functools.cache
-def class_options(path: str) -> dict[str, Option]:
-    """Return every field of the class ``path`` (``package.module:Name``) by name, including inherited fields.
-
-    Raises ``LookupError`` if the package is not installed or has no such class, and its subclass ``UnreadableClass`` if
-    the import fails.
-    """
-    if path in _shipped()[TRAINERS]["classes"]:
-        dump = field_dump(TRAINERS)
-        if path in dump.classes or path in dump.errors:
-            return dump.options(path)
-    package = path.partition(":")[0].partition(".")[0]
-    if importlib.util.find_spec(package) is None:
-        raise LookupError(f"the package {package} is not installed")
-    return field_dump(path).options(path)
-
-
-@functools.cache
-def field_dump(subject: str) -> FieldDump:
-    """Return the dump ``trainers`` or ``peft``, or the dump of the class with the import path ``subject``.
-
-    The shipped dump is used if it has the installed versions, then a cached dump. Otherwise the dump is made and
-    cached. Raises ``UnreadableClass`` for a user's module that is not valid Python.
-    """
-    packages = PACKAGES[subject] if subject in PACKAGES else itertools.chain(*PACKAGES.values())
-    versions = {package: _installed_version(package) for package in packages}
-    shipped = _shipped().get(subject)
-    if shipped is not None and shipped["versions"] == versions:
-        return FieldDump(shipped["classes"])
-    file = _cache_file(subject, versions)
-    try:
-        return FieldDump(parse_sealed(read_file(file))["classes"])
-    except (OSError, DamagedFile):  # no dump yet, or a dump that cannot be trusted
-        dump = _make_dump(subject, versions)
-    # What failed is tried again the next time.
-    if dump.classes:
-        _keep(file, dump)
-    return dump
-
-
-@functools.cache
-def _shipped() -> dict[str, Any]:
+def shipped_fields() -> dict[str, Any]:
+    """Return the shipped dumps by name, each with its ``versions`` and the fields of its ``classes``."""
     dumps: dict[str, Any] = json.loads(SHIPPED.read_text(encoding="utf-8"))
     return dumps
+
+
+@functools.cache
+def class_options(path: str) -> dict[str, Option] | None:
+    """Return every field of the class ``path`` (``package.module:Name``) by name, including inherited fields.
+
+    None for a user's class, and if the installed versions are not the tested ones.
+    """
+    return _options(TRAINERS, path)
+
+
+def method_options(kind: str) -> dict[str, Option] | None:
+    """Return every field of peft's config class for ``kind`` by name; None if the installed peft is not the tested."""
+    return _options(PEFT, kind)
+
+
+def _options(dump: str, name: str) -> dict[str, Option] | None:
+    shipped = shipped_fields()[dump]
+    if name not in shipped["classes"] or any(_installed_version(p) != v for p, v in shipped["versions"].items()):
+        return None
+    return {
+        option: Option(option, description["type"], tuple(description.get("choices", ())))
+        for option, description in shipped["classes"][name].items()
+    }
 
 
 def _installed_version(package: str) -> str:
@@ -173,55 +109,3 @@ def _installed_version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
-
-
-def _cache_file(subject: str, versions: dict[str, str]) -> Path:
-    """Return the file that keeps a dump; its name has a digest of everything that decides the content."""
-    root = Path(__file__).parents[2]
-    sources = {str(file.relative_to(root)): file_digest(file) for name in SOURCES for file in sorted(root.glob(name))}
-    identity = {"subject": subject, "versions": versions, "sources": sources}
-    module, _, name = subject.partition(":")
-    if name and module.partition(".")[0] not in (*versions, "align"):
-        try:
-            identity["code"] = code_identity(module)
-        except UserError as error:
-            raise UnreadableClass(str(error)) from None
-    return cache_folder() / "class-fields" / f"{name or subject}-{digest(identity)[:16]}.json"
-
-
-def _keep(file: Path, dump: FieldDump) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed(file, {"classes": dump.classes})
-    except OSError as error:
-        LOG.warning(
-            "%s cannot be written (%s), so every command reads those options again. Set ALIGN_CACHE to a folder "
-            "that can.",
-            file,
-            error.strerror,
-        )
-
-
-def _make_dump(subject: str, versions: dict[str, str]) -> FieldDump:
-    """Import the classes in a separate process with this process's search path, and return their fields."""
-    packages = ", ".join(f"{package} {number}" for package, number in versions.items())
-    LOG.warning("reading the options of %s for %s, once (some seconds)", subject, packages)
-    with tempfile.TemporaryDirectory(prefix="align-fields-") as folder:
-        result = Path(folder) / "dump.json"
-        # -P keeps the current folder at its position in the search path instead of first.
-        command = [sys.executable, "-P", "-m", MODULE, subject, str(result)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
-        try:
-            process = subprocess.run(
-                command, env=environment, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS
-            )
-            lines = process.stderr.strip().splitlines() or ["no message"]
-            end = f"exit code {process.returncode}: {lines[-1]}"
-        except subprocess.TimeoutExpired:
-            end = f"no result after {TIMEOUT_SECONDS:g} s"
-        if result.is_file():
-            return FieldDump(**json.loads(result.read_text(encoding="utf-8")))
-    names = [subject] if ":" in subject else list(_shipped()[subject]["classes"])
-    shown = " ".join(command[:-1])
-    reason = f"the process that imports it ended with {end}. `{shown} -` shows the whole error."
-    return FieldDump(errors=dict.fromkeys(names, reason))

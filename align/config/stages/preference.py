@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from align.config.base import stage_input
 from align.config.options import OWNED
-from align.config.options.field_dumps import UnreadableClass, class_options
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import PeakRates, TrainingFields
 from align.store.artifacts import GENERATORS, Kind
@@ -77,17 +78,15 @@ class ExperimentalFields(PreferenceFields):
 
     @model_validator(mode="after")
     def _check_trainer_exists(self) -> Self:
-        try:
-            class_options(self.trainer_class)
-        except UnreadableClass as error:
-            raise ValueError(f"the class of its options, {self.trainer_class}, cannot be read: {error}") from None
-        except LookupError:
-            module, _, name = self.trainer_class.partition(":")
-            package = module.partition(".")[0]
+        module, _, name = self.trainer_class.partition(":")
+        package, _, rest = module.partition(".")
+        file = f"{rest.replace('.', '/')}.py"
+        spec = importlib.util.find_spec(package)  # imports nothing
+        if spec is None or spec.origin is None or not (Path(spec.origin).parent / file).is_file():
             raise ValueError(
-                f"{package} {importlib.metadata.version(package)} has no {name} ({module.replace('.', '/')}.py), which "
+                f"{package} {importlib.metadata.version(package)} has no {name} ({package}/{file}), which "
                 "is experimental there and which this stage needs. Install trl 1.16, or take stage 'dpo'."
-            ) from None
+            )
         return self
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import re
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -42,25 +41,6 @@ def test_trainer_classes_of_stages_exist() -> None:
         assert stage.trainer_class not in (None, TrainingFields.trainer_class), stage.kind
         assert class_options(class_of(stage.kind)), stage.kind
     assert STAGES["data"].trainer_class is None
-
-
-@pytest.mark.usefixtures("empty_cache", "forked_dumps")
-def test_a_class_may_be_named_where_its_package_exports_it() -> None:
-    assert class_options("trl:SFTConfig") == class_options(SFT)
-
-
-@pytest.mark.usefixtures("empty_cache")
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("trl:SFTCnfig", "has no class SFTCnfig"),
-        ("trl.trainer.gone:SFTConfig", "trl has no file trainer/gone.py"),
-        ("no_such_package.module:Name", "the package no_such_package is not installed"),
-    ],
-)
-def test_a_class_that_cannot_be_read_is_named_with_the_reason(path: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"the class of its options, {path}, cannot be read: .*{message}"):
-        check_trainer_options(path, {"adam_beta2": 0.9}, (), {})
 
 
 def test_every_owned_option_exists_somewhere() -> None:
@@ -152,16 +132,11 @@ def test_none_is_accepted_if_the_type_allows_it() -> None:
         check("sft", {"log_level": None})
 
 
-def test_reading_is_quick_and_torch_free() -> None:
+def test_reading_options_does_not_import_torch() -> None:
     code = (
-        "import sys, time; import align.pipeline.registry; start = time.perf_counter();"
-        "from align.config.options.field_dumps import class_options;"
-        "from align.pipeline.registry import STAGES;"
-        "[class_options(STAGES[kind].trainer_class) for kind in ('sft', 'reward', 'dpo')];"
-        "print(time.perf_counter() - start);"
+        "import sys; from align.config.options.field_dumps import class_options; "
+        "from align.pipeline.registry import STAGES; "
+        "[class_options(STAGES[kind].trainer_class) for kind in ('sft', 'reward', 'dpo')]; "
         "assert not {'torch', 'trl', 'transformers'} & set(sys.modules)"
     )
-    start = time.perf_counter()
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 30
-    assert float(out.stdout) < 1.0  # about 0.1 s on an idle machine
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,76 +1,39 @@
-"""``python -m align.training.dump_fields``: the fields of the classes with options, for ``config.field_dumps``.
+"""``python -m tools.dump_fields``: write the fields of the classes with options for ``align.config.options``.
 
-Without arguments it writes the shipped dumps for the installed trl, transformers and peft. ``align plan`` starts it
-with a dump's name, or a class's import path, and a file for the result. Imports those packages, and torch with them.
+Imports the installed trl, transformers and peft, and torch with them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import sys
 import types
 import typing
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 from align.config.options import METHODS, REFUSED
-from align.config.options.field_dumps import PACKAGES, PEFT, SHIPPED, TRAINERS, FieldDump
+from align.config.options.field_dumps import PEFT, SHIPPED, TRAINERS
 from align.config.stages.training import TrainingFields
-from align.config.user_functions import search_module_folders
-from align.pipeline.registry import STAGES
+from align.pipeline.registry import STAGES, load_object
 from align.store.json_files import write_text_atomically
 
+PACKAGES = {TRAINERS: ("trl", "transformers"), PEFT: ("peft",)}
+"""Packages that define the classes of a dump."""
 
-def dump_trainers() -> FieldDump:
-    """Return the fields of every class that accepts options of a stage's ``trainer:``."""
+
+def trainer_fields() -> dict[str, dict[str, Any]]:
+    """Return the fields of every class that accepts options of a stage's ``trainer:``, by its import path."""
     classes = {stage.trainer_class for stage in STAGES.values() if stage.trainer_class is not None}
-    # A stage of the user's that names no class has the base class's.
-    return dump_classes(*sorted({TrainingFields.trainer_class, *classes}))
+    return {path: class_fields(load_object(path)) for path in sorted({TrainingFields.trainer_class, *classes})}
 
 
-def dump_peft() -> FieldDump:
-    """Return the fields of the config class of every method of peft that ``type`` may name."""
+def peft_fields() -> dict[str, dict[str, Any]]:
+    """Return the fields of the config class of every method of peft that ``type`` may name, by method."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     classes = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    return FieldDump({kind: class_fields(classes[kind]) for kind in sorted(classes.keys() - METHODS - REFUSED.keys())})
-
-
-def dump_classes(*paths: str) -> FieldDump:
-    """Return the fields of the classes with these import paths, or for each the reason why there are none."""
-    dump = FieldDump()
-    for path in paths:
-        try:
-            dump.classes[path] = _read_class(path)
-        except Exception as error:  # whatever the module's code raises
-            module = path.partition(":")[0]
-            reason = f"{type(error).__name__}: {error}"
-            dump.errors[path] = (
-                f"importing {module} failed ({reason}). `{sys.executable} -c 'import {module}'` shows the whole error."
-            )
-    return dump
-
-
-def _read_class(path: str) -> dict[str, Any] | str:
-    """Return a class's fields, or the reason why it has none. Raises what importing its module raises."""
-    module_name, _, name = path.partition(":")
-    package, *submodules = module_name.split(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # The dots keep ``my`` from matching ``mypackage``.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; something that it imports is not
-        return f"{package} has no file {'/'.join(submodules)}.py." if submodules else f"there is no module {package}."
-    loaded = getattr(module, name, None)
-    if loaded is None:
-        return f"{module.__file__} has no class {name}; this version of {package} is not one align knows."
-    if not isinstance(loaded, type) or not dataclasses.is_dataclass(loaded):
-        return f"{name} in {module.__file__} is no dataclass."
-    return class_fields(loaded)
+    return {kind: class_fields(classes[kind]) for kind in sorted(classes.keys() - METHODS - REFUSED.keys())}
 
 
 def class_fields(cls: type[Any]) -> dict[str, Any]:
@@ -163,18 +126,11 @@ def type_text(annotation: Any) -> str:
 
 
 def shipped_text() -> str:
-    """Return the content of the shipped file for the installed versions, a field a line.
-
-    Raises ``RuntimeError`` if a class cannot be read, because the tested versions have all of them.
-    """
+    """Return the content of the shipped file for the installed versions, a field a line."""
     sections = []
-    for name, dump in ((TRAINERS, dump_trainers()), (PEFT, dump_peft())):
-        if dump.errors:
-            raise RuntimeError("\n".join(dump.errors.values()))
+    for name, dump in ((TRAINERS, trainer_fields()), (PEFT, peft_fields())):
         classes = []
-        for path, fields in dump.classes.items():
-            if isinstance(fields, str):
-                raise RuntimeError(f"{path}: {fields}")
+        for path, fields in dump.items():
             lines = [f"{json.dumps(field)}: {json.dumps(description)}" for field, description in fields.items()]
             classes.append(f"{json.dumps(path)}: {{\n" + ",\n".join(lines) + "\n}")
         versions = json.dumps({package: version(package) for package in PACKAGES[name]})
@@ -182,21 +138,5 @@ def shipped_text() -> str:
     return "{\n" + ",\n".join(sections) + "\n}\n"
 
 
-def main(arguments: list[str]) -> None:
-    """Write the shipped file, or with a subject and a file (``-`` for standard output) that dump."""
-    if not arguments:
-        write_text_atomically(SHIPPED, shipped_text())
-        return
-    subject, target = arguments
-    search_module_folders()
-    special = {TRAINERS: dump_trainers, PEFT: dump_peft}
-    dump = special[subject]() if subject in special else dump_classes(subject)
-    text = json.dumps(dataclasses.asdict(dump))
-    if target == "-":
-        sys.stdout.write(text + "\n")
-    else:
-        write_text_atomically(Path(target), text)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    write_text_atomically(SHIPPED, shipped_text())

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
-import subprocess
-import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, Union
 
 import pytest
 
-from align.training.dump_fields import class_fields, dump_classes
+from tools.dump_fields import class_fields
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -77,28 +73,3 @@ def test_types_that_only_checkers_know_stay_as_they_are_written() -> None:
         "exact": {"type": "Decimal | None", "default": None},
         "patience": {"type": "int | None", "default": None},
     }
-
-
-def test_a_class_that_is_not_there_is_told_from_one_that_fails() -> None:
-    dump = dump_classes("no_such:Name", "json.gone:Name", "json:Name", f"{__name__}:Resolved")
-    assert dump.classes["no_such:Name"] == "there is no module no_such."
-    assert dump.classes["json.gone:Name"] == "json has no file gone.py."
-    expected = "json/__init__.py has no class Name; this version of json is not one align knows."
-    assert str(dump.classes["json:Name"]).endswith(expected)
-    assert dump.classes[f"{__name__}:Resolved"] == class_fields(Resolved)
-    assert not dump.errors
-
-
-def test_the_command_prints_what_it_would_write(tmp_path: Path) -> None:
-    (tmp_path / "theirs.py").write_text(
-        "from dataclasses import dataclass\nprint('imported')\n@dataclass\nclass Arguments:\n    patience: int = 3\n"
-    )
-    command = [sys.executable, "-m", "align.training.dump_fields", "theirs:Arguments"]
-    environment = {"PYTHONPATH": ":".join([str(Path.cwd()), str(tmp_path)])}
-    written = tmp_path / "dump.json"
-    subprocess.run([*command, str(written)], check=True, env=environment)
-    printed = subprocess.run([*command, "-"], check=True, env=environment, capture_output=True, text=True).stdout
-    assert printed.splitlines()[0] == "imported"
-    assert json.loads(printed.splitlines()[1]) == json.loads(written.read_text())
-    expected = {"patience": {"type": "int", "default": 3}}
-    assert json.loads(written.read_text()) == {"classes": {"theirs:Arguments": expected}, "errors": {}}
