@@ -1,4 +1,4 @@
-"""Intervals, paired differences and corrected p-values, over prompts and over training seeds. Needs numpy only.
+"""Intervals, paired differences and corrected p-values, over prompts and over training seeds. Needs numpy and scipy only.
 
 Statistics over prompts resample *prompts*: several samples of a prompt are averaged first. All comparisons are paired,
 since all systems answer the same prompts. These statistics say how well a checkpoint was measured.
@@ -25,11 +25,6 @@ FEWEST_EQUAL = 6
 sign-flip test of five equal differences has p = 2 / 2^5 = 0.06, and of six 0.03."""
 CHUNK_ELEMENTS = 1 << 22
 """Elements of a block of a resampling matrix (32 MiB)."""
-MAX_TERMS = 300
-"""Terms of the continued fraction; it needs fewer than 100 for any number of seeds."""
-PRECISION = 1e-14
-TINY = 1e-300
-BISECTIONS = 200
 
 
 class _Statistic:
@@ -98,7 +93,7 @@ def percentiles(resampled: Floats, n: int) -> tuple[float, float]:
     interval's width (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 5.3).
     """
     # The tail probability whose normal quantile equals the t quantile of n - 1 degrees, widened by sqrt(n / (n - 1)).
-    stretched = math.sqrt(n / (n - 1)) * t_quantile(0.5 + LEVEL / 2, n - 1)
+    stretched = math.sqrt(n / (n - 1)) * t_critical(n - 1)
     tail = NormalDist().cdf(-stretched)
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return float(low), float(high)
@@ -206,29 +201,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def t_quantile(probability: float, degrees: int) -> float:
-    """Student's t quantile.
-
-    Exact for 1 and 2 degrees of freedom; Cornish-Fisher beyond (Abramowitz and Stegun 26.7.5), within 1 % from 3 on.
-    """
-    if degrees == 1:
-        return math.tan(math.pi * (probability - 0.5))
-    if degrees == 2:
-        a = 4 * probability * (1 - probability)
-        return 2 * (probability - 0.5) * math.sqrt(2 / a)
-    # The normal quantile, plus corrections in powers of 1 / degrees.
-    z = NormalDist().inv_cdf(probability)
-    v = float(degrees)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / v**power for power, term in enumerate(terms))
-
-
 def _arrays(values: Sequence[float] | Floats, weights: Sequence[float] | Floats | None) -> tuple[Floats, Floats]:
     """Return (N,) values and weights of the prompts with a positive weight."""
     x = np.asarray(values, dtype=np.float64)
@@ -331,28 +303,16 @@ def welch(treatment: Sequence[float], control: Sequence[float]) -> Difference:
 
 def t_p_value(t: float, degrees: float) -> float:
     """Return the two-sided p-value of Student's t with ``degrees`` > 0 degrees of freedom, which may be a fraction."""
-    # Both tails of t are one value of this function (Numerical Recipes, 6.4).
-    return _incomplete_beta(degrees / (degrees + t * t), degrees / 2, 0.5)
+    from scipy.special import stdtr
+
+    return float(2 * stdtr(degrees, -abs(t)))
 
 
 def t_critical(degrees: float) -> float:
-    """Return the t whose two-sided p-value is 5 %: half the width of an interval, in standard errors.
+    """Return the t whose two-sided p-value is 5 %: half the width of an interval, in standard errors."""
+    from scipy.special import stdtrit
 
-    By bisection, exact to rounding. ``t_quantile`` accepts whole degrees and is off by up to 1 %, which
-    matters for three seeds and not for hundreds of prompts.
-    """
-    # Double the upper end until its p-value is small enough, then bisect between the two ends.
-    low = 0.0
-    high = 1.0
-    while t_p_value(high, degrees) > 1 - LEVEL:
-        high *= 2
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if t_p_value(middle, degrees) > 1 - LEVEL:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+    return float(stdtrit(degrees, 0.5 + LEVEL / 2))
 
 
 def _difference(value: float, error: float, degrees: float, n: int, test: str) -> Difference:
@@ -362,39 +322,3 @@ def _difference(value: float, error: float, degrees: float, n: int, test: str) -
         return Difference(value, math.nan, math.nan, n, 1.0, "no spread over seeds")
     half = t_critical(degrees) * error
     return Difference(value, value - half, value + half, n, t_p_value(value / error, degrees), test)
-
-
-def _incomplete_beta(x: float, a: float, b: float) -> float:
-    """Return the regularized incomplete beta function I_x(a, b), by its continued fraction (Numerical Recipes, 6.4)."""
-    if x <= 0 or x >= 1:
-        return 0.0 if x <= 0 else 1.0
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    front = math.exp(log_front)
-    # The fraction converges quickly on this side only; the function of the other side is its complement.
-    if x < (a + 1) / (a + b + 2):
-        return front * _beta_fraction(x, a, b) / a
-    return 1 - front * _beta_fraction(1 - x, b, a) / b
-
-
-def _beta_fraction(x: float, a: float, b: float) -> float:
-    """Evaluate the continued fraction of the incomplete beta function by Lentz's method."""
-    # Ratios of successive numerators, and of successive denominators, which themselves could overflow.
-    numerator = 1.0
-    denominator = 1 / _off_zero(1 - (a + b) * x / (a + 1))
-    result = denominator
-    for term in range(1, MAX_TERMS):
-        even = term * (b - term) * x / ((a + 2 * term - 1) * (a + 2 * term))
-        odd = -(a + term) * (a + b + term) * x / ((a + 2 * term) * (a + 2 * term + 1))
-        # The fraction's coefficients of even and of odd number have a formula each.
-        for coefficient in (even, odd):
-            denominator = 1 / _off_zero(1 + coefficient * denominator)
-            numerator = _off_zero(1 + coefficient / numerator)
-            result *= numerator * denominator
-        if abs(numerator * denominator - 1) < PRECISION:
-            break
-    return result
-
-
-def _off_zero(value: float) -> float:
-    """Return ``value``, or a tiny number for zero, by which Lentz's method can divide."""
-    return value if abs(value) > TINY else TINY
