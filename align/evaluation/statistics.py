@@ -1,4 +1,4 @@
-"""Intervals, paired differences and corrected p-values, over prompts and over training seeds. Needs numpy and scipy only.
+"""Intervals, paired differences and corrected p-values, over prompts and over training seeds. Needs numpy and scipy.
 
 Statistics over prompts resample *prompts*: several samples of a prompt are averaged first. All comparisons are paired,
 since all systems answer the same prompts. These statistics say how well a checkpoint was measured.
