@@ -6,7 +6,6 @@ of gigabytes. What is not on this machine and cannot be fetched is not checked h
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import math
@@ -27,10 +26,10 @@ from align.models.chat.named_templates import (
     require_tokens,
     template_file,
 )
-from align.models.checkpoints.files import CONFIG, read_header, read_optional
+from align.models.checkpoints.files import CONFIG, read_header, read_optional, refuse_quantized
 from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE, TOKENIZER
 from align.models.checkpoints.source import Origin, Source, resolve
-from align.models.compute.architecture import Architecture, UnknownArchitecture
+from align.models.compute.architecture import TIED, Architecture, UnknownArchitecture
 from align.models.compute.model_types import architecture_of, read_architecture
 
 NEAR = 0.75
@@ -63,6 +62,14 @@ def check_template(config: ModelConfig, base: Path) -> None:
     if vocabulary:
         place = f"the vocabulary of '{config.source}'"
         require_tokens(config.chat_template, vocabulary | set(config.add_tokens), place)
+
+
+def check_unquantized(config: ModelConfig, base: Path) -> None:
+    """Raise ``UserError`` if the weights of a model stage's source, or of an adapter's base, are quantized."""
+    for name, revision in ((config.source, config.revision), (config.base_model, config.base_revision)):
+        file = None if name is None else _known_config(resolve(name, revision, base))
+        if file is not None:
+            refuse_quantized(file, read_optional(file))
 
 
 def known_vocabulary(config: ModelConfig, base: Path) -> frozenset[str]:
@@ -182,11 +189,14 @@ def _hub_counts(source: Source) -> list[int]:
         return []
 
 
-def check_targets(config: ModelConfig, base: Path, names: Sequence[str], place: str, is_matrix: bool) -> None:
+def check_targets(
+    config: ModelConfig, base: Path, names: Sequence[str], place: str, *, is_matrix: bool, has_head: bool
+) -> None:
     """Raise ``UserError``, which begins with ``place``, for names that fit no module of a model stage's ``source``.
 
-    ``is_matrix``: they can only be matrices. Other modules, and models with experts or states, have more names than the
-    rules for an architecture know: there only a name that is nearly a known name is refused.
+    ``is_matrix``: they can only be matrices, which get adapters. Other modules, and models with experts or states, have
+    more names than the rules for an architecture know: there only a name that is nearly a known name is refused.
+    ``has_head``: the stage trains a language model, so an adapter on a tied head is refused as well.
     """
     source = config.base_model or config.source
     revision = config.revision if config.base_model is None else config.base_revision
@@ -201,6 +211,8 @@ def check_targets(config: ModelConfig, base: Path, names: Sequence[str], place: 
         is_near = bool(difflib.get_close_matches(last, known, cutoff=NEAR))
         if (is_near or is_complete) and not architecture.has_module(name):
             raise UserError(f"{place}: '{name}' fits no module of '{source}'.{suggest(last, known)}")
+        if is_matrix and has_head and architecture.is_tied(name):
+            raise UserError(f"{place}: {TIED}")
 
 
 def known_positions(source: str, revision: str | None, base: Path) -> int | None:
@@ -208,18 +220,20 @@ def known_positions(source: str, revision: str | None, base: Path) -> int | None
     origin = resolve(source, revision, base)
     if origin.origin is Origin.TINY:
         return MAX_POSITIONS
-    config = None
-    if origin.origin is Origin.FOLDER and origin.path is not None:
-        config = origin.path / CONFIG
-    elif origin.origin is Origin.HUB:
-        with contextlib.suppress(UnknownArchitecture):
-            config = _cached(origin)
-    if config is None or not config.is_file():
+    config = _known_config(origin)
+    if config is None:
         return None
     settings = read_optional(config)
     settings |= settings.get("text_config") or {}
     limit = settings.get("max_position_embeddings") or settings.get("n_positions")
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _known_config(source: Source) -> Path | None:
+    """Return the ``config.json`` of a folder or of a Hub model; None if this machine does not have it."""
+    if source.origin is Origin.FOLDER and source.path is not None:
+        return source.path / CONFIG
+    return small_file(source.name, str(source.revision), CONFIG) if source.origin is Origin.HUB else None
 
 
 def _cached(source: Source) -> Path:

@@ -53,13 +53,28 @@ def save_only(model: Any, trained: Collection[str], save: Callable[..., None]) -
     model.save_pretrained = types.MethodType(save, model)
 
 
-def save_everything(model: Any, **options: Any) -> None:
-    """Call transformers' own ``save_pretrained`` of a model that ``save_only`` changed."""
+def save_everything(model: Any, write: Callable[..., None], **options: Any) -> None:
+    """Call transformers' own ``save_pretrained`` of a model that ``save_only`` changed.
+
+    Replaces ``transformers.modeling_utils.safe_save_file`` meanwhile: safetensors reads all tensors of a file into
+    memory. The patch was written for transformers 5.17.
+
+    Args:
+        model: The model to save.
+        write: Receives the tensors of a file by name, its path, and its ``metadata``.
+        options: Arguments of ``save_pretrained``.
+    """
+    parameters = ["tensors", "filename", "metadata"]
+    original = private_name("transformers", "transformers.modeling_utils:safe_save_file", parameters)
+    import transformers.modeling_utils as module
+
     ignored = model._keys_to_ignore_on_save
     model._keys_to_ignore_on_save = None
+    module.safe_save_file = write
     try:
         type(model).save_pretrained(model, **options)
     finally:
+        module.safe_save_file = original
         model._keys_to_ignore_on_save = ignored
 
 

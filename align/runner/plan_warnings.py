@@ -33,7 +33,7 @@ from align.pipeline.provenance import source_digest
 from align.pipeline.registry import load_object
 from align.runner.open_store import stopped_ends
 from align.runner.stage_result import read_work
-from align.store.artifacts import Artifact
+from align.store.artifacts import Artifact, Kind
 from align.store.store import Store
 
 POLICY_FIELDS = ("policy", "model", "policies")
@@ -129,7 +129,11 @@ def _check_targets(pipeline: Pipeline, node: Node) -> None:
         for field, values in names.items():
             place = f"stages.{node.name}.tuning.{field}"
             if isinstance(model.config, ModelConfig):
-                load_object(TARGETS)(model.config, pipeline.base, values, place, is_matrix=field == "targets")
+                load_object(TARGETS)(
+                    *(model.config, pipeline.base, values, place),
+                    is_matrix=field == "targets",
+                    has_head=node.stage.makes is not Kind.REWARD,
+                )
 
 
 def _unused_settings(pipeline: Pipeline, node: Node) -> Iterator[str]:

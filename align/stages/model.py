@@ -18,7 +18,7 @@ from align.models.checkpoints.conversion import read_base
 from align.models.checkpoints.files import ADAPTER_CONFIG, CONFIG, READ_SUFFIXES, is_adapter
 from align.models.checkpoints.folder_checks import check_adapter, check_folder
 from align.models.checkpoints.source import Origin, Source, identity, resolve
-from align.models.model_plan import check_template
+from align.models.model_plan import check_template, check_unquantized
 from align.models.planned_template import check_settings, explain_replacement
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest, file_digest
@@ -34,8 +34,9 @@ PARTS = 4
 def pinned(config: ModelConfig, base: Path) -> ModelConfig:
     """Return the config with the commits of Hub names, and with an adapter's base.
 
-    Raises ``UserError`` for a missing source, for an adapter whose base is unknown or missing, for a model that will
-    have no chat template, for a chat template whose tokens the model lacks, and for a setting that it does not read.
+    Raises ``UserError`` for a missing source, for an adapter whose base is unknown or missing, for quantized weights,
+    for a model that will have no chat template, for a chat template whose tokens the model lacks, and for a setting
+    that it does not read.
     """
     source = resolve(config.source, config.revision, base)
     changes: dict[str, Any] = {"revision": source.revision} if source.origin is Origin.HUB else {}
@@ -46,6 +47,7 @@ def pinned(config: ModelConfig, base: Path) -> ModelConfig:
         _refuse_base(config)
     changes = {name: value for name, value in changes.items() if getattr(config, name) != value}
     config = config.model_copy(update=changes) if changes else config
+    check_unquantized(config, base)
     check_template(config, base)
     check_settings(config, base)
     return config

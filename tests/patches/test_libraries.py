@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers.modeling_utils
 
 from align.errors import UserError
 from align.patches.accelerate import use_gloo_on_cpus
@@ -19,6 +20,7 @@ from align.patches.transformers import (
     attention_name,
     keep_curve_names,
     revert_conversion,
+    save_everything,
     save_only,
     tracker_module,
     wrap_templates,
@@ -44,6 +46,24 @@ def test_missing_name_of_ignored_keys_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr("transformers.PreTrainedModel._keys_to_ignore_on_save")
     with pytest.raises(UserError, match="has no transformers:PreTrainedModel._keys_to_ignore_on_save"):
         save_only(torch.nn.Linear(1, 1), [], print)
+
+
+def test_writer_of_files_is_replaced_only_while_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+    writers = []
+
+    class Model:
+        _keys_to_ignore_on_save = None
+
+        def save_pretrained(self) -> None:
+            writers.append(transformers.modeling_utils.safe_save_file)
+
+    original = transformers.modeling_utils.safe_save_file
+    save_everything(Model(), print)
+    assert writers == [print]
+    assert transformers.modeling_utils.safe_save_file is original
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", lambda tensors, file: None)
+    with pytest.raises(UserError, match=r"safe_save_file has the parameters \(tensors, file\)"):
+        save_everything(Model(), print)
 
 
 def test_changed_lora_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,6 +242,31 @@ def test_unknown_module_is_refused_with_the_nearest(targets: list[str], hint: st
         notes(store, "ppo", {"source": "tiny"}, tuning={"method": "lora", "targets": targets})
 
 
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "model.embed_tokens"]])
+def test_adapters_on_a_tied_head_are_refused(targets: list[str], store: Store) -> None:
+    tuning = {"method": "lora", "targets": targets}
+    with pytest.raises(UserError, match=r"^stages\.ppo\.tuning\.targets: this model's head is tied to its embeddings"):
+        notes(store, "ppo", {"source": "tiny"}, tuning=tuning)
+    # A reward model has no such head.
+    stages = {
+        "model": {"source": "tiny"},
+        "data": {"recipe": "data_recipes/embedded.yaml"},
+        "reward": {"model": "model", "data": "data", "objective": "regression", "learning_rate": 1e-3}
+        | {"max_steps": 6, "tuning": {"method": "lora", "targets": ["embed_tokens"]}},
+    }
+    plan(Pipeline({"name": "run", "seed": 1, "stages": stages}), store)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "bitsandbytes"])
+def test_quantized_model_is_refused(method: str, tiny_model: Path, tmp_path: Path, store: Store) -> None:
+    folder = copy_of(tiny_model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    remedy = r"Name the model that it was quantized from; `tuning: {method: qlora}` keeps that in 4 bits\."
+    with pytest.raises(UserError, match=rf"stages\.model: .*the weights are quantized \({method}\)\. {remedy}"):
+        notes(store, "model", {"source": str(folder)})
+
+
 def test_known_modules_are_planned_without_a_note(store: Store) -> None:
     tuning = {"method": "lora", "targets": ["q_proj", "mlp.up_proj"], "save_modules": ["embed_tokens"]}
     assert notes(store, "ppo", {"source": "tiny"}, tuning=tuning) == ""

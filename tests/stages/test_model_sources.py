@@ -136,6 +136,14 @@ def test_an_adapter_without_its_base_is_refused_when_planned(adapter: Path, tiny
         pinned(ModelConfig(source=str(adapter), base_model=str(adapter)), tmp_path)
 
 
+def test_quantized_base_of_an_adapter_is_refused_when_planned(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(UserError, match=r"base/config\.json: the weights are quantized \(awq\)\. Name the model"):
+        pinned(ModelConfig(source=str(adapter), base_model=str(base)), tmp_path)
+
+
 @pytest.mark.parametrize("fields", [{"base_model": "tiny"}, {"base_revision": "main"}])
 def test_a_whole_model_has_no_base(fields: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
     for source in (str(tiny_model), "tiny", "smollm2-135m-instruct"):

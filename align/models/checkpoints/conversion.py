@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from align.models.chat.named_templates import require_tokens
 from align.models.chat.render import require_chat_template
 from align.models.chat.special_tokens import add_tokens, grow_embeddings, unify_special_tokens
 from align.models.chat.template_settings import TemplateSettings
-from align.models.checkpoints.files import ADAPTER_WEIGHTS, read_header, read_object, read_optional
+from align.models.checkpoints.files import ADAPTER_WEIGHTS, METADATA, read_header, read_object, read_optional
 from align.models.checkpoints.folder_checks import EMBEDDINGS, FLOATS, require_embeddings, tensor_entries
 from align.models.pretrained import adapter_config, attach_adapter, open_gguf, open_model, open_tokenizer, refusing
 from align.store.json_files import write_text_atomically
@@ -29,6 +29,42 @@ LOG = logging.getLogger(__name__)
 def stored_types(folder: Path) -> frozenset[str]:
     """Return the floating-point types of a model folder's tensors, as safetensors calls them: ``BF16``, ``F32``."""
     return frozenset(entry.dtype for entry in tensor_entries(folder).values()) & FLOATS
+
+
+TYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"} | {
+    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    "uint8": "U8",
+}
+"""torch's names of types, and those in the header of a safetensors file."""
+
+
+def write_tensors(tensors: Mapping[str, Any], file: str, metadata: Mapping[str, str], *, live: Collection[int]) -> None:
+    """Write what ``safetensors.torch.save_file`` writes, with only one tensor at a time in memory.
+
+    Tensors in a file leave memory once they are written, unless the address of their storage is in ``live``.
+    """
+    import torch
+
+    from align.models.compute.processes import page_out
+
+    # 1. Name, type, shape and place of each tensor; the widest types come first, so all are aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {METADATA: metadata}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        kind = TYPE_NAMES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    # 2. Their bytes.
+    with open(file, "wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            opened.write(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy())
+            if tensors[name].untyped_storage().data_ptr() not in live:
+                page_out(tensors[name])
 
 
 @dataclass(frozen=True)

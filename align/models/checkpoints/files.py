@@ -34,6 +34,7 @@ READ_FOLDERS = ("additional_chat_templates", "adapter")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+UNQUANTIZED = "Name the model that it was quantized from; `tuning: {method: qlora}` keeps that in 4 bits."
 LARGEST_JSON = 64 * 2**20
 """Most bytes of a JSON file; tokenizers of 250,000 tokens need about 30 MB."""
 LARGEST_TEXT = 256 * 2**20
@@ -101,6 +102,14 @@ def read_object(file: Path) -> dict[str, Any]:
 def read_optional(file: Path) -> dict[str, Any]:
     """Read the JSON object in ``file``; empty if there is no such file."""
     return read_object(file) if file.exists() else {}
+
+
+def refuse_quantized(file: Path, config: dict[str, Any]) -> None:
+    """Raise ``UserError`` with the method's name for the ``config`` of a quantized model (GPTQ, AWQ, FP8)."""
+    settings = config.get("quantization_config")
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        raise UserError(f"{file}: the weights are quantized ({method or 'quantization_config'}). {UNQUANTIZED}")
 
 
 def has_weights(folder: Path) -> bool:

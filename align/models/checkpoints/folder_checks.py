@@ -23,6 +23,7 @@ from align.models.checkpoints.files import (
     ADAPTER_WEIGHTS,
     CONFIG,
     SINGLE,
+    UNQUANTIZED,
     BadHeader,
     Entry,
     files_read,
@@ -31,6 +32,7 @@ from align.models.checkpoints.files import (
     read_object,
     read_optional,
     refuse_links,
+    refuse_quantized,
     weight_files,
 )
 
@@ -167,7 +169,6 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 FIX = "Fetch the model again, or correct the file."
-UNQUANTIZED = "align reads float weights: name the model that it was quantized from."
 
 
 def check_config(folder: Path, tensors: int) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def _parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
             yield f"{name}.", value
 
 
-def _refuse_foreign(file: Path, config: Mapping[str, Any]) -> None:
+def _refuse_foreign(file: Path, config: dict[str, Any]) -> None:
     """Refuse code from the Hub, weights under other names, and quantized weights."""
     for name in ATTENTION:
         if any("/" in str(word) for word in _values(config.get(name))):
@@ -213,8 +214,7 @@ def _refuse_foreign(file: Path, config: Mapping[str, Any]) -> None:
         raise UserError(
             f"{file}: transformers_weights is {file_name!r}, but only {SINGLE} or its index is read. Rename the file."
         )
-    if config.get("quantization_config") is not None:
-        raise UserError(f"{file}: has a quantization_config, so the weights are quantized. {UNQUANTIZED}")
+    refuse_quantized(file, config)
 
 
 def _values(value: Any) -> list[Any]:

@@ -28,6 +28,13 @@ EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "embeddings"
 """Names of the token embedding."""
 
 
+TIED = (
+    "this model's head is tied to its embeddings, so an adapter on one would have to be on both. Remove both, or "
+    "train them in full: `save_modules: [embed_tokens]`."
+)
+"""Ending of the message about ``targets`` that name a tied head or its embeddings."""
+
+
 class UnknownArchitecture(ValueError):
     """The size of a model is not known; the message gives the reason and follows "unknown: "."""
 
@@ -193,6 +200,10 @@ class Architecture:
         for number, block in enumerate(self.blocks[lowest:], start=lowest):
             for linear in (*block.linears, *block.experts):
                 yield f"{self.layers_path}.{number}.{linear.path}", linear
+
+    def is_tied(self, target: str) -> bool:
+        """Return True if a target of peft names the head or the token embedding, and these are one matrix."""
+        return self.tied and any(_is_target(f"model.{name}", [target]) for name in (*EMBEDDINGS, self.head_path))
 
     def has_module(self, target: str) -> bool:
         """Return True if a target of peft, the end of a module's name after a dot, names a matrix or an embedding."""

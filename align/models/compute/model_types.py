@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from align.models.checkpoints.files import refuse_quantized
 from align.models.compute.architecture import Architecture, UnknownArchitecture
 from align.models.compute.decoders import (
     DENSE,
@@ -136,12 +137,17 @@ RULES: dict[str, Callable[[Config], Architecture]] = {
 
 
 def read_architecture(config_file: Path) -> Architecture:
-    """Read the architecture from a model folder's ``config.json``. Raises ``UnknownArchitecture`` without one."""
+    """Read the architecture from a model folder's ``config.json``. Raises ``UnknownArchitecture`` without one.
+
+    Raises ``UserError`` for quantized weights, which no stage reads.
+    """
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UnknownArchitecture(f"{config_file} cannot be read ({type(error).__name__})") from None
-    return architecture_of(config if isinstance(config, dict) else {})
+    config = config if isinstance(config, dict) else {}
+    refuse_quantized(config_file, config)
+    return architecture_of(config)
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import mmap
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from align.config.tuning import (
     VirtualTokens,
 )
 from align.errors import UserError
-from align.models.checkpoints.conversion import plain_of, stored_types
+from align.models.checkpoints.conversion import plain_of, stored_types, write_tensors
 from align.models.checkpoints.files import CONFIG
 from align.models.compute.architecture import UnknownArchitecture
 from align.models.compute.costs import activations_per_token
@@ -50,10 +51,15 @@ CARRY_STATE = ("falcon_mamba", "mamba", "rwkv")
 
 
 def refuse_untrainable(source: Path, tuning: TuningBase, *, samples: bool = False) -> None:
-    """Raise ``UserError`` for a type of model that cannot be trained by ``tuning``.
+    """Raise ``UserError`` for weights in float16, and for a type of model that cannot be trained by ``tuning``.
 
     ``samples`` is True for a stage that trains on what the model samples.
     """
+    if "F16" in stored_types(source):
+        raise UserError(
+            f"{source}: has weights in float16, which training does not use: its largest number is 65,504, and "
+            "activations exceed it. Bring the model in through a `model` stage, which converts it."
+        )
     config = source / CONFIG
     kind = _model_type(source)
     if kind in UNEQUAL:
@@ -83,7 +89,7 @@ def load_for_tuning(source: Path, tuning: TuningBase, precision: Precision = "fl
 
     On the CPU: weights to train in float32, matrices that stay frozen in the base's type
     (``align.models.compute.precision``), or in 4 bits for ``qlora``.
-    Raises ``UserError`` for a type of model that cannot be trained so.
+    Raises ``UserError`` for a model that cannot be trained so.
     """
     refuse_untrainable(source, tuning)
     # Layers that read the weights themselves do not cast them.
@@ -117,17 +123,8 @@ SAVED_TYPE = "align_saved_type"
 
 
 def frozen_dtype(source: Path, base_type: Precision) -> torch.dtype:
-    """Return the type to load a model to freeze in: the type of its files, or float32 if that is wider.
-
-    Raises ``UserError`` for a model with weights in float16.
-    """
-    kinds = stored_types(source)
-    if "F16" in kinds:
-        raise UserError(
-            f"{source}: has weights in float16, which training does not use: its largest number is 65,504, and "
-            "activations exceed it. Bring the model in through a `model` stage, which converts it."
-        )
-    return torch.bfloat16 if base_type == "bfloat16" and kinds == {"BF16"} else torch.float32
+    """Return the type to load a model to freeze in: the type of its files, or float32 if any tensor is wider."""
+    return torch.bfloat16 if base_type == "bfloat16" and stored_types(source) == {"BF16"} else torch.float32
 
 
 def freeze_in_bf16(model: Any, source: Path) -> None:
@@ -235,6 +232,8 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
     dtype: torch.dtype = getattr(inner, SAVED_TYPE, torch.float32)
     out_dir.mkdir(parents=True, exist_ok=True)
     weights = _folded(model, dtype, out_dir)
+    live = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    write = partial(write_tensors, live=live)
     config = inner.config
     # Other tools read these tokens from the configs, not from the tokenizer.
     for settings in (config, getattr(inner, "generation_config", None)):
@@ -244,7 +243,7 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
     # Merging may widen or untie matrices, and the written config must say so.
     weights, changes = stored.prepare_save(inner, weights, tokenizer, out_dir)
     with stored.config_with(config, changes):
-        save_everything(inner, save_directory=out_dir, state_dict=weights, is_main_process=True)
+        save_everything(inner, write, save_directory=out_dir, state_dict=weights, is_main_process=True)
         # transformers writes the type of the live model, whose frozen matrices may be narrower than the files.
         config.dtype = dtype
         config.save_pretrained(out_dir)

@@ -24,6 +24,7 @@ from align.config.tuning import IA3_INPUTS, IA3_OUTPUTS, Ia3Tuning, LowRank, Pef
 from align.config.validation import hint_nearest, nearest
 from align.errors import UserError
 from align.models.checkpoints.folder_checks import TOKENIZER, token_ids
+from align.models.compute.architecture import TIED
 from align.models.compute.layers import FEED_FORWARD
 from align.models.compute.precision import float32_products, widen_trained
 from align.models.experts import default_targets, expert_matrices, has_experts
@@ -178,10 +179,7 @@ def check_ties(peft_model: Any) -> None:
         return
     for part in (base.get_input_embeddings(), base.get_output_embeddings()):
         if isinstance(part, BaseTunerLayer):
-            raise UserError(
-                "tuning.targets: this model's head is tied to its embeddings, so an adapter on one of them would have "
-                "to be on both. Leave both out, or train them in full: `save_modules: [embed_tokens]`."
-            )
+            raise UserError(f"tuning.targets: {TIED}")
 
 
 def _unshare_matrices(model: Any) -> None:

@@ -151,7 +151,7 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "architectures a number": (edit(CONFIG, architectures=3), CONFIG, "architectures is 3"),
     "attention from the Hub": (edit(CONFIG, attn_implementation="evil/kernel"), CONFIG, "fetched from the Hub and run"),
     "weights elsewhere": (edit(CONFIG, transformers_weights="../x.safetensors"), CONFIG, "transformers_weights"),
-    "weights quantized": (edit(CONFIG, quantization_config={"quant_method": "gptq"}), CONFIG, "quantized"),
+    "weights quantized": (edit(CONFIG, quantization_config={"quant_method": "gptq"}), CONFIG, "are quantized (gptq)"),
     "code of its own": (
         edit(CONFIG, model_type="mine", auto_map={"AutoConfig": "m.C", "AutoModelForCausalLM": "m.M"}),
         CONFIG,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from align.config.tuning import FullTuning, LoraTuning, QloraTuning
 from align.errors import UserError
+from align.models.checkpoints.conversion import write_tensors
 from align.models.compute.precision import autocast, float32_products
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tuning.apply import apply_tuning, load_for_tuning, save_tuned
@@ -123,11 +124,55 @@ def test_four_bits_are_saved_in_the_type_of_the_files(narrow_model: Path, tmp_pa
     assert {t.dtype for t in folded(narrow_model, tuning, tmp_path).values()} == {torch.bfloat16}
 
 
-def test_weights_in_float16_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tuning", [LoraTuning(), QloraTuning(), FullTuning()], ids=lambda tuning: tuning.method)
+@pytest.mark.parametrize("reward", [False, True], ids=["policy", "reward"])
+def test_weights_in_float16_are_refused(tiny_model: Path, tmp_path: Path, tuning: Any, reward: bool) -> None:
     shutil.copytree(tiny_model, tmp_path / "half")
     in_type(tmp_path / "half", torch.float16)
     with pytest.raises(UserError, match="has weights in float16, which training does not use"):
-        load_for_tuning(tmp_path / "half", LoraTuning(), "bfloat16")
+        load_for_tuning(tmp_path / "half", tuning, "bfloat16", reward=reward)
+
+
+def test_mixed_types_are_folded_in_the_widest(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "mixed")
+    file = tmp_path / "mixed" / "model.safetensors"
+    weights = load_file(file)
+    wide = {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"}
+    save_file({n: w if n in wide else w.bfloat16() for n, w in weights.items()}, file, metadata={"format": "pt"})
+    tuning = LoraTuning(rank=4)
+    model = adapted(tmp_path / "mixed", tuning)
+    matrices = [p for p in model.parameters() if p.dim() == 2 and not p.requires_grad]
+    assert {p.dtype for p in matrices} == {torch.bfloat16}
+    ours = folded(tmp_path / "mixed", tuning, tmp_path)
+    # No weight is rounded: neither those in float32 nor the sums on those in bfloat16.
+    peft: Any = PeftModel.from_pretrained(load_policy(tmp_path / "mixed"), tmp_path / "adapter")
+    expected = peft.merge_and_unload().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
+
+
+def test_files_are_written_as_safetensors_writes_them(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a": torch.randn(7).bfloat16(),
+        "c": torch.arange(4).view(2, 2),
+        "empty": torch.zeros(0, 2),
+        "scalar": torch.tensor(2.0),
+        "mask": torch.tensor([True, False, True]),
+    }
+    write_tensors(tensors, str(tmp_path / "ours"), {"format": "pt"}, live=[])
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_only_folded_tensors_leave_memory(narrow_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[torch.Tensor] = []
+    monkeypatch.setattr("align.models.compute.processes.page_out", written.append)
+    model = adapted(narrow_model, LoraTuning(rank=4))
+    save_tuned(model, load_tokenizer(narrow_model), tmp_path / "out" / "model")
+    assert sum(tensor.dim() == 2 for tensor in written) == 14  # 7 in each of 2 layers
+    live = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    assert not live & {tensor.untyped_storage().data_ptr() for tensor in written}
 
 
 def test_narrow_base_without_narrow_products_is_refused(tiny_model: Path) -> None:
