@@ -51,15 +51,10 @@ CARRY_STATE = ("falcon_mamba", "mamba", "rwkv")
 
 
 def refuse_untrainable(source: Path, tuning: TuningBase, *, samples: bool = False) -> None:
-    """Raise ``UserError`` for weights in float16, and for a type of model that cannot be trained by ``tuning``.
+    """Raise ``UserError`` for a type of model that cannot be trained by ``tuning``.
 
     ``samples`` is True for a stage that trains on what the model samples.
     """
-    if "F16" in stored_types(source):
-        raise UserError(
-            f"{source}: has weights in float16, which training does not use: its largest number is 65,504, and "
-            "activations exceed it. Bring the model in through a `model` stage, which converts it."
-        )
     config = source / CONFIG
     kind = _model_type(source)
     if kind in UNEQUAL:
@@ -92,6 +87,11 @@ def load_for_tuning(source: Path, tuning: TuningBase, precision: Precision = "fl
     Raises ``UserError`` for a model that cannot be trained so.
     """
     refuse_untrainable(source, tuning)
+    if "F16" in stored_types(source):
+        raise UserError(
+            f"{source}: has weights in float16, which training does not use: its largest number is 65,504, and "
+            "activations exceed it. Bring the model in through a `model` stage, which converts it."
+        )
     # Layers that read the weights themselves do not cast them.
     base_type = "float32" if _model_type(source) in CARRY_STATE else tuning.base_type(precision)
     if getattr(tuning, "base_dtype", "auto") not in ("auto", base_type):
