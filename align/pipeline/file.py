@@ -14,14 +14,14 @@ from typing import Any
 
 from align.config.base import Config
 from align.config.shipped import shipped_files
-from align.config.stages.continue_from import CONTINUE, changes_in, continued_stage
+from align.config.stages.continue_from import CONTINUE, changes_in
 from align.config.user_functions import add_module_folder
 from align.config.user_paths import LocatedText, locate, settle, unmark
 from align.config.validation import suggest
 from align.config.yaml import drop_anchor_blocks, load_yaml
 from align.errors import UserError, shorten
 from align.pipeline.executors import EXECUTOR, in_long_forms
-from align.pipeline.loops import is_loop
+from align.pipeline.loops import is_loop, kind_in
 from align.pipeline.overrides import apply_overrides, parse_assignment
 from align.pipeline.registry import find_stage
 
@@ -281,17 +281,7 @@ def _settle_stage(block: Any, config_class: type[Config] | None, base: Path, pla
 
 def _config_class(name: str, blocks: Blocks) -> type[Config] | None:
     """Return the config class of a stage; None for a kind that there is not, which is refused later."""
-    visited: set[str] = set()
-    kind = name
-    while name in blocks and isinstance(blocks[name], Mapping) and name not in visited:
-        visited.add(name)
-        kind = str(blocks[name].get("stage", name))
-        # A stage that continues another stage has that stage's kind.
-        source = continued_stage(blocks[name])
-        if "stage" in blocks[name] or source is None:
-            break
-        name = source
     try:
-        return find_stage(kind).config_class()
+        return find_stage(kind_in(name, blocks)).config_class()
     except (KeyError, UserError):
         return None

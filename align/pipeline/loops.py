@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import Field
 
 from align.config.base import Config, input_fields, names_in_block, rename_in_block
+from align.config.stages.continue_from import CONTINUE, changes_in, continued_stage
 from align.config.validation import suggest, validate
 from align.errors import UserError
 from align.pipeline.registry import LOOP, STAGES, find_stage, stage_of
@@ -84,6 +85,18 @@ def is_loop(name: str, block: Mapping[str, Any]) -> bool:
     return bool(block.get("stage", name) == LOOP)
 
 
+def kind_in(name: str, blocks: Mapping[str, Any]) -> str:
+    """Return the kind of a stage: its ``stage``, or the kind of the stage that it continues, or its name."""
+    visited: set[str] = set()
+    while isinstance(blocks.get(name), Mapping) and name not in visited:
+        visited.add(name)
+        source = continued_stage(blocks[name])
+        if "stage" in blocks[name] or source is None:
+            return str(blocks[name].get("stage", name))
+        name = source
+    return name
+
+
 def expand(blocks: Mapping[str, dict[str, Any]], file: str, seed: int) -> Expanded:
     """Write out every loop of ``stages:``. ``file`` begins the places of errors, ``seed`` is the pipeline's.
 
@@ -92,6 +105,7 @@ def expand(blocks: Mapping[str, dict[str, Any]], file: str, seed: int) -> Expand
     """
     expanded = Expanded()
     plain_names = [name for name, block in blocks.items() if not is_loop(name, block)]
+    every = {name: blocks[name] for name in plain_names}
     for name, block in blocks.items():
         place = f"stages.{name}"
         if name in plain_names:
@@ -103,10 +117,13 @@ def expand(blocks: Mapping[str, dict[str, Any]], file: str, seed: int) -> Expand
         _check_stages(loop, {*plain_names, *expanded.stages}, expanded.rounds, f"{file}: {place}")
         _check_carry(loop, {*plain_names, *expanded.stages, *expanded.rounds}, f"{file}: {place}")
         _check_changes(loop, f"{file}: {place}")
+        every |= loop.stages
         _write_out(name, loop, expanded, seed)
     # Plain stages come last: they may read stages of a loop below them in the file.
     for name in plain_names:
-        expanded.stages[name] = _rename_inputs(name, blocks[name], expanded.resolve, expanded.match_rounds)
+        expanded.stages[name] = _rename_inputs(
+            kind_in(name, every), blocks[name], expanded.resolve, expanded.match_rounds
+        )
     return expanded
 
 
@@ -181,7 +198,7 @@ def _names_read(name: str, block: Mapping[str, Any], loop: LoopConfig) -> list[s
     for version in versions:
         merged = {**block, **version}
         for field_name in _input_fields(name, merged):
-            names += names_in_block(merged, field_name)
+            names += names_in_block(merged, field_name) + names_in_block(changes_in(merged), field_name)
     return names
 
 
@@ -222,10 +239,12 @@ def _write_out(loop_name: str, loop: LoopConfig, expanded: Expanded, seed: int) 
             stage_block = {"stage": name, **copy.deepcopy(block), **copy.deepcopy(changes)}
             stage_block = _rename_inputs(name, stage_block, in_this_round, rounds_so_far)
             stage_seed = stage_block.get("seed", seed)
-            # A seed that the round sets itself stays; true is an int for Python, and is refused later.
+            # A seed that the round sets itself stays, and a stage that continues another has that stage's; true is an
+            # int for Python, and is refused later.
             if (
                 number > 1
                 and "seed" not in changes
+                and continued_stage(stage_block) is None
                 and isinstance(stage_seed, int)
                 and not isinstance(stage_seed, bool)
             ):
@@ -260,6 +279,10 @@ def _rename_inputs(
                 stages = match_rounds(item) if isinstance(item, str) else [item]
                 items += [rename(item)] if stages is None else stages
             renamed[field_name] = items
+    change = changes_in(block)
+    if change:
+        kind = str(block.get("stage", name))
+        renamed[CONTINUE] = {**renamed[CONTINUE], "change": _rename_inputs(kind, change, rename, match_rounds)}
     # Some kinds also name stages outside their input fields, such as in gates and baselines.
     stage = STAGES.get(str(block.get("stage", name)))
     config_class = stage.config_class() if stage is not None else None

@@ -231,3 +231,42 @@ def test_a_stage_of_a_loop_is_continued_by_its_last_round() -> None:
     more = pipeline.nodes["more"]
     assert (more.inputs["continue_from"], more.inputs["model"]) == ("tuned-2", "tuned-1")
     assert more.seed == pipeline.nodes["tuned-2"].seed == 6
+
+
+def repeated(more: dict[str, Any], first: str, lengths: dict[str, int]) -> dict[str, Any]:
+    """Two rounds of drawing rows and continuing the stage ``first`` on them."""
+    drawn = {"stage": "data", "recipe": "data_recipes/embedded.yaml"}
+    carry = {"start": {"first": first, "then": "more"}}
+    return {
+        "loop": {
+            "rounds": 2,
+            "carry": carry,
+            "stages": {"drawn": drawn, "more": more},
+            "changes": {2: {"more": lengths}},
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("first", "field", "length"), [("sft", "data", "max_steps"), ("ppo", "prompts", "updates")], ids=["sft", "ppo"]
+)
+def test_change_in_a_loop_names_stages_of_its_round(first: str, field: str, length: str) -> None:
+    more: dict[str, Any] = {
+        "stage": first,
+        "continue_from": {"stage": "start", "change": {field: "drawn", "learning_rate": 1e-4}},
+    }
+    more[length] = 12
+    nodes = Pipeline(raw(**repeated(more, first, {length: 18}))).nodes
+    assert [nodes[f"more-{number}"].inputs[field] for number in (1, 2)] == ["drawn-1", "drawn-2"]
+    assert [nodes[f"more-{number}"].inputs["continue_from"] for number in (1, 2)] == [first, "more-1"]
+    # Rounds have the seed of the stage that they continue; it decides the order of rows.
+    assert {nodes[name].seed for name in (first, "more-1", "more-2")} == {nodes[first].seed}
+    assert nodes["drawn-1"].seed != nodes["drawn-2"].seed
+
+
+def test_stage_without_a_kind_continues_a_loop_s_last_round() -> None:
+    block = {"stage": "sft", "model": "start", "data": "drawn", "max_steps": 12, "learning_rate": 1e-4}
+    loop = repeated(block, "sft", {})
+    last = {"continue_from": {"stage": "more", "change": {"data": "drawn"}}, "max_steps": 20}
+    node = Pipeline(raw(**loop, last=last)).nodes["last"]
+    assert (node.stage.kind, node.inputs["continue_from"], node.inputs["data"]) == ("sft", "more-2", "drawn-2")
