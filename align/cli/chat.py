@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from align.data.final_answers import split_thought
 from align.errors import printable
 
 DIM = ("\x1b[2m", "\x1b[0m")
@@ -70,7 +69,7 @@ def _read_line(source: TextIO, output: TextIO) -> str | None:
     return line.strip() if line else None
 
 
-def _stream_reply(pieces: Iterator[str], output: TextIO) -> str:
+def _stream_reply(pieces: Iterator[tuple[str, str]], output: TextIO) -> str:
     """Print a reply as it is generated and return it; Ctrl-C ends it early and keeps what was printed.
 
     A terminal shows thoughts dim.
@@ -78,11 +77,8 @@ def _stream_reply(pieces: Iterator[str], output: TextIO) -> str:
     dim, reset = DIM if output.isatty() and "NO_COLOR" not in os.environ else ("", "")
     reply = ""
     try:
-        for piece in pieces:
-            reply += piece
-            # The end of the piece that is after the thought.
-            answer = split_thought(reply)[-len(piece) :] if piece else ""
-            thought = piece[: len(piece) - len(answer)]
+        for thought, answer in pieces:
+            reply += thought + answer
             output.write(f"{dim}{printable(thought)}{reset}" if thought else "")
             output.write(printable(answer))
             output.flush()

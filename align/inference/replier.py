@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from align.data.final_answers import split_thought
 from align.data.tool_calls import ParsedTurn, detect_format
 from align.errors import UserError
 from align.inference.protocol import Response
@@ -91,15 +92,20 @@ class Replier:
         self.stops = {int(self.tokenizer.eos_token_id), *_end_tokens(self.defaults)}
         self.longest: int = getattr(self.model.config.get_text_config(), "max_position_embeddings", 2048)
 
-    def reply(self, turns: list[dict[str, str]]) -> Iterator[str]:
-        """Yield the reply to ``turns`` in pieces; a piece never ends inside a character.
+    def reply(self, turns: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
+        """Yield the reply to ``turns`` in pieces, each with its part of the thought and its part of the answer.
 
-        A thought that the prompt opens begins with the prompt's mark.
+        A piece never ends inside a character. See ``Reply.marked`` for the marks of the thought.
         """
         reply = self.start(turns, ReplyOptions(self.temperature, 1.0, 0, self.max_tokens))
-        yield reply.opening
+        text, end, is_open = reply.opening, len(reply.opening), True
+        yield text, ""
         for token in reply.sample():
-            yield token.text
+            start = len(text)
+            text += token.text
+            if is_open or not end:
+                text, end, is_open = reply.marked()
+            yield text[start:end], text[max(start, end) :]
 
     def start(self, turns: Turns, options: ReplyOptions) -> Reply:
         """Return a reply that is sampled while ``Reply.sample`` is read.
@@ -137,6 +143,11 @@ class Replier:
         tokenizer = self.tokenizer_with(options.thinking)
         longest = self.longest - min(options.max_tokens, REPLY_MARGIN)
         rest = [dict(turn) for turn in turns]
+        if ThoughtReader(tokenizer).hides_marks:
+            # The marks of these thoughts are not the template's, which would write them as answers.
+            for turn in rest:
+                if turn["role"] == "assistant":
+                    turn["content"] = str(split_thought(turn["content"]))
         # A system message stays: it is the first turn.
         first = 1 if rest[0]["role"] == "system" else 0
         ids = render_prompt(tokenizer, rest, options.tools)
@@ -197,9 +208,22 @@ class Reply:
 
     def thought_end(self) -> tuple[int, bool]:
         """Return the number of characters of ``text`` before the answer, and True if the thought is not closed."""
-        response = self._reader.read(self.prompt, Response(self.tokens, [], self.is_finished, self._decoded))
+        response = self._read()
         end = response.thought_end
         return (len(self.opening) + end if end else 0), response.is_open
+
+    def marked(self) -> tuple[str, int, bool]:
+        """Return ``text`` with marks of its thought, and what ``thought_end`` returns for it.
+
+        A thought whose marks are special tokens gets the marks ``<think>``, so that readers of the text find it.
+        """
+        response = self._read()
+        if response.bare_thought is None or self.opening:
+            return self.text, *self.thought_end()
+        return response.marked_text, len(response.marked_thought), response.is_open
+
+    def _read(self) -> Response:
+        return self._reader.read(self.prompt, Response(self.tokens, [], self.is_finished, self._decoded))
 
     def parse_calls(self) -> ParsedTurn:
         """Return the calls of tools in the reply, in the format that the chat template shows."""

@@ -75,6 +75,12 @@ class ThoughtReader:
             response, thought_tokens=tokens, thought_end=characters, is_open=answer.is_open, bare_thought=bare
         )
 
+    @property
+    def hides_marks(self) -> bool:
+        """True if the marks of the model's thoughts are special tokens, which the text of a response lacks."""
+        openings = PAIRS if self.marks is None else [self.marks.opening]
+        return any(name in opening for opening in openings for name in self._special)
+
     def is_opened_by(self, prompt: Sequence[int]) -> bool:
         """Return True if a prompt ends inside a thought."""
         return self._opened.search(self._decode(prompt[-MARK_TOKENS:])) is not None

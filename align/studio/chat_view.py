@@ -302,12 +302,12 @@ def _sample(request: NewReply, folder: Path, pool: ModelPool, put: Any) -> None:
                 is_closed = end > 0 and not is_open
             part = {"name": token.name, "logprob": token.logprob, "top": token.alternatives}
             put(("piece", {"text": token.text, "thought_end": end, "tokens": [part]}))
-        end, is_open = reply.thought_end()
+        text, end, is_open = reply.marked()
         turn = reply.parse_calls()
         calls = [{"name": call.name, "arguments": call.arguments} for call in turn.calls]
         facts = {"finished": reply.is_finished, "open_thought": is_open, "count": len(reply.tokens)}
         facts |= {"calls": calls, "call_errors": turn.errors, "seconds": time.monotonic() - began}
-        put(("done", {"text": reply.text, "thought_end": end, **facts}))
+        put(("done", {"text": text, "thought_end": end, **facts}))
 
 
 # ---- endpoints ----

@@ -21,10 +21,10 @@ class Echo:
 
     def reply(self, turns):  # type: ignore[no-untyped-def]
         self.conversations.append([turn["content"] for turn in turns])
-        yield f"{len(turns)} "
+        yield "", f"{len(turns)} "
         if turns[-1]["content"] == "interrupt":
             raise KeyboardInterrupt
-        yield "turns"
+        yield "", "turns"
 
 
 def _talk(monkeypatch: pytest.MonkeyPatch, lines: str, **options: str) -> tuple[int, str]:
@@ -59,7 +59,7 @@ class Terminal(io.StringIO):
 
 def test_thoughts_are_dim_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
-    pieces = ("<think>", "a\x1b[0m", "</think>Y", "es")
+    pieces = (("<think>", ""), ("a\x1b[0m", ""), ("</think>", "Y"), ("", "es"))
 
     class Thinker(Echo):
         def reply(self, turns):  # type: ignore[no-untyped-def]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from align.errors import UserError
-from align.inference.replier import Replier, ReplyOptions
+from align.inference.replier import Replier, ReplyOptions, ReplyToken
+from align.inference.thoughts import ThoughtReader
 from align.inference.transformers import TransformersEngine
+from align.models.built_in import make_tiny_tokenizer
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -23,7 +27,10 @@ def replier(tiny_model: Path) -> Replier:
 
 def test_a_real_model_streams_what_it_would_say_at_once(replier: Replier) -> None:
     pieces = list(replier.reply(HI))
-    assert "".join(pieces) == "".join(replier.reply(HI))
+    assert pieces == list(replier.reply(HI))
+    whole = replier.start(HI, ReplyOptions(temperature=0, max_tokens=12))
+    assert "".join(token.text for token in whole.sample()) == "".join(answer for _, answer in pieces)
+    assert not any(thought for thought, _ in pieces)
     long = [{"role": "user", "content": "x" * 900}, {"role": "assistant", "content": "y" * 900}]
     reply = replier.start(
         [{"role": "system", "content": "S"}, *long, {"role": "user", "content": "z" * 900}], ReplyOptions()
@@ -96,3 +103,45 @@ def test_thoughts_and_calls_are_found_in_a_reply(replier: Replier, monkeypatch: 
     monkeypatch.setattr(reply._tokenizer, "chat_template", reply._tokenizer.chat_template + "{# <tool_call> #}")
     (call,) = reply.parse_calls().calls
     assert (call.name, call.arguments) == ("add", {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "answer"),
+    [
+        ("<|channel>thought\nSo.<channel|>Yes.", "<think>\nSo.\n</think>\n\n", "Yes."),
+        ("<|channel>thought\nSo", "<think>\nSo", ""),
+        ("<think>So.</think>Yes.", "<think>So.</think>", "Yes."),
+    ],
+)
+def test_special_marks_of_thoughts_are_written_out(
+    text: str, thought: str, answer: str, replier: Replier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make_tiny_tokenizer()
+    marks = [AddedToken(mark, special=mark != "thought") for mark in ("<|channel>", "thought", "<channel|>")]
+    tokenizer.add_tokens([*marks, AddedToken("<think>"), AddedToken("</think>")])
+    ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    reply = replier.start(HI, ReplyOptions())
+    reply._tokenizer, reply._reader = tokenizer, ThoughtReader(tokenizer)
+
+    def sample() -> Iterator[ReplyToken]:
+        for token in ids:
+            reply.tokens.append(token)
+            yield reply._describe(token, torch.zeros(len(tokenizer)))
+
+    monkeypatch.setattr(reply, "sample", sample)
+    monkeypatch.setattr(replier, "start", lambda turns, options: reply)
+    pieces = list(replier.reply(HI))
+    assert "".join(part for part, _ in pieces) == thought
+    assert "".join(part for _, part in pieces) == answer
+    assert reply.marked()[:2] == (thought + answer, len(thought))
+
+
+def test_thoughts_with_special_marks_leave_the_conversation(replier: Replier, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [*HI, {"role": "assistant", "content": "<think>\nSo.\n</think>\n\nYes."}, *HI]
+
+    def prompt() -> str:
+        return str(replier.tokenizer.decode(replier.start(turns, ReplyOptions()).prompt))
+
+    assert "So." in prompt()
+    monkeypatch.setattr(ThoughtReader, "hides_marks", True)
+    assert "So." not in prompt() and "Yes." in prompt()

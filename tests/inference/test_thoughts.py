@@ -82,6 +82,7 @@ def test_marks_of_families_split_thoughts(opening: str, closing: str, is_special
 
     assert str(read("hi", f"{opening}\na 7\n{closing}Yes").answer_text) == "Yes"
     assert str(read(f"hi{opening}\n", f"a 7\n{closing}Yes").answer_text) == "Yes"
+    assert reader.hides_marks is is_special
     is_open = read("hi", f"{opening}\na 7")
     assert (str(is_open.answer_text), is_open.is_open, is_open.answer_tokens) == ("", True, 0)
     assert tokenizer.decode(reader.closing_ids([], is_open)) == f"\n{closing}\n\n"

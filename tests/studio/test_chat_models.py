@@ -163,6 +163,6 @@ def test_models_are_freed_some_time_after_their_use(
 def test_real_models_fit_into_the_memory_of_this_machine(tiny_model: Path, tiny_reward: Path) -> None:
     pool = ModelPool()
     with pool.borrow("policy", tiny_model) as replier, pool.borrow("reward", tiny_reward) as reward:
-        assert "".join(replier.reply([{"role": "user", "content": "Hi"}]))
+        assert list(replier.reply([{"role": "user", "content": "Hi"}]))
         assert len(reward.score([[{"role": "user", "content": "Hi"}]], ["Yes"])) == 1
     assert set(pool.folders()) == {tiny_model, tiny_reward}
