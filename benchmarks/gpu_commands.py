@@ -125,6 +125,17 @@ def run_stage_item(item: Item, place: Place, seconds: float) -> dict[str, Any]:
     return result
 
 
+def run_peer(item: Item, place: Place, seconds: float) -> dict[str, Any]:
+    """Run a peer's training once and return what it measured; ``failed`` is the last line of a run that failed."""
+    assert item.peer is not None
+    log = place.log(item.name)
+    command = [sys.executable, "-m", "benchmarks.gpu_peers", str(place.work), json.dumps(asdict(item.peer))]
+    if run_command(command, log, seconds):
+        return {"failed": last_line(log)}
+    result: dict[str, Any] = json.loads(last_json(log))
+    return result
+
+
 def last_json(log: Path) -> str:
     """Return the last line of a log that is a JSON object. Raises ``ValueError`` where there is none."""
     for line in reversed(log.read_text(encoding="utf-8", errors="replace").splitlines()):

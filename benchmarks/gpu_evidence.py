@@ -1,6 +1,6 @@
 """Measure all that needs a GPU, in commands of at most nine minutes; call it until it says that all is done.
 
-    python -m benchmarks.gpu_evidence [--part tests|training|plan|determinism|quickstart|proof] [--out FOLDER]
+    python -m benchmarks.gpu_evidence [--part PART] [--out FOLDER]
     python -m benchmarks.gpu_evidence --device cpu --tiny --out FOLDER      # the same code on a processor
     python -m benchmarks.gpu_evidence --out FOLDER --table                  # the table of what is there
 
@@ -31,12 +31,22 @@ from benchmarks.gpu_commands import (
     last_line,
     list_tests,
     run_command,
+    run_peer,
     run_proof,
     run_quickstart,
     run_stage_item,
     run_test,
 )
-from benchmarks.gpu_items import PARTS, Item, Machine, determinism_items, plan_items, training_items
+from benchmarks.gpu_items import (
+    PARTS,
+    Item,
+    Machine,
+    card_items,
+    determinism_items,
+    peer_items,
+    plan_items,
+    training_items,
+)
 from benchmarks.gpu_proofs import proof_items
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_table import make_table, summarize
@@ -101,6 +111,8 @@ class Session:
         lists: dict[str, Callable[[Machine], list[Item]]] = {
             "training": training_items,
             "plan": plan_items,
+            "card": card_items,
+            "peers": peer_items,
             "determinism": determinism_items,
             "proof": proof_items,
         }
@@ -150,7 +162,7 @@ RUN_PIPELINES: dict[str, Callable[[Item, Place, float], dict[str, Any]]] = {
     "proof": run_proof,
 }
 """How the items of the parts that are pipelines are run."""
-RUN: dict[str, Callable[[Item, Place, float], dict[str, Any]]] = {"tests": run_test, **RUN_PIPELINES}
+RUN: dict[str, Callable[[Item, Place, float], dict[str, Any]]] = {"tests": run_test, "peers": run_peer, **RUN_PIPELINES}
 """How the items of a part are run; those of the others are stages."""
 
 

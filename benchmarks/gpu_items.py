@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.gpu_models import SHAPES
+from benchmarks.gpu_peers import PeerItem
 from benchmarks.gpu_run import StageItem
 
-PARTS = ("tests", "training", "plan", "determinism", "quickstart", "proof")
+PARTS = ("tests", "training", "plan", "card", "peers", "determinism", "quickstart", "proof")
 ROWS = ("sft", "reward", "dpo")
 """Stages that train on rows."""
 ROLLOUTS = ("ppo", "grpo")
@@ -45,7 +46,7 @@ class Machine:
 
     def obstacle(self, package: str) -> str | None:
         """Return why a package's kernels or engine cannot be measured here; None where they can."""
-        if package in ("liger_kernel", "flash_attn") and self.device != "cuda":
+        if package in ("liger_kernel", "flash_attn", "unsloth") and self.device != "cuda":
             return f"{package} needs a GPU"
         return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
@@ -56,7 +57,8 @@ class Item:
 
     name: str
     stage: StageItem | None = None
-    """The stage that is run; None for a test or the quickstart."""
+    """The stage that is run; None for a test, a peer or the quickstart."""
+    peer: PeerItem | None = None
     runs: int = 1
     """Processes that run it one after another."""
     obstacle: str | None = None
@@ -155,6 +157,55 @@ def _plan_item(machine: Machine, shape: str, stage: str, method: str, label: str
     length = fields.get("max_length", length)
     measured = StageItem(shape, stage, method, machine.device, machine.tiny, length, rows, fields)
     return Item(f"{shape} {stage} {method}, {label}", measured)
+
+
+CARD_GIB = 22.3
+"""Memory that ``align plan`` counts as usable on a card of 24 GB."""
+
+
+def card_items(machine: Machine) -> list[Item]:
+    """Return stages that a card of 24 GB holds by the plan, with no more memory than that, whatever the card has."""
+    score = {"score": "benchmarks.stage_work:by_length"}
+    lora, qlora = {"tuning": {"method": "lora", "rank": 16}}, {"tuning": {"method": "qlora", "rank": 16}}
+    return [
+        _card_item(machine, "qwen3-8b", "sft", lora | {"max_length": 2048}),
+        _card_item(machine, "qwen3-8b", "sft", qlora | {"max_length": 2048}, "bitsandbytes"),
+        _card_item(machine, "qwen3-8b", "dpo", lora | {"max_length": 2048}),
+        _card_item(machine, "qwen3-8b", "reward", lora | {"max_length": 2048}),
+        _card_item(machine, "qwen3-4b", "grpo", lora | score, "vllm"),
+        _card_item(machine, "qwen3-4b", "ppo", lora | score, "vllm"),
+    ]
+
+
+def _card_item(machine: Machine, shape: str, stage: str, changes: dict[str, Any], package: str | None = None) -> Item:
+    """Return a stage in the memory of a card of 24 GB, in micro-batches of one row."""
+    method = changes["tuning"]["method"]
+    fields = _fields(machine, stage, method) | changes
+    fields["micro_batch_size"] = 1
+    if stage in ROLLOUTS:
+        fields |= {"updates": 3} if machine.tiny else {"updates": 3, "max_prompt_tokens": 512, "max_tokens": 1024}
+        length, rows = fields["max_prompt_tokens"], machine.sizes["rollout"]
+    else:
+        fields |= {"max_steps": 4, "gradient_checkpointing": True} | (
+            {"max_length": machine.sizes["length"]} if machine.tiny else {}
+        )
+        length, rows = fields["max_length"], 2 * machine.sizes["batch"]
+    engine = "vllm" if package == "vllm" else "transformers"
+    measured = StageItem(
+        shape, stage, method, machine.device, machine.tiny, length, rows, fields, engine, card=CARD_GIB
+    )
+    return Item(f"{shape} {stage} {method}", measured, obstacle=machine.obstacle(package) if package else None)
+
+
+def peer_items(machine: Machine) -> list[Item]:
+    """Return SFT with LoRA of trl and Unsloth, on the sizes of ``training_items``."""
+    sizes = machine.sizes
+    item = (machine.device, machine.tiny, sizes["length"], sizes["batch"], sizes["micro"], sizes["steps"])
+    return [
+        Item(f"{shape} sft lora {peer}", peer=PeerItem(peer, shape, *item), obstacle=machine.obstacle(peer))
+        for shape in machine.shapes
+        for peer in ("trl", "unsloth")
+    ]
 
 
 def determinism_items(machine: Machine) -> list[Item]:

@@ -42,11 +42,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Values of the released ``config.json`` of Qwen 2.5 and Llama 3.2, by the name in the table."""
+QWEN3 = {
+    **QWEN, "model_type": "qwen3", "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "max_position_embeddings": 40960, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}  # fmt: skip
+CARD_SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-4b": {**QWEN3, "hidden_size": 2560, "intermediate_size": 9728},
+    "qwen3-8b": {**QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+}
+"""The same of Qwen 3: models that ``align plan`` says fit a card of 24 GB."""
 
 
 def sizes_of(shape: str, tiny: bool) -> dict[str, Any]:
     """Return the values of a shape's config, scaled down to under a megabyte of weights where ``tiny``."""
-    return {**SHAPES[shape], **TINY} if tiny else dict(SHAPES[shape])
+    sizes = SHAPES.get(shape) or CARD_SHAPES[shape]
+    return {**sizes, **TINY} if tiny else dict(sizes)
 
 
 def make_model(root: Path, shape: str, *, tiny: bool, device: str, attention: str = "sdpa") -> Path:

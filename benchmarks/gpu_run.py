@@ -22,7 +22,7 @@ from align.models.compute.model_types import read_architecture
 from benchmarks.flops import forward_flops, learning_flops
 from benchmarks.gpu_machine import PeakMemory, matrix_rate
 from benchmarks.gpu_models import make_model
-from benchmarks.stage_work import FIELD, ROLLOUTS, config_of, plan_job, run_stage
+from benchmarks.stage_work import FIELD, ROLLOUTS, config_of, plan_job, reads_reward, run_stage
 
 FIRST = 2
 """Steps, or updates, at the start that are left out of the speed: kernels are compiled and memory is taken there."""
@@ -46,6 +46,8 @@ class StageItem:
     engine: str = "transformers"
     attention: str = "sdpa"
     deterministic: bool = False
+    card: float | None = None
+    """GiB that torch may take, as on a smaller card; None for the whole card."""
 
     @property
     def runtime(self) -> Runtime:
@@ -62,6 +64,8 @@ def measure(item: StageItem, work: Path) -> dict[str, Any]:
         from align.models.compute.processes import use_deterministic_kernels
 
         use_deterministic_kernels()
+    if item.card is not None and item.device == "cuda":
+        limit_memory(item.card)
     (work / "models").mkdir(parents=True, exist_ok=True)
     model = make_model(work / "models", item.shape, tiny=item.tiny, device=item.device, attention=item.attention)
     job = planned_job(item, model)
@@ -89,10 +93,20 @@ def measure(item: StageItem, work: Path) -> dict[str, Any]:
     }
 
 
+def limit_memory(gib: float) -> None:
+    """Let torch take no more than ``gib`` of the card: what does not fit there fails as on a smaller card."""
+    import torch
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+
+
 def planned_job(item: StageItem, model: Path) -> Job:
     """Return what ``align plan`` counts for the stage."""
     architecture = read_architecture(model / "config.json")
-    models = {FIELD[item.stage]: [architecture]} | ({"reward": [architecture]} if item.stage in ROLLOUTS else {})
+    models = {FIELD[item.stage]: [architecture]} | (
+        {"reward": [architecture]} if reads_reward(item.stage, item.fields) else {}
+    )
     return plan_job(item.stage, config_of(item.stage, item.fields), models, item.runtime)
 
 

@@ -153,6 +153,21 @@ def _plan(items: dict[str, Result]) -> list[str]:
     return [*_rows(head, rows), "", f"{within} of {len(errors)} are within {TOLERANCE:.0%}.", *_failures(items)]
 
 
+def _peers(items: dict[str, Result]) -> list[str]:
+    head = ("model, peer", "tokens/s", "peak, GiB", "reserved, GiB", "seconds")
+    rows = [
+        (
+            name,
+            f"{result['tokens_per_second']:,.0f}",
+            _gib(result["peak"]),
+            _gib(result["reserved"]),
+            f"{result['seconds']:.0f}",
+        )
+        for name, result in _measured(items).items()
+    ]
+    return [*_rows(head, rows), *_failures(items)]
+
+
 def _determinism(items: dict[str, Result]) -> list[str]:
     head = ("stage", "two runs", "tokens/s", "SHA-256 of the weights")
     rows = [
@@ -205,6 +220,8 @@ TITLES = {
     "tests": "Tests of one GPU",
     "training": "Speed and memory of training",
     "plan": "Memory against the plan",
+    "card": "Stages in the memory of a card of 24 GB",
+    "peers": "SFT with LoRA of trl and Unsloth",
     "determinism": "Equal bits of two runs",
     "quickstart": "Quickstart",
     "proof": "Published results",
@@ -213,6 +230,8 @@ WRITERS: dict[str, Callable[[dict[str, Result]], list[str]]] = {
     "tests": _tests,
     "training": _training,
     "plan": _plan,
+    "card": _training,
+    "peers": _peers,
     "determinism": _determinism,
     "quickstart": _quickstart,
     "proof": _proof,

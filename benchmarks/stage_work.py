@@ -41,9 +41,14 @@ def config_of(kind: str, fields: Mapping[str, Any]) -> Any:
     named |= {"prompts" if kind in PROMPTED else "data": "d"}
     if kind != "sample":
         named["learning_rate"] = 1e-5
-    if kind in ROLLOUTS:
+    if reads_reward(kind, fields):
         named |= {"reward": "r", "reward_floor": None}
     return find_stage(kind).config_class().model_validate(named)
+
+
+def reads_reward(kind: str, fields: Mapping[str, Any]) -> bool:
+    """Return True if a reward model as large as the policy scores the stage's rollouts."""
+    return kind in ROLLOUTS and "score" not in fields
 
 
 def run_stage(
@@ -55,7 +60,8 @@ def run_stage(
     inputs: dict[str, Any] = {FIELD[kind]: _holder(root / "source", model)}
     data = _data(root / "data", load_tokenizer(model), kind, length, rows)
     if kind in ROLLOUTS:
-        inputs |= {"prompts": data, "reward": _reward(root, model), "ptx": None}
+        reward = _reward(root, model) if reads_reward(kind, fields) else None
+        inputs |= {"prompts": data, "reward": reward, "ptx": None}
     elif kind == "sample":
         reward = None if fields.get("reward") is None else _reward(root, model)
         inputs |= {"prompts": data, "reward": reward}

@@ -11,16 +11,17 @@ from align.capacity.plan import estimator_of
 from align.models.compute.model_types import architecture_of, read_architecture
 from align.models.loading import load_policy, load_tokenizer
 from align.pipeline.registry import STAGES
-from benchmarks.gpu_items import Item, Machine, determinism_items, plan_items, training_items
+from benchmarks.gpu_items import Item, Machine, card_items, determinism_items, peer_items, plan_items, training_items
 from benchmarks.gpu_models import SHAPES, make_model, sizes_of
+from benchmarks.gpu_peers import measure
 from benchmarks.gpu_run import operations_of_row
-from benchmarks.stage_work import FIELD, ROLLOUTS, config_of
+from benchmarks.stage_work import FIELD, ROLLOUTS, config_of, reads_reward
 
 MACHINES = [Machine("cuda", tiny=False), Machine("cpu", tiny=True)]
 
 
 def items_of(machine: Machine) -> list[Item]:
-    return [*training_items(machine), *plan_items(machine), *determinism_items(machine)]
+    return [*training_items(machine), *plan_items(machine), *card_items(machine), *determinism_items(machine)]
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=["card", "tiny"])
@@ -28,7 +29,9 @@ def test_every_item_is_a_valid_stage_that_the_plan_can_count(machine: Machine) -
     for item in items_of(machine):
         stage = item.stage
         model = architecture_of(sizes_of(stage.shape, stage.tiny))
-        models = {FIELD[stage.stage]: [model]} | ({"reward": [model]} if stage.stage in ROLLOUTS else {})
+        models = {FIELD[stage.stage]: [model]} | (
+            {"reward": [model]} if reads_reward(stage.stage, stage.fields) else {}
+        )
         config = config_of(stage.stage, stage.fields)
         assert estimator_of(STAGES[stage.stage]).job(config, models, stage.runtime).trained > 0, item.name
         assert operations_of_row(stage, model) > 0, item.name
@@ -62,10 +65,27 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "parameters"),
-    [("qwen2.5-0.5b", 494_032_768), ("llama3.2-1b", 1_235_814_400), ("qwen2.5-1.5b", 1_543_714_304)],
+    [
+        ("qwen2.5-0.5b", 494_032_768),
+        ("llama3.2-1b", 1_235_814_400),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen3-4b", 4_022_468_096),
+        ("qwen3-8b", 8_190_735_360),
+    ],
 )
 def test_the_shapes_have_the_released_models_parameters(shape: str, parameters: int) -> None:
     assert architecture_of(sizes_of(shape, tiny=False)).parameters == parameters
+
+
+def test_trl_is_measured_on_the_sizes_of_training(tmp_path: Path) -> None:
+    machine = Machine("cpu", tiny=True)
+    trl, unsloth = peer_items(machine)[:2]
+    assert (trl.name, unsloth.obstacle) == ("qwen2.5-0.5b sft lora trl", "unsloth needs a GPU")
+    assert (
+        trl.peer is not None and trl.peer.batch == config_of("sft", training_items(machine)[0].stage.fields).batch_size
+    )
+    result = measure(trl.peer, tmp_path)
+    assert result["tokens_per_second"] > 0 and result["peak"] > 0
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))
