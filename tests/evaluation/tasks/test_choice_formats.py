@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from align.config.recipe.source_settings import FilesSource
 from align.errors import UserError
-from align.evaluation.tasks.choice_formats import TRUTHFUL_EXAMPLES, Question, choose_form, parse
+from align.evaluation.tasks.choice_formats import TRUTHFUL_EXAMPLES, Form, Question, choose_form, parse
 from align.evaluation.tasks.records import TaskRecord, read_records
 
 HUB_ARC = {
@@ -220,3 +222,25 @@ def test_all_of_truthfulqa_is_understood(shared_data: Path) -> None:
         assert rivals - {question.answer} == {
             question.choices[index] for index, true in question.truths if not true
         }  # MC1 has every false answer of MC2
+
+
+@pytest.mark.parametrize("question", ["Plain?", " a", "a ", "a\n", "\ta \n", "It is ____", "It is ____ "])
+def test_blanks_of_questions_are_those_of_lm_eval(question: str) -> None:
+    """lm-eval's template of MMLU strips the question, and no choice; those of ARC and TruthfulQA strip nothing."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.utils import apply_template
+
+    choices = [" b", "c ", "d\n", "e"]
+    targets = {"choices": choices, "labels": [1, 0, 0, 0]}
+    tasks: dict[Form, tuple[str, dict[str, Any]]] = {
+        "mmlu": ("mmlu/default/_default_template_yaml", {"choices": choices, "answer": 1, "subject": "law"}),
+        "arc": ("arc/arc_easy.yaml", {"choices": {"text": choices, "label": ["A", "B", "C", "D"]}, "answerKey": "B"}),
+        "truthfulqa": ("truthfulqa/truthfulqa_mc1.yaml", {"mc1_targets": targets, "mc2_targets": targets}),
+    }
+    for form, (file, fields) in tasks.items():
+        text = (Path(lm_eval.__file__).parent / "tasks" / file).read_text(encoding="utf-8")
+        template = yaml.safe_load(re.sub("!function .*", "null", text))["doc_to_text"]
+        record = {"question": question, **fields}
+        parsed = parse(TaskRecord("x:1", record), form)
+        assert parsed.context == apply_template(template, record)
+        assert form == "mmlu" or list(parsed.choices) == choices
