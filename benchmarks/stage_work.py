@@ -89,10 +89,14 @@ def by_length(rows: list[dict[str, Any]], responses: list[str]) -> list[float]:
 
 def _reward(root: Path, model: Path) -> Artifact:
     """Write a reward model with a head that gives few answers the same score, so that there is something to learn."""
+    import torch
+
+    from align.models.checkpoints.conversion import stored_types
     from align.models.loading import load_tokenizer, new_reward
 
     folder = root / "reward" / "model"
-    reward_model = new_reward(model)
+    is_narrow = stored_types(model) == {"BF16"}
+    reward_model = new_reward(model, torch.bfloat16 if is_narrow else torch.float32)
     reward_model.score.weight.data.fill_(0.01)[..., ::2] *= -1
     reward_model.save_pretrained(folder)
     load_tokenizer(model).save_pretrained(folder)

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from align.errors import UserError
 from align.models.chat.render import require_chat_template
+from align.models.checkpoints.files import read_header, weight_files
+from align.models.checkpoints.folder_checks import FLOATS, tensor_entries
+from align.models.compute.precision import cast_frozen_to_bf16, widen_vectors
 from align.models.pretrained import Task, open_model, open_tokenizer
 from align.models.tuning.stored import load_adapter, tokenizer_for
 
@@ -60,6 +64,36 @@ def load_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
             f"{model_dir} is not a trained reward model: it has no {HEAD}. Point at the output of a reward stage."
         )
     return model
+
+
+def load_rounded_reward(model_dir: Path) -> Any:
+    """Load a trained reward model with the matrices of its trunk in bfloat16 (``cast_frozen_to_bf16``).
+
+    A trunk whose files are in bfloat16 is never in memory in float32.
+    """
+    entries = tensor_entries(model_dir)
+    if {entry.dtype for name, entry in entries.items() if name != HEAD} & FLOATS == {"BF16"}:
+        model = load_reward(model_dir, torch.bfloat16).requires_grad_(False)
+        widen_vectors(model)
+        for parameter in model.parameters():
+            if parameter.dim() == 3:  # experts, which autocast does not reach
+                parameter.data = parameter.data.float()
+        # The head, in full.
+        file = next(file for file in weight_files(model_dir) if HEAD in read_header(file))
+        with safe_open(file, framework="pt") as tensors:
+            model.score.weight.data = tensors.get_tensor(HEAD).float()
+        return model
+    model = load_reward(model_dir).requires_grad_(False)
+    round_reward(model)
+    return model
+
+
+def round_reward(model: Any) -> None:
+    """Keep the matrices of a frozen reward model's trunk in bfloat16, in place."""
+    cast_frozen_to_bf16(getattr(model, model.base_model_prefix))
+    # The head still belongs to the memory-mapped file, which would stay in memory as a whole.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def new_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:

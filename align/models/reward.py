@@ -16,14 +16,16 @@ from typing import Any, Literal, get_args
 import torch
 
 from align.config.base import PrecisionSetting
+from align.config.runtime.launch import world_size
 from align.config.runtime.rollouts import SCORED_AT_ONCE
 from align.errors import UserError
 from align.models.chat.render import Message, render_conversation, render_prompt
 from align.models.checkpoints.files import read_optional
-from align.models.compute.precision import autocast, cast_frozen_to_bf16, low_residual, resolve_precision
+from align.models.compute.precision import autocast, low_residual, resolve_precision
 from align.models.fast.ragged_rows import hidden_states, to_device, try_ragged
 from align.models.fast.shared_parts import PrefixBatch, batches_of_shared, common_prefix, share_prefixes
-from align.models.loading import load_reward, load_tokenizer
+from align.models.loading import load_reward, load_rounded_reward, load_tokenizer, round_reward
+from align.models.tuning.peft_layers import PEFT_PREFIX
 from align.store.json_files import write_text_atomically
 
 Answer = tuple[list[Message], str, bool, str | None]
@@ -45,6 +47,7 @@ class RewardModel:
         batch_size: int = SCORED_AT_ONCE,
         share_beginnings: bool = False,
         pass_tokens: int | None = None,
+        rounded: bool = False,
     ) -> None:
         """Load the model. Raises ``UserError`` for a checkpoint without a score head.
 
@@ -52,12 +55,15 @@ class RewardModel:
         ``pass_tokens`` a batch has about that many tokens, in place of ``batch_size`` rows, and whatever several of its
         conversations begin with is computed once. Rounding then depends on the batch, so the same answer may get a
         slightly different score in the next call; within a call equal answers have equal scores. A model that cannot
-        run without padding uses batches of ``batch_size`` rows.
+        run without padding uses batches of ``batch_size`` rows. ``rounded`` is for a model whose weights are rounded
+        in any case (``round_weights``).
         """
         self.tokenizer = load_tokenizer(model_dir)
-        self.model = load_reward(model_dir).to(device).requires_grad_(False)
         self.device = torch.device(device)
         self.precision = resolve_precision(precision, self.device)
+        self.rounded = rounded and self.precision == "bfloat16"
+        load = load_rounded_reward if self.rounded else load_reward
+        self.model = load(model_dir).to(device).requires_grad_(False)
         self.batch_size = batch_size
         self.share_beginnings = share_beginnings
         self.pass_tokens = pass_tokens
@@ -69,11 +75,29 @@ class RewardModel:
 
     def round_weights(self) -> None:
         """Keep the trunk in bfloat16 if it computes in it: half the memory; scores change by rounding."""
-        if self.precision == "bfloat16":
-            cast_frozen_to_bf16(getattr(self.model, self.model.base_model_prefix))
-            # The head still belongs to the memory-mapped file, which would stay in memory as a whole.
-            for parameter in self.model.parameters():
-                parameter.data = parameter.data.clone()
+        if self.precision == "bfloat16" and not self.rounded:
+            round_reward(self.model)
+            self.rounded = True
+
+    def share_tensors(self, other: Any) -> None:
+        """Use the frozen tensors of ``other``, a model that may have adapters, in place of equal ones, bit for bit.
+
+        A reward model that was trained by adapters from the same base has the base's embeddings, and its matrices
+        outside the adapted layers. No score changes. Several processes may divide the policy's tensors: they keep
+        both.
+        """
+        if world_size() > 1:
+            return
+        frozen = {
+            name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): parameter
+            for name, parameter in other.named_parameters()
+            if not parameter.requires_grad
+        }
+        for name, parameter in self.model.named_parameters():
+            twin = frozen.get(name)
+            is_alike = twin is not None and (twin.dtype, twin.device) == (parameter.dtype, parameter.device)
+            if is_alike and torch.equal(parameter, twin):
+                parameter.data = twin.data
 
     def prepare_for_inference(self) -> None:
         """Round weights and what flows between layers to bfloat16 if the model computes in it.

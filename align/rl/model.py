@@ -14,7 +14,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from align.config.tuning import LowRank, TuningBase
+from align.config.base import Precision
+from align.config.stages.rl import RolloutFields
+from align.config.tuning import LoraTuning, LowRank, TuningBase
 from align.errors import UserError
 from align.models.checkpoints.conversion import plain_of
 from align.models.checkpoints.sharding import is_partitioned
@@ -73,6 +75,16 @@ def make_critic(
     if reward is None:
         raise ValueError("critic is reward, but no reward_model is given; pass one, or set critic='policy'.")
     return critic_from_reward(reward, tuning, seed)
+
+
+def may_round_reward(config: RolloutFields, precision: Precision) -> bool:
+    """Return True if no critic needs the reward model's weights in the type of their files.
+
+    A critic that is trained in full copies them; ``qlora`` quantizes them and ``pissa`` changes them.
+    """
+    tuning = config.tuning
+    is_rounded = isinstance(tuning, LoraTuning) and tuning.base_type(precision) == "bfloat16"
+    return is_rounded or getattr(config, "critic_source", None) != "reward"
 
 
 def critic_head(policy: Any) -> Critic:

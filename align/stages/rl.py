@@ -43,6 +43,7 @@ from align.models.reward import RewardModel
 from align.models.tuning.apply import engine_source, load_for_tuning, notice, refuse_untrainable
 from align.pipeline.context import StageContext
 from align.rl.checkpoint import change_settings, last_checkpoint
+from align.rl.model import may_round_reward
 from align.rl.reference_scores import note_reference_scores
 from align.rl.replay import ReplayEngine, StoredUpdates
 from align.rl.rollout_tables import merge
@@ -228,6 +229,7 @@ def _make_trainer(context: StageContext, reward_models: list[RewardModel], **opt
     trainer.add_callback(StopOnRequest(context, every=config.steps_per_update))
     for reward_model in reward_models:
         reward_model.round_weights()  # only now: a fully tuned critic has copied the float32 weights
+        reward_model.share_tensors(trainer.model.policy)
     return trainer
 
 
@@ -293,9 +295,8 @@ def _explain_lost_engine(context: StageContext) -> Iterator[None]:
         yield
     except EngineLost as error:
         checkpoint = last_checkpoint(context.checkpoints)
-        start = "start over, since no checkpoint was written yet"
-        if checkpoint is not None:
-            start = f"resume from {checkpoint.name}"
+        none_yet = "start over, since no checkpoint was written yet"
+        start = none_yet if checkpoint is None else f"resume from {checkpoint.name}"
         raise EngineLost(f"{error}\nOnce the server answers, run again to {start}.") from error
 
 
@@ -340,7 +341,8 @@ def _load_reward_models(context: StageContext) -> list[RewardModel]:
 
 def _load_reward_model(context: StageContext, artifact: Artifact) -> RewardModel:
     device = device_of(context.runtime)
-    model = RewardModel(artifact.model, device=device, precision=context.precision, share_beginnings=True)
+    rounded = may_round_reward(context.config, context.precision)
+    model = RewardModel(artifact.model, device, context.precision, share_beginnings=True, rounded=rounded)
     model.on_progress = lambda done, total: context.phase(f"scoring {done}/{total} by '{artifact.stage}'")
     return model
 

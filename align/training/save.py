@@ -11,9 +11,9 @@ import torch
 from align.config.runtime.launch import rank
 from align.models.checkpoints.conversion import plain_of, stored_types
 from align.models.checkpoints.sharding import full_model
-from align.models.compute.precision import cast_frozen_to_bf16, float32_products
+from align.models.compute.precision import float32_products
 from align.models.compute.processes import trim_malloc
-from align.models.loading import load_reward
+from align.models.loading import load_reward, load_rounded_reward
 from align.models.tuning.apply import save_tuned
 from align.pipeline.context import StageContext
 from align.training.held_out import scores
@@ -71,9 +71,7 @@ def _save_and_compare(live: Any, tokenizer: Any, out_dir: Path, probe: Sequence[
         with float32_products(live):
             trained = scores(live, probe, pad)
         live.to("cpu")
-        copy = load_reward(out_dir).requires_grad_(False)
-        if has_narrow_files:
-            cast_frozen_to_bf16(getattr(copy, copy.base_model_prefix))
+        copy = load_rounded_reward(out_dir) if has_narrow_files else load_reward(out_dir)
         with float32_products(copy):
             loaded = scores(copy.to(device), probe, pad)
         del copy

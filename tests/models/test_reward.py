@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from align.config.tuning import LoraTuning
 from align.errors import UserError
 from align.models.chat.render import render_conversation
-from align.models.loading import load_reward
+from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.reward import RewardModel
+from align.models.tuning.apply import apply_tuning, load_for_tuning, save_tuned
+from tests.support.models.tuning.tuning_cases import push
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Hi", "A much longer question than that", "Why?")]
 ANSWERS = ["Yes", "No, certainly not, by no means whatever", ""]
@@ -118,6 +122,47 @@ def test_rounded_weights_leave_nothing_of_the_file_in_memory(tiny_reward: Path, 
     assert file in maps.read_text()
     scorer.round_weights()
     assert file not in maps.read_text()
+
+
+@pytest.mark.parametrize("is_narrow", [False, True])
+def test_rounded_load_equals_rounding(is_narrow: bool, tiny_reward: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_reward, tmp_path / "own")
+    tensors = load_file(folder / "model.safetensors")
+    if is_narrow:  # as a stage saves it: only the head is in float32
+        tensors = {n: t if n == "score.weight" else t.bfloat16() for n, t in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    scorer = RewardModel(folder, precision="bfloat16")
+    scorer.round_weights()
+    rounded = RewardModel(folder, precision="bfloat16", rounded=True)
+    assert rounded.score(PROMPTS, ANSWERS) == scorer.score(PROMPTS, ANSWERS)
+    expected = dict(scorer.model.named_parameters())
+    for name, parameter in rounded.model.named_parameters():
+        assert parameter.dtype == expected[name].dtype and torch.equal(parameter, expected[name]), name
+    assert rounded.model.score.weight.dtype == torch.float32
+    exact = RewardModel(folder, precision="float32", rounded=True)
+    assert {p.dtype for p in exact.model.parameters()} == {torch.float32}
+
+
+def test_equal_tensors_are_shared_with_the_policy(tiny_model: Path, tmp_path: Path) -> None:
+    tuning = LoraTuning(rank=4, last_layers=1)
+    trained = apply_tuning(load_for_tuning(tiny_model, tuning, "bfloat16", reward=True), tuning, 7)
+    push(trained)
+    save_tuned(trained, load_tokenizer(tiny_model), tmp_path / "model")
+    scorer = RewardModel(tmp_path / "model", precision="bfloat16", rounded=True)
+    before = scorer.score(PROMPTS, ANSWERS)
+    policy = apply_tuning(load_for_tuning(tiny_model, LoraTuning(rank=4), "bfloat16"), LoraTuning(rank=4), 8)
+    scorer.share_tensors(policy)
+    assert scorer.score(PROMPTS, ANSWERS) == before
+    shared = {parameter.data_ptr() for parameter in policy.parameters()}
+    own = {name for name, p in scorer.model.named_parameters() if p.data_ptr() not in shared}
+    matrices = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert {name.split(".")[-2] for name in own} == {*matrices, "score"}
+    assert all("layers.1." in name or name == "score.weight" for name in own)
+    # A policy that is trained changes its tensors, so none is shared.
+    scorer = RewardModel(tmp_path / "model", precision="float32")
+    policy = load_policy(tiny_model)
+    scorer.share_tensors(policy)
+    assert not {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in scorer.model.parameters()}
 
 
 def test_unfinished_answers_are_read_without_the_end(tiny_reward: Path) -> None:
