@@ -68,7 +68,7 @@ LONGEST = (
     "models/tuning/test_merged_weights.py",
     "cli/test_main.py",
     "rl/test_checkpoint.py",
-    "sweep/test_worker.py",
+    "extensions/sweep/test_worker.py",
     "rl/test_aimed_kills.py",
     "runner/test_continued_run.py",
     "runner/test_shared_store.py",

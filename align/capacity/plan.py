@@ -6,7 +6,6 @@ that trains, ``inference`` for a kind that samples or scores.
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ from align.models.compute.architecture import Architecture, UnknownArchitecture
 from align.models.compute.costs import with_expected_precision
 from align.models.compute.model_types import read_architecture
 from align.pipeline.pipeline import Node, Pipeline
-from align.pipeline.registry import Stage
+from align.registry import Stage, load
 from align.store.artifacts import GENERATORS, Kind
 from align.store.store import Store
 
@@ -54,7 +53,7 @@ Models = dict[str, list[Architecture]]
 
 def estimator_of(stage: Stage) -> ModuleType | None:
     """Import the estimator of a kind; None for a kind without one."""
-    return None if stage.estimator is None else importlib.import_module(stage.estimator)
+    return None if stage.estimator is None else load(stage.estimator)
 
 
 def estimate_memory(pipeline: Pipeline, store: Store) -> dict[str, Estimate | str]:

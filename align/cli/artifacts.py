@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.cli.parser import add_store, print_json, printable_json
+from align.cli.parser import Handler, add_store, print_json, printable_json
 from align.errors import NO_SPACE, UserError, printable
 from align.store.record import DamagedArtifact
 
@@ -253,3 +253,9 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``align push``."""
     parser.add_argument("keys", nargs="*", metavar="KEY", help="the beginning of an artifact's key (default: all)")
     add_store(parser)
+
+
+LIST = Handler(run_list, add_list_arguments)
+SHOW = Handler(run_show, add_show_arguments)
+GC = Handler(run_gc, add_gc_arguments)
+PUSH = Handler(run_push, add_push_arguments)

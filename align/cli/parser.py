@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from align.errors import UserError, printable
+from align.registry import failure_note
+from align.registry import load as load_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,12 +49,12 @@ class Parser(argparse.ArgumentParser):
             # Only the commands of the top have other tools' names for them.
             names = {name: command for name, command in COMMANDS.items() if command in commands}
             close = nearest(word, [*commands, *names])
-            hint = f" Commands: {', '.join(commands)}."
+            hint = f" Commands: {', '.join(commands)}.{failure_note()}"
             if close is not None:
                 hint = (
                     f" In align this is `{self.prog} {names[close]}`."
                     if close in names
-                    else f" Did you mean '{close}'?"
+                    else f" Did you mean '{close}'?{failure_note()}"
                 )
         elif "are required:" in message and commands:
             hint = f" Commands: {', '.join(commands)}."
@@ -68,12 +69,14 @@ _SUBPARSERS = argparse._SubParsersAction
 
 def import_late(place: str) -> Callable[[Any], Any]:
     """Return a function that imports ``MODULE:FUNCTION`` when it is called, and calls it."""
+    return lambda argument: load_path(place)(argument)
 
-    def call(argument: Any) -> Any:
-        module, _, name = place.partition(":")
-        return getattr(importlib.import_module(module), name)(argument)
 
-    return call
+class Handler(NamedTuple):
+    """The functions of a command, for a module that has several commands."""
+
+    run: Callable[[argparse.Namespace], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
 
 
 def find_command(words: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.cli.parser import add_store, print_json, print_warning
+from align.cli.parser import Handler, add_store, print_json, print_warning
 from align.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -301,3 +301,6 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--title", default="Comparison of runs", help="heading of the page")
     add_output(parser)
     add_store(parser)
+
+
+COMPARE = Handler(run_compare, add_compare_arguments)

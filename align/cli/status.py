@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from align.cli.parser import add_store, print_json
+from align.cli.parser import Handler, add_store, print_json
 from align.config.validation import suggest
 from align.errors import UserError, printable
 
@@ -131,3 +131,6 @@ def add_cancel_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run's or sweep's name, or its pipeline file")
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="end only the jobs of these stages")
     add_store(parser)
+
+
+CANCEL = Handler(run_cancel, add_cancel_arguments)

@@ -193,7 +193,7 @@ def scoring_identity(path: str, arguments: dict[str, Any], place: str) -> str:
     Raises ``UserError``, which begins with ``place``, for a missing function and for arguments that it does not accept.
     """
     identity = function_identity(path, place)
-    # align's own functions have no arguments in YAML, so their source is not read.
+    # Functions with a short name have no arguments in YAML, so their source is not read.
     if path not in SHORT or arguments:
         check_arguments(path, arguments, place)
     return identity

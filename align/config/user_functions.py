@@ -21,19 +21,13 @@ from typing import Any, cast
 from align.config.shipped import shipped_root
 from align.config.validation import hint_nearest, suggest
 from align.errors import UserError
+from align.registry import Score, registered
 from align.store.fingerprint import code_identity, file_digest
 
 CHECKERS = "align.data.checkers"
 """Module of align's own functions, which are identified by its ``VERSION``, not by its source."""
-SHORT = {
-    "gold": f"{CHECKERS}:gold",
-    "gsm8k_answer": f"{CHECKERS}:gsm8k_answer",
-    "reasoning_gym": "align.data.families.gym_tasks:verified",
-    "gsm8k_strict": "align.data.published_scores:gsm8k_strict",
-    "countdown": "align.data.published_scores:countdown",
-    "reverse_text": "align.data.published_scores:reverse_text",
-}
-"""Short names of align's own functions."""
+SHORT = {score.name: score.function for score in registered(Score).values()}
+"""Short names of functions that score."""
 
 
 SEARCH = threading.RLock()

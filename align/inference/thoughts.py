@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from align.config.thinking import response_limit
+from align.config.chat_template import response_limit
 from align.data.final_answers import PAIRS, TAGS, AnswerText, split_thought
 from align.errors import UserError
 from align.inference.protocol import Progress, Response, RolloutEngine, Sampling, Session, TurnRequest

@@ -282,6 +282,7 @@ def _settle_stage(block: Any, config_class: type[Config] | None, base: Path, pla
 def _config_class(name: str, blocks: Blocks) -> type[Config] | None:
     """Return the config class of a stage; None for a kind that there is not, which is refused later."""
     try:
-        return find_stage(kind_in(name, blocks)).config_class()
+        config: type[Config] = find_stage(kind_in(name, blocks)).config_class()
+        return config
     except (KeyError, UserError):
         return None

@@ -30,7 +30,8 @@ from align.config.stages.training import DefaultRates
 from align.config.tuning import FullTuning
 from align.config.validation import remedy_for_unknown, suggest, validate
 from align.errors import UserError, plain_number
-from align.pipeline.registry import STAGES, Stage
+from align.pipeline.registry import STAGES
+from align.registry import Stage
 
 CHECKPOINT, COMPLETE = "checkpoint-", "complete.json"
 """Beginning of the name of a checkpoint's folder, before its step, and the file in it that is written last."""

@@ -10,6 +10,7 @@ from align.pipeline.file import EXTENDS
 from align.pipeline.loops import LoopConfig
 from align.pipeline.pipeline import PipelineConfig
 from align.pipeline.registry import LOOP, NAME_PATTERN, STAGES
+from align.registry import Stage, loaded
 
 
 def pipeline_schema() -> dict[str, Any]:
@@ -63,10 +64,10 @@ def pipeline_schema() -> dict[str, Any]:
 def _define_stages(definitions: dict[str, Any]) -> dict[str, Any]:
     """Add each kind's block and ``named_stage``, a block that says its kind; return the schema of each name."""
     stage_schemas: dict[str, Any] = {}
-    for kind, stage in STAGES.items():
-        block = stage.config_class().model_json_schema(ref_template="#/$defs/{model}")
+    for kind, config in loaded(Stage, lambda stage: stage.config).items():
+        block = config.model_json_schema(ref_template="#/$defs/{model}")
         definitions.update(block.pop("$defs", {}))
-        block["description"] = stage.purpose
+        block["description"] = STAGES[kind].purpose
         block.setdefault("properties", {}).update(
             stage={"const": kind, "description": "the kind of stage"},
             seed={"type": "integer", "minimum": 0, "description": "instead of the pipeline's seed"},
@@ -82,7 +83,7 @@ def _define_stages(definitions: dict[str, Any]) -> dict[str, Any]:
         "type": "object",
         "required": ["stage"],
         "oneOf": [
-            *({"allOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"required": ["stage"]}]} for kind in STAGES),
+            *({"allOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"required": ["stage"]}]} for kind in stage_schemas),
             own_stage,
         ],
     }

@@ -29,7 +29,8 @@ from align.pipeline.file import Overrides, complete_values, read_pipeline_file, 
 from align.pipeline.inheritance import START_FIELDS, Settings, default_rates, inherit, refuse_changes
 from align.pipeline.loops import expand
 from align.pipeline.overrides import apply_overrides, parse_assignment
-from align.pipeline.registry import NAME_PATTERN, STAGES, Stage, stage_of
+from align.pipeline.registry import NAME_PATTERN, STAGES, stage_of
+from align.registry import Stage
 from align.store.artifacts import Kind
 from align.store.fingerprint import digest
 

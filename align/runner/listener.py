@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from align.errors import plain_number, printable, redact
 from align.pipeline.context import Pace, duration
 from align.pipeline.pipeline import Node
-from align.pipeline.registry import Stage
+from align.registry import Stage
 from align.store.artifacts import Artifact, Kind
 
 SHOWN = ("loss", "score", "gold", "accuracy", "kl")

@@ -30,8 +30,9 @@ from align.config.validation import validate_plain
 from align.errors import StageFailed, UserError, explain_os_error, is_no_space, no_space
 from align.pipeline.context import StageContext
 from align.pipeline.process_limits import relax_collections, set_waiting, usable_cores
-from align.pipeline.registry import Stage, find_stage, load_object
+from align.pipeline.registry import find_stage, load_object
 from align.pipeline.stop_signal import Stopped, die_with_parent
+from align.registry import Stage
 from align.runner.stage_result import RESULT, read_work, write_result
 from align.runner.stage_speed import choose_precision, emulation_warning, measured_speed, watch
 from align.store.artifacts import CHECKPOINTS, EVENTS, OUTPUT, Artifact

@@ -1,15 +1,13 @@
 """The application of ``align studio``: its views, its pages and its errors.
 
-A view is a line of ``VIEWS``, a Python module, and a JavaScript module ``static/views/NAME.js``. The Python module has
-``create_router(context: StudioContext) -> APIRouter``, whose addresses are below ``/api``. The JavaScript module
-exports ``show(main, parameters)`` and may return a function that cleans up. Nothing here or in a view imports torch
-before a request needs a model.
+A view is a ``View`` of the registry, a Python module, and a JavaScript module ``static/views/NAME.js`` beside it. The
+Python module has ``create_router(context: StudioContext) -> APIRouter``, whose addresses are below ``/api``. The
+JavaScript module exports ``show(main, parameters)`` and may return a function that cleans up. Nothing here or in a view
+imports torch before a request needs a model.
 """
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from align.errors import StageFailed, UserError
+from align.registry import View, loaded, registered
 from align.report.page.templates import FOLDER as TEMPLATES
 from align.store.artifacts import VERSION
 from align.studio import report_pages
@@ -32,26 +31,6 @@ SHARED = ("page.css", "dark.css", "curves.js", "curve_view.js")
 MAX_ERRORS = 3
 
 
-@dataclass(frozen=True)
-class View:
-    """A view: its name in addresses and files, its title in the navigation, and its module."""
-
-    name: str
-    title: str
-    module: str
-
-
-VIEWS = (
-    View("runs", "Runs", "align.studio.runs_view"),
-    View("rollouts", "Rollouts", "align.studio.rollouts.rollouts_view"),
-    View("evaluations", "Evaluations", "align.studio.evaluations.evaluations_view"),
-    View("chat", "Chat", "align.studio.chat_view"),
-    View("annotate", "Annotate", "align.studio.annotate_view"),
-    View("data", "Data", "align.studio.data_view"),
-)
-"""The views in the order of the navigation."""
-
-
 def create_app(context: StudioContext, token: str, cookie: str = "align-studio") -> FastAPI:
     """Return the application.
 
@@ -61,11 +40,14 @@ def create_app(context: StudioContext, token: str, cookie: str = "align-studio")
     """
     # No page of FastAPI: its documentation loads scripts from another host.
     app = FastAPI(title="align studio", openapi_url=None, docs_url=None, redoc_url=None)
-    for view in VIEWS:
-        app.include_router(importlib.import_module(view.module).create_router(context), prefix="/api")
-    app.include_router(_create_router(context))
+    static = _Static(directory=STATIC)
+    views = loaded(View, lambda view: view.code)
+    for module in views.values():
+        app.include_router(module.create_router(context), prefix="/api")
+        static.all_directories.append(Path(module.__file__).with_name("static"))
+    app.include_router(_create_router(context, list(views)))
     app.include_router(report_pages.create_router(context))
-    app.mount("/static", _Static(directory=STATIC))
+    app.mount("/static", static)
     for error in (UserError, StageFailed):
         app.add_exception_handler(error, _explain_user_error)
     app.add_exception_handler(RequestValidationError, _explain_invalid)
@@ -75,7 +57,7 @@ def create_app(context: StudioContext, token: str, cookie: str = "align-studio")
     return app
 
 
-def _create_router(context: StudioContext) -> APIRouter:
+def _create_router(context: StudioContext, views: list[str]) -> APIRouter:
     """Return the page itself, the files that it shares with reports, and the facts of the studio."""
     router = APIRouter()
 
@@ -95,14 +77,14 @@ def _create_router(context: StudioContext) -> APIRouter:
             "store": str(context.store.root.resolve()),
             "is_writable": context.is_writable,
             "version": VERSION,
-            "views": [{"name": view.name, "title": view.title} for view in VIEWS],
+            "views": [{"name": name, "title": registered(View)[name].title} for name in views],
         }
 
     return router
 
 
 class _Static(StaticFiles):
-    """The studio's own files, which a browser asks for again after an update of align."""
+    """The files of the studio and of its views, which a browser asks for again after an update of align."""
 
     def file_response(self, full_path: Any, stat_result: Any, scope: Any, status_code: int = 200) -> Any:
         response = super().file_response(full_path, stat_result, scope, status_code)

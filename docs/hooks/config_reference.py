@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from field_tables import anchor, block_section
 from pydantic import BaseModel
 
-from align.cli.fields import topics
+from align.cli.fields import topic_blocks
 from align.config.field_descriptions import discriminator, reachable_models
-from align.pipeline.registry import STAGES, Stage
+from align.pipeline.registry import STAGES
+from align.registry import Stage, Topic, registered
 
 SHARED = "reference/shared.md"
 
@@ -41,8 +42,8 @@ def reference_pages() -> dict[str, str]:
 
 def _topic_pages() -> list[ReferencePage]:
     return [
-        ReferencePage(f"reference/{name}.md", topic.title, topic.purpose, topic.blocks)
-        for name, topic in topics().items()
+        ReferencePage(f"reference/{name}.md", topic.title, topic.purpose, topic_blocks(topic))
+        for name, topic in registered(Topic).items()
     ]
 
 
@@ -109,7 +110,7 @@ def _index() -> str:
     for stage in STAGES.values():
         makes = stage.makes.value if stage.makes else "as configured"
         lines[-1] += f"\n| [`{stage.kind}`](stages/{stage.kind}.md) | {makes} | {_sentence(stage.purpose)} |"
-    others = [f"- [{topic.title}]({name}.md): {topic.purpose}" for name, topic in topics().items()]
+    others = [f"- [{topic.title}]({name}.md): {topic.purpose}" for name, topic in registered(Topic).items()]
     others.append("- [Shared blocks](shared.md): blocks that several stages have in common.")
     return "\n\n".join([*lines, "## Blocks that are not a stage's alone", "\n".join(others)])
 

@@ -24,7 +24,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Evaluation": ("evaluation", "evaluation_*", "reporting", "export", "studio", "rollouts", "mcp"),
     "Running at scale": ("cluster", "slurm", "ray", "distributed", "scaling", "gpu"),
     "Operations": ("store", "security"),
-    "Contributing": ("development", "contributing", "testing", "changelog"),
+    "Contributing": ("development", "contributing", "extending", "testing", "changelog"),
     "Measurements": ("results", "results_*", "performance", "performance_*", "faults"),
 }
 """Section → patterns of page names, in order; a pattern without a page is skipped."""

@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import pytest
 
-from align.cli.fields import topics
+from align.cli.fields import topic_blocks
 from align.cli.main import main
 from align.pipeline.registry import STAGES
+from align.registry import Topic, registered
 
 Show = Callable[..., str]
+TOPICS = registered(Topic)
 
 
 @pytest.fixture
@@ -29,17 +31,17 @@ def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 def test_without_a_kind_all_are_listed(show: Show) -> None:
     lines = show().splitlines()
-    for kind in [*STAGES, *topics()]:
+    for kind in [*STAGES, *TOPICS]:
         assert any(line.startswith(f"  {kind} ") for line in lines), kind
     assert max(map(len, lines)) <= 80
 
 
-@pytest.mark.parametrize("kind", [*STAGES, *topics()])
+@pytest.mark.parametrize("kind", [*STAGES, *TOPICS])
 def test_every_field_of_a_kind_is_shown_in_80_columns(kind: str, show: Show) -> None:
     text = show(kind)
     assert max(map(len, text.splitlines())) <= 80
     assert "`" not in text
-    blocks = topics()[kind].blocks if kind in topics() else [STAGES[kind].config_class()]
+    blocks = topic_blocks(TOPICS[kind]) if kind in TOPICS else [STAGES[kind].config_class()]
     words = [line.split() for line in text.splitlines() if line and not line.startswith(" ")]
     shown = [line[0] for line in words if line[1:2] in (["="], ["(required)"])]
     for block in blocks:

@@ -143,8 +143,9 @@ def test_these_answer_without_torch(arguments: list[str], store: str) -> None:
 
 
 UNUSED_BY_A_PLAN = {
-    "numpy", "pyarrow", "rich", "jinja2", "httpx", "pandas", "matplotlib", "align.cli.export", "align.cli.sweep",
-    "align.runner.listener", "align.data.builds.build", "align.evaluation.tasks.ifeval", "align.data.steps.deduplicate",
+    "numpy", "pyarrow", "rich", "jinja2", "httpx", "pandas", "matplotlib", "align.cli.export",
+    "align.extensions.sweep.command", "align.runner.listener", "align.data.builds.build",
+    "align.evaluation.tasks.ifeval", "align.data.steps.deduplicate",
 }  # fmt: skip
 """Modules that no shipped pipeline's plan needs; each took 10 to 100 ms of every command."""
 

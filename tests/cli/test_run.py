@@ -11,10 +11,10 @@ import pytest
 
 from align.cli.main import main
 from align.cli.main import parser as command_line
-from align.cli.sweep_workers import SweepTask
+from align.extensions.sweep.config import load_sweep
+from align.extensions.sweep.plan import Sweep
+from align.extensions.sweep.worker_pool import SweepTask
 from align.store.store import Store
-from align.sweep.config import load_sweep
-from align.sweep.plan import Sweep
 from tests.support import toy
 from tests.support.sweep import toy_sweep
 

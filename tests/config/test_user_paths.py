@@ -8,7 +8,7 @@ from align import Pipeline
 from align.cli.suite import load_suite
 from align.config.recipe.recipe import load_recipe
 from align.errors import UserError
-from align.sweep.config import load_sweep
+from align.extensions.sweep.config import load_sweep
 
 RECIPE = "kind: prompts\nsources: [{type: files, paths: [rows.jsonl], format: prompt}]\n"
 PIPELINE = "name: p\nstages:\n  model: {source: tiny}\n  data: {recipe: recipes/r.yaml}\n"

@@ -241,8 +241,8 @@ def test_what_the_guide_to_methods_shows_is_accepted() -> None:
     """Whole pipelines, sweeps, stages, tunings a line each, and fields of any stage that trains."""
     from align.config.stages.sft import DistillConfig, SftConfig
     from align.config.yaml import parse_yaml
+    from align.extensions.sweep.config import SweepConfig
     from align.pipeline.registry import STAGES
-    from align.sweep.config import SweepConfig
 
     plain = {"model": "model", "data": "data", "learning_rate": 1e-4}
     observations, nodes = set(), set()

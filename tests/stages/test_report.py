@@ -10,7 +10,7 @@ from align.config.runtime import Runtime
 from align.config.stages.evaluate import ReportConfig
 from align.errors import UserError
 from align.pipeline.context import StageContext
-from align.stages.report import run
+from align.report.run.run_report import run
 from align.store.artifacts import Artifact, Kind
 
 

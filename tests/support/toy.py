@@ -14,8 +14,8 @@ from pydantic import Field
 from align.config.base import Config, PrecisionSetting, stage_input
 from align.errors import UserError
 from align.pipeline.context import StageContext
-from align.pipeline.registry import Stage
 from align.pipeline.stop_signal import CAN_STOP, Stopped, is_stop_requested
+from align.registry import Stage
 from align.store.artifacts import Kind
 
 

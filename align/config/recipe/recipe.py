@@ -5,8 +5,10 @@ A recipe is identified by its content, the digests of the files it reads and the
 
 from __future__ import annotations
 
+import functools
+import operator
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,12 +16,21 @@ from align.config.base import Config
 from align.config.recipe.format_options import KINDS, SEVERAL, formats_for
 from align.config.recipe.record_mapping import RecordMapping
 from align.config.recipe.source_settings import FilesSource, RecordSource, Source, labels
-from align.config.recipe.step_settings import CapStep, MixStep, Step
+from align.config.recipe.step_settings import CapStep, MixStep
 from align.config.user_functions import add_module_folder
 from align.config.user_paths import locate, settle, user_path
 from align.config.validation import suggest, validate
 from align.config.yaml import load_yaml
+from align.registry import Step, loaded
 from align.store.artifacts import Kind
+
+if TYPE_CHECKING:
+    AnyStep = Any
+else:
+    AnyStep = Annotated[
+        functools.reduce(operator.or_, loaded(Step, lambda step: step.settings).values()), Field(discriminator="type")
+    ]
+    """Settings of any step."""
 
 
 class Recipe(Config):
@@ -34,7 +45,7 @@ class Recipe(Config):
     reply; for ``texts``, a plain text without a prompt (stage ``pretrain``)."""
     sources: list[Source] = Field(min_length=1)
     """Sources of the rows, in order."""
-    steps: list[Step] = Field([])
+    steps: list[AnyStep] = Field([])
     """Steps that the rows pass, in order. Equal rows, and prompts that are in both splits, are dropped in any case."""
     on_error: Literal["stop", "drop"] = "stop"
     """A record that cannot be read or converted ends the build, or is dropped and counted, with file and line."""

@@ -1,14 +1,13 @@
-"""Settings of the steps of a recipe. ``Step`` is any of them; ``align.data.steps`` maps each to the code it runs."""
+"""Settings of the steps of a recipe. ``align.core`` maps each to the code it runs."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from align.config.base import Config, PrecisionSetting
-from align.config.recipe.filter_settings import FilterStep
 from align.config.recipe.source_settings import KNOWN_DATASETS, FilesSource, HubSource
 from align.config.user_paths import NameOrPath, UserPath
 from align.config.validation import suggest, validate_plain
@@ -309,20 +308,3 @@ class MixStep(Config):
         if self.weights is not None and not sum(self.weights.values()):
             raise ValueError("mix.weights are all 0; one at least must be more")
         return self
-
-
-Step = Annotated[
-    NormalizeStep
-    | FilterStep
-    | DivideStep
-    | PairsStep
-    | ScoreStep
-    | ExactDuplicatesStep
-    | NearDuplicatesStep
-    | SemanticDuplicatesStep
-    | DecontaminateStep
-    | CapStep
-    | MixStep,
-    Field(discriminator="type"),
-]
-"""Any step of a recipe."""

@@ -14,29 +14,28 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config, PrecisionSetting, rename_in_block, stage_input
-from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking
+from align.config.chat_template import (
+    TEMPLATE_FIELDS,
+    TemplateVariables,
+    Thinking,
+    ThinkingBudget,
+    check_thinking_budget,
+    turn_limit,
+)
 from align.config.environment import USER_INPUT
 from align.config.scores import MetricFunction, Score, metric_functions, reward_names
 from align.config.stages.evaluation.gates import KL_PREFIX, GateSpec, parse_gates
-from align.config.stages.evaluation.generative_reward import RewardBench2Config
-from align.config.stages.evaluation.program_tasks import HumanevalConfig, MbppConfig
 from align.config.stages.evaluation.task_fields import SamplingFields, TaskConfig
 from align.config.stages.evaluation.tasks import (
     EnvironmentTaskConfig,
-    Gsm8kConfig,
-    IfbenchConfig,
-    IfevalConfig,
     JudgedConfig,
-    LmEvalConfig,
-    MultipleChoiceConfig,
     PerplexityConfig,
     PreferenceConfig,
     RewardPairsConfig,
-    XstestConfig,
 )
-from align.config.thinking import ThinkingBudget, check_thinking_budget, turn_limit
 from align.config.user_paths import UserPath
 from align.config.validation import suggest
+from align.registry import Task, failure_note, loaded
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
@@ -51,22 +50,7 @@ PROMPT_METRICS = ("reward", "finished", "length", "kl", "kl_k3", "heldout_loss",
 """Metrics that belong to no task and to no function, as gates name them."""
 
 
-TASK_CONFIGS: dict[str, type[TaskConfig]] = {
-    "ifeval": IfevalConfig,
-    "ifbench": IfbenchConfig,
-    "gsm8k": Gsm8kConfig,
-    "multiple_choice": MultipleChoiceConfig,
-    "xstest": XstestConfig,
-    "humaneval": HumanevalConfig,
-    "mbpp": MbppConfig,
-    "environment": EnvironmentTaskConfig,
-    "judged": JudgedConfig,
-    "preference": PreferenceConfig,
-    "perplexity": PerplexityConfig,
-    "reward_pairs": RewardPairsConfig,
-    "reward_bench_2": RewardBench2Config,
-    "lm_eval": LmEvalConfig,
-}
+TASK_CONFIGS: dict[str, type[TaskConfig]] = loaded(Task, lambda task: task.settings)
 """Kind → its settings, in the order of the guide."""
 
 if TYPE_CHECKING:
@@ -92,7 +76,7 @@ def add_task_kinds(tasks: Any) -> Any:
         else:
             raise ValueError(
                 f"'{name}' is not a kind of task.{suggest(str(name), TASK_CONFIGS)} (A name of your own needs `task:` "
-                "below it.)"
+                f"below it.){failure_note()}"
             )
     return blocks
 

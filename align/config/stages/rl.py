@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from align.config.base import PrecisionSetting, stage_input
+from align.config.chat_template import ThinkingBudget, check_stage_budget
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.options import OWNED, OWNED_BY_ROLLOUTS, TrainerOptions
 from align.config.runtime.launch import LaunchConfig
@@ -22,7 +23,6 @@ from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.stages.lint import LintSettings
 from align.config.stages.stored_rollouts import ReplayFolder, StoredRollouts
 from align.config.stages.training import DefaultRates, LearningRate, LongRows, PeakRates, sharding_objection
-from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.config.tuning import FullTuning, Tuning
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 

@@ -8,12 +8,11 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.config.base import Config, PrecisionSetting, stage_input
-from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking
+from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking, ThinkingBudget, check_stage_budget
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.scores import Score, ScoreValidation, score_identities
 from align.config.stages.stored_rollouts import StoredRollouts
 from align.config.stages.training import LongRows
-from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 

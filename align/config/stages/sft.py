@@ -8,12 +8,12 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from align.config.base import stage_input
+from align.config.chat_template import ThinkingBudget, check_thinking_budget
 from align.config.options import OWNED
 from align.config.stages.lint import LintSettings
 from align.config.stages.stored_rollouts import StoredRollouts
 from align.config.stages.teacher import TeacherConfig, check_teachers
 from align.config.stages.training import TrainingFields
-from align.config.thinking import ThinkingBudget, check_thinking_budget
 from align.store.artifacts import GENERATORS, Kind
 from align.store.fingerprint import canonical
 

@@ -9,12 +9,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, StrictBool, field_validator, model_validator
 
 from align.config.base import Config, PrecisionSetting, settings_for_key, stage_input
-from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking
+from align.config.chat_template import TEMPLATE_FIELDS, TemplateVariables, Thinking, ThinkingBudget, check_stage_budget
 from align.config.endpoint import EndpointConfig, JudgeConfig, refuse_settings_of_server
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.scores import Score, score_identities
 from align.config.stages.sample import SplitCounts
-from align.config.thinking import ThinkingBudget, check_stage_budget
 from align.config.user_paths import UserPath
 from align.errors import UserError
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind

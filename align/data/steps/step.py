@@ -1,4 +1,4 @@
-"""Interfaces of the steps of a build, and the registry of their kinds. Torch-free.
+"""Interfaces of the steps of a build, and their kinds. Torch-free.
 
 A ``RowStep`` looks at rows one by one and may run in several processes at once. A ``TableStep`` sketches rows one by
 one (also in several processes) and then decides over the sketches of all rows in one process. Neither ever has all rows
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from align.data.rows import Dropped, Row
-from align.pipeline.registry import load_object
+from align.registry import Step, load, registered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -153,61 +153,13 @@ def keep_all(count: int) -> np.ndarray:
     return np.full(count, -1, dtype=np.int32)
 
 
-@dataclass(frozen=True)
-class StepKind:
-    """One kind of step. Its functions are import paths, so a plan imports only the steps of its recipe."""
-
-    step: str
-    """Class of the ``RowStep`` or ``TableStep``, made from its settings and a ``StepContext``. It loads models and
-    tokenizers, and raises ``UserError`` for one that is not there."""
-    needs_all_rows: bool = False
-    """True for a ``TableStep``, which decides over the sketches of all rows."""
-    runs_model: bool = False
-    """True for a step that uses all cores or a GPU, and so must not run in several processes at once."""
-    identities: str = ""
-    """Function for ``step_identities``; without one, the step reads only the rows."""
-
-
-STEPS = {
-    "normalize": StepKind(
-        "align.data.steps.normalize:Normalize", identities="align.data.steps.normalize:normalize_identities"
-    ),
-    "filter": StepKind("align.data.steps.filter:Filter", identities="align.data.steps.filter:filter_identities"),
-    "divide": StepKind("align.data.steps.split:Divide"),
-    "pairs": StepKind("align.data.steps.pairs:Pairs"),
-    "score": StepKind(
-        "align.data.steps.score:Score",
-        needs_all_rows=True,
-        runs_model=True,
-        identities="align.data.steps.score:scorer_identities",
-    ),
-    "exact_duplicates": StepKind("align.data.steps.deduplicate:ExactDuplicates", needs_all_rows=True),
-    "near_duplicates": StepKind("align.data.steps.deduplicate:NearDuplicates", needs_all_rows=True),
-    "semantic_duplicates": StepKind(
-        "align.data.steps.deduplicate:SemanticDuplicates",
-        needs_all_rows=True,
-        runs_model=True,
-        identities="align.data.steps.deduplicate:embedder_identities",
-    ),
-    "decontaminate": StepKind(
-        "align.data.steps.decontaminate:Decontaminate",
-        needs_all_rows=True,
-        identities="align.data.steps.decontaminate:evaluation_set_identities",
-    ),
-    "cap": StepKind("align.data.steps.split:Cap", needs_all_rows=True),
-    "mix": StepKind("align.data.steps.split:Mix", needs_all_rows=True),
-    # Not written in recipes: every build ends with these.
-    "usable": StepKind("align.data.steps.split:Usable"),
-    "identical": StepKind("align.data.steps.split:Identical", needs_all_rows=True),
-    "max_rows": StepKind("align.data.steps.split:MaxRows", needs_all_rows=True),
-    "split": StepKind("align.data.steps.split:Split", needs_all_rows=True),
-}
+STEPS = registered(Step)
 """Kinds of steps by the ``type`` of their settings."""
 
 
 def start_step(config: Any, context: StepContext) -> Any:
     """Return the step that ``config`` describes. Raises ``UserError`` if it cannot run."""
-    return load_object(STEPS[config.type].step)(config, context)
+    return load(STEPS[config.type].code)(config, context)
 
 
 def step_identities(config: Any, base: Path, models: ModelLoaders | None = None) -> dict[str, str]:
@@ -218,5 +170,5 @@ def step_identities(config: Any, base: Path, models: ModelLoaders | None = None)
     function = STEPS[config.type].identities
     identities: dict[str, str] = {}
     if function:
-        identities = load_object(function)(config, base, models)
+        identities = load(function)(config, base, models)
     return identities

@@ -1,7 +1,6 @@
 """Tasks by their settings, and the identities of an evaluation's outside inputs for the stage's key. Torch-free.
 
-Modules are imported inside a function, so a plan imports only the tasks that it uses. Import paths as text would hide
-the tasks from the digest of the evaluation's source (``align.pipeline.provenance``).
+A plan imports only the tasks that it uses.
 """
 
 from __future__ import annotations
@@ -10,83 +9,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align import registry
 from align.config.base import settings_for_key
 from align.config.scores import MetricFunction, score_identities
 from align.config.stages.evaluate import BaselineConfig, EvaluateConfig
-from align.config.stages.evaluation import tasks as configs
 from align.config.stages.evaluation.during_training import TrainingEvaluation
-from align.config.stages.evaluation.program_tasks import HumanevalConfig
 from align.config.stages.evaluation.task_fields import TaskConfig
-from align.config.stages.evaluation.tasks import EnvironmentTaskConfig
 from align.errors import UserError
 from align.evaluation.tasks.base import Task, TaskInputs
-
-OWN_IDENTITIES = (
-    EnvironmentTaskConfig,
-    HumanevalConfig,
-    configs.JudgedConfig,
-    configs.PerplexityConfig,
-    configs.LmEvalConfig,
-)
-"""Settings whose module lists its inputs outside the store with ``identities(config, base)``."""
-
-
-def task_module(kind: str) -> Any:
-    """Return the module of a kind of task.
-
-    The module has ``build(name, config, inputs)``, which reads the items. It is called once, before anything expensive
-    starts, and raises ``UserError`` for data that does not fit.
-    """
-    if kind in ("ifeval", "ifbench"):
-        from align.evaluation.tasks import ifeval
-
-        return ifeval
-    if kind in ("gsm8k", "xstest"):
-        from align.evaluation.tasks import sampled
-
-        return sampled
-    if kind in ("humaneval", "mbpp"):
-        from align.evaluation.tasks import programs
-
-        return programs
-    if kind == "multiple_choice":
-        from align.evaluation.tasks import multiple_choice
-
-        return multiple_choice
-    if kind == "environment":
-        from align.evaluation.tasks import environment
-
-        return environment
-    if kind == "judged":
-        from align.evaluation.tasks import judged
-
-        return judged
-    if kind == "preference":
-        from align.evaluation.tasks import likelihood
-
-        return likelihood
-    if kind == "perplexity":
-        from align.evaluation.tasks import perplexity
-
-        return perplexity
-    if kind == "reward_pairs":
-        from align.evaluation.tasks import reward_pairs
-
-        return reward_pairs
-    if kind == "reward_bench_2":
-        from align.evaluation.tasks import generative_reward
-
-        return generative_reward
-    if kind == "lm_eval":
-        from align.evaluation.lm_eval import task
-
-        return task
-    raise KeyError(kind)
+from align.registry import load, registered
 
 
 def build_task(name: str, config: TaskConfig, inputs: TaskInputs) -> Task:
     """Build the task that ``config`` describes."""
-    task: Task = task_module(config.kind).build(name, config, inputs)
+    task: Task = load(registered(registry.Task)[config.kind].code).build(name, config, inputs)
     return task
 
 
@@ -97,10 +33,9 @@ def task_identities(config: Any, base: Path) -> dict[str, str]:
     """
     from align.evaluation.tasks.records import file_identities
 
-    if isinstance(config, OWN_IDENTITIES):
-        digests: dict[str, str] = task_module(config.kind).identities(config, base)
-        return digests
-    return file_identities(config, base)
+    path = registered(registry.Task)[config.kind].identities
+    digests: dict[str, str] = load(path)(config, base) if path else file_identities(config, base)
+    return digests
 
 
 def identities(config: EvaluateConfig, base: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align.config.endpoint import PAIR_RUBRIC
-from align.config.stages.evaluation.generative_reward import RewardBench2Config
+from align.config.stages.evaluation.benchmarks import RewardBench2Config
 from align.data.rows import Message, assistant, user
 from align.errors import UserError
 from align.evaluation.answers import Answers, Item, Measured, Turn

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.config.stages.evaluation.program_tasks import HumanevalConfig, MbppConfig
+from align.config.stages.evaluation.benchmarks import HumanevalConfig, MbppConfig
 from align.data.final_answers import answer_text
 from align.data.rows import user
 from align.errors import require_extra

@@ -11,6 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.config.stages.evaluate import ReportConfig
+from align.evaluation.scorecard import read_content, scorecard_file
+from align.pipeline.context import StageContext
 from align.report.page.assets import FIGURES, TABLES, AssetWriter
 from align.report.page.curve_panels import curve_sections
 from align.report.page.metric_series import read_events
@@ -115,3 +118,21 @@ def _log_tail(log: Path) -> str:
         return read_tail(log, LOG_TAIL).decode("utf-8", errors="replace")
     except OSError:
         return "(the log cannot be read)"
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Run the stage ``report``: write ``report.html``.
+
+    Raises ``UserError`` for a damaged scorecard or another version's scorecard.
+    """
+    config: ReportConfig = context.config
+    artifacts = list(context.inputs.get("stages") or [])
+    source = context.inputs.get("scorecard")
+    card = None
+    if source is not None:
+        card = read_content(scorecard_file(source.path), source.stage)
+        # the page shows the samples of the last scorecard, so the artifact with this scorecard goes to the end
+        with_scorecard = [artifact for artifact in artifacts if artifact.path == source.path]
+        artifacts = [artifact for artifact in artifacts if artifact.path != source.path] + (with_scorecard or [source])
+    page = write_report(artifacts, card, context.output / "report.html", title=config.title)
+    return {"stages": len(artifacts), "bytes": page.stat().st_size}

@@ -14,19 +14,19 @@ import pytest
 
 from align import Pipeline
 from align.cli import run
-from align.cli.sweep_on_cluster import run_worker_task
 from align.clusters import ray as ray_tasks
 from align.clusters.follow import JobFollower, JobResult, JobState, write_note
 from align.clusters.ray import RayQueue, StageTask, run_stage_task
 from align.config.runtime.executor import RayExecutor
 from align.errors import StageFailed, UserError
+from align.extensions.sweep.config import SweepConfig
+from align.extensions.sweep.on_cluster import run_worker_task
 from align.inference import ray_client
 from align.runner.listener import Listener
 from align.runner.open_store import Opening
 from align.runner.runner import Run, RunOptions
 from align.store.record import MARKER
 from align.store.store import Store
-from align.sweep.config import SweepConfig
 from tests.support import toy
 from tests.support.sweep import toy_sweep
 

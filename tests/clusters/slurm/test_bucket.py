@@ -6,9 +6,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from align import Pipeline
-from align.cli.sweep_on_cluster import submit_workers
 from align.clusters.slurm_submission import Submission
 from align.clusters.slurm_submit import follow_jobs, submit_run
+from align.extensions.sweep.on_cluster import submit_workers
 from align.runner.listener import Listener
 from align.runner.open_store import Opening
 from align.runner.runner import RunOptions, run_pipeline

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from align.config.stages.evaluation.generative_reward import RewardBench2Config
+from align.config.stages.evaluation.benchmarks import RewardBench2Config
 from align.data.rows import Message, user
 from align.errors import UserError
 from align.evaluation.answers import Answers, Measured

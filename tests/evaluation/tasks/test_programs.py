@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from align.config.stages.evaluation.program_tasks import HumanevalConfig, MbppConfig
+from align.config.stages.evaluation.benchmarks import HumanevalConfig, MbppConfig
 from align.errors import UserError
 from align.evaluation.tasks import build_task, programs, task_identities
 from align.evaluation.tasks.programs import ProgramTask, complete_program

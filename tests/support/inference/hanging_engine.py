@@ -13,7 +13,7 @@ from typing import Any, Literal
 from align.config.base import Config
 from align.inference.protocol import Watchdog
 from align.pipeline.context import StageContext
-from align.pipeline.registry import Stage
+from align.registry import Stage
 from align.store.artifacts import Kind
 
 TIMEOUT = 1.0

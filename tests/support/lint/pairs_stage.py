@@ -2,7 +2,7 @@
 
 from align.config.base import Config
 from align.pipeline.context import StageContext
-from align.pipeline.registry import Stage
+from align.registry import Stage
 from align.store.artifacts import Kind
 
 

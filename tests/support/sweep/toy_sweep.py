@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 
 from align.config.base import Config, stage_input
+from align.extensions.sweep.config import load_sweep
+from align.extensions.sweep.plan import Sweep
+from align.extensions.sweep.study import Study
 from align.pipeline.context import StageContext
-from align.pipeline.registry import Stage
+from align.registry import Stage
 from align.store.artifacts import Kind
 from align.store.store import Store
-from align.sweep.config import load_sweep
-from align.sweep.plan import Sweep
-from align.sweep.study import Study
 from tests.support import toy
 
 

@@ -13,12 +13,21 @@ from typing import Any
 
 from align.config.validation import suggest
 from align.errors import UserError
+from align.extensions.sweep.config import (
+    Dimension,
+    Draw,
+    SweepConfig,
+    changes_of,
+    corner_draws,
+    first_draw,
+    grid,
+    read_space,
+)
 from align.pipeline.executors import refuse_contradiction
 from align.pipeline.pipeline import Node, Pipeline
 from align.runner.runner import RECORD_FIELDS, Run
 from align.store.artifacts import Artifact, Kind
 from align.store.fingerprint import digest
-from align.sweep.config import Dimension, Draw, SweepConfig, changes_of, corner_draws, first_draw, grid, read_space
 
 DEFAULT_TRIALS = 20
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from align.errors import UserError
-from align.sweep.config import Range, changes_of, corner_draws, grid, load_sweep
+from align.extensions.sweep.config import Range, changes_of, corner_draws, grid, load_sweep
 from tests.support.sweep import toy_sweep
 
 

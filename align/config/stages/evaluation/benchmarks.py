@@ -1,14 +1,17 @@
-"""Settings of the tasks whose answers are programs: ``humaneval`` and ``mbpp``. Torch-free."""
+"""Settings of the tasks ``humaneval``, ``mbpp`` and ``reward_bench_2``. Torch-free."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from align.config.stages.evaluation.task_fields import HUB_FIELDS, RecordFields, SamplingFields, TaskConfig
 from align.config.verifiers import SandboxConfig
+
+RankingMode = Literal["ranking", "ratings"]
+REWARD_BENCH_2 = {"dataset": "allenai/reward-bench-2", "split": "test"}
 
 
 class ProgramFields(RecordFields, SamplingFields, TaskConfig):
@@ -66,3 +69,23 @@ class MbppConfig(ProgramFields):
     )
     shown_tests: int = Field(3, ge=0)
     """Asserts that the prompt shows, the first ones; three is usual. They say what the function is called."""
+
+
+class RewardBench2Config(RecordFields, SamplingFields, TaskConfig):
+    """Settings of RewardBench 2 for generative reward models.
+
+    Records: ``id``, ``prompt``, ``chosen`` and ``rejected`` (lists of texts), ``subset``.
+    """
+
+    task: Literal["reward_bench_2"] = "reward_bench_2"
+
+    column_names: ClassVar[Sequence[str]] = ("id", "prompt", "chosen", "rejected", "subset")
+    mode: RankingMode = "ranking"
+    """``ranking`` shows all answers to a prompt at once and asks for the best. ``ratings`` asks for a rating of each
+    answer from 1 to 10. The Ties subset, with many answers to a prompt, always has ratings."""
+    max_tokens: int = Field(2048, ge=1)
+    """Longest verdict in tokens, with its reasons. 2048 is the benchmark's."""
+
+    def hub_defaults(self) -> Mapping[str, str]:
+        """Return the benchmark's dataset."""
+        return REWARD_BENCH_2

@@ -14,6 +14,8 @@ from typing import Any, cast
 
 from align.config.validation import suggest
 from align.errors import StageFailed, UserError
+from align.extensions.sweep.plan import Sweep, UndefinedObjective
+from align.extensions.sweep.study import Study, Trial, TrialLost
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.listener import Listener
@@ -22,8 +24,6 @@ from align.store.artifacts import EVENTS, Artifact
 from align.store.json_files import read_events
 from align.store.record import DamagedArtifact
 from align.store.store import Store
-from align.sweep.plan import Sweep, UndefinedObjective
-from align.sweep.study import Study, Trial, TrialLost
 
 ListenerFactory = Callable[[Pipeline], AbstractContextManager[Listener]]
 """Returns a context with the listener of a trial's run."""

@@ -1,7 +1,7 @@
 """The workers of a sweep: processes of this machine, or an array of Slurm jobs, or Ray tasks.
 
 Every worker opens the same study in the store and runs trials until none is left (``SweepTask.run``). An executor only
-starts workers and says how each has ended; ``run_workers`` follows them. ``sweep_on_cluster.py`` has the executors of
+starts workers and says how each has ended; ``run_workers`` follows them. ``on_cluster.py`` has the executors of
 clusters.
 """
 
@@ -19,19 +19,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from align.cli.sweep_table import print_changes, print_trial
 from align.clusters.follow import with_threads
 from align.config.validation import validate_plain
 from align.errors import StageFailed, UserError, printable
+from align.extensions.sweep.config import SweepConfig
+from align.extensions.sweep.plan import Sweep
+from align.extensions.sweep.study import Study, Trial
+from align.extensions.sweep.table import print_changes, print_trial
+from align.extensions.sweep.worker import ListenerFactory, Worker
 from align.pipeline.process_limits import usable_cores
 from align.pipeline.stop_signal import Stopped, StopRequest, die_with_parent
 from align.runner.listener import Listener
 from align.runner.open_store import Opening
 from align.store.store import Store
-from align.sweep.config import SweepConfig
-from align.sweep.plan import Sweep
-from align.sweep.study import Study, Trial
-from align.sweep.worker import ListenerFactory, Worker
 
 if TYPE_CHECKING:
     from align.pipeline.pipeline import Pipeline
@@ -175,7 +175,7 @@ class ProcessWorkers:
     every = POLL_SECONDS
 
     def __init__(self, task: SweepTask, count: int) -> None:
-        command = [sys.executable, "-m", "align.cli.sweep_workers", str(os.getpid()), str(count)]
+        command = [sys.executable, "-m", "align.extensions.sweep.worker_pool", str(os.getpid()), str(count)]
         self.processes: list[subprocess.Popen[str]] = []
         for number in range(count):
             environment = {**os.environ, **device_share(os.environ.get(DEVICES), number, count)}

@@ -17,9 +17,9 @@ from align.pipeline.context import duration
 from align.report.page.number_format import interval, number
 
 if TYPE_CHECKING:
+    from align.extensions.sweep.plan import Sweep
+    from align.extensions.sweep.study import Study, Trial, TrialRecord
     from align.store.store import Store
-    from align.sweep.plan import Sweep
-    from align.sweep.study import Study, Trial, TrialRecord
 
 MAX_CELL = 40
 MARKS = {"starts": "▸", "resumes": "▸", "done": "✓", "failed": "✗", "ended early": "·", "taken over": "·"}
@@ -78,7 +78,7 @@ def _row(sweep: Sweep, trial: TrialRecord, best: bool) -> TrialRow:
 
 def _values_set(sweep: Sweep, draw: Any) -> dict[str, Any]:
     """Return name → number as it was set, after rounding, or label of the choice."""
-    from align.sweep.config import Choice
+    from align.extensions.sweep.config import Choice
 
     values = {}
     for dimension in sweep.space:

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from align.cli.main import main
+from align.extensions.sweep.worker import _TrialListener
 from align.runner.listener import Listener
 from align.store.garbage import find_garbage
 from align.store.store import Store
-from align.sweep.worker import _TrialListener
 from tests.support.sweep import toy_sweep
 
 pytestmark = pytest.mark.usefixtures("stages_in_process")
@@ -244,7 +244,7 @@ def test_mistakes_on_the_command_line(words: list[str], expected: str, tmp_path:
 
 
 def test_gpus_are_divided_among_workers() -> None:
-    from align.cli.sweep_workers import device_share
+    from align.extensions.sweep.worker_pool import device_share
 
     assert [device_share("0,1,2", index, 2) for index in range(2)] == [
         {"CUDA_VISIBLE_DEVICES": "0,2"}, {"CUDA_VISIBLE_DEVICES": "1"},

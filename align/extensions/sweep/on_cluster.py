@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from align.cli.slurm_job import SHARE_OF_GRACE, cores_of_job, requeue, turn_number
-from align.cli.sweep_workers import POLL_SECONDS, SweepTask, WorkerEnd, with_cores
 from align.clusters import slurm_commands
 from align.clusters.follow import LATE_SECONDS, SILENT_SECONDS, JobResult, SchedulerError, executor_settings
 from align.clusters.slurm_commands import check_cluster
@@ -21,11 +20,15 @@ from align.clusters.slurm_submission import Submission, sbatch_options, submissi
 from align.clusters.slurm_submit import SlurmQueue
 from align.config.runtime.executor import RayExecutor, SlurmExecutor
 from align.errors import StageFailed, UserError, printable
+from align.extensions.sweep.plan import Sweep
+from align.extensions.sweep.worker_pool import POLL_SECONDS, SweepTask, WorkerEnd, with_cores
 from align.inference import ray_client
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.store.record import MARKER
 from align.store.store import Store
-from align.sweep.plan import Sweep
+
+MODULE = "align.extensions.sweep.on_cluster"
+"""This module, which the jobs run."""
 
 # ---- Slurm ----------------------------------------------------------------------------------------------------------
 
@@ -133,7 +136,7 @@ def submit_workers(sweep: Sweep, store: Store, count: int, options: argparse.Nam
     about: dict[str, Any] = {"task": asdict(SweepTask.of(sweep, store, options)), "workers": count, "job": None}
     submission = Submission.begin(store, sweep.base, sweep.config.name, about)
     script = submission.folder / "worker.sh"
-    write_script(script, f"sweep {submission.run}", [str(submission.folder)], block.setup, "align.cli.sweep_on_cluster")
+    write_script(script, f"sweep {submission.run}", [str(submission.folder)], block.setup, MODULE)
     name = f"align:{submission.run}"
     words = sbatch_options(block, name, submission.folder, Path.cwd(), log="worker-%a.log")
     words.append(f"--array=0-{count - 1}")

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 
 from align.errors import StageFailed, UserError, printable, redact, with_article
 from align.evaluation.scorecard import Scorecard
+from align.extensions.mcp.foreign_text import EXCERPT, LONG_TEXT, foreign, foreign_tail, to_result
 from align.pipeline.pipeline import Pipeline
 from align.report.page.metric_series import Events
 from align.report.run.data_ledgers import data_sections
@@ -29,7 +30,6 @@ from align.store.artifacts import CHECKPOINTS, DATASETS, LOG, VERSION, Artifact,
 from align.store.json_files import DamagedFile, parse_object, read_file, read_tail
 from align.store.rollouts import ROLLOUTS, VALIDATIONS, Result, read_located, rollout_files
 from align.studio.context import NotFound, StudioContext, checked_name
-from align.studio.foreign_text import EXCERPT, LONG_TEXT, foreign, foreign_tail, to_result
 from align.studio.rollouts.stored_responses import MAX_ROWS, Order, ResponseQuery, find_response, find_responses
 from align.studio.run_detail import RunReader, find_status
 from align.studio.run_index import IndexedRun, list_json

@@ -17,14 +17,14 @@ from align import Pipeline
 from align.cli.main import main
 from align.config.user_functions import FOLDERS, module_folders
 from align.errors import UserError
+from align.extensions.mcp import server as mcp_server
+from align.extensions.mcp.foreign_text import MAX_RESULT, foreign, foreign_tail, to_result
+from align.extensions.mcp.server import create_server
 from align.runner.runner import run_pipeline
 from align.store.rollout_writer import RolloutFiles
 from align.store.rollouts import make_table
 from align.store.store import Store
-from align.studio import mcp_server
 from align.studio.context import StudioContext
-from align.studio.foreign_text import MAX_RESULT, foreign, foreign_tail, to_result
-from align.studio.mcp_server import create_server
 from align.studio.rollouts.stored_responses import ResponseQuery, find_response, find_responses
 from tests.support import toy
 from tests.support.stored_rollouts import write_rollouts

@@ -13,9 +13,9 @@ from align.cli.report import add_output, output_folder, show_page
 from align.errors import UserError
 
 if TYPE_CHECKING:
+    from align.extensions.sweep.plan import Sweep
+    from align.extensions.sweep.study import Study
     from align.store.store import Store
-    from align.sweep.plan import Sweep
-    from align.sweep.study import Study
 
 FAILED = 1
 PAGE = "compare.html"
@@ -25,12 +25,12 @@ MAX_COMPARED = 16
 
 def run(options: argparse.Namespace) -> int:
     """Run ``align sweep``."""
-    from align.cli.sweep_table import print_plan, print_trials
     from align.config.shipped import find_shipped
+    from align.extensions.sweep.config import load_sweep
+    from align.extensions.sweep.plan import Sweep
+    from align.extensions.sweep.study import Study
+    from align.extensions.sweep.table import print_plan, print_trials
     from align.runner.open_store import open_store
-    from align.sweep.config import load_sweep
-    from align.sweep.plan import Sweep
-    from align.sweep.study import Study
 
     folder = output_folder(options.output)
     options.sweep = find_shipped(options.sweep, "sweep")
@@ -76,11 +76,11 @@ def _check_positive(option: str, value: int) -> int:
 
 def _run_trials(options: argparse.Namespace, sweep: Sweep, study: Study, store: Store, workers: int) -> bool:
     """Run the trials here or on a cluster; returns True if they are left to the cluster."""
-    from align.cli.sweep_workers import ProcessWorkers, SweepTask, run_trials, run_workers
+    from align.extensions.sweep.worker_pool import ProcessWorkers, SweepTask, run_trials, run_workers
 
     executor = sweep.base.config.runtime.executor.name
     if executor == "slurm":
-        from align.cli.sweep_on_cluster import SlurmWorkers
+        from align.extensions.sweep.on_cluster import SlurmWorkers
 
         jobs = SlurmWorkers.start(sweep, store, workers, options)
         if not options.detach:
@@ -89,9 +89,9 @@ def _run_trials(options: argparse.Namespace, sweep: Sweep, study: Study, store: 
             print_json({"name": sweep.config.name, "store": str(store.root), "job": jobs.job})
         return bool(options.detach)
     if executor == "ray":
-        from align.cli.sweep_on_cluster import RayWorkers
         from align.clusters.follow import executor_settings
         from align.config.runtime.executor import RayExecutor
+        from align.extensions.sweep.on_cluster import RayWorkers
         from align.inference import ray_client
 
         ray_client.require_ray()
@@ -120,7 +120,7 @@ def _try_page(sweep: Sweep, study: Study, store: Store, folder: Path | None) -> 
 
 def _write_page(sweep: Sweep, study: Study, store: Store, folder: Path | None) -> Path | None:
     """Write the page: the trials in a table, and the best of them compared like any runs. None without a done trial."""
-    from align.cli.sweep_table import sentences, short_name, trial_rows
+    from align.extensions.sweep.table import sentences, short_name, trial_rows
     from align.report.compare.comparison import write_comparison
     from align.report.compare.run_table import SweepTrials
     from align.runs.run_page import damaged_stages, finished_artifacts, stored_outline
@@ -158,7 +158,7 @@ def _objectives(sweep: Sweep) -> list[dict[str, str]]:
 
 def _document(sweep: Sweep, study: Study, store: Store, page: Path | None) -> dict[str, Any]:
     """Return the sweep as one JSON document."""
-    from align.cli.sweep_table import trial_rows
+    from align.extensions.sweep.table import trial_rows
 
     return {
         "name": sweep.config.name,

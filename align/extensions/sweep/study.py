@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError, missing_extra
+from align.extensions.sweep.config import Choice, Dimension, Draw, PruneConfig, SweepConfig, grid
+from align.extensions.sweep.plan import Sweep
 from align.patches.optuna import trial_id
 from align.store.json_files import DamagedFile, parse_sealed, write_sealed
 from align.store.locks import Hold, Lock, LockLost
 from align.store.store import SWEEPS, Store
-from align.sweep.config import Choice, Dimension, Draw, PruneConfig, SweepConfig, grid
-from align.sweep.plan import Sweep
 
 try:
     import optuna

@@ -10,8 +10,8 @@ import yaml
 
 from align.config.yaml import load_yaml
 from align.errors import UserError
-from align.sweep.config import load_sweep
-from align.sweep.plan import Sweep
+from align.extensions.sweep.config import load_sweep
+from align.extensions.sweep.plan import Sweep
 from tests.support.pipeline.misspelling import SWEEPS, keys, misspell, rename
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import optuna
 import pytest
 
-from align.cli.sweep_table import sentences, trial_rows
 from align.errors import UserError
+from align.extensions.sweep.study import Study, Trial, TrialLost
+from align.extensions.sweep.table import sentences, trial_rows
 from align.store.store import Store
-from align.sweep.study import Study, Trial, TrialLost
 from tests.support.sweep import toy_sweep
 
 SPACE: dict[str, Any] = {
