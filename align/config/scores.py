@@ -5,6 +5,7 @@ Leaves out the scoring itself (``align.data.scoring``, ``align.evaluation.reward
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -23,6 +24,12 @@ FUNCTION_SECONDS = 1800.0
 """Default time limit of a call of a function that scores."""
 RESERVED = frozenset({"length_correlation", "std"})
 """Names of other metrics that are logged next to the scores, whose names are ``score_<name>``."""
+PART_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+NAME_RULE = (
+    "a name has letters, digits, '_', '.' and '-', is neither 'std' nor 'length_correlation', and does not end with "
+    "'_square'"
+)
+"""Description of the names that ``is_metric_name`` accepts, for messages."""
 
 
 class ScoreJudge(RewardJudge):
@@ -131,6 +138,11 @@ class RewardEntry(VerifierFields):
         if self.criteria is not None and self.retries:
             fields["retries"] = self.retries
         return canonical(fields | source | ({"arguments": self.arguments} if self.arguments else {}))
+
+
+def is_metric_name(name: Any) -> bool:
+    """Return True for a name that a function or an environment may give a metric in addition to its score."""
+    return isinstance(name, str) and PART_NAME.fullmatch(name) is not None and not is_reserved(name)
 
 
 def is_reserved(name: str) -> bool:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import itertools
 import logging
 import math
-import re
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from align.config.scores import FUNCTION_SECONDS, is_reserved
+from align.config.scores import FUNCTION_SECONDS, NAME_RULE, is_metric_name
 from align.config.user_functions import check_call, full_path, load_function
 from align.data.event_loop import await_within, call_within, gather_bounded, wait_for
 from align.data.final_answers import AnswerText, split_thought
@@ -35,12 +35,6 @@ ScoreFunction = Callable[..., Any]
 """``(rows, responses) -> scores``, or ``(row, response) -> score``, sync or async, with further keyword arguments."""
 SCORE = "score"
 """Key of the score in the mapping that a function may return; the others are metrics."""
-METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
-NAME_RULE = (
-    "a name has letters, digits, '_', '.' and '-', is neither 'std' nor 'length_correlation', and does not end with "
-    "'_square'"
-)
-"""Description of the names that ``is_metric_name`` accepts, for messages."""
 FAILED = "failed"
 """Metric of a function with ``on_error``: 1 for a response whose calls all failed, else 0."""
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
@@ -85,6 +79,8 @@ class FunctionScorer:
     """Text between two steps of a response, if the function scores steps."""
     timeout: float | None = FUNCTION_SECONDS
     """Seconds that a call may need; None for no limit."""
+    report: Callable[[int, int], None] | None = field(default=None, compare=False)
+    """Gets the number of responses that a function of one response has scored, and of all."""
 
     @property
     def waits(self) -> bool:
@@ -138,12 +134,22 @@ class FunctionScorer:
             return list(results)
 
     def _call_each(self, rows: list[Row], responses: list[str]) -> list[Any]:
+        ended = itertools.count(1)
+
+        def count(result: Any) -> Any:
+            if self.report is not None:
+                self.report(next(ended), len(responses))
+            return result
+
         if not self.waits:
-            return [self._try(row, response) for row, response in zip(rows, responses, strict=True)]
+            return [count(self._try(row, response)) for row, response in zip(rows, responses, strict=True)]
 
         # Calls are passed unstarted, since the event loop starts one only when a slot is free.
         def call(row: Row, response: str) -> Callable[[], Awaitable[Any]]:
-            return lambda: self._try_async(row, response)
+            async def counted() -> Any:
+                return count(await self._try_async(row, response))
+
+            return counted
 
         calls = [call(row, response) for row, response in zip(rows, responses, strict=True)]
         with self._naming(f"a batch of {len(rows)} rows"):
@@ -268,11 +274,6 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain_value(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def is_metric_name(name: Any) -> bool:
-    """Return True for a name that a function or an environment may give a metric in addition to its score."""
-    return isinstance(name, str) and METRIC_NAME.fullmatch(name) is not None and not is_reserved(name)
 
 
 def _pause(attempt: int) -> float:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.config.scores import is_reserved
+from align.config.scores import NAME_RULE, is_metric_name, is_reserved
 from align.data.rows import Message, Row, user
-from align.data.scoring import NAME_RULE, SCORE, is_metric_name, plain_value
+from align.data.scoring import SCORE, plain_value
 from align.errors import shorten
 
 TURN = "turn"

@@ -15,9 +15,9 @@ from align.config.runtime import Runtime
 from align.config.scores import MetricFunction, RewardEntry
 from align.data.ensembles import RewardScorer
 from align.data.rows import Row
-from align.data.scoring import Part, Scorer, WeightedSum, function_scorer
+from align.data.scoring import FunctionScorer, Part, Scorer, WeightedSum, function_scorer
 from align.judges.checkpoint import CheckpointJudge
-from align.judges.client import Judge, JudgmentCaches, checkpoint_judge, stage_judge
+from align.judges.client import CachedJudge, Judge, JudgmentCaches, checkpoint_judge, stage_judge
 from align.judges.criteria_scorer import CriteriaScorer, criteria_by, criteria_scorer
 from align.judges.scorer import GradeScorer, JudgeScorer
 from align.pipeline.context import StageContext
@@ -71,7 +71,7 @@ def open_rewards(context: StageContext, load_reward: LoadReward, processes: int 
     if score is None:
         return ()
     if isinstance(score, str):
-        return (Part(FUNCTION, 1.0, function_scorer(score, label=score.rpartition(":")[2])),)
+        return (_counting(context, Part(FUNCTION, 1.0, function_scorer(score, label=score.rpartition(":")[2]))),)
     artifacts = iter(context.inputs.get(REWARD_INPUTS) or ())
     checkpoints = iter(context.inputs.get(JUDGE_INPUTS) or ())
 
@@ -80,14 +80,22 @@ def open_rewards(context: StageContext, load_reward: LoadReward, processes: int 
         checkpoint = None if entry.judge.model is None else next(checkpoints)
         return _open_judge(context, entry, place, checkpoint, processes)
 
-    def report(done: int, total: int) -> None:
-        context.phase(f"scoring {done}/{total} programs")
-
     parts = open_entries(score, RewardSources(lambda _: load_reward(next(artifacts)), open_judge))
-    return tuple(
-        replace(part, scorer=replace(part.scorer, report=report)) if isinstance(part.scorer, VerifierScorer) else part
-        for part in parts
-    )
+    return tuple(_counting(context, part) for part in parts)
+
+
+def _counting(context: StageContext, part: Part) -> Part:
+    """Return a part that reports counts while it scores. A function that gets a whole batch has none."""
+
+    def report(done: int, total: int, tokens: int = 0) -> None:
+        context.phase(f"scoring {done}/{total} by '{part.name}'")
+
+    scorer = part.scorer
+    if isinstance(scorer, JudgeScorer) and isinstance(scorer.judge, CachedJudge):
+        scorer.judge.client.on_progress = report
+    if isinstance(scorer, FunctionScorer | VerifierScorer):
+        return replace(part, scorer=replace(scorer, report=report))
+    return part
 
 
 @dataclass(frozen=True)

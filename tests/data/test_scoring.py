@@ -10,6 +10,7 @@ import re
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,15 @@ def test_async_calls_are_bounded_and_stay_in_order() -> None:
     assert scorer.score(rows, responses) == [float(number) for number in range(30)]
     assert rewards.WATCH["most"] == 5
     assert function_scorer("tests.support.rewards:batched").score(ROWS, ["a", "b", "c"]) == [1.0] * 3
+
+
+@pytest.mark.parametrize("function", ["vowels", "watched"])
+def test_responses_are_counted_while_a_function_scores(function: str) -> None:
+    counts: list[tuple[int, int]] = []
+    scorer = replace(function_scorer(f"tests.support.rewards:{function}"), report=lambda *count: counts.append(count))
+    rows = [{"id": str(number), "checks": ""} for number in range(3)]
+    assert len(scorer.score(rows, ["a", "b", "c"])) == 3
+    assert counts == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_every_batch_runs_in_the_same_loop() -> None:

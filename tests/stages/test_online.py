@@ -174,6 +174,7 @@ def test_killed_stage_with_rewards_repeats_no_request(make_context, monkeypatch)
     ]
     run = STAGES["grpo"].runner()
     contexts = []
+    monkeypatch.setattr("align.pipeline.context.PROGRESS_SECONDS", 0.0)
     for attempt in ("whole", "killed"):
         context = make_context("grpo", attempt, score=score, tuning=LORA, eval_updates=2, eval_prompts=2)
         policy = context.inputs["policy"]
@@ -193,6 +194,9 @@ def test_killed_stage_with_rewards_repeats_no_request(make_context, monkeypatch)
         assert point["score_open_characters"] == pytest.approx(point["score_watched"])
         assert point["score_judge_unreadable"] == 0.0
     assert any("test_score_judge" in point for point in points)
+    phases = " ".join(event["text"] for event in events(whole, "phase"))
+    counted = set(re.findall(r"scoring [1-9]\d*/\d+ by '(\w+)'", phases))
+    assert counted >= {"open", "watched", "judge"} and "length" not in counted  # it gets a whole batch
     assert {f"score_{name}_last" for name in names} <= metrics.keys()
     row = stored_rows(whole.output / "rollouts")[0]
     assert row["scores"]["open_characters"] == len(row["response"])
