@@ -109,7 +109,7 @@ def test_script_runs_a_verifier_of_another_project(tmp_path: Path) -> None:
     command = [sys.executable, str(CORPUS.with_suffix(".py")), "mine:verify", "--kind", "exact", "--list"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     lines = ended.stdout.splitlines()
-    assert lines[2].startswith("| `exact` | 20 | ") and "exact-wrong_value-01: More than the reference." in ended.stdout
+    assert lines[2].startswith("| `exact` | 22 | ") and "exact-wrong_value-01: More than the reference." in ended.stdout
     assert "exact-empty-01" not in ended.stdout  # an exception rejects
     wrong = subprocess.run([*command[:3], "--kind", "nothing"], cwd=tmp_path, capture_output=True, text=True)
     assert wrong.returncode == 2 and "there are no cases of the kind nothing" in wrong.stderr
