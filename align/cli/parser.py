@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from align.errors import UserError, printable
@@ -147,9 +148,24 @@ def load(options: argparse.Namespace) -> Pipeline:
     from align.runner.open_store import settle_states
 
     place = find_shipped(options.pipeline)
-    pipeline = Pipeline.load(place, options.assignments, getattr(options, "on", None), print_warning)
+    on = getattr(options, "on", None)
+    sizes = _sizes(getattr(options, "model_config", ()))
+    pipeline = Pipeline.load(place, options.assignments, on, print_warning, sizes)
     # Only a stage that continues a stopped stage depends on the store.
     return settle_states(pipeline, getattr(options, "store", None))
+
+
+def _sizes(texts: Sequence[str]) -> dict[str, int]:
+    """Return the parameters of models by ``STAGE=config.json``; ``plan_hardware`` refuses what cannot be read."""
+    from align.models.compute.architecture import UnknownArchitecture
+    from align.models.compute.model_types import read_architecture
+
+    sizes = {}
+    for text in texts:
+        name, _, path = text.partition("=")
+        with contextlib.suppress(UnknownArchitecture):
+            sizes[name] = read_architecture(Path(path)).parameters
+    return sizes
 
 
 def print_pins(pipeline: Pipeline) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from align.config.base import Config
@@ -146,15 +147,20 @@ class Predecessor(Protocol):
 
 
 def default_rates(
-    config: Config, start: str, nodes: Mapping[str, Predecessor], base: Path, place: str
+    config: Config,
+    start: str,
+    nodes: Mapping[str, Predecessor],
+    base: Path,
+    place: str,
+    sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> Mapping[str, float | None]:
     """Return the learning rates that a stage leaves open, for the size of the model of the stage ``start``.
 
     A critic's rate that the file does not mention is the policy's, None, if the size is not known.
 
     Training keeps the size, so the models of a pipeline have the size of the first one. It is read from files that the
-    key counts, never from the store, so a key does not depend on what has finished. Raises ``UserError`` with ``place``
-    if the size is not known.
+    key counts, never from the store, so a key does not depend on what has finished. ``sizes`` are parameters of models
+    by stage, which come first. Raises ``UserError`` with ``place`` if the size is not known.
     """
     open_rates = config.default_rates(1) if isinstance(config, DefaultRates) else {}
     if not isinstance(config, DefaultRates) or not open_rates:
@@ -163,6 +169,8 @@ def default_rates(
     unknown = dict.fromkeys(open_rates)
     name = start
     while True:
+        if name in sizes:
+            return config.default_rates(sizes[name])
         node = nodes[name]
         count = node.stage.inspect("parameters")
         if count is not None:

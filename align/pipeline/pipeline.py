@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from pydantic import Field, create_model, field_validator
@@ -99,11 +100,13 @@ class Pipeline:
         where: str = "pipeline",
         base: Path | None = None,
         rounds: Mapping[str, list[str]] | None = None,
+        sizes: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         """Check ``raw`` (the parsed YAML); relative paths in it start at ``base``, by default the current folder.
 
         Texts that are marked with their file (``align.config.user_paths``) start at its folder. ``rounds`` are the
-        rounds of loops that ``raw`` has written out already.
+        rounds of loops that ``raw`` has written out already. ``sizes`` are parameters of models that are not on this
+        machine, by stage.
         """
         self.where = where
         self.base = base or Path.cwd()
@@ -115,6 +118,7 @@ class Pipeline:
         self.expanded = expand(self.config.stages, where, self.config.seed)
         self.expanded.rounds.update(rounds or {})
         self.expanded.stages = inherit(self.expanded.stages, self._place)
+        self.sizes = sizes
         self.nodes: dict[str, Node] = {}
         self.runtimes: dict[str, Runtime] = {}
         """The runtime of each stage: ``runtime`` with the stage's own part of it."""
@@ -136,20 +140,22 @@ class Pipeline:
         overrides: Overrides = (),
         on: str | None = None,
         warn: Callable[[str], None] = lambda message: None,
+        sizes: Mapping[str, int] = MappingProxyType({}),
     ) -> Self:
         """Load and check a pipeline file.
 
         ``on`` is the executor to use instead of the file's; ``warn`` gets a line if fields of the file's executor are
         dropped. ``overrides`` are applied before anything is checked, so they can supply what the file lacks:
-        ``["stages.ppo.kl_coef=0.1"]`` or ``{"stages.ppo.kl_coef": 0.1}``. Raises ``UserError`` with the file, the place
-        in it and the remedy.
+        ``["stages.ppo.kl_coef=0.1"]`` or ``{"stages.ppo.kl_coef": 0.1}``. ``sizes`` are as in the constructor. Raises
+        ``UserError`` with the file, the place in it and the remedy.
         """
 
         def choose(raw: dict[str, Any]) -> None:
             if on is not None:
                 choose_executor(raw, on, warn)
 
-        pipeline = cls(read_pipeline_file(Path(path), overrides, PipelineConfig.model_fields, choose), str(path))
+        raw = read_pipeline_file(Path(path), overrides, PipelineConfig.model_fields, choose)
+        pipeline = cls(raw, str(path), sizes=sizes)
         refuse_contradiction(pipeline.config.runtime, on)
         return pipeline
 
@@ -313,7 +319,7 @@ class Pipeline:
         # 2. Default learning rates, which follow from the size of the model: the key holds their values.
         start = next((inputs[field_name] for field_name in START_FIELDS if field_name in inputs), None)
         if isinstance(start, str):
-            rates = default_rates(config, start, self.nodes, self.base, self._place(name))
+            rates = default_rates(config, start, self.nodes, self.base, self._place(name), self.sizes)
             config = self._pin(name, config, config.model_copy(update=rates))
         # 3. A stage that continues another stage may change only some of that stage's fields.
         continued = inputs.get(CONTINUE)

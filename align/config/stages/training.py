@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align.config.base import Config, PrecisionSetting, stage_input
+from align.config.base import Config, Precision, PrecisionSetting, stage_input
 from align.config.options import TrainerOptions
 from align.config.runtime.launch import LaunchConfig
 from align.config.stages.continue_from import ChangedStage
@@ -66,7 +66,19 @@ class DefaultRates(Config):
 
     if TYPE_CHECKING:  # each family of stages has these fields at their place among its own
         tuning: Tuning = FullTuning()
+        precision: PrecisionSetting = "auto"
         learning_rate: LearningRate = "auto"
+
+    @model_validator(mode="after")
+    def _check_base_dtype(self) -> Self:
+        base_dtype = getattr(self.tuning, "base_dtype", "auto")
+        products: Precision = "float32" if self.precision == "float32" else "bfloat16"
+        if base_dtype == "bfloat16" and self.tuning.base_type(products) != base_dtype:
+            reason = f"init {getattr(self.tuning, 'init', '')} changes the frozen weights"
+            if products == "float32":
+                reason = "precision is float32, and a frozen matrix has the type of its products"
+            raise ValueError(f"tuning.base_dtype is bfloat16, but {reason}. Leave base_dtype out.")
+        return self
 
     @property
     def peak_rate(self) -> float:

@@ -1,6 +1,9 @@
 """The shared fields: bounds, micro-batches, and trainer options checked without torch."""
 
+from typing import Any
+
 import pytest
+from pydantic import ValidationError
 
 from align.config.runtime.launch import LaunchConfig
 from align.config.stages.policy_gradient import GrpoConfig, PpoConfig
@@ -100,3 +103,17 @@ def test_replay_needs_the_complete_model_in_each_process(strategy: str, settings
 @pytest.mark.parametrize("extra", [{"ema": 0.9}, {"anchor": {"to": "l2", "weight": 0.1}}])
 def test_sharded_model_accepts_l2_anchor_and_ema(extra: dict[str, object]) -> None:
     assert SftConfig(**SFT, **extra).processes_objection(IN_PARTS) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"precision": "float32", "tuning": {"method": "lora", "base_dtype": "bfloat16"}}, "precision is float32"),
+        ({"tuning": {"method": "lora", "init": "pissa", "base_dtype": "bfloat16"}}, "init pissa changes the frozen"),
+    ],
+)
+def test_base_in_a_type_that_it_cannot_have_is_refused(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=f"tuning.base_dtype is bfloat16, but {reason}"):
+        SftConfig(**SFT, **fields)
+    tuning = fields["tuning"] | {"base_dtype": "auto"}
+    assert SftConfig(**SFT, **fields | {"tuning": tuning}).tuning.method == "lora"
