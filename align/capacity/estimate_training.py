@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from align.capacity.memory import (
+    ADAMW,
     LOGITS_AT_ONCE,
     Choice,
     CriticKind,
@@ -16,16 +18,19 @@ from align.capacity.memory import (
     Memory,
     copied_parameters,
     engine_memory,
+    engine_share,
     head_work_space,
     model_bytes,
+    on_host,
     ppo_memory,
     resolve_engine,
+    state_bytes,
     state_note,
 )
 from align.capacity.sampling import user_load, user_memory, user_of
 from align.capacity.sharding import Job, Setting
 from align.config.base import Precision
-from align.config.runtime import Runtime
+from align.config.runtime import HostPart, Runtime
 from align.config.stages.rl import RolloutFields
 from align.config.stages.training import TrainingFields
 from align.config.tuning import FullTuning, LoraTuning, TuningBase
@@ -88,6 +93,7 @@ def job(config: TrainingFields | RolloutFields, models: Models, runtime: Runtime
         trained=training_memory(config, models, tuning, Setting(1)).gradients // FLOAT,
         gathered=model.parameters,
         checkpointing=config.gradient_checkpointing,
+        **_hosting(config, runtime),
         notes=tuple(_notes(config)[2:]),
     )
 
@@ -119,10 +125,13 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
         added = trained = model.adapters(tuning, "trunk" if scores else "model") + head
     learned = rows_to_tokens(config, setting.rows)
     logits = 0 if scores else _learning_logits(model, learned, precision, tuning.trains_all, setting.gpu)
-    return Memory(
+    state = state_bytes(config.trainer.get("optim"))
+    # transformers has bitsandbytes keep the state of embeddings in 32 bits.
+    wide = model.embedded if tuning.trains_all and state < ADAMW and "torch" not in config.trainer["optim"] else 0
+    memory = Memory(
         weights=weights + FLOAT * added,
         gradients=FLOAT * trained,
-        optimizer=2 * FLOAT * trained,
+        optimizer=round(state * (trained - wide)) + ADAMW * wide,
         reference=_other_models(config, models, trained),
         copies=_copies(model, tuning, precision, setting.checkpointing),
         logits=logits,
@@ -136,10 +145,12 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
             precision,
             checkpointing=setting.checkpointing,
             flash=setting.gpu or config.max_length > SHORT,
+            offload="activations" in setting.host,
         ),
         accumulated=setting.accumulated,
         in_heap=not setting.gpu,
     )
+    return on_host(memory, setting.host)
 
 
 def _copies(model: Architecture, tuning: TuningBase, precision: Precision, checkpointing: bool) -> int:
@@ -211,9 +222,28 @@ def _notes(config: TrainingFields) -> list[str]:
         notes.append(
             "freeze, unfreeze, lisa: an upper bound, since only trainable weights have gradients and AdamW's state."
         )
-    if "optim" in config.trainer:
-        notes.append(f"AdamW's state is counted; optim {config.trainer['optim']} may need another amount.")
-    return notes
+    return [*notes, *_optimizer_notes(config)]
+
+
+def _hosting(config: TrainingFields | RolloutFields, runtime: Runtime | None, *, rests: bool = False) -> dict[str, Any]:
+    """Return the fields of ``Job`` about the machine's memory; the base ``rests`` there while an engine samples."""
+    optim = config.trainer.get("optim", "")
+    is_paged = "paged" in optim
+    possible: dict[HostPart, bool] = {
+        "optimizer": is_paged or optim in ("adamw_8bit", "adamw_bnb_8bit"),
+        "activations": True,
+        "base": rests,
+    }
+    host: tuple[HostPart, ...] | None = ("optimizer",) if is_paged else None
+    if runtime is not None and runtime.offload != "auto":
+        host = tuple(part for part in possible if part in runtime.offload or (part == "optimizer" and is_paged))
+    return {"host": host, "host_parts": tuple(part for part, can_go in possible.items() if can_go)}
+
+
+def _optimizer_notes(config: TrainingFields | RolloutFields) -> list[str]:
+    """Return a note on an optimizer without a rule; empty for AdamW."""
+    optim = config.trainer.get("optim", "adamw")
+    return [] if "adamw" in optim else [f"AdamW's state is counted; optim {optim} may need another amount."]
 
 
 # ---- on rollouts ----
@@ -269,7 +299,8 @@ def rollout_memory(
         policy,
         runtime,
         precision=resolved(config.precision),
-        sequences=sequences,
+        # vLLM fills what is free on a GPU, and queues the sequences that do not fit.
+        sequences=sequences if runtime.engine_name == "transformers" else min(sequences, setting.cached),
         length=config.max_prompt_tokens + config.max_tokens,
     )
     memory = ppo_memory(
@@ -282,6 +313,8 @@ def rollout_memory(
         sequential=setting.processes == 1,
         gpu=setting.gpu,
         flash=setting.gpu or config.max_prompt_tokens + config.max_tokens > SHORT,
+        state=state_bytes(config.trainer.get("optim")),
+        offload="activations" in setting.host,
     )
     user = 0
     user_cache = 0
@@ -297,7 +330,9 @@ def rollout_memory(
         accumulated=setting.accumulated,
         in_heap=not setting.gpu,
     )
-    return replace(memory, critic=0) if getattr(config, "critic_source", None) is None else memory
+    if getattr(config, "critic_source", None) is None:
+        memory = replace(memory, critic=0)
+    return on_host(memory, setting.host)
 
 
 def _reward_models(models: Models) -> Sequence[Architecture]:
@@ -327,10 +362,12 @@ def _rollout_job(config: RolloutFields, models: Models, runtime: Runtime) -> Job
         run_micro_batch=config.micro_batch_of,
         objection=config.model_copy(update={"micro_batch_size": None}).processes_objection,
         unit=config.indivisible_responses,
-        trained=memory.gradients // FLOAT + memory.critic // (4 * FLOAT),
+        trained=memory.gradients // FLOAT + (memory.critic - memory.critic_state) // (2 * FLOAT),
         gathered=policy.parameters + (critic_base.trunk if critic_base is not None and tuning.trains_all else 0),
         checkpointing=bool(config.trainer.get("gradient_checkpointing")),
         checkpointing_field="trainer.gradient_checkpointing",
+        # The base and an engine that sleeps take turns on one GPU.
+        **_hosting(config, runtime, rests=runtime.engine_name == "vllm" and runtime.engine.sleep),
         notes=tuple(_rollout_notes(config, runtime)[2:]),
     )
 
@@ -347,10 +384,7 @@ def _rollout_notes(config: RolloutFields, runtime: Runtime) -> list[str]:
         notes.append("Servers that run already sample; their memory is not counted.")
     elif name != "transformers" and gpu:
         asleep = ", but asleep while the trainer learns" if name == "vllm" and runtime.engine.sleep else ""
-        notes.append(
-            f"vLLM uses {runtime.engine.gpu_memory:g} of the card (gpu_memory) for engine and cache, needed or "
-            f"not{asleep}."
-        )
+        notes.append(f"vLLM uses {engine_share(runtime)} for engine and cache, needed or not{asleep}.")
     elif name == "transformers":
         notes.append("The cache is for prompts of max_prompt_tokens, the longest possible.")
     if config.trainer.get("reuse_forward"):
@@ -363,6 +397,4 @@ def _rollout_notes(config: RolloutFields, runtime: Runtime) -> list[str]:
         user = config.environment.user
         counted = "is counted with the reward models" if user.model else "is not counted"
         notes.append(f"{user.label}, which plays the user, {counted}.")
-    if "optim" in config.trainer:
-        notes.append(f"AdamW's state is counted; optim {config.trainer['optim']} may need another amount.")
-    return notes
+    return [*notes, *_optimizer_notes(config)]

@@ -11,19 +11,23 @@ divides the parts among devices.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from align.config.base import Precision
-from align.config.runtime import Runtime
+from align.config.runtime import HostPart, Runtime
 from align.config.stages.continue_from import LARGEST_STATE, size_text
 from align.config.tuning import LowRank, QloraTuning, TuningBase
 from align.models.compute.architecture import Architecture
 from align.models.compute.costs import FLOAT, SIZES, activations_per_token
 
-TRAINED = 4 * FLOAT
-"""Bytes of a trained parameter: weight, gradient, and AdamW's two averages."""
+ADAMW = 2 * FLOAT
+"""Bytes of AdamW's two averages of a trained parameter."""
+BLOCK_STATES = {"8bit": 2 * (1 + FLOAT / 256), "4bit": 2 * (1 / 2 + FLOAT / 128)}
+"""The same in 8 bits (bitsandbytes, torchao) and in 4 bits (torchao), with a scale for every 256 or 128 numbers."""
+CACHED_SEQUENCES = 16
+"""Sequences of the greatest length for which the plan leaves room in vLLM's cache on a GPU; vLLM queues the others."""
 HEAP_BYTES = 100 * 2**20
 HEAP_SHARE = 0.06
 """Bytes of rows, tokenizer and buffers of a process on a CPU, and the share of all memory that is in gaps between the
@@ -48,7 +52,13 @@ class Memory:
     reference: int = 0
     """Models other than the trained model: a reference, a teacher, averages of weights, a critic's frozen matrices."""
     critic: int = 0
-    """Weights, gradients and AdamW's state of what only the critic trains: 16 bytes a parameter."""
+    """Weights, gradients and AdamW's state of what only the critic trains: ``2 * FLOAT + state`` bytes a parameter."""
+    state: float = ADAMW
+    """Bytes of the optimizer's state of a trained parameter."""
+    base: int = 0
+    """Bytes of ``weights`` that never change, so that they can leave the device while an engine samples."""
+    rests: bool = False
+    """True if ``base`` and ``reference`` are in the machine's memory while an engine samples."""
     reward: int = 0
     """Frozen models that only read or answer: reward models, and the model that plays the user of an environment."""
     copies: int = 0
@@ -115,8 +125,9 @@ class Memory:
         if self.accumulated:
             # a single micro-batch frees its activations while its gradients appear, so only earlier gradients count
             learning["gradients"] = self.gradients
+        resting = {"weights": self.weights - self.base, "reference": 0} if self.rests else {}
         phases = {
-            "sampling": lasting | engine,
+            "sampling": lasting | resting | engine,
             "learning": asleep | learning,
             "stepping": asleep | {"gradients": self.gradients},
             "scoring": asleep | {"logits": self.scoring},
@@ -126,6 +137,27 @@ class Memory:
             for parts in phases.values():
                 parts["heap"] = HEAP_BYTES + int(HEAP_SHARE * sum(parts.values()))
         return phases
+
+    @property
+    def critic_state(self) -> int:
+        """Bytes of the optimizer's state in ``critic``."""
+        return round(self.critic * self.state / (2 * FLOAT + self.state))
+
+
+def on_host(memory: Memory, parts: Sequence[HostPart]) -> Memory:
+    """Return the memory of a process that keeps ``parts`` in the machine's memory, the activations not counted."""
+    if "optimizer" in parts:
+        memory = replace(memory, optimizer=0, critic=memory.critic - memory.critic_state, state=0.0)
+    return replace(memory, rests="base" in parts)
+
+
+def state_bytes(optim: str | None) -> float:
+    """Return the bytes of the optimizer's state for a trained parameter, by transformers' name of the optimizer.
+
+    Another optimizer counts as AdamW.
+    """
+    name = optim or ""
+    return next((size for bits, size in BLOCK_STATES.items() if "adamw" in name and bits in name), ADAMW)
 
 
 @dataclass(frozen=True)
@@ -138,13 +170,11 @@ class Choice:
 
 
 def state_note(choices: Sequence[Choice], runtime: Runtime) -> str:
-    """Return a sentence about the trainer's state of the chosen settings on disk, and whether it is kept.
-
-    A trained parameter needs 12 bytes there: the weight and AdamW's two averages.
-    """
+    """Return a sentence about the trainer's state of the chosen settings on disk, and whether it is kept."""
     memory = next(choice.memory for choice in choices if choice.chosen)
-    # Of 16 bytes in memory, the gradient's 4 are not stored.
-    size = 3 * memory.gradients + memory.critic * 3 // 4
+    # Weights and the optimizer's state are stored, gradients are not.
+    critic_weights = (memory.critic - memory.critic_state) // 2
+    size = memory.gradients + memory.optimizer + critic_weights + memory.critic_state
     keep = runtime.keep_state
     is_kept = size <= LARGEST_STATE if keep == "auto" else keep
     outcome = "kept with the result, for continue_from" if is_kept else "not kept with the result"
@@ -179,11 +209,13 @@ def ppo_memory(
     sequential: bool = True,
     gpu: bool = False,
     flash: bool = False,
+    state: float = ADAMW,
+    offload: bool = False,
 ) -> Memory:
     """Return the memory of PPO in one process, without its engine.
 
-    ``rewards`` are reward models; ``critic: reward`` starts from the first. ``flash`` is as in
-    ``activations_per_token``.
+    ``rewards`` are reward models; ``critic: reward`` starts from the first. ``flash`` and ``offload`` are as in
+    ``activations_per_token``, ``state`` are the optimizer's bytes for a trained parameter.
 
     With adapters the reference is the policy with them off, and the critic has adapters on weights that are in memory
     anyway (it needs its own matrices in 4 bits, and its own matrices if adapters are initialized from the weights).
@@ -206,27 +238,29 @@ def ppo_memory(
     is_narrow = tuning.base_type(precision) == "bfloat16"
     # Both lists have an entry for the policy, and another for the critic if it has a trunk.
     copies = [0 if is_narrow else (0 if quantized else copied_parameters(policy, tuning, checkpointing)) + policy.head]
-    per_token = [activations_per_token(policy, tuning, precision, checkpointing=checkpointing, flash=flash)]
+    options: Any = {"checkpointing": checkpointing, "flash": flash, "offload": offload}
+    per_token = [activations_per_token(policy, tuning, precision, **options)]
     if critic_base is not None:
         trunk = critic_base.trunk if full else critic_base.adapters(tuning, "trunk")
         critic_trained = critic_base.hidden + 1 + trunk
         # the matrices of a frozen reward model are in bfloat16 already, and need no copy
         is_float32 = full or (critic == "policy" and not quantized and not is_narrow)
         copies.append(copied_parameters(critic_base, tuning, checkpointing) if is_float32 else 0)
-        per_token.append(
-            activations_per_token(critic_base, tuning, precision, checkpointing=checkpointing, flash=flash)
-        )
+        per_token.append(activations_per_token(critic_base, tuning, precision, **options))
     combine = max if sequential else sum
     amounts = [amount for amount in per_token if amount is not None]
     reference = _reference_bytes(policy, low) if full else 0
     if critic_base is not None:
         reference += _unshared_matrices(critic_base, tuning, critic)
+    weights = model_bytes(policy, tuning, precision)
     return Memory(
-        weights=model_bytes(policy, tuning, precision) + (0 if full else FLOAT * trained),
+        weights=weights + (0 if full else FLOAT * trained),
         gradients=FLOAT * trained,
-        optimizer=2 * FLOAT * trained,
+        optimizer=round(state * trained),
         reference=reference,
-        critic=TRAINED * critic_trained,
+        critic=round((2 * FLOAT + state) * critic_trained),
+        state=state,
+        base=0 if full else weights - _scale_bytes(policy, tuning),
         reward=sum(_frozen_bytes(reward, low) + FLOAT * reward.hidden for reward in rewards),
         copies=2 * combine(copies) if low else 0,
         logits=head_work_space(policy, full, low, LOGITS_AT_ONCE["cuda" if gpu else "cpu"]),
@@ -259,15 +293,21 @@ def model_bytes(model: Architecture, tuning: TuningBase, precision: Precision, *
     return size * (rounded - quantized) + vectors + head + _quantized_bytes(quantized, tuning)
 
 
+def _scale_bytes(model: Architecture, tuning: TuningBase) -> int:
+    """Return the bytes of a quantized model's scales, which stay on the device."""
+    if not isinstance(tuning, QloraTuning):
+        return 0
+    quantized = model.matrices - model.biases
+    return _quantized_bytes(quantized, tuning) - quantized // 2
+
+
 def _quantized_bytes(weights: int, tuning: QloraTuning) -> int:
     """Return the bytes of matrices in 4 bits with a scale for every 64 weights.
 
     A scale is in float32, or with double quantization in 8 bits with one float32 scale for every 256 of them.
     """
     scales = weights / 64
-    if tuning.double_quantization:
-        return round(weights / 2 + (scales + FLOAT * scales / 256))
-    return round(weights / 2 + FLOAT * scales)
+    return round(weights / 2 + (scales + FLOAT * scales / 256 if tuning.double_quantization else FLOAT * scales))
 
 
 def _unshared_matrices(model: Architecture, tuning: TuningBase, critic: CriticKind) -> int:
@@ -331,6 +371,14 @@ def engine_memory(
     elif name == "vllm" and engine.sleep:
         released = "all"
     return weights, cache, released
+
+
+def engine_share(runtime: Runtime) -> str:
+    """Return what vLLM uses of a card, in words."""
+    share = runtime.engine.gpu_memory
+    return (
+        "what else is free of the card (gpu_memory auto)" if share == "auto" else f"{share:g} of the card (gpu_memory)"
+    )
 
 
 def resolve_engine(runtime: Runtime) -> tuple[str, bool]:

@@ -10,31 +10,34 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from align.capacity.hardware import Hardware, Way
+from align.capacity.hardware import (
+    Device,
+    Hardware,
+    Strategy,
+    Way,
+    largest_that_fits,
+    launch_of,
+    processor,
+    requested_strategy,
+)
 from align.capacity.memory import Estimate
 from align.capacity.sampling import Inference, sampling_notes, sampling_way
-from align.capacity.sharding import (
-    Job,
-    Strategy,
-    TrainingWay,
-    launch_of,
-    requested_strategy,
-    training_ways,
-)
+from align.capacity.sharding import Job, TrainingWay, beside_engine, training_ways
 from align.config.runtime import Runtime
-from align.config.runtime.launch import LaunchConfig
-from align.config.validation import suggest, validate_plain
+from align.config.runtime.launch import LaunchConfig, world_size
+from align.config.tuning import FullTuning, LowRank
+from align.config.validation import validate_plain
 from align.errors import UserError
 from align.models.compute.architecture import Architecture, UnknownArchitecture
 from align.models.compute.costs import with_expected_precision
 from align.models.compute.model_types import read_architecture
+from align.pipeline.context import MemoryGuess
 from align.pipeline.pipeline import Node, Pipeline
 from align.registry import Stage, load
-from align.store.artifacts import GENERATORS, Kind
+from align.store.artifacts import GENERATORS, Artifact, Kind
 from align.store.store import Store
 
 CHECKPOINTS = (*GENERATORS, Kind.REWARD)
@@ -42,8 +45,10 @@ MACHINE_FACTORS = (2, 4, 8, 16, 32, 64)
 """Factors of the number of machines that a remedy may ask for."""
 LARGE_GPU_MEMORY = 0.9
 """``gpu_memory`` that a remedy tries."""
-LENGTH_FIELDS = ("max_length", "max_prompt_tokens", "max_context")
-"""Fields of a stage's config that a remedy may halve."""
+LENGTH_FIELDS = ("max_length", "max_tokens", "max_prompt_tokens", "max_context")
+"""Fields of a stage's config that a remedy may shorten."""
+LENGTH_STEP = 32
+"""Tokens by which it does."""
 
 Models = dict[str, list[Architecture]]
 
@@ -142,7 +147,12 @@ class Setup:
         """The strategy that ``runtime.launch`` names, if the stage trains."""
         if not isinstance(self.load, Job) or self.runtime.launch == LaunchConfig():
             return None
-        return requested_strategy(self.runtime.launch, self.hardware.devices, self.load.checkpointing)
+        return requested_strategy(
+            self.runtime.launch,
+            self.hardware.devices,
+            checkpointing=self.load.checkpointing,
+            host=self.load.host or (),
+        )
 
     def ways(self) -> Sequence[Way]:
         """Return the ways that fit, the simplest first, then the others; empty for a stage without a model."""
@@ -174,6 +184,8 @@ class StagePlan:
     """Ways that fit come first, the simplest at the head."""
     unknown: str = ""
     remedies: Sequence[str] = ()
+    useless: str = ""
+    """A sentence about a change that does not help; empty for none."""
 
     @property
     def load(self) -> Job | Inference | None:
@@ -230,6 +242,44 @@ def plan_hardware(
     return plans
 
 
+def fit_to_memory(
+    stage: Stage, config: Any, inputs: Mapping[str, Any], runtime: Runtime, gpu: tuple[int, int] | None
+) -> tuple[Runtime, MemoryGuess | None]:
+    """Return a stage's settings with what the plan chooses for this process, and its guess at the micro-batch.
+
+    ``inputs`` are the stage's artifacts, ``gpu`` the free and the total bytes of the process's GPU, None on a CPU. The
+    guess is None for a stage that does not train, and for a model without a rule.
+    """
+    estimator = estimator_of(stage)
+    if estimator is None:
+        return runtime, None
+    try:
+        models = {field: _architectures(found) for field, found in inputs.items() if found}
+        device = processor() if gpu is None else Device("gpu", gpu[0])
+        hardware = Hardware(device, per_node=world_size()).shared()
+        setup = Setup(estimator, models, with_expected_precision(config, gpu=gpu is not None), runtime, hardware)
+        way = next(iter(setup.ways()), None)
+    except UnknownArchitecture:
+        return runtime, None
+    load = setup.load
+    beside = 0
+    if isinstance(load, Job) and isinstance(way, TrainingWay):
+        beside = beside_engine(load, hardware, way)
+    if gpu is not None and runtime.engine.gpu_memory == "auto" and not runtime.rollouts.pooled:
+        share = min(max(hardware.device.usable - beside, 0.01 * gpu[1]) / gpu[1], 0.95)
+        runtime = runtime.model_copy(update={"engine": runtime.engine.model_copy(update={"gpu_memory": share})})
+    if not isinstance(load, Job) or not isinstance(way, TrainingWay):
+        return runtime, None
+    runtime = runtime.model_copy(update={"offload": list(way.strategy.host)})
+    return runtime, MemoryGuess(max(way.batch, load.unit), way.strategy.checkpointing)
+
+
+def _architectures(found: Any) -> list[Architecture]:
+    """Return the architectures of the models in an input's artifacts."""
+    artifacts: list[Artifact] = found if isinstance(found, list) else [found]
+    return [read_architecture(artifact.model / "config.json") for artifact in artifacts if artifact.kind in CHECKPOINTS]
+
+
 def _plan_stage(pipeline: Pipeline, node: Node, models: Models, estimator: Any, all_hardware: Hardware) -> StagePlan:
     hardware = all_hardware
     if hasattr(estimator, "job"):
@@ -238,9 +288,13 @@ def _plan_stage(pipeline: Pipeline, node: Node, models: Models, estimator: Any, 
     setup = Setup(estimator, models, config, pipeline.runtimes[node.name], hardware)
     ways = setup.ways()
     remedies: list[str] = []
+    useless = ""
     if ways and not ways[0].fits:
         remedies = _remedies(setup, f"stages.{node.name}")
-    return StagePlan(node.name, node.stage.kind, setup, ways, remedies=remedies)
+        tuning = getattr(config, "tuning", None)
+        if isinstance(tuning, LowRank) and not _fits_with(setup, {"tuning": tuning.model_dump() | {"rank": 1}}):
+            useless = "A smaller rank does not help."
+    return StagePlan(node.name, node.stage.kind, setup, ways, remedies=remedies, useless=useless)
 
 
 def _remedies(setup: Setup, place: str) -> list[str]:
@@ -284,7 +338,7 @@ def _engine_options(setup: Setup) -> list[str]:
     """Return settings of the engine with which the stage fits: they are free."""
     engine = setup.runtime.engine
     changes: dict[str, Any] = {}
-    if setup.hardware.device.gpu and engine.gpu_memory < LARGE_GPU_MEMORY:
+    if setup.hardware.device.gpu and engine.gpu_share < LARGE_GPU_MEMORY and engine.gpu_memory != "auto":
         changes["gpu_memory"] = LARGE_GPU_MEMORY
     if engine.name == "transformers":
         changes["name"] = "vllm"
@@ -302,19 +356,28 @@ def _smaller_options(setup: Setup, place: str) -> list[str]:
     if isinstance(setup.load, Job):
         for method in ("lora", "qlora"):
             changes[f"--set '{place}.tuning={{method: {method}}}'"] = {"tuning": {"method": method}}
+        if isinstance(setup.load.tuning, FullTuning):
+            trainer = setup.config.trainer | {"optim": "adamw_8bit"}
+            changes[f"--set {place}.trainer.optim=adamw_8bit"] = {"trainer": trainer}
+    options = [option for option, fields in changes.items() if _fits_with(setup, fields)]
     for field in LENGTH_FIELDS:
-        if hasattr(setup.config, field):
-            half = getattr(setup.config, field) // 2
-            changes[f"--set {place}.{field}={half}"] = {field: half}
-    options = []
-    for option, fields in changes.items():
-        try:
-            config = validate_plain(type(setup.config), setup.config.model_dump(mode="json") | fields)
-            if setup.fits(config=config):
-                options.append(option)
-        except (ValueError, UnknownArchitecture):
-            continue  # the stage does not allow the setting
+        steps = getattr(setup.config, field, 0) // LENGTH_STEP
+
+        def fits(count: int, field: str = field) -> bool:
+            return _fits_with(setup, {field: LENGTH_STEP * count})
+
+        fitting = largest_that_fits(fits, steps)
+        if fitting:
+            options.append(f"--set {place}.{field}={LENGTH_STEP * fitting}")
     return options
+
+
+def _fits_with(setup: Setup, fields: Mapping[str, Any]) -> bool:
+    """Return whether the stage allows other ``fields``, and fits with them."""
+    try:
+        return setup.fits(config=validate_plain(type(setup.config), setup.config.model_dump(mode="json") | fields))
+    except (ValueError, UnknownArchitecture):
+        return False
 
 
 def _launch_hardware(pipeline: Pipeline, node: Node, hardware: Hardware) -> Hardware:
@@ -330,39 +393,3 @@ def _launch_hardware(pipeline: Pipeline, node: Node, hardware: Hardware) -> Hard
             "devices. Change one of them."
         )
     return replace(hardware, nodes=launch.nodes, per_node=per_node)
-
-
-def refuse_what_fits_nowhere(pipeline: Pipeline, plans: list[StagePlan], hardware: Hardware) -> None:
-    """Raise ``UserError`` with the remedies if a stage fits in none of its ways."""
-    lines = []
-    for plan in plans:
-        if not plan.ways or plan.best is not None:
-            continue
-        nearest = plan.ways[0]
-        remedy = "Use a smaller model."
-        if plan.remedies:
-            remedy = f"What does: {'; or '.join(plan.remedies)}."
-        elif not isinstance(nearest, TrainingWay):
-            remedy = "Use a smaller model, or servers with tensor_parallel (runtime.rollouts), which are not counted."
-        lines.append(
-            f"{pipeline.where}: stages.{plan.name} fits on {hardware.label} in no way; nearest is {nearest.label}: "
-            f"{nearest.obstacle}. {remedy}"
-        )
-    if lines:
-        raise UserError("\n".join(lines))
-
-
-def read_configs(pipeline: Pipeline, texts: list[str]) -> dict[str, Architecture]:
-    """Parse ``STAGE=config.json`` of the command line; raise ``UserError`` for an unknown stage or file."""
-    architectures = {}
-    for text in texts:
-        name, equals, path = text.partition("=")
-        if not equals:
-            raise UserError(f"--model-config {text}: expected STAGE=FILE, such as model=mistral-7b/config.json.")
-        if name not in pipeline.nodes:
-            raise UserError(f"--model-config {text}: there is no stage '{name}'.{suggest(name, pipeline.nodes)}")
-        try:
-            architectures[name] = read_architecture(Path(path))
-        except UnknownArchitecture as error:
-            raise UserError(f"--model-config {text}: {error}.") from None
-    return architectures

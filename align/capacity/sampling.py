@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.capacity.hardware import GIB, Device, Hardware, Way, largest_that_fits
-from align.capacity.memory import engine_memory, resolve_engine
+from align.capacity.memory import engine_memory, engine_share, resolve_engine
 from align.config.base import Precision
 from align.config.environment import USER_INPUT, EnvironmentConfig
 from align.config.runtime import Runtime
@@ -315,8 +315,9 @@ class _Engine:
     @property
     def share(self) -> int:
         """Bytes of the device that the engine may use: on a GPU vLLM has a share of them."""
-        has_share = self.name == "vllm" and self.device.gpu
-        return int(self.runtime.engine.gpu_memory * self.device.memory) if has_share else self.device.memory
+        share = self.runtime.engine.gpu_memory
+        has_share = self.name == "vllm" and self.device.gpu and share != "auto"
+        return int(share * self.device.memory) if has_share else self.device.memory
 
     @property
     def room(self) -> int:
@@ -347,7 +348,7 @@ class _Engine:
         if needed <= room:
             size = f"{settings.cpu_kv_cache_gb:g} GiB (runtime.engine.cpu_kv_cache_gb)"
             return f"one sequence of {length} tokens does not fit into a cache of {size}"
-        limit = f" (runtime.engine.gpu_memory {settings.gpu_memory:g})" if room == self.share else ""
+        limit = f" (runtime.engine.gpu_memory {settings.gpu_memory})" if room == self.share else ""
         return f"one sequence of {length} tokens needs {needed / GIB:.1f} GiB, the engine has {room / GIB:.1f}{limit}"
 
     def phases(self, sequences: int) -> dict[str, dict[str, int]]:
@@ -394,6 +395,5 @@ def sampling_notes(inference: Inference, runtime: Runtime, hardware: Hardware) -
     if engine is not None and runtime.engine.name == "auto" and not rollouts.pooled:
         notes.append(f"runtime.engine.name is auto, which means {engine} on this machine.")
     if hardware.device.gpu and engine == "vllm":
-        share = f"{runtime.engine.gpu_memory:g} of the card (gpu_memory)"
-        notes.append(f"vLLM uses {share} for engine and cache, needed or not.")
+        notes.append(f"vLLM uses {engine_share(runtime)} for engine and cache, needed or not.")
     return notes

@@ -19,11 +19,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from align.capacity.hardware import GIB, Hardware, Way, largest_that_fits
-from align.capacity.memory import Memory
+from align.capacity.hardware import (
+    GIB,
+    OFFLOADED_PARTS,
+    Device,
+    Hardware,
+    Strategy,
+    Way,
+    candidate_strategies,
+    largest_that_fits,
+    launch_of,
+)
+from align.capacity.memory import CACHED_SEQUENCES, Memory
 from align.config.base import Precision
+from align.config.runtime import HostPart
 from align.config.runtime.launch import LaunchConfig
 from align.config.tuning import TuningBase
 from align.models.compute.architecture import Architecture
@@ -40,114 +51,6 @@ MAX_MICRO_BATCH = 4096
 GATHERED_AHEAD = 2
 """Layers whose full weights are in memory at a time."""
 
-StrategyName = Literal["single", "ddp", "fsdp2", "deepspeed"]
-Offload = Literal["none", "optimizer", "all"]
-
-OFFLOAD_SETTINGS: dict[Offload, dict[str, bool]] = {
-    "none": {},
-    "optimizer": {"offload_optimizer": True},
-    "all": {"offload_optimizer": True, "offload_parameters": True},
-}
-"""Settings of DeepSpeed for what is offloaded."""
-OFFLOADED_PARTS: dict[Offload, tuple[str, ...]] = {
-    "none": (),
-    "optimizer": ("optimizer",),
-    "all": ("weights", "gradients", "optimizer"),
-}
-"""Parts of ``Memory`` that each ``Strategy.offload`` moves to the machine's own memory."""
-ON_SEVERAL_DEVICES: list[tuple[StrategyName, int, Offload]] = [
-    ("ddp", 0, "none"),
-    ("deepspeed", 1, "none"),
-    ("deepspeed", 2, "none"),
-    ("fsdp2", 0, "none"),
-    ("deepspeed", 3, "none"),
-    # Offloading is slower, so it comes last and matters only if no other strategy fits.
-    ("deepspeed", 2, "optimizer"),
-    ("fsdp2", 0, "all"),
-    ("deepspeed", 3, "all"),
-]
-"""Strategies to try on several devices, the simplest first."""
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """The way in which devices share a model in training, with what they offload and recompute."""
-
-    name: StrategyName
-    zero_stage: int = 0
-    """Stage of deepspeed: 1 shards AdamW's state, 2 also the gradients, 3 also the weights."""
-    checkpointing: bool = False
-    """True if activations are recomputed in the backward pass."""
-    offload: Offload = "none"
-    """Contents of the machine's own memory: AdamW's state, or weights, gradients and AdamW's state."""
-
-    @property
-    def label(self) -> str:
-        """Name for the table, such as ``fsdp2, offload all, checkpointing``."""
-        if self.name == "single":
-            parts = ["one device"]
-        elif self.name == "deepspeed":
-            parts = [f"deepspeed zero-{self.zero_stage}"]
-        else:
-            parts = [self.name]
-        if self.offload != "none":
-            parts.append(f"offload {self.offload}")
-        if self.checkpointing:
-            parts.append("checkpointing")
-        return ", ".join(parts)
-
-    @property
-    def shards_weights(self) -> bool:
-        """True if each device holds only a shard of the weights."""
-        return self.name == "fsdp2" or self.zero_stage == 3
-
-    @property
-    def shards_gradients(self) -> bool:
-        """True if each device keeps only a shard of the gradients."""
-        return self.shards_weights or self.zero_stage == 2
-
-    @property
-    def shards_optimizer(self) -> bool:
-        """True if each device holds only a shard of AdamW's state."""
-        return self.name in ("fsdp2", "deepspeed")
-
-
-def requested_strategy(launch: LaunchConfig, devices: int, checkpointing: bool) -> Strategy:
-    """Return the strategy that ``runtime.launch`` names."""
-    if devices == 1:
-        return Strategy("single", checkpointing=checkpointing)
-    if launch.strategy == "ddp":
-        return Strategy("ddp", checkpointing=checkpointing)
-    if launch.strategy == "fsdp2":
-        return Strategy("fsdp2", 0, checkpointing, "all" if launch.fsdp.offload else "none")
-    zero = launch.deepspeed
-    offload: Offload = "none"
-    if zero.offload_parameters:
-        offload = "all"
-    elif zero.offload_optimizer:
-        offload = "optimizer"
-    return Strategy("deepspeed", zero.stage, checkpointing, offload)
-
-
-def launch_of(strategy: Strategy, hardware: Hardware) -> LaunchConfig:
-    """Return the block ``runtime.launch`` that asks for a strategy on several devices."""
-    block: dict[str, Any] = {"processes": hardware.per_node, "nodes": hardware.nodes, "strategy": strategy.name}
-    if strategy.name == "fsdp2" and strategy.offload != "none":
-        block["fsdp"] = {"offload": True}
-    if strategy.name == "deepspeed":
-        block["deepspeed"] = {"stage": strategy.zero_stage} | OFFLOAD_SETTINGS[strategy.offload]
-    return LaunchConfig.model_validate(block)
-
-
-def candidate_strategies(devices: int, checkpointing: bool) -> list[Strategy]:
-    """Return every strategy to try, simplest first; ``checkpointing`` if the config already asks for it."""
-    # A single process neither shards nor offloads.
-    settings: list[tuple[StrategyName, int, Offload]] = [("single", 0, "none")]
-    if devices > 1:
-        settings = ON_SEVERAL_DEVICES
-    checkpointed = (True,) if checkpointing else (False, True)
-    return [Strategy(name, stage, flag, offload) for name, stage, offload in settings for flag in checkpointed]
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -160,6 +63,10 @@ class Setting:
     processes: int = 1
     checkpointing: bool = False
     gpu: bool = False
+    host: tuple[HostPart, ...] = ()
+    """Parts in the machine's memory."""
+    cached: int = CACHED_SEQUENCES
+    """Most sequences for which the engine's cache has room, if it is vLLM's on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +98,10 @@ class Job:
     """Parameters that sharding gathers for a micro-batch: the policy's, and a separate critic's."""
     checkpointing: bool = False
     """True if the config asks for gradient checkpointing."""
+    host: tuple[HostPart, ...] | None = ()
+    """Parts that the settings keep in the machine's memory; None if these are the plan's choice."""
+    host_parts: tuple[HostPart, ...] = ()
+    """Parts that the machine's memory can hold, in the order in which they go there."""
     checkpointing_field: str = "gradient_checkpointing"
     """The config's field for it."""
     notes: tuple[str, ...] = ()
@@ -205,9 +116,8 @@ def sharded(memory: Memory, job: Job, strategy: Strategy, devices: int) -> Memor
     is_deepspeed = strategy.name == "deepspeed"
     # The master copy has as many bytes as the gradients: float32, of what is trained
     optimizer = memory.optimizer + (memory.gradients if is_deepspeed else 0)
-    # The critic has 16 bytes per trained parameter: 4 of weights, 4 of gradients, 8 of AdamW
-    critic_weights = memory.critic // 4
-    critic_optimizer = memory.critic // 2
+    critic_optimizer = memory.critic_state
+    critic_weights = (memory.critic - critic_optimizer) // 2  # and as many bytes of gradients
     parts: dict[str, Any] = {
         "weights": _shard(memory.weights, strategy.shards_weights, devices),
         "gradients": _shard(memory.gradients, strategy.shards_gradients, devices),
@@ -232,6 +142,13 @@ def offloaded(memory: Memory, job: Job, strategy: Strategy, devices: int) -> int
     """Return the bytes that one device's shard needs of the machine's own memory."""
     on_device = sharded(memory, job, replace(strategy, offload="none"), devices)
     return sum(int(getattr(on_device, name)) for name in OFFLOADED_PARTS[strategy.offload])
+
+
+def _host_bytes(memory: Memory, whole: Memory, tokens: int) -> int:
+    """Return the bytes in the machine's memory of a process with ``memory``, which is ``whole`` without offloading."""
+    activations = (whole.activations or 0) - (memory.activations or 0)
+    resting = memory.base + memory.reference if memory.rests else 0
+    return whole.optimizer - memory.optimizer + whole.critic - memory.critic + tokens * activations + resting
 
 
 def _gathered_bytes(job: Job, strategy: Strategy) -> int:
@@ -272,10 +189,25 @@ class TrainingWay(Way):
             "zero_stage": self.strategy.zero_stage or None,
             "gradient_checkpointing": self.strategy.checkpointing,
             "offload": self.strategy.offload,
+            "host": list(self.strategy.host),
             "micro_batch_size": self.batch or None,
             "largest_micro_batch": self.largest or None,
             "host_memory": self.host_memory,
         }
+
+
+REACHED = 0.4
+"""Share of a card's peak with which speeds are named; none was measured."""
+
+
+def tokens_per_second(job: Job, way: TrainingWay, device: Device) -> float:
+    """Return the tokens that a device learns from in a second if it reaches ``REACHED`` of its peak; 0 without a peak.
+
+    A parameter needs 2 operations a token in the forward pass, 2 for the gradients of activations, 2 for its own
+    gradient if it is trained, and 2 if the forward pass is computed again.
+    """
+    operations = 4 + 2 * job.tuning.trains_all + 2 * way.strategy.checkpointing
+    return REACHED * 1e12 * device.teraflops / (operations * job.model.active)
 
 
 def training_ways(job: Job, hardware: Hardware, requested: Strategy | None = None) -> list[TrainingWay]:
@@ -283,11 +215,41 @@ def training_ways(job: Job, hardware: Hardware, requested: Strategy | None = Non
 
     Ways that fit come first, the simplest at the head. Then come ways that only lack memory, the smallest first.
     """
-    strategies = [requested] if requested else candidate_strategies(hardware.devices, job.checkpointing)
+    strategies = (
+        [requested]
+        if requested
+        else candidate_strategies(hardware.devices, checkpointing=job.checkpointing, host=job.host or ())
+    )
     ways = [training_way(job, hardware, strategy) for strategy in strategies]
     fitting = [way for way in ways if way.fits]
+    if not fitting and not requested and hardware.devices == 1 and hardware.device.gpu:
+        last = _last_resort(job, hardware)
+        ways.append(last)
+        fitting = [last] if last.fits else []
     others = [way for way in ways if not way.fits]
     return fitting + sorted(others, key=lambda way: (way.is_refused, way.peak))
+
+
+def _last_resort(job: Job, hardware: Hardware) -> TrainingWay:
+    """Return the way with the fewest parts in the machine's memory, or with all of them if that does not fit either.
+
+    An engine's cache with room for only one sequence comes after all of them.
+    """
+
+    def offloading(parts: tuple[HostPart, ...], cached: int) -> TrainingWay:
+        return training_way(job, hardware, Strategy("single", checkpointing=True, host=parts, cached=cached))
+
+    choices = [job.host_parts[:count] for count in range(len(job.host_parts) + 1)] if job.host is None else [job.host]
+    for cached in (CACHED_SEQUENCES, 1):
+        fitting = next((parts for parts in choices if offloading(parts, cached).fits), None)
+        if fitting is None:
+            continue
+        for part in fitting if job.host is None else ():
+            # The last part made it fit, and maybe without the earlier ones.
+            fewer = tuple(name for name in fitting if name != part)
+            fitting = fewer if offloading(fewer, cached).fits else fitting
+        return offloading(fitting, cached)
+    return offloading(choices[-1], 1)
 
 
 def training_way(job: Job, hardware: Hardware, strategy: Strategy) -> TrainingWay:
@@ -320,19 +282,34 @@ def training_way(job: Job, hardware: Hardware, strategy: Strategy) -> TrainingWa
     # A way that does not fit shows the smallest micro-batch, so a reader sees how much memory is missing.
     rows = micro_batch or job.unit
     parts = device_parts(job, hardware, strategy, rows)
-    host = offloaded(_process_memory(job, hardware, strategy, rows), job, strategy, devices)
+    memory = _process_memory(job, hardware, strategy, rows)
+    host = offloaded(memory, job, strategy, devices)
+    if strategy.host:
+        host = _host_bytes(memory, _process_memory(job, hardware, replace(strategy, host=()), rows), job.tokens(rows))
     obstacle = ""
     if not micro_batch:
         smallest = "one" if job.unit == 1 else str(job.unit)
         usable = (device.usable + device.context) / GIB
-        obstacle = f"{smallest} of the {job.row} needs {sum(parts.values()) / GIB:.1f} GiB, usable are {usable:.1f}"
+        needed = f"needs {sum(parts.values()) / GIB:.1f} GiB, usable are {usable:.1f}"
+        obstacle = f"{smallest} of the {job.row} {needed}"
+        if strategy.cached == 1 and parts.get("kv_cache"):
+            obstacle = f"the cache of the engine has no room for one sequence: sampling {needed}"
     elif host > device.host:
         obstacle = f"{host / GIB:.0f} GiB of the machine's memory for each device, of {device.host / GIB:.0f}"
     way = replace(way, batch=micro_batch, largest=largest, parts=parts, obstacle=obstacle, host_memory=host)
-    if _process_memory(job, hardware, strategy, rows).activations is None:
+    if memory.activations is None:
         # Activations decide how many rows fit, so the largest micro-batch is not known.
         return replace(way, largest=0, not_counted=("activations",))
     return way
+
+
+def beside_engine(job: Job, hardware: Hardware, way: TrainingWay) -> int:
+    """Return the bytes of a device that the trainer holds while its engine is awake."""
+    rows = max(way.batch, job.unit)
+    memory = sharded(_process_memory(job, hardware, way.strategy, rows), job, way.strategy, hardware.devices)
+    phases = memory.phases(job.tokens(rows))
+    awake = [phases["sampling"]] if memory.released == "all" else phases.values()
+    return max(sum(parts.values()) - parts.get("engine", 0) - parts.get("kv_cache", 0) for parts in awake)
 
 
 def device_parts(job: Job, hardware: Hardware, strategy: Strategy, rows: int) -> dict[str, int]:
@@ -351,5 +328,7 @@ def _process_memory(job: Job, hardware: Hardware, strategy: Strategy, rows: int)
         processes=hardware.devices,
         checkpointing=strategy.checkpointing,
         gpu=hardware.device.gpu,
+        host=strategy.host,
+        cached=strategy.cached,
     )
     return job.memory(setting)

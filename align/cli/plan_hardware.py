@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.cli.parser import align_columns, print_json
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from align.capacity.hardware import Hardware, Way
     from align.capacity.memory import Estimate
     from align.capacity.plan import StagePlan
+    from align.capacity.sharding import TrainingWay
+    from align.models.compute.architecture import Architecture
     from align.pipeline.pipeline import Pipeline
     from align.store.store import Store
 
@@ -77,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, pipeline: Pipeline, store: Store) -> int:
     """Print the plan; raise ``UserError`` after it if a stage fits in no way."""
     from align.capacity.hardware import parse_hardware
-    from align.capacity.plan import plan_hardware, read_configs, refuse_what_fits_nowhere
+    from align.capacity.plan import plan_hardware
 
     hardware = parse_hardware(options.hardware)
     plans = plan_hardware(pipeline, store, hardware, read_configs(pipeline, options.model_config))
@@ -97,6 +100,48 @@ def run(options: argparse.Namespace, pipeline: Pipeline, store: Store) -> int:
     return 0
 
 
+def refuse_what_fits_nowhere(pipeline: Pipeline, plans: Sequence[StagePlan], hardware: Hardware) -> None:
+    """Raise ``UserError`` with the remedies if a stage fits in none of its ways."""
+    from align.capacity.sharding import TrainingWay
+
+    lines = []
+    for plan in plans:
+        if not plan.ways or plan.best is not None:
+            continue
+        nearest = plan.ways[0]
+        remedy = "Use a smaller model."
+        if plan.remedies:
+            remedy = f"What does: {'; or '.join(plan.remedies)}."
+        elif not isinstance(nearest, TrainingWay):
+            remedy = "Use a smaller model, or servers with tensor_parallel (runtime.rollouts), which are not counted."
+        lines.append(
+            f"{pipeline.where}: stages.{plan.name} fits on {hardware.label} in no way; nearest is {nearest.label}: "
+            f"{nearest.obstacle}. {remedy} {plan.useless}".rstrip()
+        )
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def read_configs(pipeline: Pipeline, texts: list[str]) -> dict[str, Architecture]:
+    """Parse ``STAGE=config.json``; raise ``UserError`` for an unknown stage or file."""
+    from align.config.validation import suggest
+    from align.models.compute.architecture import UnknownArchitecture
+    from align.models.compute.model_types import read_architecture
+
+    architectures = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals:
+            raise UserError(f"--model-config {text}: expected STAGE=FILE, such as model=mistral-7b/config.json.")
+        if name not in pipeline.nodes:
+            raise UserError(f"--model-config {text}: there is no stage '{name}'.{suggest(name, pipeline.nodes)}")
+        try:
+            architectures[name] = read_architecture(Path(path))
+        except UnknownArchitecture as error:
+            raise UserError(f"--model-config {text}: {error}.") from None
+    return architectures
+
+
 def refuse_without_hardware(options: argparse.Namespace) -> None:
     """Raise ``UserError`` for an option that would be ignored."""
     if options.model_config:
@@ -112,6 +157,8 @@ def hardware_lines(plans: Sequence[StagePlan], hardware: Hardware) -> list[str]:
 
 
 def _stage_lines(plan: StagePlan, hardware: Hardware) -> list[str]:
+    from align.capacity.sharding import TrainingWay
+
     if plan.unknown:
         return [f"{plan.name}: not known: {plan.unknown}; or give one with --model-config STAGE=FILE."]
     notes = [f"  {note}" for note in plan.notes]
@@ -119,6 +166,8 @@ def _stage_lines(plan: StagePlan, hardware: Hardware) -> list[str]:
         return [_heading(plan), *notes]
     fitting = [way for way in plan.ways if way.fits]
     result = [_heading(plan)]
+    if isinstance(plan.best, TrainingWay):
+        result.append(f"  {_choice(plan, plan.best, hardware)}")
     if fitting:
         # Ways that fit are a table; each other way follows with its obstacle.
         result += [f"  {line}" for line in _table(plan, fitting[:MAX_SHOWN])]
@@ -146,6 +195,29 @@ def _heading(plan: StagePlan) -> str:
         return f"{plan.name}: {servers}no memory of it is counted."
     parameters = " and ".join(f"{size / 1e6:,.1f}" for size in sizes)
     return f"{plan.name}: {parameters} million parameters, {work}, GiB of a device at its peak"
+
+
+def _choice(plan: StagePlan, best: TrainingWay, hardware: Hardware) -> str:
+    """Return the whole setting of a stage that trains, with its memory and its speed: ``fits: 19.8 of 22.3 GiB; …``."""
+    from align.capacity.sharding import REACHED, Job, tokens_per_second
+
+    job = plan.load
+    assert isinstance(job, Job)
+    device = hardware.device
+    base = "4-bit" if job.tuning.method == "qlora" else job.tuning.base_type(job.precision)
+    words = [job.tuning.label, f"{base} {'weights' if job.tuning.trains_all else 'base'}"]
+    words += ["recomputation"] if best.strategy.checkpointing else []
+    words += [f"micro-batch {best.batch}", *(f"{part} in host memory" for part in best.strategy.host)]
+    usable = (device.usable + device.context) / GIB
+    parts = [f"fits: {best.peak / GIB:.1f} of {usable:.1f} GiB", ", ".join(words)]
+    speed = tokens_per_second(job, best, device)
+    # Sampling, which is slower, has no such estimate.
+    if speed and "engine" not in best.parts and job.row != "responses":
+        place = "a card" if hardware.devices > 1 else "the card"
+        parts.append(
+            f"about {float(f'{speed:.2g}'):,.0f} tokens/s if {place} reaches {REACHED:.0%} of its peak (not measured)"
+        )
+    return "; ".join(parts)
 
 
 def _table(plan: StagePlan, ways: Sequence[Way]) -> list[str]:

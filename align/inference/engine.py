@@ -113,7 +113,7 @@ def _open_vllm(spec: EngineSpec, device: torch.device, on_hang: OnHang | None) -
     from align.inference.vllm import VllmEngine
 
     config = spec.runtime.engine
-    return VllmEngine(
+    engine = VllmEngine(
         spec.model_dir,
         device=device,
         dtype=engine_dtype(spec.runtime, spec.precision),
@@ -122,6 +122,9 @@ def _open_vllm(spec: EngineSpec, device: torch.device, on_hang: OnHang | None) -
         seed=spec.seed,
         watchdog=Watchdog("vllm", config.timeout, on_hang),
     )
+    if "base" in spec.runtime.offload:
+        engine.sleep_mode.sleep()  # the trainer's base comes first
+    return engine
 
 
 # ---- elsewhere ----

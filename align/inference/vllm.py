@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from align.inference.vllm_internals import (
     why_model_unsupported,
 )
 from align.inference.weights import needs_tied_head, refuse_missing, weight_names, with_stored_names, with_tied_head
+from align.models.compute.processes import empty_caches
 from align.models.fast.stateful_layers import carries_state
 from align.models.loading import load_tokenizer
 from align.models.pretrained import open_config
@@ -141,7 +142,7 @@ class VllmEngine:
         self.dtype = dtype
         self.max_length = max_length
         self.compiles = config.compile
-        memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": config.sleep}
+        memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_share, "enable_sleep_mode": config.sleep}
         memory["enable_prefix_caching"] = True
         with self.watchdog.watch("start"), _preserve_global_state():
             from vllm import LLM
@@ -341,6 +342,8 @@ class SleepMode:
         self.enabled = enabled
         self.asleep: list[str] = []
         """Tags that sleep."""
+        self.make_room: Callable[[], None] = empty_caches
+        """Frees memory of the device before a part wakes; by default what torch keeps for itself."""
 
     def sleep(self) -> None:
         """Free the memory, if all of it is awake. No request may be in flight."""
@@ -348,8 +351,15 @@ class SleepMode:
             self.llm.sleep(level=1)
             self.asleep = [WEIGHTS, CACHE]
 
+    def sleep_all(self) -> None:
+        """Free the memory also if only a part is awake."""
+        if WEIGHTS not in self.asleep:
+            self.wake(CACHE)
+            self.sleep()
+
     def wake(self, *tags: str) -> None:
         """Wake the ``tags`` that sleep."""
         for tag in [name for name in self.asleep if name in tags]:
+            self.make_room()
             self.llm.wake_up(tags=[tag])
             self.asleep.remove(tag)

@@ -94,6 +94,16 @@ class _Phase:
 
 
 @dataclass(frozen=True)
+class MemoryGuess:
+    """The plan's choice for the memory of a stage that trains, before a step has measured it."""
+
+    micro_batch: int
+    """Rows or responses of a micro-batch in a process."""
+    recomputes: bool
+    """True if activations are recomputed in the backward pass."""
+
+
+@dataclass(frozen=True)
 class StageContext:
     """Everything that ``run(context)`` gets.
 
@@ -124,6 +134,8 @@ class StageContext:
     started: float = field(default_factory=time.time)
     auto_precision: Precision = "bfloat16"
     """Type that ``precision: auto`` stands for in this run. The stage's process measures it."""
+    guess: MemoryGuess | None = None
+    """None for a stage that does not train, and for a model whose memory has no rule."""
     fail_at_once: Callable[[str], None] | None = None
     """Ends the stage's process, as failed and resumable, with a message: for what cannot be interrupted. None if
     ``run`` was called in another process than a stage's."""

@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from align.config.runtime import Runtime
 from align.evaluation.training_tasks import LiveModel
 from align.models.checkpoints.conversion import plain_of
 from align.models.checkpoints.sharding import full_model
+from align.models.compute.processes import RestingWeights
 from align.models.tuning.peft_layers import merged_weights
+from align.rl.model import trunk_of
 from align.rl.update_steps import measure_passes
 from align.training.held_out import scoring
+
+
+def rest_base(trainer: Any, runtime: Runtime, others: Sequence[Any] = ()) -> None:
+    """Keep the trainer's frozen weights in the machine's memory while its engine is awake, if ``runtime`` says so.
+
+    The engine sleeps, and the weights are back, when a model of the trainer computes, or a model of ``others``, which
+    share some of the weights. Only vLLM on the trainer's GPU sleeps.
+    """
+    sleep_mode = getattr(trainer.engine, "sleep_mode", None)
+    if "base" not in runtime.offload or sleep_mode is None or not sleep_mode.enabled:
+        return
+    resting = RestingWeights(trainer.model)
+    sleep_mode.make_room = resting.leave
+
+    def come_back(*_: Any) -> None:
+        if resting.is_away:
+            sleep_mode.sleep_all()
+            resting.come_back()
+
+    model = trainer.model
+    critic = getattr(model, "critic", None)
+    trunks = [trunk_of(each) for each in (model.policy, model.reference, *others) if each is not None]
+    for trunk in [*trunks, *([] if critic is None or critic.trunk is None else [critic.trunk])]:
+        trunk.register_forward_pre_hook(come_back)
 
 
 def prepare_engine(trainer: Any, update: int) -> dict[str, float]:

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from align.capacity.plan import fit_to_memory
 from align.config.base import Config
 from align.config.runtime import Runtime
 from align.config.runtime.launch import BY_SRUN, PARENT, RANKS, is_head, local_size, rank, symptom, world_size
@@ -245,6 +246,10 @@ def _context(folder: Path, work: dict[str, Any], started: float, result_file: st
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
     config = validate_plain(stage.config_class(), work["config"])
     runtime = _runtime(work)
+    guess = None
+    if stage.estimator is not None:
+        gpu = None if runtime.device == "cpu" else load_object(f"{PROCESSES}:memory_of_gpu")(runtime)
+        runtime, guess = fit_to_memory(stage, config, inputs, runtime, gpu)
     return StageContext(
         name=work["name"],
         config=config,
@@ -259,6 +264,7 @@ def _context(folder: Path, work: dict[str, Any], started: float, result_file: st
         kind=work["stage"],
         group=work.get("group", ""),
         started=started,
+        guess=guess,
         auto_precision=choose_precision(folder, config, inputs, runtime),
         fail_at_once=functools.partial(fail_at_once, folder, result_file),
     )

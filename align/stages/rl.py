@@ -43,6 +43,7 @@ from align.models.reward import RewardModel
 from align.models.tuning.apply import engine_source, load_for_tuning, notice, refuse_untrainable
 from align.pipeline.context import StageContext
 from align.rl.checkpoint import change_settings, last_checkpoint
+from align.rl.evaluations import rest_base
 from align.rl.model import may_round_reward
 from align.rl.reference_scores import note_reference_scores
 from align.rl.replay import ReplayEngine, StoredUpdates
@@ -53,7 +54,7 @@ from align.rl.trainers import BestOfNTrainer, GRPOTrainer, OnlineDPOTrainer, PPO
 from align.stages.update_reports import ReportUpdates, validation_split
 from align.store.artifacts import Artifact
 from align.store.rollouts import ROLLOUTS
-from align.training.arguments import parallel_options
+from align.training.arguments import offload_options, parallel_options
 from align.training.input_checks import check_model, check_same_vocabulary
 from align.training.kept_state import OwnSettings, change_facts, continued_facts, refuse_no_steps, restore_checkpoint
 from align.training.rows import hold_back_validation, refuse_long_rows
@@ -208,15 +209,13 @@ def _facts(context: StageContext, trainer: RLTrainer) -> dict[str, Any]:
 def _make_trainer(context: StageContext, reward_models: list[RewardModel], **options: Any) -> RLTrainer:
     """Return the stage's trainer; ``options`` are its prompts, scorer, model, tokenizer and engine."""
     config: RolloutFields = context.config
-    callbacks: list[TrainerCallback] = [ReportUpdates(context)]
-    if config.continue_from is not None:
-        callbacks.append(OwnSettings())
+    own_settings: list[TrainerCallback] = [] if config.continue_from is None else [OwnSettings()]
     options |= {
         "config": config,
         "options": trainer_options(context),
         "ptx_dataset": _read_rows(context, "ptx", "train") if config.ptx else None,
         "gold": None if config.gold is None else function_scorer(config.gold),
-        "callbacks": callbacks,
+        "callbacks": [ReportUpdates(context), *own_settings],
         "notify": lambda text: context.warn(f"{context.name}: {text}"),
     }
     if isinstance(config, PpoConfig):
@@ -230,6 +229,7 @@ def _make_trainer(context: StageContext, reward_models: list[RewardModel], **opt
     for reward_model in reward_models:
         reward_model.round_weights()  # only now: a fully tuned critic has copied the float32 weights
         reward_model.share_tensors(trainer.model.policy)
+    rest_base(trainer, context.runtime, [reward_model.model for reward_model in reward_models])
     return trainer
 
 
@@ -397,4 +397,4 @@ def trainer_options(context: StageContext) -> dict[str, Any]:
     if continued is not None:
         # The warm-up of a stage that continues another was that stage's.
         options["warmup_steps"] = continued.warmup_steps
-    return options | config.trainer
+    return options | config.trainer | offload_options(context, on_gpu)

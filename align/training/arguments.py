@@ -31,6 +31,8 @@ MIN_LR_RATIO = 0.1
 
 ROUTER_LOSS = "router_aux_loss_coef"
 """Option of trl's trainers: the weight of a mixture's load-balancing loss; None means the weight in the config."""
+PAGED = dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "paged_adamw_8bit")
+"""transformers' names of optimizers whose state bitsandbytes can page, with equal results -> names with paged state."""
 NEEDS_PADDING = ("torch_compile", "torch_compile_backend", "torch_compile_mode", "neftune_noise_alpha")
 """Options of trainers that turn ``runtime.shared_prefixes`` off."""
 
@@ -85,6 +87,29 @@ def parallel_options(context: StageContext, on_gpu: bool) -> dict[str, Any]:
     return zero_options(launch.deepspeed, on_gpu, context.precision == "bfloat16")
 
 
+def offload_options(context: StageContext, on_gpu: bool) -> dict[str, Any]:
+    """Return the trainer's options for what ``runtime.offload`` keeps in the machine's memory; empty on a CPU.
+
+    Raises ``UserError`` for the state of an optimizer that cannot be paged.
+    """
+    parts = context.runtime.offload if on_gpu else ()
+    trainer: dict[str, Any] = context.config.trainer
+    options: dict[str, Any] = {}
+    optim = trainer.get("optim", "adamw_torch")
+    if "optimizer" in parts and "paged" not in optim:
+        if optim not in PAGED:
+            raise UserError(
+                f"{context.name}: runtime.offload names optimizer, and {optim} has no paged state. Set `trainer: "
+                "{optim: adamw_8bit}`, which is bitsandbytes' AdamW, or remove it from offload."
+            )
+        options["optim"] = PAGED[optim]
+    if "activations" in parts:
+        checkpointing = trainer.get("gradient_checkpointing_kwargs") or {}
+        options["gradient_checkpointing"] = True
+        options["gradient_checkpointing_kwargs"] = {**checkpointing, "offload": True}
+    return options
+
+
 def training_arguments(config_class: type[Any], context: StageContext, rows: int, **stage_options: Any) -> Any:
     """Create trl's ``config_class`` for ``rows`` training rows; ``stage_options`` are the stage's own options.
 
@@ -129,7 +154,7 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         # SFT overrides this: only the loss that a mixture of experts was pretrained with has the routers' term.
         options[ROUTER_LOSS] = 0.0
     try:
-        arguments = config_class(**{**options, **stage_options, **fields.trainer})
+        arguments = config_class(**{**options, **stage_options, **fields.trainer, **offload_options(context, on_gpu)})
     except (TypeError, ValueError) as error:
         raise UserError(f"{context.name}: trainer: {error}") from None
     arguments.launch = context.runtime.launch

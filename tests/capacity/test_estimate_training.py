@@ -102,3 +102,11 @@ def test_what_may_differ_is_noted() -> None:
     assert any("an upper bound" in note for note in scheduled.notes)
     assert any("optim adafactor" in note for note in scheduled.notes)
     assert not any("at most" in note for note in counted(SftConfig, LORA).notes)
+
+
+def test_8_bit_state_leaves_embeddings_in_32_bits() -> None:
+    eight = counted(SftConfig, {"method": "full"}, trainer={"optim": "adamw_8bit"})
+    assert eight.choices[0].memory.optimizer == round(2.03125 * 102) + 8 * 40
+    torchao = counted(SftConfig, {"method": "full"}, trainer={"optim": "adamw_torch_8bit"})
+    assert torchao.choices[0].memory.optimizer == round(2.03125 * 142)
+    assert not any("optim" in note for note in eight.notes)

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 from align.capacity import estimate_training
+from align.capacity.plan import fit_to_memory
 from align.cli.main import main
+from align.config.runtime import Runtime
+from align.config.stages.policy_gradient import GrpoConfig
+from align.config.stages.sample import SampleConfig
+from align.config.stages.sft import SftConfig
+from align.pipeline.context import MemoryGuess
+from align.pipeline.registry import STAGES
+from align.store.artifacts import Artifact, Kind
 from tests.support.capacity.models import MISTRAL, SEVENTY
 
 
@@ -104,7 +112,6 @@ def test_qlora_fits_if_full_tuning_does_not(plan: Any) -> None:
 def test_largest_micro_batch_is_the_limit(plan: Any) -> None:
     from align.capacity.hardware import parse_hardware
     from align.capacity.sharding import Strategy, device_parts
-    from align.config.stages.sft import SftConfig
     from align.models.compute.model_types import architecture_of
 
     config = SftConfig(model="m", data="d", learning_rate=1e-3, tuning={"method": "lora"}, batch_size=4096)
@@ -202,14 +209,14 @@ def test_stages_that_generate_are_planned(plan: Any, evaluated: None) -> None:
 
 
 def test_remedies_of_an_engine_that_does_not_fit_work(plan: Any) -> None:
-    code, out, err = plan(MISTRAL, "--hardware", "1xa100-40", "--json")
+    words = ["--hardware", "1xa100-40", "--set", "runtime.engine.gpu_memory=0.35", "--json"]
+    code, out, err = plan(MISTRAL, *words)
     line = next(line for line in err.splitlines() if "stages.sample fits on a100-40 in no way" in line)
     remedies = stages(out)["sample"]["remedies"]
     assert code == 2 and remedies[:2] == ["--set runtime.engine.gpu_memory=0.9", "--hardware l40s"]
     for remedy in remedies:
         assert remedy in line
-        words = ["--hardware", "1xa100-40", *shlex.split(remedy), "--json"]
-        assert stages(plan(MISTRAL, *words)[1])["sample"]["options"][0]["fits"], remedy
+        assert stages(plan(MISTRAL, *words, *shlex.split(remedy))[1])["sample"]["options"][0]["fits"], remedy
 
 
 @pytest.mark.parametrize(
@@ -311,37 +318,132 @@ def test_plan_imports_no_torch(pipeline: Path, tmp_path: Path) -> None:
 
 
 CARDS = """name: card
+runtime: {{device: cuda, engine: {{name: vllm}}}}
 stages:
   model: {{source: some/model, revision: '{revision}'}}
   data: {{recipe: {recipe}}}
   pairs: {{stage: sample, policy: model, prompts: data, score: gold}}
-  trained: {{{stage}, learning_rate: 1.0e-4, tuning: {{method: {method}, rank: 16}}, max_length: 2048, batch_size: 16,
-    gradient_checkpointing: true}}
+  trained: {{{stage}, learning_rate: 1.0e-4, tuning: {tuning}}}
 """
-QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
-QWEN3_8B = QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
-QWEN3_14B = QWEN3 | {
-    "hidden_size": 5120,
-    "intermediate_size": 17408,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-}
+SFT = "stage: sft, model: model, data: data, max_length: 2048"
+GRPO = "stage: grpo, policy: model, prompts: data, score: gold, max_prompt_tokens: 512, max_tokens: 1024"
+PPO = GRPO.replace("grpo", "ppo") + ", critic: policy"
+QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128,
+         "tie_word_embeddings": False}  # fmt: skip
+QWEN3_4B = QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+                    "num_attention_heads": 32, "tie_word_embeddings": True}  # fmt: skip
+QWEN3_8B = QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+                    "num_attention_heads": 32}  # fmt: skip
+QWEN3_14B = QWEN3 | {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40,
+                     "num_attention_heads": 40}  # fmt: skip
+QWEN3_32B = QWEN3 | {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
+                     "num_attention_heads": 64}  # fmt: skip
+NO_PARTS: list[str] = []
 
 
 @pytest.mark.parametrize(
-    ("stage", "method", "config"),
+    ("stage", "method", "config", "card", "host"),
     [
-        ("stage: sft, model: model, data: data", "lora", QWEN3_8B),
-        ("stage: sft, model: model, data: data", "qlora", QWEN3_14B),
-        ("stage: dpo, policy: model, data: pairs", "lora", QWEN3_8B),
-        ("stage: reward, model: model, data: pairs", "lora", QWEN3_8B),
+        (SFT, "lora", QWEN3_8B, "24gb", NO_PARTS),
+        (SFT, "qlora", QWEN3_14B, "24gb", NO_PARTS),
+        ("stage: dpo, policy: model, data: pairs, max_length: 2048", "lora", QWEN3_8B, "24gb", NO_PARTS),
+        ("stage: reward, model: model, data: pairs, max_length: 2048", "lora", QWEN3_8B, "24gb", NO_PARTS),
+        (GRPO, "lora", QWEN3_4B, "24gb", NO_PARTS),
+        (PPO, "lora", QWEN3_4B, "24gb", NO_PARTS),
+        (GRPO, "qlora", QWEN3_8B, "24gb", ["base"]),
+        (SFT + ", trainer: {optim: adamw_8bit}", "full", QWEN3_8B, "80gb", ["optimizer"]),
+        (GRPO, "lora", QWEN3_32B, "80gb", ["base"]),
+        (GRPO, "qlora", QWEN3_32B, "80gb", ["base"]),
+        (GRPO, "full", QWEN3_4B, "80gb", NO_PARTS),
     ],
 )
-def test_adapters_of_large_models_fit_24_gb(
-    stage: str, method: str, config: dict[str, Any], pipeline: Path, plan: Any
+def test_models_fit_the_cards_that_people_have(
+    stage: str, method: str, config: dict[str, Any], card: str, host: list[str], pipeline: Path, plan: Any
 ) -> None:
     recipe = Path("data_recipes/embedded.yaml").absolute()
-    pipeline.write_text(CARDS.format(revision="0" * 40, recipe=recipe, stage=stage, method=method))
-    _, out, _ = plan(config | {"tie_word_embeddings": False}, "--hardware", "24gb", "--json")
+    tuning = f"{{method: {method}}}"
+    pipeline.write_text(CARDS.format(revision="0" * 40, recipe=recipe, stage=stage, tuning=tuning))
+    _, out, _ = plan(config, "--hardware", card, "--json")
     best = stages(out)["trained"]["options"][0]
-    assert best["fits"] and best["strategy"] == "single" and best["peak"] < 22.3 * 2**30
+    assert best["fits"] and best["strategy"] == "single" and best["host"] == host
+    assert best["peak"] < {"24gb": 22.33, "80gb": 75.15}[card] * 2**30
+    assert bool(best["host_memory"]) == bool(host)
+
+
+def settings_on(
+    kind: str, config: Any, folder: Path, gpu: tuple[int, int] | None, **runtime: Any
+) -> tuple[Runtime, MemoryGuess | None]:
+    """Return what a process of a stage chooses whose input models have the config of the 8B model."""
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(QWEN3_8B))
+    policy = Artifact("base", Kind.POLICY, folder, {"key": "0"})
+    data = Artifact("data", Kind.INSTRUCTIONS, folder, {"key": "1"})
+    names = {"model": policy, "policy": policy, "data": data, "prompts": data, "policies": [policy], "reward": None}
+    settings = Runtime.model_validate({"device": "cuda", "engine": {"name": "vllm"}} | runtime)
+    return fit_to_memory(STAGES[kind], config, names, settings, gpu)
+
+
+def test_a_process_fits_its_memory(tmp_path: Path) -> None:
+    gib = 2**30
+    grpo = GrpoConfig(policy="m", prompts="p", score="gold", tuning={"method": "qlora"}, max_prompt_tokens=512,
+                      max_tokens=1024, learning_rate=1e-4)  # fmt: skip
+    runtime, guess = settings_on("grpo", grpo, tmp_path, (int(23.5 * gib), 24 * gib))
+    assert (runtime.offload, guess) == (["base"], MemoryGuess(16, True))
+    # Of 0.95 x 23.5 - 0.7 GiB, adapters with their state and the scales of 4 bits stay beside the engine.
+    share = runtime.engine.gpu_memory
+    assert isinstance(share, float) and share * 24 == pytest.approx(0.95 * 23.5 - 0.7 - 0.60, abs=0.01)
+    awake, _ = settings_on("grpo", grpo, tmp_path, (80 * gib, 80 * gib), engine={"name": "vllm", "sleep": False})
+    assert awake.offload == [] and awake.engine.gpu_share < 0.95 - 0.7 / 80 - 5.8 / 80
+    asked, _ = settings_on("grpo", grpo, tmp_path, (80 * gib, 80 * gib), engine={"name": "vllm", "gpu_memory": 0.3})
+    assert asked.engine.gpu_memory == 0.3
+
+    sft = SftConfig(model="m", data="d", tuning={"method": "lora"}, max_length=2048, learning_rate=1e-4)
+    runtime, guess = settings_on("sft", sft, tmp_path, (int(23.5 * gib), 24 * gib))
+    assert (runtime.offload, guess) == ([], MemoryGuess(4, True))
+    assert settings_on("sft", sft, tmp_path, (80 * gib, 80 * gib))[1] == MemoryGuess(4, False)
+    sample = SampleConfig(policy="m", prompts="p")
+    runtime, guess = settings_on("sample", sample, tmp_path, (40 * gib, 80 * gib))
+    assert guess is None and runtime.engine.gpu_share == pytest.approx((0.95 * 40 - 0.7) / 80)
+
+
+def test_a_process_keeps_its_settings_without_a_rule(tmp_path: Path) -> None:
+    runtime, guess = settings_on("data", None, tmp_path, None)
+    assert (runtime.offload, runtime.engine.gpu_memory, guess) == ("auto", "auto", None)
+    vera = SftConfig(model="m", data="d", tuning={"method": "peft", "type": "vera"}, learning_rate=1e-4)
+    runtime, guess = settings_on("sft", vera, tmp_path, (80 * 2**30, 80 * 2**30))
+    assert (runtime.offload, runtime.engine.gpu_share, guess) == ("auto", 0.35, None)
+
+
+def test_first_line_has_the_whole_setting(plan: Any, pipeline: Path) -> None:
+    recipe = Path("data_recipes/embedded.yaml").absolute()
+
+    def first_line(stage: str, tuning: str, *words: str) -> str:
+        text = CARDS.format(revision="0" * 40, recipe=recipe, stage=stage, tuning=tuning)
+        # The rate follows from the size of a model that is not on this machine.
+        pipeline.write_text(text.replace(", learning_rate: 1.0e-4", ""))
+        code, out, err = plan(QWEN3_8B, *words)
+        assert code == 0, err
+        return next(line for line in out.partition("\ntrained: ")[2].splitlines() if line.startswith("  fits"))
+
+    # 4 operations for each of 7.57e9 parameters in matrices, and 2 in the recomputation, at 40 % of 165 TFLOP/s
+    assert first_line(SFT, "{method: lora}", "--hardware", "24gb") == (
+        "  fits: 21.9 of 22.3 GiB; lora r16, bfloat16 base, recomputation, micro-batch 4; about 1,500 tokens/s if the "
+        "card reaches 40% of its peak (not measured)"
+    )
+    assert first_line(GRPO, "{method: qlora}", "--hardware", "24gb") == (
+        "  fits: 19.9 of 22.3 GiB; qlora r16, 4-bit base, recomputation, micro-batch 16, base in host memory"
+    )
+    full = first_line(SFT, "{method: full}", "--hardware", "8xh200")
+    assert "; full, float32 weights, micro-batch 2; about 8,700 tokens/s if a card reaches" in full
+
+
+def test_length_that_fits_is_named_where_rank_does_not_help(plan: Any, pipeline: Path) -> None:
+    recipe = Path("data_recipes/embedded.yaml").absolute()
+    stage = SFT.replace("2048", "32768") + ", gradient_checkpointing: true"
+    pipeline.write_text(CARDS.format(revision="0" * 40, recipe=recipe, stage=stage, tuning="{method: lora}"))
+    code, _, err = plan(QWEN3_8B, "--hardware", "24gb")
+    length = int(err.partition("--set stages.trained.max_length=")[2].partition(".")[0])
+    assert code == 2 and err.rstrip().endswith("A smaller rank does not help.") and length % 32 == 0
+    for tokens, result in ((length, 0), (length + 32, 2)):
+        words = ["--set", f"stages.trained.max_length={tokens}"]
+        assert plan(QWEN3_8B, "--hardware", "24gb", *words)[0] == result

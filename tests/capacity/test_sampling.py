@@ -116,7 +116,7 @@ def test_one_of_several_engines_is_counted() -> None:
 
 def test_largest_batch_fills_vllm_s_share() -> None:
     hardware = parse_hardware("h100")
-    way = sampling_way(large(), runtime("vllm"), hardware)
+    way = sampling_way(large(), runtime("vllm", engine={"gpu_memory": 0.35}), hardware)
     assert 0 < way.batch == way.largest < 128
     share = int(0.35 * hardware.device.memory)
     each = 2 * 2 * 1024 * 32 * 1024 + 32000 * 14  # a sequence's cache of 1,024 tokens, and its logits
@@ -127,7 +127,7 @@ def test_largest_batch_fills_vllm_s_share() -> None:
 
 def test_engine_that_exceeds_its_share_is_refused() -> None:
     hardware = parse_hardware("a100-40")
-    way = sampling_way(large(), runtime("vllm"), hardware)
+    way = sampling_way(large(), runtime("vllm", engine={"gpu_memory": 0.35}), hardware)
     reason = "one sequence of 1024 tokens needs 14.4 GiB, the engine has 13.8 (runtime.engine.gpu_memory 0.35)"
     assert way.obstacle == reason and way.batch == 0
     assert sampling_way(large(), runtime("vllm"), parse_hardware("l40s")).fits

@@ -67,7 +67,7 @@ def test_fields_inside_blocks(show: Show) -> None:
     rank = show("ppo", "tuning.rank")
     assert rank.startswith("With method: lora or method: qlora:\nrank = 16\n    integer; ≥ 1, ≤ 1024\n")
     assert rank.count("rank = 16") == 1
-    assert show("runtime", "engine.gpu_memory").startswith("gpu_memory = 0.35\n")
+    assert show("runtime", "engine.gpu_memory").startswith("gpu_memory = auto\n")
     assert "max_tokens = 1280" in show("evaluate", "tasks.mine.max_tokens")
     assert show("runtime", "stages.sft.engine.name") == show("runtime", "engine.name")
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from align.config.runtime import EngineConfig
+from align.config.runtime import EngineConfig, Runtime
+from align.inference import engine as engines
 from align.inference.protocol import Sampling, TurnRequest
 from align.inference.sessions import open_session
 from align.inference.vllm import VllmEngine
@@ -139,3 +140,30 @@ def test_a_session_that_is_closed_early_sleeps_too(open_engine: Any) -> None:
     session.submit(TurnRequest(0, [1, 30], 1, 0))
     session.close()
     assert engine.llm.heard == ["enqueue", ["0"], "sleep 1"]  # ["0"] was aborted
+
+
+def test_it_sleeps_whole_after_only_its_weights_woke(open_engine: Any, tiny_model: Path) -> None:
+    engine = open_engine("cuda")
+    rooms: list[list[str]] = []
+    engine.sleep_mode.make_room = lambda: rooms.append(list(engine.sleep_mode.asleep))
+    engine.sleep_mode.sleep_all()
+    engine.load_weights(checkpoint_weights(tiny_model))
+    engine.sleep_mode.sleep_all()
+    engine.sleep_mode.sleep_all()
+    assert engine.llm.heard == ["sleep 1", "wake weights", "reload", "wake kv_cache", "sleep 1"]
+    assert rooms == [["weights", "kv_cache"], ["kv_cache"]]  # before each part wakes
+
+
+def test_open_engine_sleeps_if_a_base_takes_turns_with_it(
+    open_engine: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del open_engine  # only its stand-in for vLLM
+    monkeypatch.setattr("align.inference.engine._vllm_obstacle", lambda *arguments: None)
+    monkeypatch.setattr("align.models.compute.processes.device_of", lambda runtime: torch.device("cuda"))
+    for offload, heard in ((["base"], ["sleep 1"]), (["activations"], []), ("auto", [])):
+        runtime = Runtime.model_validate({"engine": {"name": "vllm", "gpu_memory": 0.7}, "offload": offload})
+        engine: Any = engines.open_engine(
+            tiny_model, runtime, precision="float32", max_length=64, seed=0, warn=lambda text: None
+        )
+        assert engine.llm.heard == heard
+        assert engine.llm.options["gpu_memory_utilization"] == 0.7

@@ -18,12 +18,14 @@ from align.capacity.estimate_training import estimate
 from align.capacity.memory import Estimate, ppo_memory
 from align.config.runtime import Runtime
 from align.config.stages.policy_gradient import PpoConfig
-from align.config.tuning import FullTuning, LoraTuning
+from align.config.tuning import FullTuning, LoraTuning, QloraTuning
 from align.inference.transformers import TransformersEngine
+from align.inference.vllm import CACHE, WEIGHTS, SleepMode
 from align.models.built_in import fetch, make_tiny
 from align.models.compute.model_types import read_architecture
 from align.models.compute.precision import cast_frozen_to_bf16
 from align.models.loading import load_reward
+from align.rl.evaluations import rest_base
 
 LORA = LoraTuning(rank=4)
 
@@ -167,3 +169,57 @@ def test_a_process_needs_what_was_counted(tmp_path, model, method, critic):
     measurement = measured(folder, tmp_path, method, critic)
     print(measurement)
     assert 0.85 <= measurement["counted"] / measurement["peak"] <= 1.15, measurement
+
+
+class SharedGpu(TransformersEngine):
+    """An engine that sleeps as vLLM does on a GPU, and notes where the trainer's base is while it is awake."""
+
+    trainer: Any = None
+    sleeps = 0
+
+    def start(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.base = {name: p.data_ptr() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+        self.sleep_mode = SleepMode(self, True)
+        self.sleep_mode.sleep()
+
+    def sleep(self, level: int) -> None:
+        self.sleeps += 1
+
+    def wake_up(self, tags: list[str]) -> None:
+        parameters = dict(self.trainer.model.named_parameters())
+        matrices = [name for name in self.base if parameters[name].dim() > 1]
+        assert matrices and all(parameters[name].data_ptr() != self.base[name] for name in matrices)
+
+    def load_weights(self, weights: Any) -> None:
+        self.sleep_mode.wake(WEIGHTS)
+        super().load_weights(weights)
+
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        with torch.inference_mode():
+            self.sleep_mode.wake(WEIGHTS, CACHE)
+        responses = super().generate(*arguments, **options)
+        self.sleep_mode.sleep()
+        return responses
+
+
+@pytest.mark.parametrize("tuning", [LORA, QloraTuning(rank=4), FullTuning()], ids=lambda tuning: tuning.method)
+def test_base_and_engine_take_turns_with_equal_results(make_trainer, tiny_model, tiny_reward, monkeypatch, tuning):
+    def train(*parts: str) -> tuple[dict[str, torch.Tensor], SharedGpu]:
+        reward = load_reward(tiny_reward).requires_grad_(False)
+        monkeypatch.setattr("tests.rl.conftest.load_reward", lambda folder: reward)
+        engine = SharedGpu(tiny_model, device=torch.device("cpu"), dtype=torch.float32, batch_size=64)
+        options: Any = {"critic": "reward", "probe_parity": True}
+        trainer = make_trainer(tuning=tuning, reward=True, engine=engine, **options)
+        engine.start(trainer)
+        if parts:
+            rest_base(trainer, Runtime(offload=list(parts)), [reward])
+        else:
+            engine.wake_up = lambda tags: None  # type: ignore[method-assign]
+        trainer.train()
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, engine
+
+    plain, _ = train()
+    rested, engine = train("base")
+    assert engine.sleeps >= 4 and plain.keys() == rested.keys()
+    assert all(torch.equal(plain[name], rested[name]) for name in plain)

@@ -6,20 +6,27 @@ back to; the number of devices goes into its arguments all the same.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
+from transformers.training_args import OptimizerNames
 
 import align.rl
 import align.stages.rl
 import align.training.arguments
+from align.config.runtime import Runtime
+from align.errors import UserError
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.rl.arguments import rollout_arguments
 from align.rl.trainer import RLTrainer
 from align.stages import distill, dpo, evaluate, kto, pretrain, reference_free, reward, sft
+from align.training.arguments import offload_options
 from tests.support.rl import stages as sampled
 from tests.support.stages.evaluation_stage import context, inputs
 from tests.support.training import aimed_stages
@@ -120,3 +127,26 @@ def test_a_script_s_own_config_is_for_one(name: str, monkeypatch: pytest.MonkeyP
 def test_a_process_without_devices_has_none(tmp_path: Path) -> None:
     config = align.rl.PpoConfig.for_trainer(learning_rate=1e-6)
     assert rollout_arguments(config, output_dir=str(tmp_path), use_cpu=True, report_to="none").n_gpu == 0
+
+
+def options_for(optim: str, *parts: str, on_gpu: bool = True) -> dict[str, Any]:
+    config = SimpleNamespace(trainer={"optim": optim, "gradient_checkpointing_kwargs": {"every_n_layers": 2}})
+    runtime = Runtime.model_validate({"offload": list(parts)})
+    context: Any = SimpleNamespace(name="sft", config=config, runtime=runtime)
+    return offload_options(context, on_gpu)
+
+
+def test_options_offload_what_the_settings_name() -> None:
+    assert options_for("adamw_8bit", "optimizer") == {"optim": "paged_adamw_8bit"}
+    assert OptimizerNames("paged_adamw_8bit") == OptimizerNames.PAGED_ADAMW_8BIT
+    assert options_for("paged_adamw_32bit", "optimizer") == options_for("adamw_8bit") == {}
+    recomputed = options_for("adamw_torch", "activations")
+    kept = {"every_n_layers": 2, "offload": True}
+    assert recomputed == {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kept}
+    assert kept.keys() <= inspect.signature(PreTrainedModel.gradient_checkpointing_enable).parameters.keys()
+    assert options_for("adamw_8bit", "optimizer", "activations", "base", on_gpu=False) == {}
+
+
+def test_state_without_pages_is_refused() -> None:
+    with pytest.raises(UserError, match=r"sft: runtime.offload names optimizer, and adamw_torch has no paged state"):
+        options_for("adamw_torch", "optimizer")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -46,6 +46,10 @@ FAULT_REMEDIES: dict[str, str] = {
 """Faults of checkpoints that one stage hands to the next, with their remedies."""
 
 
+SERVER_SHARE = 0.35
+"""Share of a GPU's memory for vLLM if nothing is known about the other programs on it."""
+HostPart = Literal["optimizer", "activations", "base"]
+"""A part of training that a process can keep in the machine's memory."""
 Block = TypeVar("Block", LocalExecutor, SlurmExecutor, RayExecutor, RolloutsConfig, LaunchConfig)
 
 
@@ -56,8 +60,9 @@ class EngineConfig(Config):
     """``auto`` uses vLLM if it is installed, else transformers; for servers see ``rollouts``."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute type of the engine; ``auto`` follows the stage's ``precision``."""
-    gpu_memory: float = Field(0.35, gt=0, le=0.95)
-    """Share of each GPU's memory that vLLM may use."""
+    gpu_memory: Literal["auto"] | Annotated[float, Field(gt=0, le=0.95)] = "auto"
+    """Share of each GPU's memory that vLLM may use. ``auto`` is what the stage leaves free on it; for ``rollouts``,
+    whose servers may share a GPU with a trainer, it is 0.35."""
     sleep: bool = True
     """On a GPU, ``vllm`` frees its memory for the trainer between rollouts; this copies the weights twice."""
     cpu_kv_cache_gb: float = Field(1.0, gt=0)
@@ -73,6 +78,11 @@ class EngineConfig(Config):
     generous because a healthy call can be silent for minutes: 85 s of compiling on two cores, weights on a network
     disk.
     """
+
+    @property
+    def gpu_share(self) -> float:
+        """``gpu_memory``, or the share of a server if it is ``auto``."""
+        return SERVER_SHARE if self.gpu_memory == "auto" else self.gpu_memory
 
     @model_validator(mode="before")
     @classmethod
@@ -136,6 +146,8 @@ class StageRuntime(Config):
     """Overrides of ``runtime.rollouts``, field by field."""
     launch: LaunchConfig | None = None
     """Overrides of ``runtime.launch``, field by field."""
+    offload: Literal["auto"] | list[HostPart] | None = None
+    """Instead of ``runtime.offload``."""
     keep_state: Literal["auto"] | bool | None = None
     """Instead of ``runtime.keep_state``."""
     shared_prefixes: bool | None = None
@@ -171,6 +183,10 @@ class Runtime(Config):
     """vLLM servers that sample in place of an engine in the stage's own process."""
     launch: LaunchConfig = LaunchConfig()
     """Processes of every stage that trains; override one stage under ``stages`` (docs/distributed.md)."""
+    offload: Literal["auto"] | list[HostPart] = "auto"
+    """Parts that a stage that trains on one GPU keeps in the machine's memory: ``optimizer``, AdamW's state (paged by
+    bitsandbytes); ``activations``, the inputs of recomputed layers; ``base``, frozen weights while vLLM samples.
+    ``auto`` chooses the fewest, in this order, with which the stage fits."""
     keep_state: Literal["auto"] | bool = "auto"
     """Keep the trainer's state (optimizer, schedule, position) with each trained checkpoint, for `continue_from`.
     ``auto`` keeps up to 2 GB a stage, and always the state of a stage that another stage continues."""

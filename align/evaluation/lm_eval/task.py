@@ -221,7 +221,7 @@ class LmEvalTask(Task):
             "template": stored_settings(reader.tokenizer.chat_template),
             "precision": self.inputs.precision,
             "device": _device(runtime.device),
-            "engine": runtime.engine.model_dump(mode="json"),
+            "engine": runtime.engine.model_dump(mode="json") | {"gpu_memory": runtime.engine.gpu_share},
         }
         return run_lm_eval(job, self.inputs.base, runtime.engine.timeout)
 

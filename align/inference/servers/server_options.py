@@ -102,7 +102,7 @@ class ServerSpec:
         if self.pool.weights == "nccl":
             options += SERVER_OPTIONS
         if self.device.type != "cpu":
-            return [*options, "--gpu-memory-utilization", str(config.gpu_memory)]
+            return [*options, "--gpu-memory-utilization", str(config.gpu_share)]
         if self.pool.tensor_parallel == 1 and BINDING not in os.environ:
             # A scheduler and its worker wait for each other by spinning, on the cores that compute.
             options += ONE_PROCESS

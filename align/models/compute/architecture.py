@@ -147,6 +147,13 @@ class Architecture:
         """Parameters of the causal language model; a tied head is counted once."""
         return self.trunk + (0 if self.tied else self.head) + self.head_bias * self.vocabulary
 
+    @property
+    def active(self) -> int:
+        """Parameters of the matrices that compute one token: of a mixture's experts, those that it is routed to."""
+        experts = self.largest.experts
+        share = self.largest.routed / experts[0].experts if experts else 0.0
+        return self.matrices + self.head + round(share * self.experts)
+
     def adapters(self, tuning: TuningBase, part: Literal["model", "trunk"]) -> int:
         """Count the parameters that ``tuning`` adds to the causal model, or to its trunk; 0 for full tuning.
 

@@ -157,13 +157,14 @@ def activations_per_token(
     low_residual: bool = True,
     checkpointing: bool = False,
     flash: bool = False,
+    offload: bool = False,
 ) -> int | None:
     """Return the bytes that all layers keep per token; None for a layer or a tuning without a rule.
 
     Without ``low_residual`` (``align.models.compute.precision``) float32 flows between the layers, and autocast casts
-    it for every matrix. With ``checkpointing`` only the inputs of layers are kept, and one layer at a time is
-    computed again. ``flash``: ragged rows use torch's attention kernel, on a GPU or above ``SHORT`` tokens; it
-    keeps keys and values once per query head.
+    it for every matrix. With ``checkpointing`` only the inputs of layers are kept, by ``offload`` in the machine's
+    memory, and one layer at a time is computed again. ``flash``: ragged rows use torch's attention kernel, on a GPU or
+    above ``SHORT`` tokens; it keeps keys and values once per query head.
     """
     layer = activations_of_layer(model, tuning, precision, low_residual, flash or not low_residual)
     if layer is None:
@@ -174,6 +175,8 @@ def activations_per_token(
         return layers * layer + last
     # Checkpointing keeps each layer's input, and the activations of the one layer that is computed again.
     flowing = SIZES[precision] if low_residual else FLOAT
+    if offload:
+        layers = 1
     return layers * flowing * model.hidden + layer + last
 
 
@@ -200,29 +203,31 @@ def activations_of_layer(
     attention = size * 2 * (out.inputs + keys)  # queries and what comes out, keys and values
     gated = 0 if down is None else size * 4 * down.inputs  # gate, its activation, up, their product
     low_rank = size * tuning.rank * len(linears) if isinstance(tuning, LowRank) else 0
-    return norms + inputs + attention + gated + _routed(model, tuning) + low_rank
+    return norms + inputs + attention + gated + _routed(model, tuning, precision) + low_rank
 
 
 def _trains_experts(tuning: TuningBase) -> bool:
     return tuning.trains_all or (isinstance(tuning, LowRank) and "experts" in str(tuning.targets))
 
 
-def _routed(model: Architecture, tuning: TuningBase) -> int:
+def _routed(model: Architecture, tuning: TuningBase, precision: Precision) -> int:
     """Return the bytes that the experts of a mixture and its router keep per token in one layer; 0 for a dense layer.
 
     Each of a token's experts keeps the gate, its activation, the factor, and the result that its weight multiplies.
     Experts that are trained also keep their inputs: a copy of the hidden state, and the gated product. Autocast does
-    not reach their products, so all of it has the type of their weights, float32.
+    not reach their products, so all of it has the type of their weights: the base's, or float32 if they are trained.
     """
     layer = model.largest
     if not layer.experts:
         return 0
     inner = next(expert.inputs for expert in layer.experts if "down_proj" in expert.path)
     kept = 3 * inner + model.hidden
+    size = SIZES[tuning.base_type(precision)]
     if _trains_experts(tuning):
         kept += inner + model.hidden
+        size = FLOAT
     probabilities = 2 * FLOAT * layer.experts[0].experts  # the router's logits and their softmax
-    return layer.routed * FLOAT * kept + probabilities
+    return layer.routed * size * kept + probabilities
 
 
 def passing_per_token(model: Architecture, size: int, flowing: int) -> int:

@@ -207,6 +207,72 @@ def free_memory() -> int:
     return min(int(psutil.virtual_memory().available), max(0, usable_memory() - own_bytes))
 
 
+class RestingWeights:
+    """Frozen weights that are in the machine's memory while other work needs the device's.
+
+    Their copy there is made once, because they never change. Parameters stay the same objects, and tensors that several
+    of them share stay shared.
+    """
+
+    def __init__(self, model: Any) -> None:
+        # Vectors are small, and adapters are merged with them on the device.
+        self._frozen = [weight for weight in model.parameters() if weight.dim() > 1 and not weight.requires_grad]
+        self._on_host: list[torch.Tensor] = []
+        """The copy of each parameter, once there is one."""
+        self._device: torch.device | None = None
+        """Device that the weights come back to; None while they are on it."""
+
+    @property
+    def is_away(self) -> bool:
+        """True while the weights are in the machine's memory."""
+        return self._device is not None
+
+    def leave(self) -> None:
+        """Free the device's memory, also what torch keeps of it; the weights must be back before they are used."""
+        if self._device is None and self._frozen:
+            self._leave()
+        empty_caches()
+
+    # An engine and an evaluation call both methods where tensors are made that no later pass could save.
+    @torch.inference_mode(False)
+    def _leave(self) -> None:
+        self._device = self._frozen[0].device
+        self._on_host = self._on_host or self._move(self._frozen, self._to_host)
+        for parameter, tensor in zip(self._frozen, self._on_host, strict=True):
+            parameter.data = tensor
+
+    @torch.inference_mode(False)
+    def come_back(self) -> None:
+        """Bring the weights back to the device, if they are away."""
+        if self._device is None:
+            return
+        device, self._device = self._device, None
+        for parameter, tensor in zip(
+            self._frozen, self._move(self._on_host, lambda host: host.to(device, copy=True)), strict=True
+        ):
+            parameter.data = tensor
+
+    @staticmethod
+    def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+        host = tensor.to("cpu", copy=True)
+        return host.pin_memory() if tensor.device.type == "cuda" else host
+
+    @staticmethod
+    def _move(tensors: Sequence[torch.Tensor], move: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        moved: dict[tuple[int, torch.Size], torch.Tensor] = {}
+        for tensor in tensors:
+            place = (tensor.data_ptr(), tensor.shape)
+            if place not in moved:
+                moved[place] = move(tensor.detach())
+        return [moved[tensor.data_ptr(), tensor.shape] for tensor in tensors]
+
+
+def memory_of_gpu(runtime: Runtime) -> tuple[int, int] | None:
+    """Return the free and the total bytes of the GPU that a process works on; None on a CPU."""
+    device = device_of(runtime)
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep up to ``KEPT`` bytes of freed memory from now on, in blocks up to ``LARGEST_KEPT`` bytes.
 

@@ -126,6 +126,8 @@ def merge_layer(layer: Any, stored: Base = MappingProxyType({})) -> dict[str, to
     weight = stored.get("weight") if base.weight.is_floating_point() else None
     if weight is None:
         weight = float_weight(base)
+    # The base may be in the machine's memory, the adapters are on the device.
+    weight = weight.to(next((p.device for p in layer.parameters() if p.requires_grad), weight.device))
     if _is_plain_lora(layer):
         # A sum in float32: in bf16 a small update would vanish next to the weight.
         merged = weight.float().clone()
@@ -155,7 +157,8 @@ def _merge_experts(layer: Any, stored: Base) -> dict[str, torch.Tensor]:
     while hasattr(layer, "parameter_name"):
         merged = tensors[layer.parameter_name].float()
         for adapter in layer.active_adapters:
-            merged = merged + layer.get_delta_weight(adapter).float()
+            update = layer.get_delta_weight(adapter).float()
+            merged = merged.to(update.device) + update
         tensors[layer.parameter_name] = merged
         layer = layer.base_layer
     return tensors
@@ -169,7 +172,8 @@ def float_weight(module: Any) -> torch.Tensor:
         return weight
     import bitsandbytes
 
-    dequantized: torch.Tensor = bitsandbytes.functional.dequantize_4bit(module.weight.data, state)
+    quantized = module.weight.data.to(state.absmax.device)  # the scales stay on the device
+    dequantized: torch.Tensor = bitsandbytes.functional.dequantize_4bit(quantized, state)
     return dequantized.float()
 
 
@@ -220,6 +224,7 @@ def merged_rows(layer: Any, stored: torch.Tensor | None = None) -> torch.Tensor:
     merged = weight.float().clone()
     for adapter in layer.active_adapters:
         rows = layer.trainable_tokens_delta[adapter]
+        merged = merged.to(rows.device)
         merged[torch.tensor(layer.token_indices[adapter], device=merged.device)] = rows.detach().float()
     return merged
 

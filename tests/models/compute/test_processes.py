@@ -187,3 +187,24 @@ def test_gpu_scan_moves_to_the_cpu_in_deterministic_mode(monkeypatch: pytest.Mon
     with pytest.raises(RuntimeError, match="does not have a deterministic"):
         on_gpu.cumsum(dim=1)
     assert torch.equal(cumulative_sum(on_gpu, dim=1), expected)
+
+
+@torch.inference_mode()
+def test_resting_weights_come_back_as_they_were() -> None:
+    with torch.inference_mode(False):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        model.requires_grad_(False)[2].requires_grad_(True)
+        model[1].weight.data = model[0].weight.data  # two models of one base
+    first, second, trained = (layer.weight for layer in model)
+    before, place, kept = first.clone(), first.data_ptr(), [trained.data_ptr(), model[0].bias.data_ptr()]
+    resting = malloc.RestingWeights(model)
+    for _ in range(2):
+        resting.leave()
+        resting.leave()
+        assert resting.is_away and first.data_ptr() == second.data_ptr() != place
+        away = first.data_ptr()
+        resting.come_back()
+        resting.come_back()
+        assert not resting.is_away and first.data_ptr() == second.data_ptr() != away
+        assert torch.equal(first, before) and not first.is_inference()
+    assert [trained.data_ptr(), model[0].bias.data_ptr()] == kept
