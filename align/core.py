@@ -189,10 +189,6 @@ COMMANDS = (
         "align.cli.score",
     ),
     Command(
-        "annotate", "choose the better of two answers in the terminal; --report shows agreement and when to stop",
-        "align.cli.annotate",
-    ),
-    Command(
         "report", "write the report of a run, by name or by pipeline file; --open opens it in a browser",
         "align.cli.report",
     ),
@@ -320,7 +316,6 @@ VIEWS = (
     View("rollouts", "Rollouts", "align.studio.rollouts.rollouts_view"),
     View("evaluations", "Evaluations", "align.studio.evaluations.evaluations_view"),
     View("chat", "Chat", "align.studio.chat_view"),
-    View("annotate", "Annotate", "align.studio.annotate_view"),
     View("data", "Data", "align.studio.data_view"),
 )
 """In the order of the navigation."""

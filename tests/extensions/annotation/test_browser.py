@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from align.annotation.pairs import read_file_pairs
+from align.extensions.annotation.pairs import read_file_pairs
 from align.store.annotations import AnnotationSet
 from align.store.store import Store
 from tests.support.report.browser import TABLES_FIT, chromium, console, needs_browser, resize

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from align.annotation.questions import Question, QuestionQueue
 from align.errors import UserError
+from align.extensions.annotation.questions import Question, QuestionQueue
 from align.store.annotations import (
     DECISIVE,
     AnnotationSet,

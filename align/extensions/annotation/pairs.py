@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.annotation.questions import share_of
 from align.data.rows import user
 from align.errors import UserError, shorten
+from align.extensions.annotation.questions import share_of
 from align.store.annotations import Pair, pair_id
 from align.store.json_files import DamagedFile, numbered_lines, parse_object
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.annotation.session import Reply, Session
 from align.cli.main import main
 from align.data.rows import read_rows
 from align.errors import UserError
+from align.extensions.annotation.session import Reply, Session
 from align.store.annotations import AnnotationSet
 
 Run = Callable[..., int]

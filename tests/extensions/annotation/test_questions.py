@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from align.annotation.questions import GAP, Question, QuestionQueue, rank_pairs
 from align.errors import UserError
+from align.extensions.annotation.questions import GAP, Question, QuestionQueue, rank_pairs
 from align.store.annotations import Answer, Pair, Settings, pair_id
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from align.annotation.session import Session
 from align.cli.main import main
+from align.extensions.annotation.session import Session
 from align.store.annotations import AnnotationSet
 from align.store.leases import write_run
 from tests.support.records import put_record

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from align.annotation.bradley_terry import Game, Strengths, strengths
-from align.annotation.confidence import ALPHA, confidence_sequence
 from align.errors import require_extra
 from align.evaluation.statistics import Estimate, percentiles, wilson
+from align.extensions.annotation.bradley_terry import Game, Strengths, strengths
+from align.extensions.annotation.confidence import ALPHA, confidence_sequence
 from align.store.annotations import Answer, Pair
 
 RESAMPLES = 1000

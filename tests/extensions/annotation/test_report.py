@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from align.annotation.report import agreement, compare, first_answers, make_report, report_lines
 from align.errors import UserError
+from align.extensions.annotation.report import agreement, compare, first_answers, make_report, report_lines
 from align.store.annotations import Answer, Pair
 
 MESSAGES = [{"role": "user", "content": "Hi"}]

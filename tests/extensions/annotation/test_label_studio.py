@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from align.annotation.label_studio import import_tasks, write_tasks
-from align.annotation.session import Reply, Session
 from align.errors import UserError
+from align.extensions.annotation.label_studio import import_tasks, write_tasks
+from align.extensions.annotation.session import Reply, Session
 from align.store.annotations import AnnotationSet, Pair, pair_id
 
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -20,9 +20,9 @@ from align.cli.parser import add_store, print_json
 from align.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from align.annotation.pairs import Selection
-    from align.annotation.questions import Question
-    from align.annotation.session import Reply, Session
+    from align.extensions.annotation.pairs import Selection
+    from align.extensions.annotation.questions import Question
+    from align.extensions.annotation.session import Reply, Session
     from align.store.annotations import AnnotationSet, Verdict
     from align.store.store import Store
 
@@ -87,14 +87,14 @@ def run(options: argparse.Namespace) -> int:
     if options.report:
         return _report(options, store)
     if options.export:
-        from align.annotation.label_studio import write_tasks
+        from align.extensions.annotation.label_studio import write_tasks
 
         print(printable(f"{write_tasks(Path(options.export), annotations)} tasks in {options.export}"))
     elif options.delete_annotator:
         count = annotations.delete_annotator(options.delete_annotator)
         print(printable(f"{count} answers of '{options.delete_annotator}' are deleted"))
     elif options.name:
-        from align.annotation.session import Session
+        from align.extensions.annotation.session import Session
 
         return TerminalSession(Session(store.root, options.set, options.name), sys.stdin, sys.stdout).run()
     elif not (options.pairs or options.import_):
@@ -117,15 +117,15 @@ def _change(options: argparse.Namespace, store: Store, annotations: AnnotationSe
         for line in selection.explain(options.per_prompt):
             print(f"  {line}")
     if options.import_:
-        from align.annotation.label_studio import import_tasks
+        from align.extensions.annotation.label_studio import import_tasks
 
         new_pairs, new_answers = import_tasks(Path(options.import_), annotations)
         print(printable(f"{new_pairs} new pairs and {new_answers} new answers of {options.import_}"))
 
 
 def _read_pairs(options: argparse.Namespace) -> Selection:
-    from align.annotation.pairs import read_artifact_pairs, read_file_pairs
     from align.cli.arguments import find_artifact
+    from align.extensions.annotation.pairs import read_artifact_pairs, read_file_pairs
 
     source = Path(options.pairs)
     if source.suffix == ".jsonl":
@@ -136,7 +136,7 @@ def _read_pairs(options: argparse.Namespace) -> Selection:
 
 
 def _report(options: argparse.Namespace, store: Store) -> int:
-    from align.annotation.report import make_report, report_lines
+    from align.extensions.annotation.report import make_report, report_lines
     from align.store.annotations import AnnotationSet
 
     annotations = AnnotationSet(store.root, options.set)
@@ -199,7 +199,7 @@ class TerminalSession:
 
     def _ask(self, question: Question) -> bool:
         """Read keys until the question is answered, skipped or replaced by an earlier one; False to quit."""
-        from align.annotation.session import Reply
+        from align.extensions.annotation.session import Reply
 
         notes, started = _Notes(), self.clock()
         while True:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from align.annotation.pairs import names_of, read_artifact_pairs, read_file_pairs
 from align.errors import UserError
+from align.extensions.annotation.pairs import names_of, read_artifact_pairs, read_file_pairs
 
 PROMPT = [{"role": "user", "content": "Name a color."}]
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.annotation.pairs import make_pair
-from align.annotation.report import first_answers
 from align.data.rows import user
 from align.errors import UserError
+from align.extensions.annotation.pairs import make_pair
+from align.extensions.annotation.report import first_answers
 from align.store.annotations import (
     NAME,
     AnnotationSet,

@@ -15,12 +15,12 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from align.annotation.label_studio import add_tasks, export_tasks
-from align.annotation.pairs import SAMPLES, Selection, parse_pairs, read_artifact_pairs
-from align.annotation.questions import Question
-from align.annotation.report import make_report, report_lines
-from align.annotation.session import Reply, Session
 from align.errors import UserError
+from align.extensions.annotation.label_studio import add_tasks, export_tasks
+from align.extensions.annotation.pairs import SAMPLES, Selection, parse_pairs, read_artifact_pairs
+from align.extensions.annotation.questions import Question
+from align.extensions.annotation.report import make_report, report_lines
+from align.extensions.annotation.session import Reply, Session
 from align.store.annotations import AnnotationSet, Verdict, check_name, find_set, list_sets
 from align.store.json_files import DamagedFile, parse_json, parse_object
 from align.studio.context import NotFound, StudioContext, checked_name

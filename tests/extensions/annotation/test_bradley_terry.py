@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from align.annotation import bradley_terry
-from align.annotation.bradley_terry import Game, strengths
+from align.extensions.annotation import bradley_terry
+from align.extensions.annotation.bradley_terry import Game, strengths
 
 
 def play(left: str, right: str, wins: int, losses: int) -> list[Game]:

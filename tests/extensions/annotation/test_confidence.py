@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from align.annotation.confidence import bet_sizes, confidence_sequence, log_capital
+from align.extensions.annotation.confidence import bet_sizes, confidence_sequence, log_capital
 
 
 def test_first_bets_follow_the_formula() -> None:

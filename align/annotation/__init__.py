@@ -1,1 +1,0 @@
-"""Human annotation of pairs of answers: questions, sessions, statistics, exchange with Label Studio."""
