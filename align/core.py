@@ -202,10 +202,6 @@ COMMANDS = (
         "align.cli.export", works=True,
     ),
     Command(
-        "export-log", "write rollouts or evaluated answers as logs of inspect_ai or traces of trackio",
-        "align.cli.export_log", works=True,
-    ),
-    Command(
         "studio", "start the local web application of a store, which shows its runs live; --read-only changes nothing",
         "align.cli.studio", works=True,
     ),

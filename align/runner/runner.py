@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from pyarrow.dataset import Dataset
 
-    from align.export.export_log import Format, LogExport
-
 
 @dataclass
 class Run:
@@ -110,12 +108,6 @@ class Run:
         raise UserError(
             f"run: {missing}. Stages that sample store them with {setting}; run such a stage again with --rebuild."
         )
-
-    def export_log(self, stage: str, folder: str | Path, form: Format = "inspect", **options: Any) -> LogExport:
-        """Write the conversations of a stage as logs of inspect_ai or traces of trackio; see ``export_log``."""
-        from align.export.export_log import export_log
-
-        return export_log(self.artifact(stage), folder, form, **options)
 
     def scorecard(self, stage: str | None = None) -> Scorecard:
         """Return the scorecard of an evaluation, by default of the run's last evaluation.

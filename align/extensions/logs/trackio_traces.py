@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
-from align.export.transcripts import Message, Transcript, TranscriptLog, read_calls
+from align.extensions.logs.transcripts import Message, Transcript, TranscriptLog, read_calls
 
 if TYPE_CHECKING:
     from trackio import Trace

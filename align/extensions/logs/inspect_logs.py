@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from align.data.final_answers import split_thought
-from align.export.transcripts import Message, Transcript, TranscriptLog, read_calls
+from align.extensions.logs.transcripts import Message, Transcript, TranscriptLog, read_calls
 from align.store.artifacts import VERSION
 from align.store.json_files import atomic_draft
 

@@ -18,8 +18,8 @@ from align.errors import UserError
 from align.evaluation.comparisons import Resampling
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.scorecard.scorecard_builder import Measurements, build
-from align.export import export_log as exports
-from align.export.transcripts import Transcript, TranscriptLog, read_calls, read_logs
+from align.extensions.logs import export_log as exports
+from align.extensions.logs.transcripts import Transcript, TranscriptLog, read_calls, read_logs
 from align.store.artifacts import Artifact
 from align.store.record import read_artifact
 from align.store.rollout_writer import RolloutFiles
@@ -306,7 +306,7 @@ def test_trackio_writes_to_no_other_machine(stage: Artifact, tmp_path: Path, mon
 
 
 def test_exports_import_no_torch() -> None:
-    code = "import sys; import align.export.export_log, align.export.inspect_logs, align.export.trackio_traces; "
+    code = "import sys; from align.extensions.logs import export_log, inspect_logs, trackio_traces; "
     run_there([sys.executable, "-c", code + "assert 'torch' not in sys.modules"])
 
 
