@@ -234,8 +234,18 @@ class Topic:
     """Import paths of the blocks' classes, or of unions of them."""
 
 
-Addition = Stage | Command | Task | Step | Score | View | Topic
-Point = TypeVar("Point", Stage, Command, Task, Step, Score, View, Topic)
+@dataclass(frozen=True)
+class Adapter:
+    """A project whose environments ``environment:`` may name, by the field that names one."""
+
+    name: str
+    """Field of ``align.config.environment.EnvironmentConfig``."""
+    code: str
+    """Import path of a function ``(config, place) -> EnvironmentSource``, which raises ``UserError``."""
+
+
+Addition = Stage | Command | Task | Step | Score | View | Topic | Adapter
+Point = TypeVar("Point", Stage, Command, Task, Step, Score, View, Topic, Adapter)
 
 
 @dataclass(frozen=True)

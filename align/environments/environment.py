@@ -1,8 +1,8 @@
 """The interface of environments, and the JSON schemas of their tools. Torch-free.
 
 A source is opened once, with all checks, and makes an instance for each episode. It is a dataclass of JSON values, so
-other processes can make its instances. The kinds of environments are in ``sources.py``, ``openenv_adapter.py`` and
-``verifiers_adapter.py``.
+other processes can make its instances. A user's environments are opened by ``sources.py``, those of
+other projects by extensions.
 
 Schemas come from type hints and docstrings. transformers writes them, because its chat templates read them. It converts
 an unknown hint to an object, so hints are checked here first.

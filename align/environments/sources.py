@@ -29,6 +29,7 @@ from align.environments.results import (
 )
 from align.errors import UserError
 from align.judges.criteria_scorer import CriteriaScorer, environment_criteria
+from align.registry import Adapter, failure_note, load, registered
 from align.verifiers.scorer import VerifierScorer, open_verifier
 
 MESSAGES = "messages"
@@ -43,14 +44,12 @@ def open_environment(config: EnvironmentConfig, place: str = "environment") -> E
     """
     if config.class_name is not None:
         return open_class(config, place)
-    if config.openenv is not None:
-        from align.environments.openenv_adapter import open_openenv
-
-        return open_openenv(config, place)
-    if config.verifiers is not None:
-        from align.environments.verifiers_adapter import open_verifiers
-
-        return open_verifiers(config, place)
+    for name, adapter in registered(Adapter).items():
+        if getattr(config, name) is not None:
+            source: EnvironmentSource = load(adapter.code)(config, place)
+            return source
+    if config.openenv is not None or config.verifiers is not None:
+        raise UserError(f"{place}: align's extension for it is not there.{failure_note()}")
     # With a simulated user there may be no tools, only a function that scores.
     return open_functions(config, place)
 

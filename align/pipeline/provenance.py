@@ -9,7 +9,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from align.registry import Stage, Step, Task, registered
+from align import registry
+from align.registry import Stage, registered
 
 PACKAGE = Path(__file__).parents[1]
 IMPORT = re.compile(
@@ -19,7 +20,7 @@ IMPORT = re.compile(
 )
 IMPORT_PATH = re.compile(r"[\"'](align(?:\.\w+)+):\w+[\"']")
 """A module and a name in it, as tables have them whose entries are imported when they are needed."""
-TABLE = re.compile(r"\bregistered\((?:registry\.)?(Task|Step)\)")
+TABLE = re.compile(r"\bregistered\((?:registry\.)?(Task|Step|Adapter)\)")
 """A look-up in a table of the registry, from which a stage runs any entry."""
 COMMENT = re.compile(r"#[^\n]*")
 SECRET = re.compile(r"(?i)(token|secret|password|passwd|api[_-]?key)=\S+")
@@ -65,8 +66,7 @@ def _read_module(module: str) -> tuple[bytes, list[str]] | None:
     text = source.decode()
     named = set(IMPORT_PATH.findall(text))
     for table in set(TABLE.findall(text)):
-        entries = registered(Task) if table == "Task" else registered(Step)
-        named |= {entry.code.partition(":")[0] for entry in entries.values()}
+        named |= {entry.code.partition(":")[0] for entry in registered(getattr(registry, table)).values()}
     return source, sorted(find_imports(source) | named)
 
 

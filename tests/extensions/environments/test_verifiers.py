@@ -147,7 +147,7 @@ def test_an_environment_that_is_not_installed_is_refused() -> None:
 
 
 def test_rows_are_made_of_tasks() -> None:
-    from align.environments.verifiers_adapter import tasks
+    from align.extensions.environments.verifiers import tasks
 
     assert list(tasks(SUMS, 2, first=3)) == [
         {"prompt": "What is 3 + 1?", "task": 3},

@@ -34,7 +34,7 @@ from align.errors import UserError, require_extra
 from align.store.fingerprint import digest
 
 if TYPE_CHECKING:
-    from align.environments.verifiers_seat import Play
+    from align.extensions.environments.verifiers_seat import Play
 
 MOST_TASKS = 1000
 """Number of tasks to choose from for a row without a column ``task``."""
@@ -78,7 +78,7 @@ def open_verifiers(config: EnvironmentConfig, place: str) -> VerifiersSource:
     objection = _objection(env)
     if objection:
         raise UserError(f"{where} '{name}': {objection}.")
-    from align.environments.verifiers_seat import tool_schemas
+    from align.extensions.environments.verifiers_seat import tool_schemas
 
     kind = type(env.taskset).task_type()
     toolsets = [*env.taskset.toolsets(env.taskset.config), *kind.toolsets(env.taskset.config.task)]
@@ -117,7 +117,7 @@ class VerifiersEnvironment(Environment):
 
     def reset(self, row: Row) -> list[Message] | None:
         """Begin the episode of the row's task."""
-        from align.environments.verifiers_seat import Play
+        from align.extensions.environments.verifiers_seat import Play
 
         self._play = Play(self._env, self._task(row))
         self._called = []
