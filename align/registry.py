@@ -244,8 +244,17 @@ class Adapter:
     """Import path of a function ``(config, place) -> EnvironmentSource``, which raises ``UserError``."""
 
 
-Addition = Stage | Command | Task | Step | Score | View | Topic | Adapter
-Point = TypeVar("Point", Stage, Command, Task, Step, Score, View, Topic, Adapter)
+@dataclass(frozen=True)
+class Format:
+    """A format of ``align export``."""
+
+    name: str
+    code: str
+    """Import path of a ``Writer`` (``align.cli.export_formats``)."""
+
+
+Addition = Stage | Command | Task | Step | Score | View | Topic | Adapter | Format
+Point = TypeVar("Point", Stage, Command, Task, Step, Score, View, Topic, Adapter, Format)
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def _with_adapter(chosen: ExportSource, options: argparse.Namespace) -> tuple[Ex
 
     Raises ``UserError`` for a checkpoint without an adapter, or with an adapter that vLLM does not load.
     """
-    from align.export.formats.lora import require_adapter
+    from align.export.lora import require_adapter
 
     adapter = require_adapter(chosen.source)
     merged = adapter.folder.resolve().parent / "model"

@@ -88,7 +88,7 @@ def _model(word: str, options: argparse.Namespace) -> ServedModel:
 
 def _adapters(words: Sequence[str], base: Path) -> dict[str, Path]:
     """Return name → folder of ``--adapters``. Raises ``UserError`` for a word or an adapter that does not fit."""
-    from align.export.formats.lora import check_lora
+    from align.export.lora import check_lora
 
     adapters: dict[str, Path] = {}
     for word in words:
@@ -111,7 +111,7 @@ def _adapters(words: Sequence[str], base: Path) -> dict[str, Path]:
 
 
 def _largest_rank(adapters: dict[str, Path]) -> int:
-    from align.export.formats.lora import allowed_rank, check_lora
+    from align.export.lora import allowed_rank, check_lora
 
     return max([allowed_rank(check_lora(folder).rank) for folder in adapters.values()], default=16)
 

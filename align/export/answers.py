@@ -81,7 +81,7 @@ def answer_with_adapter(job: Job) -> JobResult:
     from vllm.inputs import TokensPrompt
     from vllm.lora.request import LoRARequest
 
-    from align.export.formats.lora import allowed_rank, check_lora
+    from align.export.lora import allowed_rank, check_lora
 
     longest = max(map(len, job.rows)) + job.max_tokens + 1
     rank = allowed_rank(check_lora(Path(str(job.adapter))).rank)
@@ -149,7 +149,7 @@ def answer_rows(job: Job) -> JobResult:
 
 def _prepare_model(model: Any, job: Job) -> Any:
     """Return the model with the job's adapter, rounded weights and rounded activations."""
-    from align.export.formats.compressed import round_activations
+    from align.export.export import round_activations
     from align.models.checkpoints.conversion import attach
 
     if job.adapter is not None:

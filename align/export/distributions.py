@@ -6,8 +6,9 @@ returns the most probable token and the given token's log-probability at each po
 
 from __future__ import annotations
 
+import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,7 @@ from align.export.answers import (
     engine_version,
     vllm_options,
 )
-from align.export.export import Source, load_source
-from align.export.formats.compressed import round_activations
+from align.export.export import Source, load_source, round_activations
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -65,8 +65,6 @@ def measure_distributions(job: Job) -> JobResult:
 
 def _in_llama_cpp(job: Job) -> JobResult:
     """Compare llama.cpp's tokens and distributions. Raises ``StageFailed`` for other tokens or ends."""
-    from align.export.formats.llama_cpp import LlamaCpp
-
     longest = max(len(row) + len(answer) for row, answer in zip(job.rows, job.responses, strict=True))
     most = max(job.max_tokens, job.task_tokens)
     model = LlamaCpp(Path(job.folder), max([longest, *map(len, (*job.texts, *job.tasks))]) + most)
@@ -148,3 +146,56 @@ def _log_softmax(logits: Array) -> Array:
     values = values - values.max(axis=-1, keepdims=True)
     scores: Array = (values - np.log(np.exp(values).sum(axis=-1, keepdims=True))).astype(np.float32)
     return scores
+
+
+def has_llama_cpp() -> bool:
+    """Return whether llama-cpp-python can be imported."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+class LlamaCpp:
+    """A GGUF file opened in llama.cpp.
+
+    Its tokenizer, its tokens that end an answer and its logits show what no other reader of the file can: how llama.cpp
+    understands it.
+    """
+
+    def __init__(self, file: Path, context: int, is_exact: bool = False) -> None:
+        """Load ``file`` for sequences of ``context`` tokens; with ``is_exact``, keys and values stay float32."""
+        import llama_cpp
+
+        cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32} if is_exact else {}
+        self._library: Any = llama_cpp
+        self._model: Any = llama_cpp.Llama(
+            str(file), n_ctx=context, n_batch=context, logits_all=True, verbose=False, **cache
+        )
+        self.version = f"llama.cpp ({llama_cpp.__version__})"
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the tokens of a text with special tokens in it, without a token at the beginning."""
+        return list(self._model.tokenize(text.encode(), add_bos=False, special=True))
+
+    def is_end(self, token: int) -> bool:
+        """Return whether a token ends an answer."""
+        vocabulary = self._library.llama_model_get_vocab(self._model.model)
+        return bool(self._library.llama_vocab_is_eog(vocabulary, token))
+
+    def logits(self, tokens: Sequence[int]) -> Array:
+        """Return the logits behind each token, (tokens, vocabulary)."""
+        self._model.reset()
+        self._model.eval(list(tokens))
+        return np.array(self._model.scores[: len(tokens)])
+
+    def answer(self, prompt: Sequence[int], most: int) -> list[int]:
+        """Return the greedy answer to a prompt, with the token that ends it."""
+        self._model.reset()
+        answer: list[int] = []
+        waiting = list(prompt)
+        while len(answer) < most:
+            self._model.eval(waiting)
+            token = int(self._model.scores[self._model.n_tokens - 1].argmax())
+            answer.append(token)
+            if self.is_end(token):
+                break
+            waiting = [token]
+        return answer

@@ -28,6 +28,9 @@ SHARD = "5GB"
 """Largest file of weights; a larger model is split and gets an index."""
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 """Files that decide which safetensors a loader reads: shards of an earlier push, an adapter that is now merged."""
+INT8_LARGEST = 127.0
+FLOAT8_LARGEST = 448.0
+"""Largest number of float8 (e4m3)."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,29 @@ def round_weights(model: Any, dtype: str) -> Any:
             if tensor.is_floating_point():
                 tensor.copy_(tensor.to(getattr(torch, dtype)))
     return model
+
+
+def round_activations(model: Any, kind: str) -> None:
+    """Round the inputs of linear layers to int8 or float8, with one scale per token, as vLLM does for these formats.
+
+    The output head is not quantized, so its input is not rounded.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+
+    def rounded(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        values, *rest = arguments
+        largest = values.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
+        if kind == "int8":
+            scale = largest / INT8_LARGEST
+            return ((values / scale).round() * scale, *rest)
+        scale = largest / FLOAT8_LARGEST
+        return ((values / scale).to(torch.float8_e4m3fn).to(values.dtype) * scale, *rest)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            module.register_forward_pre_hook(rounded)
 
 
 def prepare(folder: Path, repo: str, license: License, revision: str | None, private: bool) -> Upload:

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 
 from align.cli.main import main
 from align.export import verify
-from align.export.formats.gguf_tensors import encode
+from align.extensions.formats.gguf_tensors import encode
 from tests.support.cli.example_store import ExampleStore
 from tests.support.data.sample_build import row, write_build
 from tests.support.fake_llmcompressor import write_interpreter
@@ -31,7 +31,7 @@ def in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("align.export.formats.llama_cpp.is_installed", lambda: False)
+    monkeypatch.setattr("align.export.distributions.has_llama_cpp", lambda: False)
 
 
 @pytest.mark.usefixtures("no_llama_cpp")
@@ -74,7 +74,7 @@ def test_damaged_file_fails_and_leaves_no_folder(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("align.export.formats.gguf_file.encode", lambda array, kind: encode(array * 1.1, kind))
+    monkeypatch.setattr("align.extensions.formats.gguf_file.encode", lambda array, kind: encode(array * 1.1, kind))
     assert export("22222222", "--format", "gguf", check=True) == 1
     assert "more than" in capsys.readouterr().err and not (tmp_path / "out").exists()
 

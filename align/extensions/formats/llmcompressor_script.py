@@ -2,7 +2,7 @@
 
 ``PYTHON llmcompressor_script.py --version`` imports all that a job needs and prints llm-compressor's version.
 ``PYTHON llmcompressor_script.py JOB`` executes a job, a JSON file with the fields of
-``align.export.formats.calibrated.Job``. Imports nothing of align.
+``align.extensions.formats.calibrated.Job``. Imports nothing of align.
 """
 
 import json

@@ -11,10 +11,10 @@ from typing import Literal
 
 from align.errors import StageFailed, UserError
 from align.export.export import Source
-from align.export.formats.gguf_families import check_config, find_family
-from align.export.formats.gguf_file import Plan, plan_gguf, write_gguf
-from align.export.formats.gguf_tokenizer import read_vocabulary
-from align.export.formats.ollama import MODELFILE, go_template, modelfile, read_turns
+from align.extensions.formats.gguf_families import check_config, find_family
+from align.extensions.formats.gguf_file import Plan, plan_gguf, write_gguf
+from align.extensions.formats.gguf_tokenizer import read_vocabulary
+from align.extensions.formats.ollama import MODELFILE, go_template, modelfile, read_turns
 from align.models.checkpoints.files import read_optional
 
 GgufType = Literal["f16", "q8_0", "q4_k"]

@@ -12,15 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from align.errors import StageFailed, UserError
-from align.export.export import Source, export
-from align.export.formats.compressed import (
+from align.export.export import Source, export, round_activations
+from align.extensions.formats.compressed import (
     COMPRESSED_FORMATS,
     SCHEMES,
     CompressedFormat,
     check_compressed_source,
     linear_weights,
     read_compressed,
-    round_activations,
     round_weight,
     write_compressed,
 )

@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.errors import StageFailed, UserError
-from align.export.export import Source
+from align.export.export import FLOAT8_LARGEST, INT8_LARGEST, Source
 from align.store.json_files import write_atomically
 
 CompressedFormat = Literal["fp8", "w8a8"]
 COMPRESSED_FORMATS: tuple[CompressedFormat, ...] = ("fp8", "w8a8")
 SCALE = "_scale"
 """Ending of the name of a weight's scales."""
-INT8_LARGEST = 127.0
-FLOAT8_LARGEST = 448.0
-"""Largest number of float8 (e4m3)."""
 
 
 @dataclass(frozen=True)
@@ -119,29 +116,6 @@ def round_weight(weight: Any, scheme: Scheme) -> tuple[Any, Any]:
     if scheme.type == "int":
         return scaled.round().clamp(-127, 127).to(torch.int8), scale
     return scaled.clamp(-scheme.largest, scheme.largest).to(torch.float8_e4m3fn), scale
-
-
-def round_activations(model: Any, kind: str) -> None:
-    """Round the inputs of linear layers to int8 or float8, with one scale per token, as vLLM does for these formats.
-
-    The output head is not quantized, so its input is not rounded.
-    """
-    import torch
-
-    head = model.get_output_embeddings()
-
-    def rounded(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        values, *rest = arguments
-        largest = values.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
-        if kind == "int8":
-            scale = largest / INT8_LARGEST
-            return ((values / scale).round() * scale, *rest)
-        scale = largest / FLOAT8_LARGEST
-        return ((values / scale).to(torch.float8_e4m3fn).to(values.dtype) * scale, *rest)
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            module.register_forward_pre_hook(rounded)
 
 
 def read_compressed(plain: Path, folder: Path, out: Path, name: CompressedFormat) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from align.export.formats.ollama import go_template, modelfile, read_turns
+from align.extensions.formats.ollama import go_template, modelfile, read_turns
 from align.models.built_in import make_tiny_tokenizer
 from align.models.loading import load_tokenizer
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from align.errors import StageFailed, UserError
-from align.export.formats.gguf_families import FAMILIES, rope_factors
-from align.export.formats.gguf_file import Plan, plan_gguf, read_back, write_gguf
-from align.export.formats.gguf_tensors import Kind
+from align.extensions.formats.gguf_families import FAMILIES, rope_factors
+from align.extensions.formats.gguf_file import Plan, plan_gguf, read_back, write_gguf
+from align.extensions.formats.gguf_tensors import Kind
 from align.models.loading import load_policy
 from tests.support.models.families import write_family
 

@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from align.errors import UserError
-from align.export.formats.gguf_file import plan_gguf, write_gguf
-from align.export.formats.gguf_tokenizer import CASED, LLAMA_3, SPLITS, read_special_tokens, read_vocabulary
+from align.extensions.formats.gguf_file import plan_gguf, write_gguf
+from align.extensions.formats.gguf_tokenizer import CASED, LLAMA_3, SPLITS, read_special_tokens, read_vocabulary
 from align.models.built_in import CHAT_TEMPLATE, make_tiny_tokenizer
 
 TEXT = ["The quick brown fox jumps over the lazy dog's 12345 bones.\n\n  Don't stop!", "Größe, naïve café, 日本語 🙂"]

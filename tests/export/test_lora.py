@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from align.errors import UserError
 from align.export.export import Source
-from align.export.formats.lora import allowed_rank, bare_adapter, check_lora, require_adapter, write_lora
+from align.export.lora import allowed_rank, bare_adapter, check_lora, require_adapter, write_lora
 from align.models.checkpoints.files import ADAPTER_CONFIG
 from align.models.loading import load_policy
 from tests.support.models.adapters import write_trained

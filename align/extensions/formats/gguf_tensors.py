@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from align.errors import UserError
-from align.export.formats.gguf_families import Family
+from align.extensions.formats.gguf_families import Family
 
 Array = npt.NDArray[Any]
 EXPERT = re.compile(r"(?P<before>.*)\.experts\.(?P<number>\d+)\.(?P<matrix>[^.]+)\.weight")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from align.errors import StageFailed, UserError
 from align.export.export import Source, export
-from align.export.formats.calibrated import (
+from align.extensions.formats.calibrated import (
     CALIBRATED_FORMATS,
     CalibratedFormat,
     Calibration,
@@ -30,7 +30,7 @@ from align.export.formats.calibrated import (
     unpack,
     write_calibrated,
 )
-from align.export.formats.compressed import linear_weights
+from align.extensions.formats.compressed import linear_weights
 from align.models.loading import load_policy, load_tokenizer
 from tests.support.data.sample_build import pair, row, write_build
 from tests.support.fake_llmcompressor import VERSION, write_interpreter

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from align.errors import StageFailed, UserError
-from align.export.formats.gguf_families import Family, add_metadata, check_config, find_family, rope_factors
-from align.export.formats.gguf_tensors import Array, Entry, Kind, encode, largest_error, layout
-from align.export.formats.gguf_tokenizer import (
+from align.extensions.formats.gguf_families import Family, add_metadata, check_config, find_family, rope_factors
+from align.extensions.formats.gguf_tensors import Array, Entry, Kind, encode, largest_error, layout
+from align.extensions.formats.gguf_tokenizer import (
     SpecialTokens,
     Vocabulary,
     add_tokenizer,

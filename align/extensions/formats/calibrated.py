@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from align.errors import StageFailed, UserError
 from align.export.export import read_json, stored_type
-from align.export.formats.compressed import linear_weights
+from align.extensions.formats.compressed import linear_weights
 from align.store.json_files import write_atomically
 
 CalibratedFormat = Literal["gptq", "awq"]

@@ -1,1 +1,0 @@
-"""Export formats other than a plain transformers folder."""
