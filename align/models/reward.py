@@ -95,8 +95,9 @@ class RewardModel:
         }
         for name, parameter in self.model.named_parameters():
             twin = frozen.get(name)
-            is_alike = twin is not None and (twin.dtype, twin.device) == (parameter.dtype, parameter.device)
-            if is_alike and torch.equal(parameter, twin):
+            if twin is None or (twin.dtype, twin.device) != (parameter.dtype, parameter.device):
+                continue
+            if torch.equal(parameter, twin):
                 parameter.data = twin.data
 
     def prepare_for_inference(self) -> None:

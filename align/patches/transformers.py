@@ -66,8 +66,7 @@ def save_everything(model: Any, write: Callable[..., None], **options: Any) -> N
     """
     parameters = ["tensors", "filename", "metadata"]
     original = private_name("transformers", "transformers.modeling_utils:safe_save_file", parameters)
-    import transformers.modeling_utils as module
-
+    module: Any = sys.modules["transformers.modeling_utils"]
     ignored = model._keys_to_ignore_on_save
     model._keys_to_ignore_on_save = None
     module.safe_save_file = write

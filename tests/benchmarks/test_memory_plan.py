@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.memory_plan import CONFIGURATIONS, counted
+from align.config.tuning import LoraTuning, QloraTuning
+from align.models.compute.model_types import architecture_of
+from benchmarks.memory_plan import BILLION_CONFIGURATIONS, CONFIGURATIONS, counted
+from benchmarks.memory_run import BILLION
 
+TUNINGS = {"lora": LoraTuning(), "qlora": QloraTuning()}
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -26,6 +30,17 @@ def test_there_are_enough_configurations_of_every_kind() -> None:
     } == {True, False}
     assert len({configuration.length for configuration in CONFIGURATIONS}) >= 5
     assert all(sum(counted(configuration).values()) < 4 * 2**30 for configuration in CONFIGURATIONS)
+
+
+@pytest.mark.parametrize(("method", "most"), [("lora", 2.2), ("qlora", 0.7)])
+def test_base_parameter_of_a_billion_costs_at_most(method: str, most: float) -> None:
+    kinds = {c.stage: c for c in BILLION_CONFIGURATIONS if c.fields["tuning"]["method"] == method}
+    assert set(kinds) == {"sft", "dpo", "ppo", "grpo"}
+    model = architecture_of(BILLION)
+    assert model.parameters == 1_100_048_384
+    adapters = model.adapters(TUNINGS[method], "model")
+    for configuration in kinds.values():
+        assert (counted(configuration)["weights"] - 4 * adapters) / model.parameters <= most
 
 
 @pytest.mark.slow
