@@ -17,7 +17,7 @@ from align.config.recipe.filter_settings import FilterStep
 from align.config.recipe.step_settings import NormalizeStep
 from align.data.rows import Row, assistant, user
 from align.data.steps.step import RowStep, StepContext, start_step
-from align.models.step_models import StepModels
+from align.stages.data import StepModels
 
 WORDS = """
     the of to and a in is it you that he was for on are with as his they be at one have this from or had by hot word

@@ -6,7 +6,7 @@ tools that the template does not write. Templates that are not on this machine a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 from align.config.hub_commits import small_file
 from align.config.stages.inputs import ModelConfig
 from align.data.final_answers import PAIRS, TAGS
+from align.errors import UserError
 from align.models.built_in import CHAT_TEMPLATE as TINY_TEMPLATE
 from align.models.chat.named_templates import read_template, read_training_template, templates_with_tools
-from align.models.chat.template_settings import TemplateSettings
+from align.models.chat.template_settings import TemplateSettings, thinking_switch
 from align.models.checkpoints.files import read_optional
-from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE
+from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE, TOKENIZER
 from align.models.checkpoints.source import BUILT_IN, Origin, resolve
 from align.models.model_plan import known_vocabulary
 
@@ -99,6 +100,34 @@ def writes_no_thoughts(config: ModelConfig, base: Path) -> bool:
     template = _planned(config, base)
     marks = (*(f"{tag}>" for tag in TAGS), *PAIRS, *PAIRS.values(), "<|channel|>", "reasoning_content")
     return template is not None and not any(mark in template.text for mark in marks)
+
+
+def has_thinking_switch(config: ModelConfig, base: Path) -> bool:
+    """Return True if a model stage's template is known, and turns thoughts on and off."""
+    template = _planned(config, base)
+    return template is not None and thinking_switch(template.text) is not None
+
+
+def token_counter(config: ModelConfig, base: Path) -> Callable[[Sequence[Mapping[str, Any]]], int] | None:
+    """Return the function that counts a conversation's tokens; None if template or tokenizer are not on this machine.
+
+    The function raises jinja2's ``TemplateError`` for a conversation that the template refuses.
+    """
+    template = _planned(config, base)
+    source = resolve(config.source, config.revision, base)
+    file = None if source.path is None else source.path / TOKENIZER
+    if source.origin is Origin.HUB and source.revision is not None:
+        file = small_file(source.name, source.revision, TOKENIZER)
+    if template is None or file is None or not file.is_file():
+        return None
+    # transformers would load torch, which takes longer than to count.
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises the base class
+        raise UserError(f"{file}: cannot be read as a tokenizer ({error}).") from None
+    return lambda messages: len(tokenizer.encode(template.render(messages), add_special_tokens=False).ids)
 
 
 def explain_missing_tools(config: ModelConfig, base: Path, names: Sequence[str]) -> str | None:

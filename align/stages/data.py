@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from align.data.formats.column_guess import suggest_source
 from align.data.sources import identity
 from align.data.steps.step import step_identities
 from align.errors import UserError
-from align.models.checkpoints.files import read_optional
-from align.models.step_models import StepModels
+from align.models.checkpoints.files import digests, read_optional
+from align.models.pretrained import open_tokenizer
 from align.pipeline.context import StageContext
 from align.pipeline.process_limits import usable_cores
 from align.pipeline.stop_signal import die_with_parent
@@ -211,3 +212,28 @@ def run(context: StageContext) -> dict[str, Any]:
         "rows_in": ledger["rows_in"],
         "dropped": ledger["dropped"],
     }
+
+
+@dataclass(frozen=True)
+class StepModels:
+    """Loaders that ``align.data``, which is below ``align.models``, is given (``align.data.steps.step``)."""
+
+    def digests(self, folder: Path) -> dict[str, str]:
+        """Return the sha256 of every file of a model folder that a loader may read, by its path in it."""
+        return digests(folder)
+
+    def open_tokenizer(self, name: str, revision: str | None) -> Any:
+        """Return the tokenizer of a folder, or of the Hub at a commit. Raises whatever its files cause."""
+        return open_tokenizer(name, revision=revision)
+
+    def make_scorer(self, config: Any, folder: Path, device: str) -> Any:
+        """Return the function from rows to scores that a ``ScoreStep`` describes."""
+        from align.models.row_scores import make_scorer
+
+        return make_scorer(config, folder, device)
+
+    def make_embedder(self, folder: Path, device: str, max_length: int, batch_size: int) -> Any:
+        """Return the function from texts to embeddings (texts, dimensions)."""
+        from align.models.row_scores import make_embedder
+
+        return make_embedder(folder, device, max_length, batch_size)

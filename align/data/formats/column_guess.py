@@ -122,10 +122,11 @@ class FileReport:
     guess: Guess | None
 
 
-def report_columns(settings: Mapping[str, Any], base: Path) -> FileReport:
+def report_columns(settings: Mapping[str, Any], base: Path, kind: str | None = None) -> FileReport:
     """Return the contents of the files of a source (``paths``, and perhaps ``header`` and ``records``), and a mapping.
 
-    Raises ``UserError`` for a file that cannot be read or has no records.
+    ``kind`` is the kind of dataset that is wanted, if one is. Raises ``UserError`` for a file that has no records or
+    cannot be read.
     """
     source = validate_plain(FilesSource, {"type": "files", **settings})
     items = list(itertools.islice(read(source, base), SAMPLE))
@@ -133,7 +134,7 @@ def report_columns(settings: Mapping[str, Any], base: Path) -> FileReport:
     if not records:
         raise next((item for item in items if isinstance(item, BadRecord)), UserError(f"{source.label}: no records."))
     columns = describe_columns(record for _, record in records)
-    guess = _guess(dict(settings), columns, records)
+    guess = _guess(dict(settings), columns, records, kind)
     if guess is not None:
         guess.bad[:0] = [item for item in items if isinstance(item, BadRecord)]
     return FileReport(columns, len(records), guess)
@@ -180,11 +181,11 @@ def suggest_source(source: Source, base: Path, kind: str | None) -> str:
     if guess is None or kind not in (None, guess.kind):
         return ""
     block = {name: value for name, value in guess.source.items() if name not in ("type", "paths", *settings)}
-    lines = [f"`{_flow_line({name: value})}`" for name, value in block.items()]
+    lines = [f"`{flow_line({name: value})}`" for name, value in block.items()]
     return f" As {guess.kind} write next to the file's name: {' and '.join(lines)}."
 
 
-def _flow_line(entry: Mapping[str, Any]) -> str:
+def flow_line(entry: Mapping[str, Any]) -> str:
     """Return a mapping of one key as YAML on a line, without the outer braces."""
     text = yaml.safe_dump(entry, sort_keys=False, allow_unicode=True, default_flow_style=True, width=math.inf)
     return text.strip()[1:-1]
@@ -194,7 +195,10 @@ def _flow_line(entry: Mapping[str, Any]) -> str:
 
 
 def _guess(
-    settings: dict[str, Any], columns: Sequence[ColumnFacts], records: Sequence[tuple[str, dict[str, Any]]]
+    settings: dict[str, Any],
+    columns: Sequence[ColumnFacts],
+    records: Sequence[tuple[str, dict[str, Any]]],
+    wanted: str | None,
 ) -> Guess | None:
     """Return the first candidate that converts at least half of the records into rows.
 
@@ -203,6 +207,8 @@ def _guess(
     # Of fewer than twenty records a mapping has to fit each, so there is one round.
     for most_bad in sorted({0, int(MOST_BAD * len(records))}):
         for kind, extra in _candidates(columns, len(records)):
+            if wanted not in (None, kind):
+                continue
             guess = _try(kind, {"type": "files", **settings, **extra}, records, most_bad)
             if guess is not None:
                 return _with_kept_columns(guess, columns, records)
@@ -300,7 +306,7 @@ def _choice_columns(columns: Sequence[ColumnFacts]) -> list[str] | str | None:
     return None
 
 
-def _free_name(name: str) -> str:
+def free_name(name: str) -> str:
     return f"record_{name.lstrip('_')}" if name in ROW_FIELDS or name.startswith("_") else name
 
 
@@ -348,7 +354,7 @@ def _with_kept_columns(
     """Return the guess with ``keep`` for short columns that it does not use, where that converts as well."""
     source = validate_plain(FilesSource, guess.source)
     # Of grouped records only shared columns stay, which a first look cannot tell.
-    if source.grouped is not None:
+    if source.grouped is not None or source.keep:
         return guess
     usage = FieldUsage()
     choice = choose_format(source, iter(records), guess.kind)
@@ -357,7 +363,7 @@ def _with_kept_columns(
             convert(record, choice.format, where, guess.kind, usage=usage)
     short_columns = [facts.name for facts in columns if not facts.is_long]
     unused = [name for name in short_columns if name in usage.unused]
-    kept_names = {_free_name(name): name for name in unused if "{" not in name}
+    kept_names = {free_name(name): name for name in unused if "{" not in name}
     # A list of names is enough if no column has a reserved name.
     keep: Any = kept_names if any(name != column for name, column in kept_names.items()) else list(kept_names)
     if not keep:

@@ -142,7 +142,7 @@ class Verdict:
 def require_models(models: ModelLoaders | None) -> ModelLoaders:
     """Return the loaders. Raises ``RuntimeError`` if the caller of the build gave none."""
     if models is None:
-        raise RuntimeError("a step needs a model: pass align.models.step_models.StepModels() as `models`")
+        raise RuntimeError("a step needs a model: pass align.stages.data.StepModels() as `models`")
     return models
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from align.config.recipe.filter_settings import FilterStep
 from align.data.rows import Dropped, Row, assistant, user
 from align.data.steps.step import StepContext, start_step
-from align.models.step_models import StepModels
+from align.stages.data import StepModels
 
 CONTEXT = StepContext("instructions", 0, Path(), Path(), models=StepModels())
 

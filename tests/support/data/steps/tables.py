@@ -7,7 +7,7 @@ import numpy as np
 
 from align.data.rows import Row, assistant, row_id, user
 from align.data.steps.step import StepContext, Table, Verdict, start_step
-from align.models.step_models import StepModels
+from align.stages.data import StepModels
 
 
 def row(prompt: str, completion: str | None = "yes", source: int = 0, **more: Any) -> Row:
