@@ -91,7 +91,8 @@ def _trl(item: PeerItem, model: Path) -> tuple[Any, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(item.device)
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    base.to(item.device)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEAR, task_type="CAUSAL_LM")
     return get_peft_model(base, config), AutoTokenizer.from_pretrained(model)
 
