@@ -128,8 +128,17 @@ def run_stage_item(item: Item, place: Place, seconds: float) -> dict[str, Any]:
 def run_peer(item: Item, place: Place, seconds: float) -> dict[str, Any]:
     """Run a peer's training once and return what it measured; ``failed`` is the last line of a run that failed."""
     assert item.peer is not None
-    log = place.log(item.name)
-    command = [sys.executable, "-m", "benchmarks.gpu_peers", str(place.work), json.dumps(asdict(item.peer))]
+    return _run_module("benchmarks.gpu_peers", asdict(item.peer), place.log(item.name), place, seconds)
+
+
+def run_adapter(item: Item, place: Place, seconds: float) -> dict[str, Any]:
+    """Measure one way of getting an adapter; ``failed`` is the last line of a run that failed."""
+    assert item.adapter is not None
+    return _run_module("benchmarks.gpu_adapters", asdict(item.adapter), place.log(item.name), place, seconds)
+
+
+def _run_module(module: str, options: dict[str, Any], log: Path, place: Place, seconds: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", module, str(place.work), json.dumps(options)]
     if run_command(command, log, seconds):
         return {"failed": last_line(log)}
     result: dict[str, Any] = json.loads(last_json(log))

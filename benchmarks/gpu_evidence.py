@@ -30,6 +30,7 @@ from benchmarks.gpu_commands import (
     last_json,
     last_line,
     list_tests,
+    run_adapter,
     run_command,
     run_peer,
     run_proof,
@@ -41,6 +42,7 @@ from benchmarks.gpu_items import (
     PARTS,
     Item,
     Machine,
+    adapter_items,
     card_items,
     determinism_items,
     peer_items,
@@ -113,6 +115,7 @@ class Session:
             "plan": plan_items,
             "card": card_items,
             "peers": peer_items,
+            "adapters": adapter_items,
             "determinism": determinism_items,
             "proof": proof_items,
         }
@@ -162,7 +165,12 @@ RUN_PIPELINES: dict[str, Callable[[Item, Place, float], dict[str, Any]]] = {
     "proof": run_proof,
 }
 """How the items of the parts that are pipelines are run."""
-RUN: dict[str, Callable[[Item, Place, float], dict[str, Any]]] = {"tests": run_test, "peers": run_peer, **RUN_PIPELINES}
+RUN: dict[str, Callable[[Item, Place, float], dict[str, Any]]] = {
+    "tests": run_test,
+    "peers": run_peer,
+    "adapters": run_adapter,
+    **RUN_PIPELINES,
+}
 """How the items of a part are run; those of the others are stages."""
 
 

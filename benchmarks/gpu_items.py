@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.gpu_adapters import AdapterItem
 from benchmarks.gpu_models import SHAPES
 from benchmarks.gpu_peers import PeerItem
 from benchmarks.gpu_run import StageItem
 
-PARTS = ("tests", "training", "plan", "card", "peers", "determinism", "quickstart", "proof")
+PARTS = ("tests", "training", "plan", "card", "peers", "adapters", "determinism", "quickstart", "proof")
 ROWS = ("sft", "reward", "dpo")
 """Stages that train on rows."""
 ROLLOUTS = ("ppo", "grpo")
@@ -57,8 +58,9 @@ class Item:
 
     name: str
     stage: StageItem | None = None
-    """The stage that is run; None for a test, a peer or the quickstart."""
+    """The stage that is run; None for a test, a peer, an adapter or the quickstart."""
     peer: PeerItem | None = None
+    adapter: AdapterItem | None = None
     runs: int = 1
     """Processes that run it one after another."""
     obstacle: str | None = None
@@ -206,6 +208,18 @@ def peer_items(machine: Machine) -> list[Item]:
         for shape in machine.shapes
         for peer in ("trl", "unsloth")
     ]
+
+
+def adapter_items(machine: Machine) -> list[Item]:
+    """Return updates of an adapter and samples with it, merged into vLLM's weights and by its LoRA kernels."""
+    measured = [
+        AdapterItem(way, shape, rank, machine.device, machine.tiny)
+        for shape in machine.shapes
+        for rank in (16, 64)
+        for way in ("merged", "kernels")
+    ]
+    obstacle = machine.obstacle("vllm")
+    return [Item(f"{item.shape} r{item.rank} {item.way}", adapter=item, obstacle=obstacle) for item in measured]
 
 
 def determinism_items(machine: Machine) -> list[Item]:

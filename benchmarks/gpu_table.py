@@ -38,6 +38,8 @@ def summarize(result: Result) -> str:
         return f"{len(result['stages'])} stages in {result['total']:.0f} s"
     if "equal" in result:
         return "equal bits" if result["equal"] else "different bits"
+    if "gap" in result:
+        return f"update {result['seconds_of_update']:.3f} s, {result['tokens_per_second']:,.0f} tokens/s"
     return f"{result['tokens_per_second']:,.0f} tokens/s, peak {result['peak'] / GIB:.2f} GiB"
 
 
@@ -168,6 +170,22 @@ def _peers(items: dict[str, Result]) -> list[str]:
     return [*_rows(head, rows), *_failures(items)]
 
 
+def _adapters(items: dict[str, Result]) -> list[str]:
+    head = ("model, rank, way", "adapter, MB", "update, s", "full set, s", "tokens/s", "gap, nats")
+    rows = [
+        (
+            name,
+            f"{result['bytes'] / 1e6:.1f}",
+            f"{result['seconds_of_update']:.3f}",
+            f"{result['full_seconds']:.3f}" if "full_seconds" in result else MISSING,
+            f"{result['tokens_per_second']:,.0f}",
+            f"{result['gap']:.4f}",
+        )
+        for name, result in _measured(items).items()
+    ]
+    return [*_rows(head, rows), *_failures(items)]
+
+
 def _determinism(items: dict[str, Result]) -> list[str]:
     head = ("stage", "two runs", "tokens/s", "SHA-256 of the weights")
     rows = [
@@ -222,6 +240,7 @@ TITLES = {
     "plan": "Memory against the plan",
     "card": "Stages in the memory of a card of 24 GB",
     "peers": "SFT with LoRA of trl and Unsloth",
+    "adapters": "An update of an adapter in vLLM",
     "determinism": "Equal bits of two runs",
     "quickstart": "Quickstart",
     "proof": "Published results",
@@ -232,6 +251,7 @@ WRITERS: dict[str, Callable[[dict[str, Result]], list[str]]] = {
     "plan": _plan,
     "card": _training,
     "peers": _peers,
+    "adapters": _adapters,
     "determinism": _determinism,
     "quickstart": _quickstart,
     "proof": _proof,

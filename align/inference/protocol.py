@@ -167,8 +167,9 @@ class RolloutEngine(Protocol):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load a full set of weights under their transformers names, and drop every cached prefix.
 
-        ``merged_weights(model)`` of ``align.models.tuning`` gives them. Each tensor has the shape that the checkpoint
-        gives its name. Raises ``ValueError`` when one is missing.
+        ``policy_weights(model)`` of ``align.inference.trainer_engine`` gives them: an engine that has their base loads
+        the adapter only. Each tensor has the shape that the checkpoint gives its name. Raises ``ValueError`` when one
+        is missing.
         """
 
     def score_tokens(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align.inference.transformers import pick_tokens
-from align.inference.weights import combine, digest_all
+from align.inference.weights import AdaptedWeights, HeldBase, checkpoint_weights, combine, digest_all
 from align.patches.vllm import count_calls, draw_once_per_row, flatten_rotary, reload_on_cpu, use_cpu_norms
 
 WORKER = f"{__name__}.WeightsKeeper"
@@ -33,22 +33,33 @@ class WeightsKeeper:
     device: Any
     model_runner: Any
 
-    def align_load_weights(self, path: str, version: str, digest: str) -> dict[str, Any]:
+    def align_load_weights(
+        self, path: str, version: str, digest: str, base: str = "", base_digest: str = ""
+    ) -> dict[str, Any]:
         """Load the safetensors of a folder under the name ``version``, and report what is held then.
 
-        Raises ``ValueError``, and loads no tensor, if the tensors do not have the digest ``digest``.
+        With ``base``, another folder, they are an adapter of its weights (``align.inference.weights.AdaptedWeights``).
+        Raises ``ValueError``, and loads no tensor, if the tensors do not have the digest that was announced.
         """
-        from align.inference.weights import checkpoint_weights
-
         # 1. Hash what this process reads: a folder on another machine may show old or half-copied files.
-        received = combine(digest_all(checkpoint_weights(Path(path))))
-        if received != digest:
-            raise ValueError(f"the weights in {path} have the digest {received}, and {digest} was announced")
+        _refuse_other(path, digest)
         self._align_count_loads()
         # 2. Load through vLLM's own method, which the counter sees.
         with reload_on_cpu(self.model_runner.get_model()):
-            self.reload_weights(weights_path=path)  # type: ignore[attr-defined]
-        return self.align_name_weights(version, received)
+            if base:
+                self._align_load_adapter(path, base, base_digest)
+            else:
+                self.reload_weights(weights_path=path)  # type: ignore[attr-defined]
+        return self.align_name_weights(version, digest)
+
+    def _align_load_adapter(self, path: str, base: str, base_digest: str) -> None:
+        if self._align_held.key != base_digest:
+            _refuse_other(base, base_digest)
+        # The base stays on disk, and in the system's cache of files: merged weights are all that this process holds.
+        adapter = {name: tensor.to(self.device) for name, tensor in checkpoint_weights(Path(path))}
+        weights = AdaptedWeights(base_digest, lambda: checkpoint_weights(Path(base)), adapter)
+        with self._align_held.loading(weights) as needed:
+            self.reload_weights(weights_iterator=iter(needed))  # type: ignore[attr-defined]
 
     def align_name_weights(self, version: str, digest: str | None = None) -> dict[str, Any]:
         """Give the weights that are held a name and the digest under which they came, and report what is held."""
@@ -80,6 +91,7 @@ class WeightsKeeper:
         if hasattr(self, "_align_loads"):
             return
         self._align_loads = 0
+        self._align_held = HeldBase()
         # The run asks for a report before it samples; in a server that runs already, before it loads weights.
         self._align_speed_up()
         count_calls(self, WEIGHT_METHODS, self._align_count)
@@ -93,3 +105,11 @@ class WeightsKeeper:
 
     def _align_count(self) -> None:
         self._align_loads += 1
+        self._align_held.key = None
+
+
+def _refuse_other(path: str, digest: str) -> None:
+    """Raise ``ValueError`` if the tensors in the folder ``path`` have another digest."""
+    received = combine(digest_all(checkpoint_weights(Path(path))))
+    if received != digest:
+        raise ValueError(f"the weights in {path} have the digest {received}, and {digest} was announced")

@@ -9,7 +9,7 @@ large ones, and PPO would learn from them without complaint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,8 +18,17 @@ import torch
 from align.config.runtime.launch import rank
 from align.inference.protocol import RolloutEngine, Sampling
 from align.inference.servers.pool import PoolEngine
+from align.inference.weights import AdaptedWeights, Weights
 from align.models.compute.processes import rank_range
 from align.models.experts import has_experts, router_disagreement, token_experts
+from align.models.tuning.peft_layers import (
+    adapter_tensors,
+    frozen_weights,
+    is_low_rank,
+    is_trained_rows,
+    merged_weights,
+    tuner_layers,
+)
 
 Result = TypeVar("Result")
 
@@ -38,11 +47,22 @@ class RemoteRankEngine:
 
     sample = score_tokens = generate
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Do nothing with weights of any shape: the first process gives the servers theirs."""
 
     def close(self) -> None:
         """Do nothing: this process holds no engine."""
+
+
+def policy_weights(model: Any) -> Weights:
+    """Return a live policy's weights for ``load_weights``: base and adapter for plain LoRA on matrices, else merged.
+
+    Rows and modules that are trained in full are part of the adapter. The tensors are the model's own where possible.
+    """
+    layers = tuner_layers(model).values()
+    if not any(map(is_low_rank, layers)) or not all(is_low_rank(layer) or is_trained_rows(layer) for layer in layers):
+        return merged_weights(model)
+    return AdaptedWeights(model, lambda: frozen_weights(model), adapter_tensors(model))
 
 
 def is_shared(engine: Any) -> bool:

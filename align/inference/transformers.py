@@ -13,7 +13,6 @@ log-probabilities differ from the trainer's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 
 from align.errors import UserError
 from align.inference.protocol import Progress, Response, Sampling, TurnRequest, Watchdog
+from align.inference.weights import HeldBase, Weights
 from align.models.compute.processes import cumulative_sum, trim_malloc
 from align.models.experts import has_experts, token_experts
 from align.models.loading import load_policy, load_tokenizer
@@ -53,6 +53,7 @@ class TransformersEngine:
         self.batch_size = batch_size
         self.eos = int(self.tokenizer.eos_token_id)
         self.pad = int(self.tokenizer.pad_token_id)
+        self.held = HeldBase()
 
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None
@@ -153,30 +154,30 @@ class TransformersEngine:
         """Return the experts of each row's tokens, (L, T, k) for L layers; the model is a mixture of experts."""
         return token_experts(self.model, rows)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Copy a full set of weights into the model, so further training does not change the sampler halfway.
 
         Names are the model's own, or those of its files, which store each expert of a mixture. A tied tensor may be
         missing: its memory is another tensor's, which was copied.
         """
         state = self.model.state_dict()
-        missing = set(state)
-        with self.watchdog.watch("load_weights"):
-            for name, tensor in self._by_own_names(weights):
+        names_by_address: dict[int, set[str]] = {}
+        for name, tensor in state.items():
+            names_by_address.setdefault(tensor.data_ptr(), set()).add(name)
+        with self.watchdog.watch("load_weights"), self.held.loading(weights) as needed:
+            missing = set(state) if needed is weights else set()
+            for name, tensor in self._by_own_names(needed):
                 if name not in state:
                     raise ValueError(f"the engine's model has no weight '{name}'")
                 state[name].copy_(tensor)
                 missing.discard(name)
                 self.watchdog.progress()
-        names_by_address: dict[int, set[str]] = {}
-        for name, tensor in state.items():
-            names_by_address.setdefault(tensor.data_ptr(), set()).add(name)
-        # Tied tensors share an address, so a single name is enough.
-        lacking = sorted(name for name in missing if len(names_by_address[state[name].data_ptr()]) == 1)
-        if lacking:
-            raise ValueError(f"the new weights lack {', '.join(lacking[:3])}: a full set is needed")
+            # Tied tensors share an address, so a single name is enough.
+            lacking = sorted(name for name in missing if len(names_by_address[state[name].data_ptr()]) == 1)
+            if lacking:
+                raise ValueError(f"the new weights lack {', '.join(lacking[:3])}: a full set is needed")
 
-    def _by_own_names(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
+    def _by_own_names(self, weights: Weights) -> Weights:
         """Return the weights by the model's names; only those of a mixture's files are read before they are copied."""
         if not has_experts(self.model.config):
             return weights

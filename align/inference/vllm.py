@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,15 @@ from align.inference.vllm_internals import (
     stored_adapter,
     why_model_unsupported,
 )
-from align.inference.weights import needs_tied_head, refuse_missing, weight_names, with_stored_names, with_tied_head
+from align.inference.weights import (
+    HeldBase,
+    Weights,
+    needs_tied_head,
+    refuse_missing,
+    weight_names,
+    with_stored_names,
+    with_tied_head,
+)
 from align.models.compute.processes import empty_caches
 from align.models.fast.stateful_layers import carries_state
 from align.models.loading import load_tokenizer
@@ -172,6 +180,7 @@ class VllmEngine:
         self.steps = Steps(self.llm, self.watchdog.progress, max_length)
         self.adapter = stored_adapter(self.runner, model_dir, dtype)
         self.tied = needs_tied_head(self.llm.model_config.hf_config)
+        self.held = HeldBase()
         if device.type == "cpu":
             draw_once_per_row(self.runner, pick_tokens)
             use_cpu_norms()
@@ -245,23 +254,25 @@ class VllmEngine:
                 self.sleep_mode.sleep()
         return [outputs[name] for name in names]
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Replace the policy's weights in the live model, and drop every cached prefix.
 
-        Each tensor has the shape that the checkpoint gives its name; vLLM fuses them into its own.
+        Each tensor has the shape that the checkpoint gives its name; vLLM fuses them into its own. Of
+        ``AdaptedWeights`` on the base that the model has, only layers with an adapter are replaced.
         """
         check_idle(self.session, "load_weights")
         loaded: set[str] = set()
-        with self.watchdog.watch("load_weights"):
+        with self.watchdog.watch("load_weights"), self.held.loading(weights) as needed:
             with torch.no_grad(), _preserve_global_state():
                 self.sleep_mode.wake(WEIGHTS)
                 with reload_on_cpu(self.runner.model):
-                    self.runner.reload_weights(weights_iterator=self._complete(weights, loaded))
-            refuse_missing(self.names, loaded)
+                    self.runner.reload_weights(weights_iterator=self._complete(needed, loaded))
+            if needed is weights:
+                refuse_missing(self.names, loaded)
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("vLLM kept its prefix cache across a change of weights: requests still hold blocks")
 
-    def _complete(self, weights: Iterable[tuple[str, torch.Tensor]], loaded: set[str]) -> Iterator[tuple[str, Any]]:
+    def _complete(self, weights: Weights, loaded: set[str]) -> Iterator[tuple[str, Any]]:
         """Yield the weights with the tied head, and add their names to ``loaded``.
 
         A stored adapter's tensors go to its hooks instead.

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from align.config.user_paths import user_path
 from align.models.checkpoints.files import CONFIG, read_optional, weight_files
 from align.models.pretrained import stored_tensors
+from align.models.tuning.peft_layers import HIGH, LOW, SCALE
 from align.pipeline.process_limits import usable_cores
 from align.store.json_files import write_text_atomically
 
@@ -95,6 +96,68 @@ def with_stored_names(
         waiting[name] = tensor.detach()
     if waiting:
         yield from stored_tensors(model_dir, waiting).items()
+
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class AdaptedWeights:
+    """Weights of a policy as a base that stays and an adapter, which is all that an engine with the base needs.
+
+    Iterating yields all weights, bit for bit those of ``merged_weights``.
+    """
+
+    def __init__(
+        self, key: object, base: Callable[[], Iterator[tuple[str, torch.Tensor]]], adapter: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Bases with equal keys are equal. ``adapter`` has parts of low-rank updates, and whole tensors, by name.
+
+        ``base`` yields all tensors in their shapes (``align.models.tuning.peft_layers.frozen_weights``).
+        """
+        self.key = key
+        self.base = base
+        self.adapter = adapter
+        self.names = {name.rpartition(".")[0] if name.endswith((LOW, HIGH, SCALE)) else name for name in adapter}
+        """Names of the tensors that differ from the base's."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return (self._merge(name, tensor) for name, tensor in self.base())
+
+    def changed(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield all tensors of the layers that have an adapter: engines fuse matrices of a layer."""
+        scopes = set(map(_scope_of, self.names))
+        return (self._merge(name, tensor) for name, tensor in self.base() if _scope_of(name) in scopes)
+
+    @torch.no_grad()
+    def _merge(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """Return a tensor (out, in) of the base with its update, in float32."""
+        low = self.adapter.get(f"{name}{LOW}")
+        if low is None:
+            return name, self.adapter.get(name, tensor)
+        # From the base each time: adding differences to merged weights would round them more with every update.
+        update = self.adapter[f"{name}{HIGH}"] @ low * self.adapter[f"{name}{SCALE}"].item()
+        return name, tensor.to(update.device).float().add(update)
+
+
+def _scope_of(name: str) -> str:
+    """Return the beginning of the names of a layer's tensors, or of a module's outside layers."""
+    match = LAYER.match(name)
+    return name.rpartition(".")[0] if match is None else match.group()
+
+
+class HeldBase:
+    """The base that an engine's weights were merged from."""
+
+    key: object = None
+
+    @contextlib.contextmanager
+    def loading(self, weights: Weights) -> Iterator[Weights]:
+        """Yield what an engine lacks of ``weights``: all tensors, or those of changed layers if it has their base."""
+        adapted = weights if isinstance(weights, AdaptedWeights) else None
+        is_held = adapted is not None and adapted.key == self.key
+        self.key = None  # a load that fails leaves a mixture
+        yield adapted.changed() if adapted is not None and is_held else weights
+        self.key = None if adapted is None else adapted.key
 
 
 def adapter_weights(model_dir: Path) -> dict[str, torch.Tensor]:
@@ -188,6 +251,12 @@ class WeightsFolder:
         """Prefix of this run's version names: another run may give weights to the same server."""
         self.digests: dict[int, str] = {}
         """Version → digest of the tensors that were written."""
+        self.base_key: object = None
+        """Key of the base that was written last (``AdaptedWeights``)."""
+        self.base: dict[str, str] = {}
+        """Its folder and digest, as ``server_worker.WeightsKeeper`` takes them."""
+        self.bases: dict[int, dict[str, str]] = {}
+        """Version that is an adapter → its base."""
         self._temporary = contextlib.ExitStack()
         self.path = self.temporary(spec.pool.weights_folder)
 
@@ -210,34 +279,60 @@ class WeightsFolder:
         """Return the name of a version, unique among all runs."""
         return f"{self.owner}:{version}"
 
-    def write(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+    def write(self, weights: Weights) -> int:
         """Write the next version and return its number. Floating-point tensors are written in the servers' type.
 
-        Each tensor has the shape that the checkpoint gives its name.
+        Each tensor has the shape that the checkpoint gives its name. Of ``AdaptedWeights`` the base is written once,
+        its adapted matrices as they are, and each version is an adapter, in float32.
         Raises ``ValueError`` when a tensor is missing; the version then does not exist.
         """
-        spec = self.spec
         version = self.version + 1
-        folder = self.path_of(version)
+        # Files that name tensors otherwise than the live model does have no place for its adapter.
+        if isinstance(weights, AdaptedWeights) and weights.names <= {*self.spec.tensor_names, HEAD}:
+            if self.base_key != weights.key:
+                folder = self.path / f"base_{version}"
+                self.base = {"base": str(folder), "base_digest": self._write(weights.base(), folder, weights.names)}
+                self.base_key = weights.key
+            adapter = with_tied_head(weights.adapter.items(), self.spec.tied_embeddings)
+            parts = weights.adapter.keys() - weights.names
+            self.digests[version] = self._write(adapter, self.path_of(version), parts, is_full=False)
+            self.bases[version] = self.base
+        else:
+            self.digests[version] = self._write(weights, self.path_of(version))
+        self.version = version
+        return version
+
+    def _write(self, weights: Weights, folder: Path, exact: Set[str] = frozenset(), *, is_full: bool = True) -> str:
+        """Write ``folder`` and return the digest of its tensors; those of ``exact`` keep their types."""
+        spec = self.spec
         draft = folder.with_name(f"{folder.name}.partial")
         draft.mkdir()
         try:
-            stored = with_stored_names(weights, spec.model_dir, spec.tensor_names)
-            digests = write_shards(with_tied_head(stored, spec.tied_embeddings), draft, spec.dtype)
-            refuse_missing(set(spec.tensor_names), set(digests))
-            # Servers treat the folder for its own checkpoint, so it needs all of its small files.
-            for file in spec.model_dir.iterdir():  # configuration and tokenizer
-                if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json"):
-                    shutil.copyfile(file, draft / file.name)
+            if is_full:
+                stored = with_stored_names(weights, spec.model_dir, spec.tensor_names)
+                weights = with_tied_head(stored, spec.tied_embeddings)
+            digests = write_shards(weights, draft, spec.dtype, exact)
+            if is_full:
+                refuse_missing(set(spec.tensor_names), set(digests))
+                self._copy_small_files(draft)
             # A server that looks for this version sees it complete or not at all; the marker says so to others.
             draft.rename(folder)
             (folder / READY).touch()
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-        self.version = version
-        self.digests[version] = combine(digests)
-        return version
+        return combine(digests)
+
+    def _copy_small_files(self, folder: Path) -> None:
+        """Copy configuration and tokenizer: servers treat the folder for their own checkpoint."""
+        for file in self.spec.model_dir.iterdir():
+            if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, folder / file.name)
+
+    def announcement(self, version: int) -> dict[str, str]:
+        """Return the arguments with which a server loads a version (``server_worker.WeightsKeeper``)."""
+        call = {"path": str(self.path_of(version)), "version": self.name_of(version), "digest": self.digests[version]}
+        return call | self.bases.get(version, {})
 
     def drop_before(self, version: int) -> None:
         """Remove the versions before ``version``."""
@@ -252,10 +347,10 @@ class WeightsFolder:
         self._temporary.close()
 
 
-def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype) -> dict[str, str]:
+def write_shards(weights: Weights, folder: Path, dtype: torch.dtype, exact: Set[str] = frozenset()) -> dict[str, str]:
     """Write safetensors of about ``SHARD_BYTES`` bytes each and their index; floating-point tensors in ``dtype``.
 
-    Tensors keep their shapes. Returns name → digest of each tensor as it was written.
+    Tensors keep their shapes, and those of ``exact`` their types. Returns name → digest of each tensor as written.
     """
     from safetensors.torch import save_file
 
@@ -273,7 +368,7 @@ def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtyp
         shard.clear()
 
     for name, tensor in weights:
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        kind = dtype if tensor.is_floating_point() and name not in exact else tensor.dtype
         # A separate copy: safetensors refuses tensors that share memory, as a tied head does.
         copy = tensor.detach().to("cpu", kind, copy=True, memory_format=torch.contiguous_format)
         # Write what is held before the next tensor would pass the limit: only one shard is in memory.

@@ -8,10 +8,10 @@ from typing import Any
 
 from align.config.runtime import Runtime
 from align.evaluation.training_tasks import LiveModel
+from align.inference.trainer_engine import policy_weights
 from align.models.checkpoints.conversion import plain_of
 from align.models.checkpoints.sharding import full_model
 from align.models.compute.processes import RestingWeights
-from align.models.tuning.peft_layers import merged_weights
 from align.rl.model import trunk_of
 from align.rl.update_steps import measure_passes
 from align.training.held_out import scoring
@@ -50,7 +50,7 @@ def prepare_engine(trainer: Any, update: int) -> dict[str, float]:
     started = time.perf_counter()
     # Sharded weights are gathered for the engine, and freed again when it has them.
     with full_model(trainer.model) as model:
-        trainer.prefetcher.set_weights(update, merged_weights(model.policy))
+        trainer.prefetcher.set_weights(update, policy_weights(model.policy))
         is_probing = trainer.probe.is_due(update)
         is_validating = trainer.validation is not None and update % int(trainer.config.eval_updates or 1) == 0
         is_evaluating = trainer.tasks is not None and trainer.tasks.is_due(update)
@@ -62,7 +62,7 @@ def prepare_engine(trainer: Any, update: int) -> dict[str, float]:
         synchronized = time.perf_counter()
         if is_evaluating and evaluate_tasks(trainer, update):
             # Drop the prefixes that the engine has cached for the tasks: rollouts must not depend on them.
-            trainer.prefetcher.set_weights(update, merged_weights(model.policy))
+            trainer.prefetcher.set_weights(update, policy_weights(model.policy))
     if is_validating:
         validate(trainer, update)
     seconds = {"sync": synchronized - started}

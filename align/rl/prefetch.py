@@ -10,19 +10,17 @@ within a turn.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
-
-import torch
 
 from align.environments.episode import Episode
 from align.inference.protocol import Response
 from align.inference.servers.pool import PoolEngine
 from align.inference.trainer_engine import is_shared
+from align.inference.weights import Weights
 from align.rl.rollout import Rollout
 
-Weights = Iterable[tuple[str, torch.Tensor]]
 InFlight = Literal["wait", "continue"]
 
 

@@ -16,10 +16,10 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from align.config.runtime.launch import rank
 from align.errors import UserError
+from align.inference.trainer_engine import policy_weights
 from align.models.checkpoints.sharding import full_model
 from align.models.compute.processes import broadcast
 from align.models.tuning.apply import parameter_counts
-from align.models.tuning.peft_layers import merged_weights
 from align.pipeline.context import StageContext
 from align.rl.alarms import count_alarms
 from align.rl.checkpoint import last_checkpoint, load_checkpoint, load_random_state
@@ -153,7 +153,7 @@ def _validate_last(trainer: Any) -> None:
     is_evaluating = trainer.tasks is not None and trainer.update not in trainer.tasks.scores
     if is_validating or is_evaluating:
         with full_model(trainer.model) as model:
-            trainer.engine.load_weights(merged_weights(model.policy))
+            trainer.engine.load_weights(policy_weights(model.policy))
     if is_evaluating:
         evaluate_tasks(trainer, trainer.update, is_required=trainer.config.best_metric is not None)
     if is_validating:

@@ -13,12 +13,12 @@ from align.inference.engine import open_engine
 from align.inference.protocol import Response, RolloutEngine, Sampling
 from align.inference.thoughts import ThoughtReader, generate, require_answer_room
 from align.inference.token_scores import ScoringEndpoint
+from align.inference.trainer_engine import policy_weights
 from align.lint.trainer import Split, lint_stage
 from align.models.checkpoints.sharding import full_model
 from align.models.compute.processes import broadcast, device_of, use_threads
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning, engine_source
-from align.models.tuning.peft_layers import merged_weights
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 from align.training.arguments import shares_prefixes, training_arguments
@@ -288,7 +288,7 @@ def _sampler(context: StageContext, engine: RolloutEngine, tokenizer: Any) -> An
     def sample(model: Any, prompts: list[list[int]], step: int) -> list[Response]:
         # On-policy: the engine gets the student's current weights before each of its steps.
         with torch.no_grad(), full_model(model) as student:
-            engine.load_weights(merged_weights(student))
+            engine.load_weights(policy_weights(student))
         # Each step has its own seed, so a resumed run samples the same answers as an uninterrupted run.
         sampling = Sampling(
             config.max_tokens,

@@ -11,10 +11,20 @@ from align.capacity.plan import estimator_of
 from align.models.compute.model_types import architecture_of, read_architecture
 from align.models.loading import load_policy, load_tokenizer
 from align.pipeline.registry import STAGES
-from benchmarks.gpu_items import Item, Machine, card_items, determinism_items, peer_items, plan_items, training_items
+from benchmarks.gpu_items import (
+    Item,
+    Machine,
+    adapter_items,
+    card_items,
+    determinism_items,
+    peer_items,
+    plan_items,
+    training_items,
+)
 from benchmarks.gpu_models import SHAPES, make_model, sizes_of
 from benchmarks.gpu_peers import measure
 from benchmarks.gpu_run import operations_of_row
+from benchmarks.gpu_table import WRITERS, summarize
 from benchmarks.stage_work import FIELD, ROLLOUTS, config_of, reads_reward
 
 MACHINES = [Machine("cuda", tiny=False), Machine("cpu", tiny=True)]
@@ -61,6 +71,18 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert obstacles["qwen2.5-0.5b ppo full vllm"] == "vllm is not installed"
     on_processor = {item.name: item.obstacle for item in training_items(Machine("cpu", tiny=True))}
     assert on_processor["qwen2.5-0.5b sft full liger"] == "liger_kernel needs a GPU"
+
+
+def test_adapters_are_measured_both_ways_at_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    items = adapter_items(Machine("cpu", tiny=True))
+    names = ["r16 merged", "r16 kernels", "r64 merged", "r64 kernels"]
+    assert [item.name for item in items[:4]] == [f"qwen2.5-0.5b {name}" for name in names]
+    assert {item.obstacle for item in items} == {"vllm is not installed"}
+    measured = {"bytes": 19_537_920, "seconds_of_update": 0.785, "tokens_per_second": 272.0, "gap": 0.0636}
+    (row,) = [line for line in WRITERS["adapters"]({"r16 kernels": measured}) if "kernels" in line]
+    assert row == "| r16 kernels | 19.5 | 0.785 | - | 272 | 0.0636 |"
+    assert summarize(measured) == "update 0.785 s, 272 tokens/s"
 
 
 @pytest.mark.parametrize(

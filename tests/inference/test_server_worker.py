@@ -34,8 +34,10 @@ class Worker(WeightsKeeper):
         self.model = torch.nn.Linear(3, 2)
         self.model_runner = SimpleNamespace(get_model=lambda: self.model)
 
-    def reload_weights(self, weights_path: str) -> None:
-        self.model.load_state_dict(dict(checkpoint_weights(Path(weights_path))))
+    def reload_weights(self, weights_path: str = "", weights_iterator: Any = None) -> None:
+        weights = checkpoint_weights(Path(weights_path)) if weights_iterator is None else weights_iterator
+        self.loaded = dict(weights)
+        self.model.load_state_dict(self.loaded, strict=False)
 
     def update_weights(self, update_info: Any) -> None:
         """Take weights over NCCL."""
@@ -85,6 +87,32 @@ def test_weights_are_loaded_if_their_digest_fits(tmp_path: Path) -> None:
         worker.align_load_weights(second_folder, "run:2", digest)
     assert torch.equal(worker.model.weight, before)
     assert getattr(worker, REPORT)(content=True) == message
+
+
+def test_an_adapter_is_added_to_its_base(tmp_path: Path) -> None:
+    base = {"layers.0.q.weight": torch.ones(2, 3), "norm.weight": torch.ones(3)}
+    parts = {"low": torch.ones(1, 3), "high": torch.ones(2, 1), "scale": torch.tensor(0.5, dtype=torch.float64)}
+    adapter = {f"layers.0.q.weight.{part}": tensor for part, tensor in parts.items()}
+    for name, tensors in (("base", base), ("adapter", adapter)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    digest, base_digest = (combine(digest_all(tensors.items())) for tensors in (adapter, base))
+    worker = Worker()
+
+    def load() -> set[str]:
+        folders = {"path": str(tmp_path / "adapter"), "base": str(tmp_path / "base")}
+        report = worker.align_load_weights(**folders, version="run:1", digest=digest, base_digest=base_digest)
+        assert (report["version"], report["digest"]) == ("run:1", digest)
+        # 1 + 0.5 * 1 * 1: added to the base each time
+        assert torch.equal(worker.loaded["layers.0.q.weight"], torch.full((2, 3), 1.5))
+        return set(worker.loaded)
+
+    assert [load(), load()] == [set(base), {"layers.0.q.weight"}]
+    worker.reload_weights(weights_path=saved(tmp_path / "other", 1)[0])
+    assert load() == set(base)
+    with pytest.raises(ValueError, match="base have the digest .* was announced"):
+        worker.align_load_weights(str(tmp_path / "adapter"), "run:2", digest, str(tmp_path / "base"), "0" * 64)
+    assert load() == {"layers.0.q.weight"}
 
 
 def test_a_load_by_anybody_else_shows(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from align.inference.servers.server import COMPLETIONS, FAULTS, NO_WEIGHTS, Memb
 from align.inference.servers.server_client import POLL_SECONDS, BadReply, EngineLost, WeightsChanged
 from align.inference.servers.server_options import ServerSpec
 from align.inference.servers.server_process import GRACE_SECONDS
-from align.inference.weights import WeightsFolder, checkpoint_weights, with_stored_names, with_tied_head
+from align.inference.weights import Weights, WeightsFolder, checkpoint_weights, with_stored_names, with_tied_head
 
 Result = TypeVar("Result")
 
@@ -187,7 +187,7 @@ class PoolEngine:
 
         self._for_each([member for member in self._ready_members() if not member.is_loading], check)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Give every server a full set of weights; none samples again before it holds them.
 
         Each tensor has the shape that the checkpoint gives its name.
@@ -202,7 +202,7 @@ class PoolEngine:
         """True when weights can be written now, and read by the servers later."""
         return self.spec.pool.weights == "folder"
 
-    def write_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+    def write_weights(self, weights: Weights) -> int:
         """Write a full set, in the checkpoint's shapes, and return its version for ``adopt``.
 
         Servers continue with what they hold.
@@ -233,7 +233,7 @@ class PoolEngine:
         self.await_ready()
         self._give(version)
 
-    def _give(self, weights: Iterable[tuple[str, torch.Tensor]] | int, first: bool = False) -> None:
+    def _give(self, weights: Weights | int, first: bool = False) -> None:
         """Give ready servers weights, or a version that was written.
 
         A server that fails is lost, but with ``first`` its error is raised: whoever opens the pool must know.

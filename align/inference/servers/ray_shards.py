@@ -8,7 +8,7 @@ over HTTP, which need no Ray.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from align.errors import UserError
 from align.inference import ray_client
 from align.inference.protocol import EngineSpec, Progress, Response, RolloutEngine, Sampling, TurnRequest
 from align.inference.sessions import open_session
+from align.inference.weights import AdaptedWeights, Weights
 
 SHARES = 4
 """Shares for each engine: an engine that is slow, or comes late, gets fewer."""
@@ -104,10 +105,16 @@ class Shard:
 
     def _take_weights(self, version: int, weights: list[Any]) -> None:
         """Load weights before a call that needs them. An actor that was restarted holds version 0."""
-        if version != self.version:
-            tensors = ray_client.require_ray().get(weights[0])
-            self.engine.load_weights((name, torch.as_tensor(tensor)) for name, tensor in tensors)
-            self.version = version
+        if version == self.version:
+            return
+        get = ray_client.require_ray().get
+        tensors = ((name, torch.as_tensor(tensor)) for name, tensor in get(weights[0]))
+        if len(weights) == 1:
+            self.engine.load_weights(tensors)
+        else:
+            _, key, base = weights
+            self.engine.load_weights(AdaptedWeights(key, lambda: iter(get(base)), dict(tensors)))
+        self.version = version
 
 
 class RayEngine:
@@ -121,8 +128,11 @@ class RayEngine:
         self.ray = self.connection.__enter__()
         self.version = 0
         # The reference is wrapped in a list, because Ray resolves references that are arguments themselves: each call
-        # would copy all weights, also to an engine that has them.
+        # would copy all weights, also to an engine that has them. An adapter is followed by its base's number and
+        # reference.
         self.weights: list[Any] = [None]
+        self.base: tuple[object, list[Any]] | None = None
+        """Key of the base that Ray holds; its number and reference."""
         try:
             self.actors = self._start_actors(spec, open_engine)
             self.name, dtype, warnings = self._await_first(spec.runtime.engine.timeout)
@@ -236,14 +246,22 @@ class RayEngine:
             idle.append(actor)
         return [result for first in sorted(results) for result in results[first]]
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Put a full set of weights, in the checkpoint's shapes, into Ray once.
+    def load_weights(self, weights: Weights) -> None:
+        """Put weights, in the checkpoint's shapes, into Ray once: all of them, or an adapter whose base is there.
 
-        Each engine reads it before its next call.
+        Each engine reads them before its next call.
         """
-        tensors = [(name, tensor.detach().cpu().contiguous()) for name, tensor in weights]
-        self.weights = [self.ray.put(tensors)]
         self.version += 1
+        if not isinstance(weights, AdaptedWeights):
+            self.weights = [self._put(weights)]
+            return
+        if self.base is None or self.base[0] != weights.key:
+            self.base = (weights.key, [self.version, self._put(weights.base())])
+        self.weights = [self._put(weights.adapter.items()), *self.base[1]]
+
+    def _put(self, weights: Weights) -> Any:
+        """Return Ray's reference to a copy of the tensors, in their shapes."""
+        return self.ray.put([(name, tensor.detach().cpu().contiguous()) for name, tensor in weights])
 
     def close(self) -> None:
         """End the engines and the connection."""

@@ -14,17 +14,14 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable
 from typing import Any
-
-import torch
 
 from align.inference.protocol import Progress, Response, Sampling, TurnRequest, Watchdog
 from align.inference.server_worker import LOAD, NAME, REPORT
 from align.inference.servers.server_client import POLL_SECONDS, BadReply, Client, EngineLost, WeightsChanged
 from align.inference.servers.server_options import NcclSender, ServerSpec, check_server, read_key
 from align.inference.servers.server_process import GRACE_SECONDS, Placement, ServerLaunch, start_server
-from align.inference.weights import WeightsFolder, with_stored_names, with_tied_head
+from align.inference.weights import Weights, WeightsFolder, with_stored_names, with_tied_head
 
 COMPLETIONS = "/v1/completions"
 RPC = "/collective_rpc"
@@ -211,8 +208,8 @@ class ServerEngine:
 
     # ---- weights ----
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Give the server a full set of weights, in the checkpoint's shapes, through the folder or over NCCL."""
+    def load_weights(self, weights: Weights) -> None:
+        """Give the server weights, in the checkpoint's shapes, through the folder, or all of them over NCCL."""
         if self.spec.pool.weights == "nccl":
             self.send_weights(weights)
             return
@@ -220,7 +217,7 @@ class ServerEngine:
         self.read_weights(version)
         self.folder.drop_before(version)
 
-    def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]], watchdog: Watchdog | None = None) -> None:
+    def send_weights(self, weights: Weights, watchdog: Watchdog | None = None) -> None:
         """Send weights over NCCL from the calling thread; the first call also joins the server's process group.
 
         Each tensor has the shape that the checkpoint gives its name.
@@ -242,15 +239,14 @@ class ServerEngine:
 
         Raises ``BadReply`` when it cannot read the folder, or reads other tensors there than were written.
         """
-        folder = self.folder.path_of(version)
-        name = self.folder.name_of(version)
-        digest = self.folder.digests[version]
+        call = self.folder.announcement(version)
+        name, digest = call["version"], call["digest"]
         # 1. The worker hashes the files before it loads them, and refuses other ones.
         try:
-            reports = self._call_workers(LOAD, path=str(folder), version=name, digest=digest)
+            reports = self._call_workers(LOAD, **call)
         except BadReply as error:
             raise BadReply(
-                f"{error}. It was told to read new weights from {folder}: can it, under this very path? "
+                f"{error}. It was told to read new weights from {call['path']}: can it, under this very path? "
                 "runtime.rollouts.weights_folder names a folder that both sides see."
             ) from None
         # 2. Every worker of a tensor-parallel server must report the new version.

@@ -13,7 +13,7 @@ other by the product itself. ``align.patches.peft`` puts it in the place of peft
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -44,7 +44,6 @@ Base = Mapping[str, torch.Tensor]
 """Frozen weights by plain name, to fold adapters into instead of the live weights."""
 
 
-@torch.no_grad()
 def merged_weights(model: Any, base: Base = MappingProxyType({})) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield ``(name, tensor)`` for every weight and saved buffer of ``model``, in their shapes without adapters.
 
@@ -53,9 +52,23 @@ def merged_weights(model: Any, base: Base = MappingProxyType({})) -> Iterator[tu
     """
     from peft import PeftModel
 
-    if not isinstance(model, PeftModel):
-        yield from plain_weights(model, base).items()
-        return
+    if isinstance(model, PeftModel):
+        return _weights(model, merge_layer, base)
+    return iter(plain_weights(model, base).items())
+
+
+@torch.no_grad()
+def _weights(
+    model: Any,
+    parts: Callable[[Any, Base], dict[str, torch.Tensor]],
+    base: Base = MappingProxyType({}),
+    *,
+    adapted_only: bool = False,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights of a peft model as ``merged_weights`` does; ``parts`` returns the tensors of an adapted layer.
+
+    ``adapted_only`` skips weights that no adapter changes.
+    """
     layers = tuner_layers(model)
     # Matrices in 4 bits without an adapter, by the plain name of their module.
     four_bit = {
@@ -75,6 +88,8 @@ def merged_weights(model: Any, base: Base = MappingProxyType({})) -> Iterator[tu
             yield f"{module}.{rest.partition('.')[2]}", tensor
             continue
         layer = _adapted_layer_of(name, layers)
+        if layer is None and adapted_only:
+            continue
         if layer is None:
             quantized = four_bit.get(_quantized_module(name))
             if quantized is None:
@@ -94,8 +109,53 @@ def merged_weights(model: Any, base: Base = MappingProxyType({})) -> Iterator[tu
                 continue
             own_names = layers[layer].get_base_layer().state_dict()
             stored = {name: base[f"{layer}.{name}"] for name in own_names if f"{layer}.{name}" in base}
-            for leaf, value in merge_layer(layers[layer], stored).items():
+            for leaf, value in parts(layers[layer], stored).items():
                 yield f"{layer}.{leaf}", value
+
+
+LOW, HIGH, SCALE = ".low", ".high", ".scale"
+"""Endings of the names of a matrix's low-rank update: A (r, in), B (out, r), and the factor of their product."""
+
+
+def is_low_rank(layer: Any) -> bool:
+    """Return True for plain LoRA on a matrix, whose update is the product of two matrices and a number."""
+    if isinstance(layer, ParamWrapper) or not _is_plain_lora(layer) or len(layer.lora_A) != 1:
+        return False
+    (adapter,) = layer.lora_A
+    return (
+        isinstance(layer.get_base_layer(), torch.nn.Linear)
+        and layer.active_adapters == [adapter]
+        and layer.lora_B[adapter].bias is None
+    )
+
+
+def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Return what training changes in a peft model whose layers are low-rank or trained rows, without copies.
+
+    Rows and modules that are trained come as whole tensors, matrices as the parts of their update.
+    """
+
+    def parts(layer: Any, stored: Base) -> dict[str, torch.Tensor]:
+        (adapter,) = layer.lora_A
+        return {
+            f"weight{LOW}": layer.lora_A[adapter].weight.detach().float(),
+            f"weight{HIGH}": layer.lora_B[adapter].weight.detach().float(),
+            f"weight{SCALE}": torch.tensor(layer.scaling[adapter], dtype=torch.float64),
+        }
+
+    return dict(_weights(model, parts, adapted_only=True))
+
+
+def frozen_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights that ``adapter_tensors`` belong to, as ``merged_weights`` does. Matrices in 4 bits become
+    float32."""
+
+    def parts(layer: Any, stored: Base) -> dict[str, torch.Tensor]:
+        base = layer.get_base_layer()
+        weight = base.weight.detach() if base.weight.is_floating_point() else float_weight(base)
+        return {**_own_tensors(base), "weight": weight}
+
+    return _weights(model, parts)
 
 
 def _quantized_module(name: str) -> str:

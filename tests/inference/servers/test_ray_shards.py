@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from align.inference.protocol import Sampling
 from align.inference.servers import ray_shards
-from align.inference.servers.ray_shards import RayEngine, shard_sampling
+from align.inference.servers.ray_shards import RayEngine, Shard, shard_sampling
+from align.inference.weights import AdaptedWeights, HeldBase
 
 
 @given(st.integers(0, 2**40), st.integers(1, 30), st.integers(0, 29), st.booleans())
@@ -65,3 +68,31 @@ def test_shares_keep_their_order_if_an_engine_dies(monkeypatch: pytest.MonkeyPat
     assert engine(0)._run_shares(0, lambda *_: None, messages.append) == []
     with pytest.raises(RuntimeError, match="engines on the Ray cluster died 7 times"):
         engine(99)._run_shares(50, lambda actor, first, last: (actor, range(first, last)), messages.append)
+
+
+def test_only_the_adapter_is_put_for_later_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    put: list[list[str]] = []
+    loaded: list[dict[str, torch.Tensor]] = []
+    held = HeldBase()
+
+    def load(weights: Any) -> None:
+        with held.loading(weights) as needed:
+            loaded.append(dict(needed))
+
+    ray = SimpleNamespace(put=lambda tensors: put.append([name for name, _ in tensors]) or tensors, get=list)
+    monkeypatch.setattr(ray_shards.ray_client, "require_ray", lambda: ray)
+    trainer, shard = object.__new__(RayEngine), object.__new__(Shard)
+    trainer.ray, trainer.version, trainer.base = ray, 0, None
+    shard.engine, shard.version = SimpleNamespace(load_weights=load), 0  # type: ignore[assignment]
+    base = {"layers.0.q.weight": torch.ones(2), "norm.weight": torch.ones(2)}
+    for value in (2.0, 3.0):
+        adapter = {"layers.0.q.weight": torch.full((2,), value)}
+        trainer.load_weights(AdaptedWeights("policy", lambda: iter(base.items()), adapter))
+        for _ in range(2):  # the second call has nothing to read
+            shard._take_weights(trainer.version, trainer.weights)
+    trainer.load_weights(list(base.items()))
+    shard._take_weights(trainer.version, trainer.weights)
+    # The base is put once, before the first adapter; whole weights are put whole.
+    assert put == [list(base), ["layers.0.q.weight"], ["layers.0.q.weight"], list(base)]
+    assert [list(tensors) for tensors in loaded] == [list(base), ["layers.0.q.weight"], list(base)]
+    assert [float(tensors["layers.0.q.weight"][0]) for tensors in loaded] == [2.0, 3.0, 1.0]

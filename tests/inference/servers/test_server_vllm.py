@@ -18,15 +18,17 @@ import torch
 
 from align.config.runtime import EngineConfig
 from align.config.runtime.rollouts import RolloutsConfig
+from align.config.tuning import LoraTuning
 from align.inference.protocol import Sampling, TurnRequest
 from align.inference.servers.server import COMPLETIONS, RESET, RPC, ServerEngine
 from align.inference.servers.server_client import BadReply, EngineLost, WeightsChanged
 from align.inference.servers.server_options import INFO, ServerSpec
 from align.inference.servers.server_process import LocalServer
-from align.inference.trainer_engine import ParityError, probe, trainer_logprobs
+from align.inference.trainer_engine import ParityError, policy_weights, probe, trainer_logprobs
 from align.inference.transformers import pick_tokens
 from align.inference.weights import WeightsFolder, checkpoint_weights
 from align.models.loading import load_policy
+from align.models.tuning.apply import apply_tuning
 from align.models.tuning.peft_layers import merged_weights
 from tests.support.processes import command_of, descendants, is_alive
 
@@ -143,6 +145,25 @@ def test_weights_are_taken_over(engine: ServerEngine, model: Any, name: str) -> 
         probe(engine, model, PROMPTS)
     engine.load_weights(pair for pair in merged_weights(model) if pair[0] != "lm_head.weight")
     assert probe(engine, model, PROMPTS).mean_gap < 1e-4
+
+
+def test_adapters_are_taken_over(engine: ServerEngine) -> None:
+    """The first load is of base and adapter, the second of an adapter only; the third follows another run's load."""
+    policy = apply_tuning(load_policy(engine.spec.model_dir), LoraTuning(rank=4), seed=1)
+    folders = []
+    for update in range(3):
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.data += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(update))
+        if update == 2:
+            engine.client.call(
+                RPC, {"method": "reload_weights", "kwargs": {"weights_path": str(engine.spec.model_dir)}}
+            )
+        engine.load_weights(policy_weights(policy))
+        folders.append(engine.folder.announcement(engine.folder.version)["base"])
+        assert probe(engine, policy, PROMPTS).mean_gap < 1e-4
+    assert len(set(folders)) == 1
+    engine.load_weights(merged_weights(load_policy(engine.spec.model_dir)))
 
 
 def test_a_left_out_head_is_caught(engine: ServerEngine, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

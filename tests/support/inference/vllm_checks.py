@@ -20,7 +20,7 @@ from align.config.runtime import EngineConfig, Runtime
 from align.config.tuning import LoraTuning
 from align.inference.engine import open_engine
 from align.inference.protocol import Sampling
-from align.inference.trainer_engine import ParityError, probe, trainer_logprobs
+from align.inference.trainer_engine import ParityError, policy_weights, probe, trainer_logprobs
 from align.inference.vllm import VllmEngine, why_model_unusable
 from align.inference.vllm_internals import (
     SHORT_LENGTH,
@@ -28,7 +28,7 @@ from align.inference.vllm_internals import (
     cpu_block_size,
     model_runner,
 )
-from align.inference.weights import checkpoint_weights
+from align.inference.weights import AdaptedWeights, checkpoint_weights
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
 from align.models.tuning.peft_layers import merged_weights
@@ -170,6 +170,26 @@ def weights_of_every_tuning_are_taken_over(engine: VllmEngine, model_dir: Path) 
         engine.load_weights(merged_weights(model))
         gap = probe(engine, model, PROMPTS).mean_gap
         assert gap < 1e-4, (name, gap)
+    engine.load_weights(checkpoint_weights(model_dir))
+
+
+def adapters_are_taken_over_alone(engine: VllmEngine, model_dir: Path) -> None:
+    """Only changed layers are loaded, and every token has the log-probability that merged weights give it."""
+    for name in ("rslora", "last_pissa", "tokens", "embeddings", "nf4"):
+        model = wrapped(model_dir, tuning_of(CASES[name]))
+        engine.load_weights(policy_weights(model))
+        push(model)
+        weights = policy_weights(model)
+        assert isinstance(weights, AdaptedWeights)
+        held = engine.held.key
+        engine.load_weights(weights)
+        assert held is engine.held.key is model
+        gap = probe(engine, model, PROMPTS).mean_gap
+        assert gap < 1e-4, (name, gap)
+        adapted = engine.generate(PROMPTS, Sampling(16, seed=3))
+        engine.load_weights(merged_weights(model))
+        assert engine.held.key is None
+        assert adapted == engine.generate(PROMPTS, Sampling(16, seed=3)), name
     engine.load_weights(checkpoint_weights(model_dir))
 
 
@@ -353,6 +373,7 @@ def main(model_dir: Path) -> None:
     more_prompt_tokens_than_a_step_takes(engine)
     weights_are_taken_over(engine, model_dir)
     weights_of_every_tuning_are_taken_over(engine, model_dir)
+    adapters_are_taken_over_alone(engine, model_dir)
     tied_head_may_be_left_out_by_the_caller(engine, model_dir)
     left_out_head_is_caught(engine, model_dir)
     missing_weight_is_an_error(engine, model_dir)
