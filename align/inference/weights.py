@@ -104,7 +104,7 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 class AdaptedWeights:
     """Weights of a policy as a base that stays and an adapter, which is all that an engine with the base needs.
 
-    Iterating yields all weights, bit for bit those of ``merged_weights``.
+    Iterating yields all weights, with the bits of ``merged_weights``.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class HeldBase:
 
     @contextlib.contextmanager
     def loading(self, weights: Weights) -> Iterator[Weights]:
-        """Yield what an engine lacks of ``weights``: all tensors, or those of changed layers if it has their base."""
+        """Yield what an engine lacks of ``weights``: all tensors, or only changed layers if it has their base."""
         adapted = weights if isinstance(weights, AdaptedWeights) else None
         is_held = adapted is not None and adapted.key == self.key
         self.key = None  # a load that fails leaves a mixture
@@ -303,7 +303,7 @@ class WeightsFolder:
         return version
 
     def _write(self, weights: Weights, folder: Path, exact: Set[str] = frozenset(), *, is_full: bool = True) -> str:
-        """Write ``folder`` and return the digest of its tensors; those of ``exact`` keep their types."""
+        """Write ``folder`` and return the digest of its tensors; names in ``exact`` keep their types."""
         spec = self.spec
         draft = folder.with_name(f"{folder.name}.partial")
         draft.mkdir()
@@ -350,7 +350,7 @@ class WeightsFolder:
 def write_shards(weights: Weights, folder: Path, dtype: torch.dtype, exact: Set[str] = frozenset()) -> dict[str, str]:
     """Write safetensors of about ``SHARD_BYTES`` bytes each and their index; floating-point tensors in ``dtype``.
 
-    Tensors keep their shapes, and those of ``exact`` their types. Returns name → digest of each tensor as written.
+    Tensors keep their shapes, and names in ``exact`` their types. Returns name → digest of each tensor as written.
     """
     from safetensors.torch import save_file
 
