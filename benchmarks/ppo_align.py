@@ -89,13 +89,13 @@ class FixedLengths:
 def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, reuse_forward: float = 0.0) -> Any:
     """Policy, reward model, critic from the reward model, and engine, as ``align.stages.rl`` puts them together."""
     from align.config.runtime import EngineConfig, Runtime
-    from align.data.ensembles import RewardScorer
-    from align.data.scoring import Part, WeightedSum
     from align.inference.engine import open_engine
     from align.models.compute.processes import use_threads
     from align.models.loading import load_policy
     from align.models.reward import RewardModel
     from align.rl import PpoConfig, PPOTrainer
+    from align.scoring.models import RewardScorer
+    from align.scoring.score import Part, WeightedSum
 
     shape, model = work["shape"], Path(work["model"])
     runtime = Runtime(device="cpu", engine=EngineConfig(name=engine))  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
         },
         train_dataset=work["rows"],
         processing_class=load_work_tokenizer(model, shape),
-        scorer=WeightedSum((Part("reward", 1.0, RewardScorer(reward)),)),
+        scorer=WeightedSum((Part("reward", 1.0, RewardScorer.of(reward)),)),
         engine=FixedLengths(opened, work),
         reward_model=reward.model,
     )

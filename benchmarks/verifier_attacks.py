@@ -19,8 +19,8 @@ from align.data.final_answers import split_thought
 from align.data.rows import assistant, user
 from align.judges.criteria import criteria_prompt, read_decisions
 from align.judges.prompts import MAX_GRADE, grade_prompt, read_grade
+from align.scoring.verifiers import open_verifier
 from align.verifiers.sandbox.isolation import open_sandbox
-from align.verifiers.scorer import open_verifier
 from benchmarks.verifier_rules import accepted_by, rules
 from examples.verifier_attacks import HEAD, Case, Errors, count_errors, read_cases
 

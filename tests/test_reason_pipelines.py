@@ -15,7 +15,7 @@ from align import Pipeline
 from align.config.validation import validate
 from align.config.verifiers import EnvironmentVerifier
 from align.data.rows import read_rows
-from align.verifiers.scorer import open_verifier
+from align.scoring.verifiers import open_verifier
 from benchmarks.thoughts import measure
 from examples import steps, verified_rows
 
@@ -130,7 +130,7 @@ def test_verifiers_accept_the_answers_of_the_examples(kind: str) -> None:
     questions = getattr(verified_rows, f"{kind}_questions")
     rows = [{"id": str(number)} | row for number, row in enumerate(itertools.islice(questions(), 6))]
     answers = [row["messages"][1]["content"] for row in rows]
-    assert scorer.score(rows, answers) == [1.0] * 6
-    assert scorer.score(rows, [*answers[1:], answers[0]]) == [0.0] * 6
+    assert scorer.score(rows, answers).total == [1.0] * 6
+    assert scorer.score(rows, [*answers[1:], answers[0]]).total == [0.0] * 6
     if kind == "code":
         assert all(len(json.loads(row["tests"])) == 3 for row in rows)

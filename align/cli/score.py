@@ -18,9 +18,9 @@ from align.errors import UserError, printable, shorten
 if TYPE_CHECKING:
     from align.cli.score_data import ScoreData
     from align.cli.score_spec import ScoreSpec
-    from align.data.scoring import WeightedSum
     from align.evaluation.rescoring import Agreement, Rescored, StoredResponse
     from align.evaluation.score_validation.validation import Validation
+    from align.scoring.score import WeightedSum
 
 MOST_COMPARED = 2
 EXCERPT = 160

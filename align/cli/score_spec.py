@@ -18,8 +18,8 @@ from align.config.yaml import load_yaml, parse_yaml
 from align.errors import UserError, shorten
 
 if TYPE_CHECKING:
-    from align.data.scoring import Scorer, WeightedSum
-    from align.judges.scorer import JudgeScorer
+    from align.scoring.models import RewardScorer
+    from align.scoring.score import WeightedSum
 
 PLACE = "--with"
 
@@ -42,14 +42,14 @@ class ScoreSpec:
 
         Raises ``UserError`` for a reward that cannot be used.
         """
-        from align.data.scoring import WeightedSum
-        from align.evaluation.rewards import RewardSources, open_entries, open_server_judge
         from align.judges.client import JudgmentCaches
         from align.runner.open_store import open_store
+        from align.scoring.score import Part, WeightedSum, open_entry
 
         shared = open_store(None, self.store).cache
-
-        def open_judge(entry: RewardEntry, place: str) -> JudgeScorer:
+        parts = []
+        for index, entry in enumerate(self.entries):
+            place = f"score[{index}]"
             if entry.judge is not None and entry.judge.model is not None:
                 raise UserError(
                     f"{PLACE} {self.name}: {place}.judge.model is a stage, and `align score` asks servers; write "
@@ -60,22 +60,23 @@ class ScoreSpec:
                     f"{place}.judge.max_cost: {entry.judge.max_cost:g} is the budget of this command; each command has "
                     "its own. Answers to earlier commands are in the store and cost nothing."
                 )
-            return open_server_judge(entry, JudgmentCaches(folder / entry.label, shared, warn), place)
+            caches = JudgmentCaches(folder / entry.label, shared, warn)
+            reward = None if entry.reward is None else self._reward_scorer(entry.reward)
+            parts.append(Part(entry.label, entry.weight, open_entry(entry, place, caches, reward=reward)))
+        for part in parts:
+            part.scorer.check()
+        return WeightedSum(tuple(parts), is_list=len(parts) > 1)
 
-        parts = open_entries(self.entries, RewardSources(self._load_reward, open_judge))
-        return WeightedSum(parts, is_list=len(parts) > 1)
-
-    def _load_reward(self, entry: RewardEntry) -> Scorer:
+    def _reward_scorer(self, name: str) -> RewardScorer:
         """Return the scorer of a reward model, which is loaded when it scores for the first time."""
         from align.config.runtime import Runtime
-        from align.evaluation.rewards import LateScorer, load_checkpoint
+        from align.scoring.models import RewardScorer, load_checkpoint
 
-        name = str(entry.reward)
         if self.pipeline is None:
             model = find_checkpoint(name, self.store)
         else:
             model = find_artifact(f"{self.pipeline}:{name}", self.store).model
-        return LateScorer(lambda: load_checkpoint(model, Runtime(), "auto"))
+        return RewardScorer(lambda: load_checkpoint(model, Runtime(), "auto"))
 
 
 def read_spec(word: str, store: str | None) -> ScoreSpec:

@@ -1,6 +1,6 @@
 """The fields ``score:`` and ``metrics:``, by which stages score responses: functions and weighted rewards. Torch-free.
 
-Leaves out the scoring itself (``align.data.scoring``, ``align.evaluation.rewards``).
+Leaves out the scoring itself (``align.scoring``).
 """
 
 from __future__ import annotations

@@ -81,14 +81,23 @@ def validate_plain(config_class: type[Model], mapping: Mapping[str, Any]) -> Mod
     Strict fields then accept a list for a tuple, text for a path and text for a mapping's numeric key, but no text for
     a number. Raises pydantic's ``ValidationError``.
     """
-    return config_class.model_validate_json(json.dumps(dict(mapping), default=_plain_value))
+    return config_class.model_validate_json(json.dumps(dict(mapping), default=_encode))
 
 
-def _plain_value(value: Any) -> Any:
+def _encode(value: Any) -> Any:
     """Convert values that JSON lacks: a config object from Python code, or a number of numpy."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     return value.item()
+
+
+def plain_value(value: Any) -> Any:
+    """Return numbers and arrays of numpy and torch as Python's numbers and lists, also inside of lists and mappings."""
+    if isinstance(value, Mapping):
+        return {key: plain_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_value(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 MAX_INTEGER = 2**63

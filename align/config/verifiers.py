@@ -24,6 +24,8 @@ CRITERIA_VERSION = 1
 """Increased when a judge of criteria is asked or read in another way than before; part of keys with ``criteria``."""
 UNREADABLE, NO_ANSWER, SATISFIED = "unreadable", "no_answer", "satisfied"
 """Metrics of ``criteria``."""
+FAILED = "failed"
+"""Metric of a function with ``on_error``: 1 for a response whose calls all failed, else 0."""
 CODE_FIELDS = ("language", "memory_mb", "packages", "tolerance", "sandbox")
 """Fields that only ``code`` reads."""
 

@@ -33,7 +33,7 @@ from align.config.recipe.source_settings import (
 from align.config.recipe.templates import lookup, parse_column
 from align.config.user_functions import function_identity, load_function
 from align.config.user_paths import matching_paths, user_path
-from align.config.validation import nearest, suggest
+from align.config.validation import nearest, plain_value, suggest
 from align.data import checkers
 from align.data.annotated import annotation_identity, read_annotations
 from align.data.families import embedded, gym_tasks
@@ -43,7 +43,6 @@ from align.data.formats.fields import Malformed, Unusable, present
 from align.data.formats.mapping import group_records, map_record, named_columns
 from align.data.formats.reading import SUFFIXES, Item, check_record, is_readable, read_file, suggest_file
 from align.data.rows import BadRecord, iter_rows
-from align.data.scoring import plain_value
 from align.errors import UserError, require_extra
 from align.store.fingerprint import file_digest
 from align.store.record import RECORD, find_problems, read_artifact, read_record

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from align.config.scores import NAME_RULE, is_metric_name, is_reserved
+from align.config.validation import plain_value
 from align.data.rows import Message, Row, user
-from align.data.scoring import SCORE, plain_value
 from align.errors import shorten
+from align.scoring.functions import SCORE
 
 TURN = "turn"
 """Key for the scores by turn in the mapping that ``score`` may return."""

@@ -16,7 +16,6 @@ from align.config.user_functions import check_call, check_methods, full_path, lo
 from align.config.validation import validate_plain
 from align.config.verifiers import EnvironmentVerifier
 from align.data.rows import Message, Row
-from align.data.scoring import SCORE, FunctionScorer, function_scorer
 from align.environments.environment import Action, Environment, EnvironmentSource, tool_schema
 from align.environments.results import (
     EnvironmentFailed,
@@ -28,9 +27,11 @@ from align.environments.results import (
     read_text,
 )
 from align.errors import UserError
-from align.judges.criteria_scorer import CriteriaScorer, environment_criteria
+from align.judges.client import environment_judge
 from align.registry import Adapter, failure_note, load, registered
-from align.verifiers.scorer import VerifierScorer, open_verifier
+from align.scoring.functions import SCORE, FunctionScorer, function_scorer
+from align.scoring.judges import JudgeScorer, judge_scorer
+from align.scoring.verifiers import VerifierScorer, open_verifier
 
 MESSAGES = "messages"
 RESPONSE = "response"
@@ -237,13 +238,13 @@ class FunctionSource:
         return {tool_name(path): load_function(path, f"{self.place}.tools") for path in self.paths}
 
     @cached_property
-    def scorer(self) -> FunctionScorer | VerifierScorer | CriteriaScorer:
+    def scorer(self) -> FunctionScorer | VerifierScorer | JudgeScorer:
         """The function, the verifier or the judge that scores."""
         place = f"{self.place}.score"
         if isinstance(self.score, dict):
             verifier = validate_plain(EnvironmentVerifier, self.score)
-            if verifier.criteria is not None:
-                return environment_criteria(verifier, place)
+            if verifier.judge is not None:
+                return judge_scorer(environment_judge(verifier.judge, place), verifier, place)
             return open_verifier(verifier, place)
         # The pool of the instances limits the call.
         return function_scorer(self.score, self.arguments, place=place, timeout=None)
@@ -266,8 +267,7 @@ def open_functions(config: EnvironmentConfig, place: str) -> FunctionSource:
     source = FunctionSource(paths, score, config.arguments, tools, config.max_result_tokens, place)
     # A mistake is reported before a model is loaded.
     source.preload()
-    if isinstance(source.scorer, CriteriaScorer):
-        source.scorer.check()
+    source.scorer.check()
     return source
 
 
@@ -302,11 +302,12 @@ class FunctionEnvironment(Environment):
             value = self.run(place, scorer.function, row, copy.deepcopy(messages), **scorer.arguments)
             return read_scores(value, place)
         try:
-            values = self.run(scorer.path, scorer.score_parts, [row], [_last_response(messages)])
+            scored = self.run(scorer.path, scorer.score, [row], [_last_response(messages)])
         except UserError as error:
             raise EnvironmentFailed(str(error)) from None
         # A judge may not have decided on a criterion, which is then no number.
-        finite = {name or SCORE: value[0] for name, value in values.items() if math.isfinite(value[0])}
+        values = {SCORE: scored.total, **scored.metrics}
+        finite = {name: value[0] for name, value in values.items() if math.isfinite(value[0])}
         return read_scores(finite, scorer.path)
 
     def restore(self, row: Row, actions: Sequence[Action], state: Any = None) -> int:

@@ -19,30 +19,27 @@ from align.evaluation.logprobs import LoadedModels
 from align.evaluation.participants import Performer, Reader, Respondent
 from align.evaluation.plan import Plan, Program
 from align.evaluation.reward_accuracy import Scores, pair_reports, read_sides, score_sides
-from align.evaluation.rewards import close_rewards
 from align.evaluation.scorecard import ProgramDescription
 from align.evaluation.scorecard.result_files import write
 from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult, build
 from align.evaluation.scoring import (
+    SUM,
     ResultCache,
     ScoringContext,
     describe_rewards,
-    function_values,
     has_thoughts,
-    reward_list_values,
+    metric_values,
     reward_values,
+    score_responses,
     select_best,
     shape_values,
     thought_values,
-    verdict_values,
 )
 from align.evaluation.systems import OpenEngine, Policy, ResponseCache, Sampler, System
-from align.judges.criteria_scorer import CriteriaScorer
 from align.pipeline.context import StageContext
+from align.scoring.scored import Scored
 from align.store.fingerprint import digest
-from align.verifiers.scorer import VerifierScorer
 
-Row = dict[str, Any]
 PROMPT_SET = "prompts"
 """Name of the prompt set among the tasks."""
 SCORED_TOGETHER = 4096
@@ -87,7 +84,7 @@ class Evaluation:
         reward_models = self._measure_reward_models()
         # A list of rewards may load further models.
         self.scoring.close()
-        programs = self._run_programs(responses, values)
+        programs, explanations = self._run_programs(responses, values)
         # Phase 3: the checkpoints' own forward passes measure KL and held-out loss, and read the tasks' texts.
         drift = DriftMeasurement(self.context, plan, self.models, self.results, responses.prompt_set)
         measured = self._read_with_checkpoints(drift)
@@ -103,6 +100,7 @@ class Evaluation:
             sources=[str(row["source"]) for row in plan.rows],
             values=values,
             programs=programs,
+            explanations=explanations,
             heldout=heldout,
             tasks=tasks,
             reward_models=reward_models,
@@ -236,25 +234,32 @@ class Evaluation:
 
     def _run_programs(
         self, responses: SystemResponses, values: dict[str, dict[str, Values]]
-    ) -> dict[str, ProgramDescription]:
-        """Add the scores of every program to ``values``, by system; return what the programs' metrics mean."""
+    ) -> tuple[dict[str, ProgramDescription], dict[str, list[dict[str, Any]]]]:
+        """Add all programs' scores to ``values``; return their metrics' meaning, and judges' reasons by system."""
         plan = self.plan
         described: dict[str, ProgramDescription] = {}
+        explanations = {}
         for name, response_set in responses.prompt_set.items():
+            everything = Scored([])
             if plan.scorer is not None:
-                scores = reward_list_values(plan.scorer, plan.rows, response_set)
+                everything = score_responses(plan.scorer, plan.rows, response_set)
+                scores = metric_values(everything, SUM, response_set)
                 values[name] |= scores
                 described |= describe_rewards(plan.reward_weights, scores)
             for program in plan.programs:
-                if isinstance(program.scorer, VerifierScorer | CriteriaScorer):
-                    verdicts = verdict_values(program.scorer, program.metric, plan.rows, response_set)
-                    values[name] |= verdicts
-                    described |= dict.fromkeys(verdicts, (None, _describe_verdicts(program)))
-                else:
-                    values[name][program.metric] = function_values(program.scorer, plan.rows, response_set)
+                scored = score_responses(program.scorer, plan.rows, response_set)
+                everything.parts[program.metric] = scored
+                if program.scorer.kind == "function":
+                    values[name][program.metric] = response_set.unflatten(scored.total)
+                    continue
+                verdicts = metric_values(scored, program.metric, response_set)
+                values[name] |= verdicts
+                described |= dict.fromkeys(verdicts, (None, _describe_verdicts(program)))
+            explanations[name] = everything.explanations()
         if plan.scorer is not None:
-            close_rewards(plan.scorer.parts)  # the checkpoints need the memory
-        return described | {program.metric: (program.better, program.meaning) for program in plan.programs}
+            plan.scorer.close()  # the checkpoints need the memory
+        described |= {program.metric: (program.better, program.meaning) for program in plan.programs}
+        return described, explanations
 
     def _measure_reward_models(self) -> list[dict[str, Any]]:
         """Report on the reward models' accuracy and calibration on the held-out pairs, each compared with the other."""
@@ -371,7 +376,7 @@ def find_copies(plan: Plan, responses: SystemResponses) -> dict[str, list[str]]:
 
 def _describe_verdicts(program: Program) -> str:
     """Return the meaning of the metrics that a verifier gives in addition to its score."""
-    if isinstance(program.scorer, CriteriaScorer):
+    if program.scorer.kind == "judge":
         return f"share of responses, or of their criteria, in the judgments of {program.metric}"
     return f"share of responses that fail {program.metric} for this reason"
 

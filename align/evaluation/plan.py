@@ -16,7 +16,6 @@ from align.config.stages.evaluate import THOUGHT_METRICS, EvaluateConfig
 from align.config.stages.evaluation.gates import Gate, parse_gates
 from align.config.stages.evaluation.task_fields import TaskConfig
 from align.data.rows import user
-from align.data.scoring import WeightedSum
 from align.errors import UserError
 from align.evaluation.answers import Example
 from align.evaluation.comparisons import Resampling
@@ -32,6 +31,8 @@ from align.inference.protocol import Sampling
 from align.inference.thoughts import require_answer_room
 from align.models.chat.template_settings import TemplateSettings, stored_settings
 from align.pipeline.context import StageContext
+from align.scoring.score import WeightedSum, open_metric, open_score
+from align.scoring.scored import Scorer
 from align.store.artifacts import Artifact, Kind
 from align.store.fingerprint import digest
 
@@ -45,7 +46,7 @@ class Program:
     metric: str
     better: Literal["higher", "lower"]
     meaning: str
-    scorer: Any
+    scorer: Scorer
     identity: str
 
 
@@ -97,8 +98,6 @@ def make_plan(context: StageContext) -> Plan:
     Raises ``UserError`` for an empty split, prompts that are all too long, data that does not fit a task, and gates on
     metrics that are not measured.
     """
-    from align.evaluation.rewards import open_score
-
     config: EvaluateConfig = context.config
     artifacts = context.inputs["policies"]
     # 1. The compared systems.
@@ -182,8 +181,6 @@ def render_for_all(
 def _programs(context: StageContext) -> list[Program]:
     """Load the functions that score responses, and check judges. Raises ``UserError`` for a missing function."""
     from align.config.user_functions import function_identity, load_function
-    from align.data.scoring import function_scorer
-    from align.evaluation.rewards import open_metric
 
     config: EvaluateConfig = context.config
     programs = []
@@ -195,14 +192,12 @@ def _programs(context: StageContext) -> list[Program]:
             if settings.criteria is not None:
                 meaning = "weighted share of the criteria that the judge finds satisfied, at most 1"
             identity = settings.identity(place)
-            verifier = open_metric(context, settings, place)
-            programs.append(Program(settings.metric, settings.better, meaning, verifier, identity))
-            continue
-        identity = function_identity(settings.function, place)
-        # The first line of the docstring says what the metric means.
-        lines = (inspect.getdoc(load_function(settings.function, place)) or "").strip().splitlines()
-        meaning = lines[0].rstrip(".").removeprefix("Return ") if lines else f"score by {settings.function}"
-        scorer = function_scorer(settings.function, settings.arguments, place=place, label=settings.metric)
+        else:
+            identity = function_identity(settings.function, place)
+            # The first line of the docstring says what the metric means.
+            lines = (inspect.getdoc(load_function(settings.function, place)) or "").strip().splitlines()
+            meaning = lines[0].rstrip(".").removeprefix("Return ") if lines else f"score by {settings.function}"
+        scorer = open_metric(context, settings, place)
         programs.append(Program(settings.metric, settings.better, meaning, scorer, identity))
     return programs
 

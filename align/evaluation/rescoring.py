@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from align.data.final_answers import AnswerText
 from align.data.rows import Row
-from align.data.scoring import WeightedSum
 from align.evaluation.calibration import ranks
+from align.scoring.score import WeightedSum
 from align.verifiers.verdict import REASONS
 
 DISAGREEMENT = 0.5
@@ -104,15 +104,20 @@ def rescore(name: str, scorer: WeightedSum, responses: Sequence[StoredResponse])
     """Return the scores of responses; raises as the rewards of ``scorer`` do."""
     rows = [response.row for response in responses]
     texts: list[str] = [response.text for response in responses]
-    parts = scorer.score_parts(rows, texts, [not response.finished for response in responses])
-    scores = parts.pop("")
-    reason_names = _reason_names(parts, [part.name for part in scorer.parts])
-    reasons = []
-    for index in range(len(responses)):
-        row_reasons = [reason for metric, reason in reason_names.items() if parts[metric][index] == 1.0]
-        reasons.append(", ".join(row_reasons))
-    other_parts = {metric: values for metric, values in parts.items() if metric not in reason_names}
-    return Rescored(name, list(scores), reasons, other_parts)
+    scored = scorer.score(rows, texts, [not response.finished for response in responses])
+    columns = scored.columns()
+    # Metrics that mark a reason, with the names that are shown: without the reward's if it is the only one.
+    marks = {
+        f"{part.name}_{reason}": reason if len(scorer.parts) == 1 else f"{part.name}_{reason}"
+        for part in scorer.parts
+        for reason in REASONS
+    }
+    reasons = [
+        ", ".join(shown for metric, shown in marks.items() if metric in columns and columns[metric][index] == 1.0)
+        for index in range(len(responses))
+    ]
+    other_columns = {metric: values for metric, values in columns.items() if metric not in marks}
+    return Rescored(name, list(scored.total), reasons, other_columns)
 
 
 def stored_scores(responses: Sequence[StoredResponse]) -> Rescored | None:
@@ -138,17 +143,6 @@ def compare(first: Rescored, second: Rescored) -> Agreement:
     disagreements = [index for index in indices if distances[index] >= DISAGREEMENT]
     disagreements.sort(key=lambda index: -distances[index])
     return Agreement(first, second, len(indices), _rank_correlation(first_scores, second_scores), disagreements)
-
-
-def _reason_names(metrics: Iterable[str], rewards: Sequence[str]) -> dict[str, str]:
-    """Return the metrics that mark a reason, with the names that are shown: without the reward's if it is the only."""
-    names = {}
-    for metric in metrics:
-        for reward in rewards:
-            reason = metric.removeprefix(f"{reward}_")
-            if metric != reason and reason in REASONS:
-                names[metric] = reason if len(rewards) == 1 else metric
-    return names
 
 
 def _scaled(scores: Sequence[float]) -> list[float]:

@@ -12,17 +12,15 @@ from typing import Any
 from align.config.base import Precision
 from align.config.runtime.rollouts import READ_TOKENS
 from align.data.rows import Message
-from align.data.scoring import Scorer, WeightedSum
 from align.errors import UserError
 from align.evaluation.answers import Answers, ResponseSet, RewardField, Values
 from align.evaluation.scorecard import ProgramDescription
 from align.inference.protocol import Response
-from align.judges.criteria_scorer import CriteriaScorer
 from align.pipeline.context import StageContext
+from align.scoring.scored import Scored, Scorer
 from align.store.artifacts import Artifact
 from align.store.fingerprint import digest
 from align.store.json_files import read_entry, read_or_compute, write_entry
-from align.verifiers.scorer import VerifierScorer
 
 Row = dict[str, Any]
 SUM = "score"
@@ -83,44 +81,25 @@ def thought_values(response_set: ResponseSet) -> dict[str, Values]:
     }
 
 
-def function_values(scorer: Scorer, rows: Sequence[Row], response_set: ResponseSet) -> Values:
-    """Return the scores of a verifiable function, per prompt and sample."""
+def score_responses(scorer: Scorer, rows: Sequence[Row], response_set: ResponseSet) -> Scored:
+    """Return the scores of all responses to the rows, prompt by prompt."""
     responses, repeated = response_set.flatten(rows)
     texts: list[str] = [response.answer_text for response in responses]
-    scores = scorer.score(repeated, texts, [not response.finished for response in responses])
-    return response_set.unflatten(scores)
+    return scorer.score(repeated, texts, [not response.finished for response in responses])
 
 
-def verdict_values(
-    scorer: VerifierScorer | CriteriaScorer, metric: str, rows: Sequence[Row], response_set: ResponseSet
-) -> dict[str, Values]:
-    """Return the scores of a verifier as ``metric``, and as ``metric_<reason>`` 1 for a response with that reason.
+def metric_values(scored: Scored, metric: str, response_set: ResponseSet) -> dict[str, Values]:
+    """Return the scores as ``metric``, and those of rewards and their further metrics as ``metric_<name>``.
 
-    A metric of ``criteria`` that some response lacks is omitted.
+    Further metrics that some response lacks are omitted.
     """
-    responses, repeated = response_set.flatten(rows)
-    parts = scorer.score_parts(repeated, [response.answer_text for response in responses])
-    return {
-        f"{metric}_{name}" if name else metric: response_set.unflatten(part)
-        for name, part in parts.items()
-        if all(map(math.isfinite, part))
-    }
-
-
-def reward_list_values(scorer: WeightedSum, rows: Sequence[Row], response_set: ResponseSet) -> dict[str, Values]:
-    """Return ``score``, a list of rewards' weighted sum for every sample, and each reward as ``score_<name>``.
-
-    Metrics of the rewards follow, ``score_<name>_<metric>``, without those that some response lacks.
-    """
-    responses, repeated = response_set.flatten(rows)
-    texts: list[str] = [response.answer_text for response in responses]
-    parts = scorer.score_parts(repeated, texts, [not response.finished for response in responses])
     # Scores always count, and a model's NaN shows; only of a further metric it means that the response lacks it.
-    return {
-        f"{REWARD}{name}" if name else SUM: response_set.unflatten(scores)
-        for name, scores in parts.items()
-        if name in ("", *scorer.names) or all(map(math.isfinite, scores))
+    columns = {
+        f"{metric}_{name}": values
+        for name, values in scored.columns().items()
+        if name in scored.parts or all(map(math.isfinite, values))
     }
+    return {name: response_set.unflatten(values) for name, values in {metric: scored.total, **columns}.items()}
 
 
 def reward_values(

@@ -35,6 +35,7 @@ class CheckpointJudge:
         from align.models.loading import load_tokenizer  # imports torch
 
         self.identity = {"checkpoint": artifact.weights, "precision": str(precision)}
+        self.name = artifact.stage
         self.place = place
         self.tokenizer: Any = load_tokenizer(artifact.model)
         require_chat_template(self.tokenizer, f"{place}.judge.model: the checkpoint of stage '{artifact.stage}'")

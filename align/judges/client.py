@@ -26,7 +26,6 @@ NAME = "judge"
 """Name of the judge among a client's models."""
 QUOTED_CHARACTERS = 200
 """Characters of a reply in an error."""
-NOT_ASKED = Answer("", error="has not been asked")
 READY = [user("Reply with the one word: ready")]
 """A test request, sent before anything expensive starts."""
 
@@ -115,10 +114,6 @@ class Judge(Protocol):
         """Return the answers in the order of the requests; ``fresh`` asks although another run has the answer."""
         ...
 
-    def recall(self, requests: Sequence[Request]) -> list[Answer]:
-        """Return earlier answers without asking; answers with an ``error`` to requests that have none."""
-        ...
-
     def usage(self) -> dict[str, Any]:
         """Return requests, tokens and cost of all attempts and processes of the stage so far."""
         ...
@@ -149,11 +144,6 @@ class CachedJudge:
     def ask(self, requests: Sequence[Request], *, fresh: bool = False) -> list[Answer]:
         """See ``Judge``. Raises ``UserError`` for a spent budget, ``EndpointLost`` for a server that is gone."""
         return self.client.ask(self.backend, requests, NAME, fresh=fresh)
-
-    def recall(self, requests: Sequence[Request]) -> list[Answer]:
-        """See ``Judge``."""
-        lookups = [self.client.cache.get(request.key) for request in requests]
-        return [NOT_ASKED if lookup is None else lookup.answer for lookup in lookups]
 
     def usage(self) -> dict[str, Any]:
         """See ``Judge``."""
@@ -190,10 +180,6 @@ class DirectJudge:
             self.backend.answer(list(distinct.values()), sink)
         return [sink.answers[request.key] for request in requests]
 
-    def recall(self, requests: Sequence[Request]) -> list[Answer]:
-        """See ``Judge``; no answer is kept."""
-        return [NOT_ASKED] * len(requests)
-
     def usage(self) -> dict[str, Any]:
         """Return no counts."""
         return {}
@@ -221,16 +207,19 @@ class DirectSink:
         """Skip the count."""
 
 
-def stage_judge(config: RewardJudge, caches: JudgmentCaches, place: str, processes: int = 1) -> CachedJudge:
-    """Return the judge of an entry of a stage. Raises ``UserError`` when the endpoint's key is not set."""
-    endpoint = _open_endpoint(config, place)
-    return CachedJudge(endpoint.config.model, open_client(config, caches, processes=processes), endpoint)
-
-
-def checkpoint_judge(
-    config: RewardJudge, backend: CheckpointJudge, name: str, caches: JudgmentCaches, processes: int = 1
+def stage_judge(
+    config: RewardJudge,
+    caches: JudgmentCaches,
+    place: str,
+    processes: int = 1,
+    checkpoint: CheckpointJudge | None = None,
 ) -> CachedJudge:
-    """Return a judge that is a checkpoint; ``name`` is its stage."""
+    """Return the judge of an entry of a stage: an endpoint if there is no ``checkpoint``.
+
+    Raises ``UserError`` when the endpoint's key is not set.
+    """
+    backend = checkpoint or _open_endpoint(config, place)
+    name = backend.name if isinstance(backend, CheckpointJudge) else backend.config.model
     return CachedJudge(name, open_client(config, caches, processes=processes), backend)
 
 

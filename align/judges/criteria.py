@@ -12,10 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from align.config.validation import plain_value
 from align.config.verifiers import Criterion
 from align.data.final_answers import split_thought
 from align.data.rows import Message, user
-from align.data.scoring import plain_value
 from align.judges.prompts import REFERENCE_NOTE, fence, labeled_parts
 from align.verifiers.verdict import BadReference
 

@@ -13,8 +13,8 @@ from align.config.stages.rl import RolloutFields
 from align.environments.player import EnvironmentPlayer
 from align.errors import UserError
 from align.rl.rollout import Rollout
-from align.rl.sampler import AnyScorer, require_some_episode
-from align.rl.step_rewards import refuse_steps
+from align.rl.sampler import require_some_episode
+from align.rl.scores import AnyScorer, refuse_steps
 
 Rows = Iterable[Mapping[str, Any]]
 

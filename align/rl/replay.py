@@ -24,10 +24,9 @@ from align.rl.arguments import RolloutArguments
 from align.rl.masking import pad_rows
 from align.rl.prompts import Prompts
 from align.rl.refusals import RolloutInputs
-from align.rl.rollout import COMPONENT, Rollout, join_rollouts, rollout_of
+from align.rl.rollout import COMPONENT, STEP_REWARDS, Rollout, join_rollouts, rollout_of
 from align.rl.rollout_tables import read_episode
 from align.rl.sampler import RolloutSampler
-from align.rl.step_rewards import STEP_REWARDS
 from align.store.rollouts import checked_files, read_settings, rollout_dataset, rollout_rows
 
 SHAPES = ("rollout_batch", "samples_per_prompt", "temperature", "thinking_budget")

@@ -18,6 +18,8 @@ THOUGHTS = ("thought_tokens", "thought_end", "open_thought", "forced")
 """Tensors that a rollout has if a response has a thought."""
 COMPONENT = "score_"
 """Prefix of the names of a score's components among a rollout's tensors."""
+STEP_REWARDS = "step_rewards"
+"""Tensor (B, T) of a rollout: the score of each step on its last token, 0 elsewhere."""
 
 
 @dataclass

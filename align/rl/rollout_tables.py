@@ -22,8 +22,7 @@ from align.evaluation.score_validation.references import reference_of
 from align.models.chat.token_texts import TokenTexts
 from align.rl.masking import response_mask
 from align.rl.objectives import masked_kl
-from align.rl.rollout import COMPONENT, Rollout
-from align.rl.step_rewards import STEP_REWARDS
+from align.rl.rollout import COMPONENT, STEP_REWARDS, Rollout
 from align.store import rollout_writer
 from align.store import rollouts as store
 from align.store.rollouts import SCHEMA, VALIDATIONS, to_json, to_text

@@ -29,6 +29,7 @@ from align.rl.metrics import score_reasons
 from align.rl.prompts import derive_seed
 from align.rl.rollout import COMPONENT
 from align.rl.sampler import drop_journals
+from align.scoring.score import WeightedSum
 from align.training import sharded
 from align.training.kept_state import continue_order, keep_state
 from align.training.progress import explain_no_learning
@@ -104,8 +105,9 @@ def summarize(trainer: Any) -> dict[str, Any]:
     """
     history = [entry for entry in trainer.state.log_history if "score" in entry]
     metrics: dict[str, Any] = {"updates": len(history), **trainer.totals}
+    scorer = trainer.sampler.scorer
     if history:
-        metrics |= _summarize_history(history, getattr(trainer.sampler.scorer, "names", []))
+        metrics |= _summarize_history(history, scorer.names if isinstance(scorer, WeightedSum) else [])
         metrics["tokens_per_second"] = trainer.totals["tokens"] / max(metrics["seconds"], 1e-9)
         untrained = explain_no_learning(history, trainer.config.warmup_ratio)
         if untrained is not None:

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from align.config.runtime.launch import rank
-from align.data.process_rewards import StepParts, StepScore
-from align.data.scoring import ScoreFunction, Scorer, explanations_of
 from align.environments.journal import Journal
 from align.environments.player import EnvironmentPlayer, EpisodeTask, row_tasks
 from align.errors import UserError
@@ -21,22 +19,15 @@ from align.inference.protocol import RolloutEngine, Sampling
 from align.inference.thoughts import generate
 from align.inference.trainer_engine import PROBE_TOKENS, Parity, ask_each, part_for, probe, returns
 from align.models.compute.processes import all_gather
-from align.rl.advantages import fill_failed
 from align.rl.prompts import Prompts, derive_seed
-from align.rl.rollout import COMPONENT, Rollout, join_rollouts, make_rollout
-from align.rl.step_rewards import STEP_REWARDS, place_steps
+from align.rl.rollout import STEP_REWARDS, Rollout, join_rollouts, make_rollout
+from align.rl.scores import AnyScorer, add_environment_scores, as_scorer, place_steps, score_rollout
 from align.store.fingerprint import digest
 
 if TYPE_CHECKING:
     from align.rl.arguments import RolloutArguments
 
 logger = logging.getLogger(__name__)
-
-AnyScorer = ScoreFunction | Scorer
-"""A function ``(rows, responses) -> scores``, or an object whose method ``score`` also gets which are truncated. The
-components of scorers with ``score_parts`` are also logged (``align.data.scoring``). Higher is better; NaN
-and infinities are refused."""
-
 
 USER_FAILURE = "user:"
 """Beginning of the reason of an episode that failed in its simulated user."""
@@ -65,8 +56,8 @@ class RolloutSampler:
         ``scorer``, which may then be None, adds to that."""
         self.prompts = prompts
         self.engine = engine
-        self.scorer = scorer
-        self.gold = gold
+        self.scorer = as_scorer(scorer)
+        self.gold = as_scorer(gold)
         self.args = args
         self.config = args.config
         self.episodes = episodes
@@ -111,11 +102,10 @@ class RolloutSampler:
         """Add scores, and gold scores if there is a gold function."""
         # The order matters: the environment's scores are added to the scorer's.
         if self.scorer is not None:
-            steps = score_rollout(rollout, self.scorer)
-            if steps is not None:
-                rollout.tensors[STEP_REWARDS] = place_steps(rollout, steps, self.prompts.reader.tokenizer)
-            if hasattr(self.scorer, "explain"):
-                rollout.explanations = explain(rollout, self.scorer)
+            scored = score_rollout(rollout, self.scorer)
+            if scored.steps is not None:
+                rollout.tensors[STEP_REWARDS] = place_steps(rollout, scored.steps, self.prompts.reader.tokenizer)
+            rollout.explanations = scored.explanations()
         if rollout.episodes is not None:
             add_environment_scores(rollout)
         if self.gold is not None:
@@ -285,75 +275,6 @@ class ParityProbe:
         metrics = self.metrics
         self.metrics = {}
         return metrics
-
-
-def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> list[list[StepScore]] | None:
-    """Add one number per response to the rollout's tensors under ``name``, and a scorer's components.
-
-    Returns the scores of the steps of each response; None if the scorer scores no steps.
-
-    Components of ``gold`` are called ``gold_<component>``, since the reward's components may have the same names.
-    Raises ``UserError`` if a scorer returns too few numbers, or a number that is not finite.
-    """
-    prefix = COMPONENT if name == "scores" else f"{COMPONENT}{name}_"
-    truncated = (~rollout.tensors["finished"]).tolist()
-    # Scorers read answers; the thoughts before them are attributes.
-    answers: list[str] = [*rollout.answers]
-    parts: dict[str, Any]
-    if hasattr(scorer, "score_parts"):
-        parts = scorer.score_parts(rollout.rows, answers, truncated)
-    elif callable(scorer):
-        parts = {"": scorer(rollout.rows, answers)}
-    else:
-        parts = {"": scorer.score(rollout.rows, answers, truncated)}
-    for part, scores in parts.items():
-        tensor = _check_scores(rollout, [float(score) for score in scores], may_lack=bool(part))
-        rollout.tensors[f"{prefix}{part}" if part else name] = tensor
-    return parts.steps if isinstance(parts, StepParts) else None
-
-
-def explain(rollout: Rollout, scorer: AnyScorer) -> list[dict[str, Any]]:
-    """Return the reasons of judges for the scores of the responses; empty without any."""
-    answers: list[str] = [*rollout.answers]
-    explanations = explanations_of(scorer, rollout.rows, answers)
-    return explanations if any(explanations) else []
-
-
-def add_environment_scores(rollout: Rollout) -> None:
-    """Add what the environments of a rollout's episodes scored to ``scores`` (B,), and their parts as components.
-
-    An episode whose environment failed gets the mean of its group's others, whatever a scorer gave to its text, so it
-    never makes a group's scores differ. Raises ``UserError`` for a part with the name of a scorer's component.
-    """
-    episodes = rollout.episodes or []
-    totals = torch.tensor([episode.score for episode in episodes])
-    failed = rollout.tensors["failed"]
-    totals = torch.where(failed, 0.0, totals) + rollout.tensors.get("scores", 0)
-    totals = fill_failed(totals, failed, torch.tensor(rollout.groups))
-    rollout.tensors["scores"] = _check_scores(rollout, totals.tolist(), may_lack=False)
-    for name in dict.fromkeys(name for episode in episodes for name in episode.parts):
-        if f"{COMPONENT}{name}" in rollout.tensors:
-            raise UserError(
-                f"environment: it scores '{name}', and so does a reward of score; set another `name` for that reward, "
-                "or rename the environment's."
-            )
-        values = [episode.parts.get(name, math.nan) for episode in episodes]
-        rollout.tensors[f"{COMPONENT}{name}"] = _check_scores(rollout, values, may_lack=True)
-
-
-def _check_scores(rollout: Rollout, scores: list[float], may_lack: bool) -> torch.Tensor:
-    """Return scores as a tensor (B,). Raises ``UserError`` if their number or a value is wrong.
-
-    ``may_lack``: NaN stands for a response without this metric.
-    """
-    if len(scores) != len(rollout):
-        raise UserError(f"the scorer returned {len(scores)} scores for {len(rollout)} responses; one each is expected.")
-    for score, text in zip(scores, rollout.texts, strict=True):
-        if not math.isfinite(score) and not (may_lack and math.isnan(score)):
-            raise UserError(
-                f"update {rollout.update + 1}: the scorer gave {score} to {text[:80]!r}; scores must be finite."
-            )
-    return torch.tensor(scores)
 
 
 def require_some_episode(rollout: Rollout, stage: str) -> None:

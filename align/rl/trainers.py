@@ -22,7 +22,7 @@ from align.rl.objectives.selection import BestOfNObjective, OnlineDPOObjective
 from align.rl.packing import Form
 from align.rl.prompts import derive_seed
 from align.rl.refusals import RolloutInputs, Rows
-from align.rl.sampler import AnyScorer
+from align.rl.scores import AnyScorer
 from align.rl.trainer import RLTrainer
 
 logger = logging.getLogger(__name__)

@@ -21,11 +21,10 @@ def run(context: StageContext) -> dict[str, Any]:
 
     use_threads(context.runtime)
     keep_freed_memory()
-    from align.data.scoring import Part
     from align.evaluation.evaluator import evaluate
     from align.evaluation.plan import make_plan
-    from align.evaluation.rewards import score_facts
     from align.inference.engine import open_engine
+    from align.scoring.score import Part, WeightedSum
 
     # Everything is read and checked before the engine starts.
     plan = make_plan(context)
@@ -49,7 +48,8 @@ def run(context: StageContext) -> dict[str, Any]:
 
         track_result(context, scorecard_values(card), card["settings"])
     parts = () if plan.scorer is None else plan.scorer.parts
-    usage = score_facts((*parts, *(Part(program.metric, 1.0, program.scorer) for program in plan.programs)))
+    programs = (Part(program.metric, 1.0, program.scorer) for program in plan.programs)
+    usage = WeightedSum((*parts, *programs)).facts()
     numbers = headline(card)
     reasons = score_reasons(context.config, numbers)
     return numbers | ({"score_reasons": reasons} if reasons else {}) | {"tokens": responses.tokens} | usage

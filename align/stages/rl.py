@@ -22,14 +22,11 @@ from align.config.stages.policy_gradient import GrpoConfig, PpoConfig, RlooConfi
 from align.config.stages.rl import RolloutFields
 from align.config.stages.stored_rollouts import ReplayFolder
 from align.config.user_paths import user_path
-from align.data.ensembles import Ensemble, RewardScorer
 from align.data.rows import read_rows
-from align.data.scoring import Part, Scorer, WeightedSum, function_scorer
 from align.environments.player import open_player
 from align.environments.user_models import check_user_rows, playing_processes
 from align.errors import StageFailed, UserError
-from align.evaluation.rewards import LateScorer, open_rewards, score_facts
-from align.evaluation.score_validation.stage import validate_stage_score
+from align.evaluation.score_validation.stage import note_reference_scores, validate_stage_score
 from align.inference.engine import open_engine
 from align.inference.protocol import RolloutEngine
 from align.inference.servers.server_client import EngineLost
@@ -45,12 +42,15 @@ from align.pipeline.context import StageContext
 from align.rl.checkpoint import change_settings, last_checkpoint
 from align.rl.evaluations import rest_base
 from align.rl.model import may_round_reward
-from align.rl.reference_scores import note_reference_scores
 from align.rl.replay import ReplayEngine, StoredUpdates
 from align.rl.rollout_tables import merge
 from align.rl.run import continue_prompts, keep_rollout_state, summarize
 from align.rl.trainer import RLTrainer
 from align.rl.trainers import BestOfNTrainer, GRPOTrainer, OnlineDPOTrainer, PPOTrainer, RLOOTrainer
+from align.scoring.functions import function_scorer
+from align.scoring.models import Ensemble, RewardScorer
+from align.scoring.score import Part, WeightedSum, open_parts
+from align.scoring.scored import Scorer
 from align.stages.update_reports import ReportUpdates, validation_split
 from align.store.artifacts import Artifact
 from align.store.rollouts import ROLLOUTS
@@ -149,7 +149,7 @@ def run(context: StageContext) -> dict[str, Any]:
         trainer.save_model(str(context.output / "model"))
         if rank() == 0:
             merge(context.checkpoints, context.output, context.warn)
-        usage = {} if scorer is None else score_facts(scorer.parts)
+        usage = {} if scorer is None else scorer.facts()
         usage |= {} if player is None else player.user_usage()
         if frozen:
             reference_facts |= {"frozen_router_parameters": frozen}
@@ -350,14 +350,14 @@ def _load_reward_model(context: StageContext, artifact: Artifact) -> RewardModel
 def _open_parts(context: StageContext) -> list[Part]:
     """Return the parts of ``score``, before a model is loaded: functions and judges are checked now."""
 
-    def load(artifact: Artifact) -> Scorer:
+    def load(artifact: Artifact) -> RewardModel:
         model = _load_reward_model(context, artifact)
         model.round_weights()  # no critic starts from it
-        return RewardScorer(model)
+        return model
 
-    parts = open_rewards(context, lambda artifact: LateScorer(lambda: load(artifact)), world_size())
     # score_weight is the weight of a single function; a list has its own weights, and score_weight 1.
-    return [replace(part, weight=context.config.score_weight * part.weight) for part in parts]
+    weight = context.config.score_weight
+    return [replace(part, weight=weight * part.weight) for part in open_parts(context, load, world_size())]
 
 
 def _make_scorer(
@@ -366,14 +366,13 @@ def _make_scorer(
     """Return the sum of ``reward`` and ``score``, with all reward models loaded; None if only an environment scores."""
     config: RolloutFields = context.config
     parts: list[Part] = []
-    if reward_models:
-        members: tuple[Scorer, ...] = tuple(map(RewardScorer, reward_models))
+    members: tuple[Scorer, ...] = tuple(map(RewardScorer.of, reward_models))
+    if members:
         ensemble = Ensemble(members, config.ensemble, config.uncertainty_weight)
         parts.append(Part("reward", config.reward_weight, members[0] if len(members) == 1 else ensemble))
     for part in score_parts:
-        scorer = part.scorer.open() if isinstance(part.scorer, LateScorer) else part.scorer
-        parts.append(replace(part, scorer=scorer))
-    return WeightedSum(tuple(parts), isinstance(config.score, list)) if parts else None
+        part.scorer.open()
+    return WeightedSum((*parts, *score_parts), isinstance(config.score, list)) if parts or score_parts else None
 
 
 def trainer_options(context: StageContext) -> dict[str, Any]:

@@ -12,11 +12,9 @@ from align.config.scores import describe_score, verifier_kinds
 from align.config.stages.sample import SampleConfig
 from align.data.final_answers import AnswerText
 from align.data.rows import kept_columns, read_rows
-from align.data.scoring import Part, WeightedSum
 from align.data.steps.pairs import make_pairs
 from align.environments.user_models import check_user_rows
 from align.errors import UserError
-from align.evaluation.rewards import load_late, open_score, score_facts
 from align.evaluation.score_validation.stage import validate_stage_score
 from align.inference.protocol import Response, Sampling
 from align.inference.thoughts import ThoughtReader, check_stage_room, generate
@@ -25,6 +23,7 @@ from align.models.chat.template_settings import TemplateSettings
 from align.models.compute.processes import use_threads
 from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext
+from align.scoring.score import WeightedSum, open_score
 from align.stages.sample_episodes import LateEngine, SampledSplit, sample_episodes
 from align.stages.sample_rollouts import SampledRollouts
 from align.store.fingerprint import digest
@@ -63,7 +62,8 @@ def run(context: StageContext) -> dict[str, Any]:
         rows = {split: _read_rows(context, split) for split in SPLITS}
         for split_rows in rows.values():
             check_user_rows(environment, split_rows, context.name)
-    scorer = _open_scorer(context)
+    # None if only an environment scores.
+    scorer = open_score(context)
     validation_facts: dict[str, Any] = {}
     if scorer is not None:
         train, test = (_read_rows(context, split) for split in SPLITS)
@@ -77,7 +77,7 @@ def run(context: StageContext) -> dict[str, Any]:
     else:
         results, facts = sample_episodes(context, tokenizer, scorer, rows)
     metrics = _write(context, results)
-    return metrics | validation_facts | ({} if scorer is None else score_facts(scorer.parts)) | facts
+    return metrics | validation_facts | ({} if scorer is None else scorer.facts()) | facts
 
 
 def _sample_responses(
@@ -244,18 +244,18 @@ def _score(
             continue
         context.phase(f"scoring {len(rows)} responses")
         # One call scores all responses of a split, so a reward model can batch them.
-        parts = scorer.score_parts(rows, texts, cut_off)
-        explanations = scorer.explain(rows, texts)
+        scored = scorer.score(rows, texts, cut_off)
+        columns = scored.columns()
+        explanations = scored.explanations()
         start = 0
         for sample in samples[prompts.split]:
             end = start + len(sample["texts"])
-            by_name = {name: [_or_none(value) for value in values[start:end]] for name, values in parts.items()}
             if any(explanations[start:end]):
                 sample["explanations"] = explanations[start:end]
+            sample["scores"] = list(map(_or_none, scored.total[start:end]))
+            if columns:
+                sample["parts"] = {name: list(map(_or_none, values[start:end])) for name, values in columns.items()}
             start = end
-            sample["scores"] = by_name.pop("")
-            if by_name:
-                sample["parts"] = by_name
             if cut_off_score is not None:
                 pairs = zip(sample["scores"], sample["finished"], strict=True)
                 sample["scores"] = [value if has_end else cut_off_score for value, has_end in pairs]
@@ -264,18 +264,6 @@ def _score(
 def _or_none(value: float) -> float | None:
     """Return a number as JSON has it: null for a metric that a response lacks."""
     return value if math.isfinite(value) else None
-
-
-def _open_scorer(context: StageContext) -> WeightedSum | None:
-    """Return the scorer: the list, the function or the reward stage; None if only an environment scores.
-
-    Functions and judges are checked now.
-    """
-    if context.config.score is not None:
-        return open_score(context)
-    if context.config.reward is None:
-        return None
-    return WeightedSum((Part("reward", 1.0, load_late(context)(context.artifact("reward"))),))
 
 
 def _result(context: StageContext, prompts: SplitPrompts, samples: list[dict[str, Any]]) -> SampledSplit:

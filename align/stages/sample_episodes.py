@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.data.rows import Row, kept_columns
-from align.data.scoring import WeightedSum
 from align.environments.player import play_in_parts
 from align.inference.engine import open_engine
 from align.inference.protocol import RolloutEngine
 from align.pipeline.context import StageContext
+from align.scoring.score import WeightedSum
 from align.stages.sample_rollouts import SampledRollouts
 from align.synthesis.episodes import EpisodeParts, Policy, episode_rates, report_failures
 from align.synthesis.pairing import pair_responses

@@ -11,18 +11,17 @@ from typing import Any
 from align.config.endpoint import EndpointConfig
 from align.config.stages.synthesize import BestOfTask, InstructionsTask, PairsTask, ResponsesTask
 from align.data.rows import Message, Row, read_rows, user
-from align.data.scoring import Part, WeightedSum
 from align.environments.episode import Episode, sampled_tokens
 from align.environments.player import play_in_parts
 from align.environments.user_models import check_user_rows
 from align.errors import UserError
-from align.evaluation.rewards import load_late, open_score, score_facts
 from align.inference.cached_client import Backend, CachedClient, Prices
 from align.inference.endpoint_client import Endpoint
 from align.inference.requests import Answer, Request, RequestCache
 from align.inference.thoughts import check_stage_room
 from align.models.chat.template_settings import TemplateSettings
 from align.pipeline.context import StageContext
+from align.scoring.score import open_score
 from align.store.fingerprint import canonical
 from align.store.json_files import write_text_atomically
 from align.synthesis import instructions, pairing, selection
@@ -67,7 +66,7 @@ class _Synthesis:
             for split in SPLITS:
                 check_user_rows(config.environment, self._prompts(split), context.name)
         # The scorer is loaded first, so a misspelled name ends the stage at once.
-        self.scorer = self._open_scorer()
+        self.scorer = open_score(context)
         self.engines: Any = None
         self.played: list[Episode] = []
         """Episodes of both splits, if an environment plays them."""
@@ -263,17 +262,6 @@ class _Synthesis:
             requests += [self._request(prompt, sample) for sample in range(first, times[name])]
         return requests
 
-    def _open_scorer(self) -> WeightedSum | None:
-        """Return the scorer: the list, the function or the reward stage; None if a judge compares, or without scores.
-
-        An environment scores its episodes by itself.
-        """
-        if self.config.score is not None:
-            return open_score(self.context)
-        if self.config.reward is None:
-            return None
-        return WeightedSum((Part("reward", 1.0, load_late(self.context)(self.context.artifact("reward"))),))
-
     def _select(self, prompts: list[PromptResponses], split: str, output: _Output) -> list[Row]:
         """Return the rows that the task makes of a split's responses; ties go to ``output``."""
         task = self.config.task
@@ -356,7 +344,7 @@ class _Synthesis:
             "asked_in_this_attempt": self.client.new,
             "retries_in_this_attempt": sum(endpoint.retried for endpoint in endpoints),
             **({"cost": round(sum(costs), 6), "spent": round(self.client.budget.spent, 6)} if costs else {}),
-            **({} if self.scorer is None else score_facts(self.scorer.parts)),
+            **({} if self.scorer is None else self.scorer.facts()),
             "engines": [] if self.engines is None else self.engines.names,
             **episode_rates(self.played),
             **self.user_usage,

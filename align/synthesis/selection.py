@@ -17,11 +17,11 @@ from align.config.stages.synthesize import BestOfTask, ResponsesTask
 from align.data.builds.ledger import EXAMPLES, Tally
 from align.data.final_answers import AnswerText, split_thought
 from align.data.rows import REQUIRED, Message, Row, assistant, kept_columns, write_rows
-from align.data.scoring import Scorer, parts_of
 from align.data.steps.pairs import Answers
 from align.data.steps.split import group, share
 from align.environments.episode import Episode, answer_of, describe_episode, prompt_of, sampled_tokens
 from align.inference.requests import Answer
+from align.scoring.scored import Scorer
 from align.store.fingerprint import canonical
 
 ROWS, ANSWERS = "prompts", "answers"
@@ -239,19 +239,18 @@ def score_all(prompts: list[PromptResponses], scorer: Scorer | None) -> None:
     if not usable or scorer is None:
         return
     # One call for all prompts, so a reward model fills its batches.
-    parts = parts_of(
-        scorer,
+    scored = scorer.score(
         [responses.row for responses, _ in usable],
         [responses.answer_text(place) for responses, place in usable],
         [not responses.answers[place].finished for responses, place in usable],
     )
-    scores = parts.pop("")
+    columns = scored.columns()
     for index, (responses, place) in enumerate(usable):
         # What an environment scored stays, and the scorer's value is added to it.
         environment_score = responses.scores[place]
-        total = scores[index] if environment_score is None else environment_score + scores[index]
+        total = scored.total[index] if environment_score is None else environment_score + scored.total[index]
         responses.scores[place] = total
-        for name, values in parts.items():
+        for name, values in columns.items():
             _put_part(responses, place, name, values[index])
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.config.validation import hint_nearest
+from align.config.verifiers import FAILED
 from align.data.rows import Row
-from align.data.scoring import FAILED
 from align.errors import UserError, shorten
 
 NO_ANSWER = "no_answer"

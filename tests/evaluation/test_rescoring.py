@@ -7,9 +7,9 @@ import pytest
 from align.config.validation import validate_plain
 from align.config.verifiers import EnvironmentVerifier
 from align.data.final_answers import split_thought
-from align.data.scoring import Part, WeightedSum
 from align.evaluation.rescoring import Rescored, StoredResponse, compare, rescore, stored_scores
-from align.verifiers.scorer import open_verifier
+from align.scoring.score import Part, WeightedSum
+from align.scoring.verifiers import open_verifier
 
 
 def responses(*texts: str) -> list[StoredResponse]:

@@ -5,19 +5,19 @@ import math
 import pytest
 
 from align.config.scores import MetricFunction
-from align.data.scoring import Part, WeightedSum
 from align.evaluation.answers import ResponseSet
 from align.evaluation.drift import kl_values, read_responses
 from align.evaluation.scoring import (
     ResultCache,
-    function_values,
-    reward_list_values,
+    metric_values,
+    score_responses,
     shape_values,
     thought_values,
-    verdict_values,
 )
 from align.inference.protocol import Response
-from align.verifiers.scorer import open_verifier
+from align.scoring.score import Part, WeightedSum
+from align.scoring.scored import Scored, Scorer
+from align.scoring.verifiers import open_verifier
 
 
 def test_kl_and_sampler_gap_by_hand():
@@ -50,7 +50,8 @@ def test_forced_tokens_have_no_kl():
 def test_verifier_as_metric_has_reasons():
     responses = [Response([4], [0.0], True, text) for text in ("It is 5.", "4 or 5", "6")]
     scorer = open_verifier(MetricFunction(number="answer"), "metrics[0]")
-    values = verdict_values(scorer, "right", [{"answer": "5"}], ResponseSet("e", [responses]))
+    response_set = ResponseSet("e", [responses])
+    values = metric_values(score_responses(scorer, [{"answer": "5"}], response_set), "right", response_set)
     assert values["right"] == [[1.0, 0.0, 0.0]] and values["right_no_answer"] == [[0.0, 1.0, 0.0]]
     assert values["right_unequal"] == [[0.0, 0.0, 1.0]]
 
@@ -61,12 +62,12 @@ def test_programs_read_answers_and_lengths_are_of_answers():
     response_set = ResponseSet("e", [[thinking, cut_off]])
     seen = []
 
-    class Scorer:
+    class Recorder(Scorer):
         def score(self, rows, responses, truncated=None):
             seen.extend(responses)
-            return [1.0, 0.0]
+            return Scored([1.0, 0.0])
 
-    assert function_values(Scorer(), [{}], response_set) == [[1.0, 0.0]]
+    assert metric_values(score_responses(Recorder(), [{}], response_set), "m", response_set) == {"m": [[1.0, 0.0]]}
     assert seen == ["yes", ""] and seen[0].thought == "<think>a</think>" and seen[1].is_open
     assert shape_values(response_set) == {"length": [[2.0, 0.0]], "finished": [[1.0, 0.0]]}
     assert thought_values(response_set) == {"thought_length": [[2.0, 2.0]], "open_thoughts": [[0.0, 1.0]]}
@@ -91,15 +92,16 @@ def test_results_are_kept_under_their_identity(tmp_path):
     assert results.read_or_compute("x", "a", compute) == {"value": [1]}  # still there
 
 
-class BrokenReward:
+class BrokenReward(Scorer):
     """A reward model with NaN among its weights."""
 
-    def score_parts(self, rows, responses, truncated=None):
-        return {"": [math.nan], "metric": [math.nan]}
+    def score(self, rows, responses, truncated=None):
+        return Scored([math.nan], metrics={"metric": [math.nan]})
 
 
 def test_a_score_that_is_no_number_stays_in_sight():
     response_set = ResponseSet("e", [[Response([7], [-1.5], True, "x")]])
     scorer = WeightedSum((Part("rm", 1.0, BrokenReward()),), is_list=True)
     # The metric is one that this response lacks, as far as anybody can tell.
-    assert set(reward_list_values(scorer, [{"id": "1"}], response_set)) == {"score", "score_rm"}
+    scored = score_responses(scorer, [{"id": "1"}], response_set)
+    assert set(metric_values(scored, "score", response_set)) == {"score", "score_rm"}

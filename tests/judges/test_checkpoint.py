@@ -14,10 +14,9 @@ from align.data.rows import user
 from align.errors import UserError
 from align.inference.protocol import Response
 from align.judges.checkpoint import CheckpointJudge
-from align.judges.client import JudgmentCaches, checkpoint_judge
-from align.judges.criteria_scorer import criteria_by
-from align.judges.scorer import GradeScorer
+from align.judges.client import JudgmentCaches
 from align.models.built_in import make_tiny_tokenizer
+from align.scoring.score import open_entry
 from align.store.artifacts import Artifact, Kind
 
 ROWS: list[Any] = [{"id": str(number), "prompt": [user(f"Question {number}")]} for number in range(3)]
@@ -59,10 +58,7 @@ def make_judge(tmp_path: Path, tiny_model: Path) -> Any:
         engine = ScriptedEngine(replies)
         backend._open = lambda: engine
         caches = JudgmentCaches(tmp_path / folder, None, print)
-        judge = checkpoint_judge(entry.judge, backend, "judge", caches)
-        if entry.criteria is None:
-            return GradeScorer(entry.judge, judge, "score[0]"), engine
-        return criteria_by(judge, entry, "score[0]"), engine
+        return open_entry(entry, "score[0]", caches, checkpoint=backend), engine
 
     return make
 
@@ -72,12 +68,12 @@ def test_checkpoint_grades_after_its_thoughts(make_judge: Any) -> None:
     scorer, engine = make_judge(replies)
     scorer.check()  # loads no weights
     assert engine.asked == []
-    parts = scorer.score_parts(ROWS, TEXTS)
+    scored = scorer.score(ROWS, TEXTS)
     # The thought that never ends has no grade.
-    assert parts == {"": [1.0, 0.0, 0.0], "unreadable": [0.0, 0.0, 1.0]}
-    assert not scorer.waits and scorer.usage()["requests"] == 3
+    assert (scored.total, scored.metrics) == ([1.0, 0.0, 0.0], {"unreadable": [0.0, 0.0, 1.0]})
+    assert not scorer.waits and scorer.facts()["judges"]["requests"] == 3
     again, other = make_judge(replies)
-    assert again.score(ROWS, TEXTS) == [1.0, 0.0, 0.0] and other.asked == []
+    assert again.score(ROWS, TEXTS).total == [1.0, 0.0, 0.0] and other.asked == []
     scorer.close()
     assert engine.is_closed
 
@@ -86,15 +82,15 @@ def test_checkpoint_decides_on_criteria(make_judge: Any) -> None:
     reply = '{"criterion_1": {"reason": "r", "satisfied": "yes"}}'
     scorer, engine = make_judge({"Question": reply}, criteria=["It is short"], judge=SETTINGS | {"max_tokens": 60})
     scorer.check()
-    assert scorer.score(ROWS, TEXTS) == [1.0] * 3
+    scored = scorer.score(ROWS, TEXTS)
+    assert (scored.total, scored.reasons[0][0]["reason"]) == ([1.0] * 3, "r")
     assert engine.asked == [3] and not scorer.is_structured
-    assert scorer.explain(ROWS[:1], TEXTS[:1])[0][0]["reason"] == "r"
 
 
 def test_prompt_that_is_too_long_is_unreadable(make_judge: Any) -> None:
     scorer, engine = make_judge({"Question": "[[10]]"})
     scorer.judge.backend._positions = 40
-    assert scorer.score_parts(ROWS, TEXTS)["unreadable"] == [1.0] * 3
+    assert scorer.score(ROWS, TEXTS).metrics["unreadable"] == [1.0] * 3
     assert engine.asked == []
 
 

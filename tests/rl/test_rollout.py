@@ -18,6 +18,8 @@ from align.rl.prompts import Prompts, derive_seed
 from align.rl.rewards import adjust_scores
 from align.rl.rollout import Rollout, join_rollouts, make_rollout
 from align.rl.sampler import RolloutSampler
+from align.rl.scores import as_scorer, score_rollout
+from align.scoring.scored import Scored, Scorer
 
 
 class Recorder:
@@ -175,14 +177,15 @@ def scored(scores, parts):
     return make_rollout(prompts, [0], [episodes], 0)
 
 
-class Brief:
+class Brief(Scorer):
     """A scorer with a component ``brief``."""
 
     def __init__(self, score, brief):
-        self.numbers = {"": score, "brief": brief}
+        self.numbers = score, brief
 
-    def score_parts(self, rows, responses, truncated):
-        return {name: [number] * len(rows) for name, number in self.numbers.items()}
+    def score(self, rows, responses, truncated=None):
+        score, brief = ([number] * len(rows) for number in self.numbers)
+        return Scored(score, metrics={"brief": brief})
 
 
 def test_components_of_gold_stand_beside_those_of_the_score():
@@ -273,7 +276,7 @@ def test_scorers_read_answers_and_know_thoughts():
         seen.extend((str(text), text.thought, text.full_text, text.is_open) for text in responses)
         return [0.0] * len(responses)
 
-    module.score_rollout(thinking(THOUGHT, OPEN, PLAIN), score)
+    score_rollout(thinking(THOUGHT, OPEN, PLAIN), as_scorer(score))
     assert seen == [
         ("answer", "thought ", "thought answer", False),
         ("", "open", "open", True),

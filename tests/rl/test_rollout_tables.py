@@ -12,6 +12,7 @@ from align.models.chat.token_texts import TokenTexts
 from align.rl.checkpoint import last_checkpoint
 from align.rl.rollout import make_rollout
 from align.rl.rollout_tables import read_episode, rollout_table
+from align.scoring.scored import Scored, Scorer
 from align.store.rollouts import ROLLOUTS, open_rollouts, read_settings, rollout_rows
 from tests.support.report.example_episodes import play
 from tests.support.rl.runs import KillAt, Killed
@@ -21,12 +22,13 @@ from tests.support.stored_rollouts import stored_rows
 MEASURES = ("logprobs", "ref_logprobs", "token_kl", "entropy", "values", "raw_advantages", "advantages")
 
 
-class Reasons:
+class Reasons(Scorer):
     """A reward with a part and a reason, as a list of rewards returns them."""
 
-    def score_parts(self, rows, texts, truncated):
+    def score(self, rows, texts, truncated=None):
         wrong = [float(len(text) % 2) for text in texts]
-        return {"": [1.0 - value for value in wrong], "math": [0.5] * len(texts), "math_unequal": wrong}
+        math = Scored([0.5] * len(texts), metrics={"unequal": wrong})
+        return Scored([1.0 - value for value in wrong], {"math": math})
 
 
 def test_every_response_is_stored_with_its_measurements(make_trainer, tmp_path):

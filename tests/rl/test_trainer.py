@@ -383,8 +383,8 @@ def test_alarm_that_returns_is_only_counted(make_trainer, monkeypatch):
 
 
 def test_components_of_a_score_are_logged(make_trainer):
-    from align.data.ensembles import Ensemble
-    from align.data.scoring import Part, WeightedSum
+    from align.scoring.models import Ensemble
+    from align.scoring.score import Part, WeightedSum
     from tests.support.rl.trainers import Fixed
 
     members = tuple(Fixed(*[value] * 8) for value in (1.0, 3.0))

@@ -24,7 +24,6 @@ import pytest
 
 from align import Pipeline
 from align.config.runtime import Runtime
-from align.data.scoring import ScoreFailed
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node
 from align.pipeline.process_limits import SLEEPING, SPINNING
@@ -41,6 +40,7 @@ from align.runner.stage_process import (
     start_stage,
     this_thread,
 )
+from align.scoring.functions import ScoreFailed
 from tests.support import toy
 from tests.support.processes import command_of, descendants, is_alive
 from tests.support.runs import wait_for

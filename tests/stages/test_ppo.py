@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from align.config.runtime import Runtime
 from align.config.stages.policy_gradient import PpoConfig
-from align.data.ensembles import RewardScorer
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.models.loading import load_reward, load_tokenizer
@@ -22,6 +21,7 @@ from align.models.reward import RewardModel
 from align.pipeline.context import StageContext
 from align.pipeline.stop_signal import CAN_STOP, Stopped, clear_request, request_stop
 from align.rl.checkpoint import DRAFT
+from align.scoring.models import RewardScorer
 from align.stages.rl import _make_scorer, _open_parts, _read_prompts, run
 from align.stages.update_reports import ReportUpdates
 from align.store.artifacts import Artifact, Kind
@@ -312,9 +312,9 @@ def another_reward(tiny_reward, tmp_path):
 
 def test_reward_model_of_another_family_has_its_own_template(another_reward, tiny_model):
     rows = [{"prompt": [user("name a cat")]}, {"prompt": [user("and?")]}]
-    scorer = RewardScorer(RewardModel(another_reward, precision="float32"))
-    scores = scorer.score(rows, ["Bea", "Eva"], [False, True])
-    tokenizer = scorer.model.tokenizer
+    model = RewardModel(another_reward, precision="float32")
+    scores = RewardScorer.of(model).score(rows, ["Bea", "Eva"], [False, True]).total
+    tokenizer = model.tokenizer
     texts = [f"[INST]name a cat[/INST]Bea{tokenizer.eos_token}", "[INST]and?[/INST]Eva"]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     assert ids[0] != load_tokenizer(tiny_model)(texts[0], add_special_tokens=False)["input_ids"]

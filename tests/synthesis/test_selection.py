@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from align.config.stages.synthesize import BestOfTask, PairsTask, ResponsesTask
 from align.data.rows import Message, Row, user
-from align.data.scoring import FunctionScorer
 from align.inference.requests import Answer
+from align.scoring.functions import FunctionScorer
+from align.scoring.scored import Scored, Scorer
 from align.synthesis.pairing import Judge, pair_by_judge, pair_by_score
 from align.synthesis.selection import Ledger, PromptResponses, score_all, select_all, select_best, split_by_prompt
 
@@ -107,16 +108,18 @@ def test_why_a_prompt_gave_no_best_answer() -> None:
 
 def test_scores_go_to_their_answers() -> None:
     answered = [_one("a", EMPTY, "ccc"), _one(FAILED), _one(CUT)]
-    truncated: list[bool] = []
+    are_cut: list[bool] = []
 
-    class Length:
-        def score(self, rows: list[Row], texts: list[str], cut: list[bool] | None = None) -> list[float]:
-            truncated.extend(cut or [])
-            return [float(len(text)) for text in texts]
+    class Length(Scorer):
+        def score(
+            self, rows: Sequence[Row], responses: Sequence[str], truncated: Sequence[bool] | None = None
+        ) -> Scored:
+            are_cut.extend(truncated or [])
+            return Scored([float(len(text)) for text in responses])
 
     score_all(answered, Length())
     assert [entry.scores for entry in answered] == [[1.0, None, 3.0], [None], [3.0]]
-    assert truncated == [False, False, True]
+    assert are_cut == [False, False, True]
 
 
 def _pairs(**settings: Any) -> PairsTask:

@@ -11,9 +11,9 @@ import pytest
 from align.config.validation import validate
 from align.config.verifiers import EnvironmentVerifier
 from align.errors import UserError
+from align.scoring.verifiers import open_verifier
 from align.verifiers.code import Replicas, SeparateObjects, check_references, find_program, read_tests
 from align.verifiers.sandbox.isolation import Limits, open_sandbox
-from align.verifiers.scorer import open_verifier
 
 OTHER = "```\n6\n```"
 

@@ -11,7 +11,7 @@ import pytest
 
 from align.config.validation import validate
 from align.config.verifiers import PROGRAMS, EnvironmentVerifier
-from align.verifiers.scorer import open_verifier
+from align.scoring.verifiers import open_verifier
 from align.verifiers.verdict import REASONS
 from align.verifiers.workers import MEMORY
 

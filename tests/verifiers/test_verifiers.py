@@ -20,8 +20,8 @@ from align.config.verifiers import VERIFIERS, EnvironmentVerifier
 from align.data.checkers import gsm8k_answer
 from align.environments.sources import open_environment
 from align.errors import StageFailed, UserError
+from align.scoring.verifiers import open_verifier
 from align.verifiers import answers, mathematics
-from align.verifiers.scorer import open_verifier
 from align.verifiers.verdict import PLACES, WHOLE, explain_low_scores, explain_reasons, reasons_in
 from align.verifiers.workers import Comparison, Worker
 from tests.support.environments.opened import TOOLS
@@ -440,21 +440,22 @@ def test_ifeval_scores_the_share_of_followed_instructions() -> None:
     config = validate(EnvironmentVerifier, {"ifeval": "checks"}, "p.yaml")
     scorer = open_verifier(config, "score[0]")
     rows = [{"id": "0", "checks": json.dumps(checks)}] * 3
-    parts = scorer.score_parts(rows, ["Well. Bye.", "Well, bye. Bye.", ""])
-    assert parts[""] == [1.0, 0.5, 0.0] and parts["unequal"] == [0.0, 1.0, 0.0] and parts["no_answer"] == [0, 0, 1]
+    scored = scorer.score(rows, ["Well. Bye.", "Well, bye. Bye.", ""])
+    assert scored.total == [1.0, 0.5, 0.0]
+    assert scored.metrics["unequal"] == [0.0, 1.0, 0.0] and scored.metrics["no_answer"] == [0, 0, 1]
 
 
 def test_reasons_are_metrics_of_the_reward() -> None:
     scorer = open_verifier(RewardEntry(number="checks.answer"), "score[0]")
     row = {"id": "0", "checks": json.dumps({"answer": "72"})}
-    parts = scorer.score_parts([row] * 3, ["72", "71", "none"])
-    assert parts == {
-        "": [1.0, 0.0, 0.0],
+    scored = scorer.score([row] * 3, ["72", "71", "none"])
+    assert scored.total == [1.0, 0.0, 0.0]
+    assert scored.metrics == {
         "no_answer": [0.0, 0.0, 1.0],
         "unparsable": [0.0, 0.0, 0.0],
         "unequal": [0.0, 1.0, 0.0],
     }
-    assert gsm8k_answer([row] * 3, ["72", "71", "none"]) == parts[""]
+    assert gsm8k_answer([row] * 3, ["72", "71", "none"]) == scored.total
 
 
 @pytest.mark.parametrize(
@@ -492,7 +493,8 @@ def test_wrong_verifier_is_refused_at_its_place(fields: dict[str, Any], message:
 
 def test_metric_and_environment_use_the_same_verifier() -> None:
     metric = validate(MetricFunction, {"number": "answer"}, "p.yaml")
-    assert metric.metric == "number" and open_verifier(metric, "metrics[0]").score([{"answer": "5"}], ["5"]) == [1.0]
+    scored = open_verifier(metric, "metrics[0]").score([{"answer": "5"}], ["5"])
+    assert metric.metric == "number" and scored.total == [1.0]
     fields = {"tools": [f"{TOOLS}:double"], "score": {"number": "answer"}, "max_tokens": 64}
     config = validate(EnvironmentConfig, fields, "p.yaml: environment")
     with pytest.raises(UserError, match="arguments are for a function, and the score is number; remove them"):

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from align.data.final_answers import AnswerText, split_thought
-from align.data.scoring import FunctionScorer, Part, Parts, ScoreFailed, parts_of
+from align.data.rows import Row
 from align.errors import UserError, shorten
 from align.evaluation.score_validation.references import Probe
-from align.judges.scorer import JudgeScorer
-from align.verifiers.scorer import VerifierScorer
+from align.scoring.functions import FunctionScorer, ScoreFailed
+from align.scoring.score import Part
+from align.scoring.scored import Scored
 from align.verifiers.verdict import REASONS
 
-PartKind = Literal["verifier", "format", "function", "judge", "model"]
-COMPARING = frozenset({"math", "number", "choice", "exact", "contains", "code"})
-"""Verifiers by which a right answer scores 1 and any other 0. The others check a form, which a reference may lack."""
 REPEATED_BY_VERIFIERS = 8
 """References that verifiers score twice: each may be a program that runs."""
 EMPTY = AnswerText.cut("", 0)
@@ -52,22 +49,12 @@ class ProbeScores:
         return [score for score in scores if score is not None]
 
 
-def kind_of(part: Part) -> PartKind:
-    """Return the kind of a reward, which decides the checks that apply to it."""
-    scorer = part.scorer
-    if isinstance(scorer, VerifierScorer):
-        return "verifier" if scorer.path in COMPARING else "format"
-    if isinstance(scorer, JudgeScorer):
-        return "judge" if getattr(scorer.config, "model", None) is None else "model"
-    return "function" if isinstance(scorer, FunctionScorer) else "model"
-
-
 def score_probes(part: Part, probes: Sequence[Probe], place: str) -> ProbeScores:
     """Return a reward's scores for all answers of the probes.
 
     Raises ``UserError``, which begins with ``place``, for a function that fails at one kind of answer.
     """
-    kind = kind_of(part)
+    kind = part.scorer.kind
     others = [None if probe.other is None else probes[probe.other].reference for probe in probes]
     reference = _Answers(part, probes, [probe.reference for probe in probes], "a reference answer", place)
     empty = _Answers(part, probes, [EMPTY] * len(probes), "an empty answer", place)
@@ -81,7 +68,7 @@ def score_probes(part: Part, probes: Sequence[Probe], place: str) -> ProbeScores
         if kind == "function":
             again = [reference, other]
         for answers, scores in zip(again, (first, parts[1]), strict=True):
-            pairs = zip(scores[""], answers.score()[""], strict=False)
+            pairs = zip(scores, answers.score(), strict=False)
             repeated += [(score, second) for score, second in pairs if score is not None and second is not None]
     long = _Answers(part, probes, [probe.long for probe in probes], "a long wrong answer", place)
     reads_form = kind == "function"
@@ -90,14 +77,14 @@ def score_probes(part: Part, probes: Sequence[Probe], place: str) -> ProbeScores
     return ProbeScores(
         wrong=_score_lists(part, probes, [probe.wrong for probe in probes], place, max) if reads_form else [],
         hedged=_score_lists(part, probes, [probe.hedged for probe in probes], place, min) if reads_form else [],
-        long=long.score()[""] if kind in ("function", "judge", "model") else [],
-        by_columns=_score_foreign_columns(part, probes, first[""], place) if kind == "function" else [],
-        reference=[_number(score) for score in first[""]],
-        empty=[_number(score) for score in parts[0][""]],
-        other=parts[1][""],
-        prompt=parts[2][""],
+        long=long.score() if kind in ("function", "judge", "model") else [],
+        by_columns=_score_foreign_columns(part, probes, first, place) if kind == "function" else [],
+        reference=[_number(score) for score in first],
+        empty=[_number(score) for score in parts[0]],
+        other=parts[1],
+        prompt=parts[2],
         repeated=repeated,
-        reasons=[_reason(first, index) for index in range(len(probes))],
+        reasons=[reference.reasons.get(index, "") for index in range(len(probes))],
     )
 
 
@@ -113,7 +100,7 @@ def _score_lists(
     flat = [text for texts in lists for text in texts]
     answers = _Answers(part, [probes[index] for index in owners], flat, "a wrong answer", place)
     by_probe: dict[int, list[float]] = {}
-    for index, score in zip(owners, answers.score()[""], strict=True):
+    for index, score in zip(owners, answers.score(), strict=True):
         by_probe.setdefault(index, []).append(_number(score))
     return [combine(by_probe[index]) if index in by_probe else None for index in range(len(lists))]
 
@@ -129,7 +116,7 @@ def _score_foreign_columns(
         if (other := probes[index].other) is not None
     ]
     answers = _Answers(part, foreign, [probe.reference for probe in foreign], "another row's columns", place)
-    scores = answers.score()[""]
+    scores = answers.score()
     return [(_number(references[index]), _number(score)) for index, score in zip(present, scores, strict=True)]
 
 
@@ -151,23 +138,29 @@ class _Answers:
     place: str
     limit: int | None = None
     """Score only the first so many."""
+    reasons: dict[int, str] = field(default_factory=dict)
+    """Reasons of a verifier, by probe, after ``score``."""
 
-    def score(self) -> dict[str, list[float | None]]:
-        """Return the scores under ``""`` and metrics by name; None for a probe without this answer."""
+    def score(self) -> list[float | None]:
+        """Return the scores; None for a probe without this answer."""
         present = [index for index, text in enumerate(self.texts) if text is not None][: self.limit]
-        rows = [self.probes[index].row for index in present]
-        texts = [text for index in present if (text := self.texts[index]) is not None]
-        parts = self._guarded(lambda: parts_of(self.part.scorer, rows, texts, [False] * len(texts))) if rows else {}
-        scores: dict[str, list[float | None]] = {name: [None] * len(self.texts) for name in ("", *parts)}
-        for name, values in parts.items():
-            for index, value in zip(present, values, strict=True):
-                scores[name][index] = float(value)
+        scores: list[float | None] = [None] * len(self.texts)
+        if not present:
+            return scores
+        scored = self._guarded(
+            [self.probes[index].row for index in present],
+            [text for index in present if (text := self.texts[index]) is not None],
+        )
+        marks = [(reason, scored.metrics[reason]) for reason in REASONS if reason in scored.metrics]
+        for place, index in enumerate(present):
+            scores[index] = float(scored.total[place])
+            self.reasons[index] = next((reason for reason, values in marks if values[place] == 1.0), "")
         return scores
 
-    def _guarded(self, score: Callable[[], Parts]) -> Parts:
+    def _guarded(self, rows: Sequence[Row], texts: Sequence[AnswerText]) -> Scored:
         """Name the kind of answer in the exception of a function."""
         try:
-            return score()
+            return self.part.scorer.score(rows, texts, [False] * len(texts))
         except (ScoreFailed, UserError) as error:
             if not isinstance(self.part.scorer, FunctionScorer):
                 raise
@@ -181,10 +174,6 @@ class _Answers:
 def _number(score: float | None) -> float:
     assert score is not None, "every probe has a reference and an empty answer"
     return score
-
-
-def _reason(parts: dict[str, list[float | None]], index: int) -> str:
-    return next((name for name in REASONS if name in parts and parts[name][index] == 1.0), "")
 
 
 def excerpt(text: str) -> str:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import statistics
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from align.config.scores import MetricFunction, RewardEntry, ScoreValidation
 from align.config.user_functions import full_path, read_module
 from align.config.verifiers import PROGRAMS, EnvironmentVerifier, VerifierFields
 from align.data.rows import Row
-from align.data.scoring import FunctionScorer, Part
-from align.errors import UserError
-from align.evaluation.rewards import RewardSources, open_entries
-from align.evaluation.score_validation.probing import kind_of
+from align.errors import UserError, shorten
+from align.evaluation.score_validation.references import reference_of
 from align.evaluation.score_validation.validation import (
     Validation,
     check_references,
@@ -25,9 +25,12 @@ from align.evaluation.score_validation.validation import (
     validate_parts,
 )
 from align.pipeline.context import StageContext
-from align.verifiers.scorer import open_verifier
+from align.scoring.score import Part, WeightedSum, open_entry
+from align.scoring.verifiers import open_verifier
 from align.verifiers.verdict import reference_value
 
+REFERENCE_ROWS = 32
+"""Rows whose references reward models score; few, because a model may be slow."""
 PLANNED_ROWS = 200
 """Rows whose references a plan reads."""
 PLANNED_SECONDS = 20.0
@@ -57,11 +60,11 @@ def validate_stage_score(
     columns = columns_of(config.score)
     if config.environment is not None:
         verifier = config.environment.score
-        parts = [part for part in parts if kind_of(part) == "verifier"]
+        parts = [part for part in parts if part.scorer.kind == "verifier"]
         if isinstance(verifier, EnvironmentVerifier) and verifier.criteria is None:
             parts = [*parts, Part(verifier.label, 1.0, open_verifier(verifier, "environment.score"))]
             columns.append(str(getattr(verifier, verifier.label)))
-    if all(kind_of(part) == "model" for part in parts):
+    if all(part.scorer.kind == "model" for part in parts):
         return {}
     context.phase("validating the score")
     check_references(parts, [*rows, *held_out])
@@ -81,6 +84,74 @@ def _facts(validation: Validation) -> dict[str, Any]:
     if validation.is_complete:
         facts["reference_score"] = validation.reports[-1].means()["reference"]
     return facts
+
+
+# ---- reward models ----
+
+
+@dataclass(frozen=True)
+class ReferenceScores:
+    """Scores of the reference answers of some rows, and of an empty answer to each."""
+
+    answers: list[str]
+    scores: list[float]
+    empty_scores: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Mean score of the references."""
+        return statistics.fmean(self.scores)
+
+    def describe(self) -> str:
+        """Return a sentence for the stage's notes."""
+        empty = statistics.fmean(self.empty_scores)
+        return (
+            f"the reference answers of {len(self.scores)} rows score {self.mean:.3g} on average "
+            f"({min(self.scores):.3g} to {max(self.scores):.3g}), empty answers {empty:.3g}"
+        )
+
+    def warning(self) -> str | None:
+        """Return a warning if the reward gives references and empty answers one and the same score, else None."""
+        if len({*self.scores, *self.empty_scores}) > 1:
+            return None
+        return (
+            f"the reward model scores {self.scores[0]:g} for every reference answer and for an empty one, so it cannot "
+            f"tell a right answer. Example: reference {shorten(repr(self.answers[0]))}. Train it again"
+        )
+
+
+def note_reference_scores(context: StageContext, scorer: WeightedSum | None, rows: Sequence[Row]) -> dict[str, float]:
+    """Note how the reward models score the rows' references, and return the mean; warn if they reject them all.
+
+    Nothing is scored in episodes, of which a reward model reads only the last turn.
+    """
+    scored = None
+    if scorer is not None and context.config.environment is None:
+        scored = score_references(scorer, rows)
+    if scored is None:
+        return {}
+    context.note(f"{context.name}: {scored.describe()}")
+    warning = scored.warning()
+    if warning is not None:
+        context.warn(f"{context.name}: {warning}.")
+    return {"reference_score": scored.mean}
+
+
+def score_references(scorer: WeightedSum, rows: Sequence[Row]) -> ReferenceScores | None:
+    """Score the references of the first rows that have one; None without any, and without a reward model."""
+    models = replace(scorer, parts=tuple(part for part in scorer.parts if part.scorer.kind == "model"))
+    references = [(row, reference_of(row)) for row in rows]
+    referenced = [(row, answer) for row, answer in references if answer is not None][:REFERENCE_ROWS]
+    if not models.parts or not referenced:
+        return None
+    scored_rows = [row for row, _ in referenced]
+    answers = [answer for _, answer in referenced]
+    are_finished = [False] * len(answers)
+    return ReferenceScores(
+        answers,
+        models.score(scored_rows, answers, are_finished).total,
+        models.score(scored_rows, [""] * len(answers), are_finished).total,
+    )
 
 
 # ---- plans ----
@@ -155,8 +226,11 @@ def validate_planned_score(config: Any, rows: Sequence[Row], place: str) -> list
         try:
             # A failing call is not repeated: its pauses belong to the stage.
             once = [entry.model_copy(update={"retries": 0}) for entry in entries]
-            parts = open_entries(once, RewardSources(_no_source, _no_source))
-            if any(isinstance(part.scorer, FunctionScorer) and part.scorer.waits for part in parts):
+            parts = [
+                Part(entry.label, entry.weight, open_entry(entry, f"score[{index}]"))
+                for index, entry in enumerate(once)
+            ]
+            if any(part.scorer.waits for part in parts):
                 return
             columns = columns_of(config.score)
             decides_sum = not getattr(config, "reward", None)
@@ -197,7 +271,3 @@ def _imported(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             names.add(node.module.partition(".")[0])
     return names
-
-
-def _no_source(*_: Any) -> Any:
-    raise AssertionError("a judge or a reward model is not cheap")

@@ -8,12 +8,12 @@ from typing import Any
 
 from align.config.scores import RewardEntry, ScoreValidation
 from align.data.rows import Row
-from align.data.scoring import FunctionScorer, Part
 from align.errors import UserError
 from align.evaluation.score_validation.checks import MIN_ROWS, Check, Report, check_part, check_sum, check_verifier
-from align.evaluation.score_validation.probing import ProbeScores, kind_of, score_probes
+from align.evaluation.score_validation.probing import ProbeScores, score_probes
 from align.evaluation.score_validation.references import Probe, choose_probes, refuse_missing_reference, select_probes
-from align.verifiers.scorer import VerifierScorer
+from align.scoring.functions import FunctionScorer
+from align.scoring.score import Part
 
 SUM = "sum"
 """Name of the weighted sum in tables."""
@@ -99,8 +99,7 @@ def columns_of(score: str | list[RewardEntry] | None) -> list[str]:
 def check_references(parts: Sequence[Part], rows: Sequence[Row]) -> None:
     """Read the references of all rows. Raises ``UserError`` for a reference that a verifier cannot use."""
     for part in parts:
-        if isinstance(part.scorer, VerifierScorer):
-            part.scorer.check_references(rows)
+        part.scorer.check_references(rows)
 
 
 def validate_parts(
@@ -179,7 +178,7 @@ class _Validator:
         notes: list[str] = []
         is_complete = decides_sum
         for part in parts:
-            kind = kind_of(part)
+            kind = part.scorer.kind
             probes = self.judged if kind == "judge" else self.probes
             if probes and (kind != "model" or with_models):
                 scored.append(_Scored(part, probes, score_probes(part, probes, self.place)))
@@ -198,7 +197,7 @@ class _Validator:
     def _report(self, item: _Scored, is_single: bool) -> Report:
         """Report one reward. A weight of 0 has no effect, so it is not refused."""
         part = item.part
-        kind = kind_of(item.part)
+        kind = item.part.scorer.kind
         floor = self.settings.floor if part.weight else 0.0
         if kind == "verifier" and part.weight >= 0:
             return check_verifier(part.name, item.probes, item.scores, floor)
@@ -212,7 +211,7 @@ class _Validator:
 
     def _report_sum(self, items: Sequence[_Scored]) -> Report:
         """Report the weighted sum, on the rows that all its rewards have scored."""
-        kinds = {kind_of(item.part) for item in items}
+        kinds = {item.part.scorer.kind for item in items}
         kind = next((kind for kind in ("judge", "model") if kind in kinds), SUM)
         probes = self.probes
         if "judge" in kinds and self.judged is not self.probes:

@@ -28,14 +28,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.data.rows import kept_columns
-from align.data.scoring import explanations_of
 from align.environments.episode import Episode, describe_episode, opening
 from align.evaluation.answers import Answers, Episodes, Item, SystemResponses, Turn, Values
 from align.evaluation.comparisons import Column
 from align.evaluation.scorecard import ITEMS, JUDGMENTS, SAMPLES, SCORECARD
 from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult
 from align.evaluation.tasks.environment import SCORE
-from align.inference.protocol import Response
 from align.inference.thoughts import thought_facts
 from align.models.chat.render import token_texts
 from align.store.json_files import write_text_atomically
@@ -78,6 +76,7 @@ def _prompt_samples(
     plan: Plan, responses: SystemResponses, measurements: Measurements, token_kl: dict[str, list[list[float]]]
 ) -> Iterator[dict[str, Any]]:
     tokenizers = {system.name: system.policy.tokenizer for system in plan.systems}
+    explanations = {name: iter(told) for name, told in measurements.explanations.items()}
     for index, row in enumerate(plan.rows):
         by_system: dict[str, Any] = {}
         for name, response_set in responses.prompt_set.items():
@@ -85,7 +84,9 @@ def _prompt_samples(
             samples = []
             for number, response in enumerate(response_set.responses[index]):
                 sample = {"text": response.text, "tokens": len(response.token_ids), "finished": response.finished}
-                sample |= thought_facts(response) | _explanation(plan, row, response)
+                sample |= thought_facts(response)
+                explanation = next(explanations.get(name, iter(())), None)
+                sample |= {"explanation": explanation} if explanation else {}
                 measured = {field: values[field][index][number] for field in SAMPLE_FIELDS if field in values}
                 # A metric that a reward returns is missing if some response lacks it.
                 scores = {metric: values[metric][index][number] for metric in measurements.programs if metric in values}
@@ -104,17 +105,6 @@ def _prompt_samples(
             **({"row": columns} if (columns := kept_columns(row)) else {}),
             "responses": by_system,
         }
-
-
-def _explanation(plan: Plan, row: dict[str, Any], response: Response) -> dict[str, Any]:
-    """Return the reasons of judges for the scores of a response, by metric; empty without any."""
-    answer = response.answer_text
-    explanation = {} if plan.scorer is None else plan.scorer.explain([row], [answer])[0]
-    for program in plan.programs:
-        (reasons,) = explanations_of(program.scorer, [row], [answer])
-        if reasons:
-            explanation[program.metric] = reasons
-    return {"explanation": explanation} if explanation else {}
 
 
 def _task_lines(result: TaskResult, responses: SystemResponses) -> Iterator[dict[str, Any]]:

@@ -75,6 +75,8 @@ class Measurements:
     values: dict[str, dict[str, Values]] = field(default_factory=dict)
     programs: dict[str, ProgramDescription] = field(default_factory=dict)
     """Metrics of the prompt set that a program computes → the better direction and the meaning, in order."""
+    explanations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Reasons of judges for each response to the prompt set, by system; empty without any."""
     heldout: dict[str, tuple[list[float], list[int]]] = field(default_factory=dict)
     tasks: list[TaskResult] = field(default_factory=list)
     reward_models: list[dict[str, Any]] = field(default_factory=list)

@@ -13,8 +13,7 @@ from align.rl.masking import whiten
 from align.rl.objectives import Objective, Step, mask_to_learn
 from align.rl.packing import Batch
 from align.rl.rewards import KLPenalty, shape_rewards
-from align.rl.rollout import Rollout
-from align.rl.step_rewards import STEP_REWARDS
+from align.rl.rollout import STEP_REWARDS, Rollout
 
 
 class PPOObjective(Objective):

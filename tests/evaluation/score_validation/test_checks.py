@@ -10,10 +10,12 @@ import pytest
 from align.config.scores import ScoreValidation
 from align.config.verifiers import EnvironmentVerifier
 from align.data.rows import Row, assistant, user
-from align.data.scoring import FunctionScorer, Part
 from align.errors import UserError
 from align.evaluation.score_validation.validation import Validation, check_references, refuse_problems, validate_parts
-from align.verifiers.scorer import open_verifier
+from align.scoring.functions import FunctionScorer
+from align.scoring.score import Part
+from align.scoring.scored import Scored, Scorer
+from align.scoring.verifiers import open_verifier
 
 ROWS: list[Row] = [
     {"id": f"r{index}", "prompt": [user(f"double {index}")], "completion": [assistant(f"it is {2 * index}")]}
@@ -23,11 +25,11 @@ ROWS: list[Row] = [
 SETTINGS = ScoreValidation()
 
 
-class Model:
+class Model(Scorer):
     """Scores as a reward model would."""
 
-    def score(self, rows: list[Row], responses: list[str], truncated: Any = None) -> list[float]:
-        return [float(len(text)) for text in responses]
+    def score(self, rows: list[Row], responses: list[str], truncated: Any = None) -> Scored:
+        return Scored([float(len(text)) for text in responses])
 
 
 def function(rule: Callable[[Row, str], float], weight: float = 1.0, name: str = "own") -> Part:

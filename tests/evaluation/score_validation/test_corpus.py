@@ -11,9 +11,10 @@ import pytest
 
 from align.config.scores import ScoreValidation
 from align.data.rows import Row, assistant, user
-from align.data.scoring import FunctionScorer, Part
 from align.errors import UserError
 from align.evaluation.score_validation.validation import refuse_problems, validate_parts
+from align.scoring.functions import FunctionScorer
+from align.scoring.score import Part
 
 Rule = Callable[[Row, str], float]
 NUMBERS = (7, 12, 1080, 33, 24500, 48, 91, 3200, 5, 260, 1975, 14, 640, 87, 2021, 402)

@@ -14,7 +14,7 @@ from align.rl.objectives.grpo import GRPOObjective, RLOOObjective
 from align.rl.objectives.ppo import PPOObjective
 from align.rl.rewards import KLPenalty
 from align.rl.rollout import Rollout
-from align.rl.sampler import add_environment_scores
+from align.rl.scores import add_environment_scores
 
 FREE = KLPenalty()
 

@@ -19,6 +19,7 @@ from align.rl import (
     RlooConfig,
     RLOOTrainer,
 )
+from align.scoring.scored import Scored, Scorer
 from tests.support.rl.arguments import settings
 
 ROWS = [{"id": str(i), "prompt": [{"role": "user", "content": f"say {'abc' * i}"}]} for i in range(8)]
@@ -95,9 +96,9 @@ def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-class Fixed:
+class Fixed(Scorer):
     def __init__(self, *values):
         self.values = list(values)
 
     def score(self, rows, responses, truncated=None):
-        return self.values
+        return Scored(self.values)

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
 
-from align.data.ensembles import RewardScorer
 from align.inference.protocol import Response
 from align.models.reward import RewardModel
 from align.rl import PpoConfig, PPOTrainer
+from align.scoring.models import RewardScorer
 from tests.support.rl.arguments import settings
 from tests.support.rl.make_trl_fixture import FIXTURE, make_tokenizer
 
@@ -109,7 +109,7 @@ def ours(trl, run, folder, account=None, **fields):
         **settings(PpoConfig, **(options | fields)),
         train_dataset=[{"prompt": message} for message in trl.messages],
         processing_class=make_tokenizer(),
-        scorer=RewardScorer(RewardModel(folder / "reward", precision="float32")),
+        scorer=RewardScorer.of(RewardModel(folder / "reward", precision="float32")),
         engine=FixedEngine(trl, run),
         reward_model=load(trl, "critic"),
         callbacks=[steps],

@@ -19,21 +19,13 @@ import pytest
 import torch
 
 from align.config.user_functions import function_identity
-from align.data import checkers, event_loop
-from align.data.ensembles import Ensemble, combine
+from align.config.validation import plain_value
+from align.data import checkers
 from align.data.families.embedded import generate
 from align.data.final_answers import AnswerText
-from align.data.scoring import (
-    FunctionScorer,
-    Part,
-    ScoreFailed,
-    WeightedSum,
-    function_scorer,
-    plain_value,
-)
 from align.errors import UserError
+from align.scoring.functions import FunctionScorer, ScoreFailed, function_scorer
 from tests.support import rewards
-from tests.support.rl.trainers import Fixed
 
 ROWS: list[dict[str, Any]] = [{"id": str(index), "checks": ""} for index in range(3)]
 
@@ -41,8 +33,8 @@ ROWS: list[dict[str, Any]] = [{"id": str(index), "checks": ""} for index in rang
 def test_gold_by_short_and_long_name() -> None:
     rows = generate(3, 0)
     replies = [row["completion"][0]["content"] for row in rows]
-    assert function_scorer("gold").score(rows, replies) == [1.0, 1.0, 1.0]
-    assert function_scorer("align.data.checkers:gold").score(rows, ["", "", ""], [True] * 3) == [0.0, 0.0, 0.0]
+    assert function_scorer("gold").score(rows, replies).total == [1.0, 1.0, 1.0]
+    assert function_scorer("align.data.checkers:gold").score(rows, ["", "", ""], [True] * 3).total == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +54,8 @@ def test_bad_paths(path: str, message: str) -> None:
 @pytest.mark.parametrize("number", [np.float32(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor([0.5])[0]])
 def test_numbers_of_numpy_and_torch_are_scores(number: Any) -> None:
     plain = FunctionScorer("f", lambda rows, responses: [{"score": number, "share": number}])
-    assert plain.score_parts(ROWS[:1], [""]) == {"": [0.5], "share": [0.5]}
+    scored = plain.score(ROWS[:1], [""])
+    assert (scored.total, scored.metrics) == ([0.5], {"share": [0.5]})
     with pytest.raises(UserError, match="must return finite numbers"):
         FunctionScorer("f", lambda rows, responses: [np.array([1.0, 2.0])]).score(ROWS[:1], [""])
 
@@ -81,7 +74,7 @@ def test_a_users_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "def nan(rows, responses): return [float('nan')]\n"
     )
     row = {"id": "7", "checks": ""}
-    assert function_scorer("my_scores:length").score([row], ["abc"]) == [3.0]
+    assert function_scorer("my_scores:length").score([row], ["abc"]).total == [3.0]
     with pytest.raises(UserError, match="0 scores for 1 responses"):
         function_scorer("my_scores:short").score([row], ["abc"])
     with pytest.raises(UserError, match="nan for row 7"):
@@ -94,17 +87,16 @@ def test_a_users_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_arguments_reach_the_function() -> None:
     scorer = function_scorer("tests.support.rewards:length", {"limit": 2})
-    assert scorer.score(ROWS[:2], ["a", "bcd"]) == [0.5, 1.5]
+    assert scorer.score(ROWS[:2], ["a", "bcd"]).total == [0.5, 1.5]
     with pytest.raises(UserError, match=r"score\[1\].arguments: length has no argument 'limt'"):
         function_scorer("tests.support.rewards:length", {"limt": 2}, place="score[1]")
 
 
 def test_function_of_one_response_may_skip_metrics() -> None:
-    parts = function_scorer("tests.support.rewards:vowels").score_parts(ROWS[:2], ["ax", "xyz"])
-    assert parts.pop("vowels")[0] == 1.0
-    assert parts == {"": [0.5, 0.0], "characters": [2.0, 3.0]}
-    (_, missing) = function_scorer("tests.support.rewards:vowels").score_parts(ROWS[:2], ["ax", "xyz"])["vowels"]
-    assert math.isnan(missing)
+    scored = function_scorer("tests.support.rewards:vowels").score(ROWS[:2], ["ax", "xyz"])
+    (vowels, missing) = scored.metrics.pop("vowels")
+    assert vowels == 1.0 and math.isnan(missing)
+    assert (scored.total, scored.metrics) == ([0.5, 0.0], {"characters": [2.0, 3.0]})
 
 
 def test_format_reward_reads_thought_and_answer() -> None:
@@ -114,9 +106,9 @@ def test_format_reward_reads_thought_and_answer() -> None:
 
     texts = ["<think>a</think>yes", "<think>a</think>", "<think>a", "yes"]
     scorer = FunctionScorer("mine:well_formed", well_formed)
-    assert scorer.score([{"id": "r"}] * 4, texts) == [1.0, 0.0, 0.0, 0.0]
+    assert scorer.score([{"id": "r"}] * 4, texts).total == [1.0, 0.0, 0.0, 0.0]
     # A sampled response may begin inside a thought, which its text does not show.
-    assert scorer.score([{"id": "r"}], [AnswerText.cut("a yes", 2)]) == [1.0]
+    assert scorer.score([{"id": "r"}], [AnswerText.cut("a yes", 2)]).total == [1.0]
 
 
 def test_async_calls_are_bounded_and_stay_in_order() -> None:
@@ -125,9 +117,9 @@ def test_async_calls_are_bounded_and_stay_in_order() -> None:
     rows = [{"id": str(number), "checks": ""} for number in range(30)]
     scorer = function_scorer("tests.support.rewards:watched", concurrency=5)
     assert scorer.waits
-    assert scorer.score(rows, responses) == [float(number) for number in range(30)]
+    assert scorer.score(rows, responses).total == [float(number) for number in range(30)]
     assert rewards.WATCH["most"] == 5
-    assert function_scorer("tests.support.rewards:batched").score(ROWS, ["a", "b", "c"]) == [1.0] * 3
+    assert function_scorer("tests.support.rewards:batched").score(ROWS, ["a", "b", "c"]).total == [1.0] * 3
 
 
 @pytest.mark.parametrize("function", ["vowels", "watched"])
@@ -178,7 +170,7 @@ def test_exception_names_reward_line_and_row() -> None:
 
 @pytest.mark.parametrize("is_async", [False, True])
 def test_retries_and_on_error(is_async: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("align.data.scoring.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("align.scoring.functions.FIRST_WAIT", 0.01)
     calls: Counter[str] = Counter()
 
     def fail_often(row: dict[str, Any], response: str) -> float:
@@ -192,7 +184,8 @@ def test_retries_and_on_error(is_async: bool, monkeypatch: pytest.MonkeyPatch) -
 
     function = wait_and_fail if is_async else fail_often
     scorer = FunctionScorer("f", function, label="f", retries=2, on_error=-1.0)
-    assert scorer.score_parts(ROWS[:2], ["late", "never"]) == {"": [1.0, -1.0], "failed": [0.0, 1.0]}
+    scored = scorer.score(ROWS[:2], ["late", "never"])
+    assert (scored.total, scored.metrics) == ([1.0, -1.0], {"failed": [0.0, 1.0]})
     assert calls == {"late": 3, "never": 3}
     with pytest.raises(ScoreFailed, match="ConnectionError: busy, for row 1"):
         FunctionScorer("f", function, label="f", retries=2).score(ROWS[:2], ["late", "never"])
@@ -219,8 +212,9 @@ def hang_on_pattern(row: dict[str, Any], response: str) -> float:
 def test_call_that_hangs_fails_within_its_timeout(function: Any) -> None:
     began = time.monotonic()
     scorer = FunctionScorer("f", function, label="f", on_error=-1.0, timeout=0.5)
-    assert scorer.score_parts(ROWS[:2], ["never", "x"]) == {"": [-1.0, 1.0], "failed": [1.0, 0.0]}
-    message = r"rewards 'f' \(test_scoring.py:\d+\): CallTimeout: did not return within 0s, its timeout, for row 0"
+    scored = scorer.score(ROWS[:2], ["never", "x"])
+    assert (scored.total, scored.metrics) == ([-1.0, 1.0], {"failed": [1.0, 0.0]})
+    message = r"rewards 'f' \(test_functions.py:\d+\): CallTimeout: did not return within 0s, its timeout, for row 0"
     with pytest.raises(ScoreFailed, match=message):
         FunctionScorer("f", function, label="f", timeout=0.5).score(ROWS[:1], ["never"])
     assert time.monotonic() - began < 10
@@ -232,7 +226,7 @@ def test_hanging_batch_and_blocked_loop_end_in_time() -> None:
         return []
 
     began = time.monotonic()
-    with pytest.raises(ScoreFailed, match=r"\(test_scoring.py:\d+\): CallTimeout: .* for a batch of 2 rows"):
+    with pytest.raises(ScoreFailed, match=r"\(test_functions.py:\d+\): CallTimeout: .* for a batch of 2 rows"):
         FunctionScorer("f", hang_with_rows, label="f", timeout=0.2).score(ROWS[:2], ["a", "b"])
 
     async def block(row: dict[str, Any], response: str) -> float:
@@ -248,7 +242,7 @@ def test_hanging_batch_and_blocked_loop_end_in_time() -> None:
 def test_timeout_holds_in_threads_without_signals() -> None:
     with ThreadPoolExecutor(1) as pool:
         scorer = FunctionScorer("f", hang_on_pause, label="f", timeout=0.3)
-        with pytest.raises(ScoreFailed, match=r"\(test_scoring.py:\d+\): CallTimeout"):
+        with pytest.raises(ScoreFailed, match=r"\(test_functions.py:\d+\): CallTimeout"):
             pool.submit(scorer.score, ROWS[:1], ["never"]).result()
 
 
@@ -269,14 +263,14 @@ def test_sum_of_steps_is_of_the_same_response() -> None:
     def steps(rows: list[dict[str, Any]], responses: list[str]) -> list[Any]:
         return [[1.0, 2.0], [10.0], {"score": [4.0, 8.0, 16.0], "depth": 5.0}]
 
-    parts = FunctionScorer("f", steps, separator="|").score_parts(ROWS, ["a|b", "c", "d|e|f"])
+    scored = FunctionScorer("f", steps, separator="|").score(ROWS, ["a|b", "c", "d|e|f"])
     # 1 + 2; 10; 4 + 8 + 16
-    assert parts[""] == [3.0, 10.0, 28.0]
-    assert parts["steps"] == [2.0, 1.0, 3.0]
-    assert math.isnan(parts["depth"][0]) and parts["depth"][2] == 5.0
+    assert scored.total == [3.0, 10.0, 28.0]
+    assert scored.metrics["steps"] == [2.0, 1.0, 3.0]
+    assert math.isnan(scored.metrics["depth"][0]) and scored.metrics["depth"][2] == 5.0
     # Without a separator a list is no score.
     with pytest.raises(UserError, match=r"returned \[1.0, 2.0\] for row 0; it must return finite numbers"):
-        FunctionScorer("f", steps).score_parts(ROWS, ["a|b", "c", "d|e|f"])
+        FunctionScorer("f", steps).score(ROWS, ["a|b", "c", "d|e|f"])
 
 
 def test_retries_need_a_function_of_one_response() -> None:
@@ -301,79 +295,3 @@ def test_retries_need_a_function_of_one_response() -> None:
 def test_a_wrong_result_names_the_row(result: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         FunctionScorer("f", lambda rows, responses: [result]).score(ROWS[:1], ["a"])
-
-
-def test_combinations_by_hand():
-    assert combine([1.0, 2.0, 6.0], "mean", 1.0) == 3.0
-    assert combine([1.0, 2.0, 6.0], "minimum", 1.0) == 1.0
-    # variance (4 + 1 + 9) / 3
-    assert combine([1.0, 2.0, 6.0], "uncertainty", 0.5) == pytest.approx(3.0 - 0.5 * 14 / 3)
-
-
-def test_ensemble_reports_spread_of_its_members():
-    parts = Ensemble((Fixed(1.0, 4.0), Fixed(3.0, 4.0)), "minimum").score_parts([{}, {}], ["a", "b"])
-    assert parts == {"": [1.0, 4.0], "spread": [1.0, 0.0]}
-
-
-def test_a_sum_weighs_its_parts_and_names_them():
-    ensemble = Ensemble((Fixed(1.0, 4.0), Fixed(3.0, 4.0)), "mean")
-    both = WeightedSum((Part("reward", 2.0, ensemble), Part("function", 0.5, Fixed(4.0, 0.0))))
-    parts = both.score_parts([{}, {}], ["a", "b"])
-    assert parts == {
-        "": [6.0, 8.0],  # 2 * 2 + 0.5 * 4;  2 * 4
-        "reward": [2.0, 4.0],
-        "reward_spread": [1.0, 0.0],
-        "function": [4.0, 0.0],
-    }
-    assert both.score([{}, {}], ["a", "b"]) == [6.0, 8.0]
-
-
-def test_a_single_part_is_not_repeated():
-    assert WeightedSum((Part("reward", 2.0, Fixed(1.5)),)).score_parts([{}], ["a"]) == {"": [3.0]}
-
-
-def test_a_list_tells_each_reward_by_its_name_even_a_single_one():
-    metrics = FunctionScorer("f", lambda rows, texts: [{"score": 2.0, "tokens": 3} for _ in texts])
-    parts = WeightedSum((Part("brevity", 0.5, metrics),), is_list=True).score_parts([{"id": "1"}], ["a"])
-    assert parts == {"": [1.0], "brevity": [2.0], "brevity_tokens": [3.0]}
-
-
-def test_two_rewards_must_not_share_a_metric_s_name():
-    metrics = FunctionScorer("f", lambda rows, texts: [{"score": 2.0, "b": 3} for _ in texts])
-    both = WeightedSum((Part("a", 1.0, metrics), Part("a_b", 1.0, Fixed(1.0))))
-    with pytest.raises(UserError, match="two rewards give 'a_b'"):
-        both.score_parts([{"id": "1"}], ["a"])
-
-
-def test_rewards_that_wait_do_so_at_the_same_time():
-    meeting = None
-
-    async def meet(rows, texts):
-        nonlocal meeting
-        meeting = meeting or asyncio.Barrier(2)
-        # Alone, either would wait for ever.
-        await asyncio.wait_for(meeting.wait(), 20)
-        return [1.0 for _ in texts]
-
-    both = WeightedSum((Part("a", 1.0, FunctionScorer("a", meet)), Part("b", 2.0, FunctionScorer("b", meet))))
-    assert both.score([{"id": "1"}], ["a"]) == [3.0]
-
-
-def test_rewards_that_begin_at_the_same_time_share_one_loop(monkeypatch):
-    """As the first of their process: a loop that takes its time to start must not have the other start one, too."""
-    start = asyncio.new_event_loop
-
-    def start_slowly():
-        time.sleep(0.2)
-        return start()
-
-    async def loop_of(rows, texts):
-        loops.append(asyncio.get_running_loop())
-        return [1.0 for _ in texts]
-
-    loops = []
-    event_loop._loop.cache_clear()
-    monkeypatch.setattr(asyncio, "new_event_loop", start_slowly)
-    both = WeightedSum((Part("a", 1.0, FunctionScorer("a", loop_of)), Part("b", 2.0, FunctionScorer("b", loop_of))))
-    both.score([{"id": "1"}], ["a"])
-    assert len(loops) == 2 and loops[0] is loops[1]

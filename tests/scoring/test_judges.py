@@ -12,7 +12,7 @@ from align.data.rows import user
 from align.errors import UserError
 from align.inference.endpoint_client import EndpointLost
 from align.judges.client import JudgmentCaches, stage_judge
-from align.judges.scorer import MIN_JUDGMENTS, GradeScorer
+from align.scoring.judges import MIN_JUDGMENTS, GradeScorer
 from tests.support.evaluation.judged_harness import endpoint
 from tests.support.inference.fake_chat import FakeChat, completion
 
@@ -45,8 +45,8 @@ def by_text(**grades: str) -> Any:
 
 def test_grades_become_scores_from_0_to_1(fake: FakeChat, tmp_path: Path) -> None:
     fake.reply = by_text(alpha="[[1]]", bravo="[[10]]", charlie="[[5.5]]", delta="no idea")
-    parts = judge(fake, tmp_path, reference="answer", rubric="Be strict.").score_parts(ROWS, TEXTS)
-    assert parts == {"": [0.0, 1.0, 0.5, 0.0], "unreadable": [0.0, 0.0, 0.0, 1.0]}
+    scored = judge(fake, tmp_path, reference="answer", rubric="Be strict.").score(ROWS, TEXTS)
+    assert (scored.total, scored.metrics) == ([0.0, 1.0, 0.5, 0.0], {"unreadable": [0.0, 0.0, 0.0, 1.0]})
     prompts = sorted(fake.prompts())
     assert len(prompts) == 4
     assert all("Be strict." in prompt and "The reference answer is right" in prompt for prompt in prompts)
@@ -71,10 +71,10 @@ def test_nothing_is_asked_twice(fake: FakeChat, tmp_path: Path) -> None:
     assert len(fake.bodies) == 1 + 4
     again = judge(fake, tmp_path / "stage", shared)
     again.check()
-    assert again.score(ROWS, TEXTS) == [1.0] * 4
-    assert judge(fake, tmp_path / "other", shared).score(ROWS, TEXTS) == [1.0] * 4
+    assert again.score(ROWS, TEXTS).total == [1.0] * 4
+    assert judge(fake, tmp_path / "other", shared).score(ROWS, TEXTS).total == [1.0] * 4
     assert len(fake.bodies) == 1 + 4
-    assert again.usage()["requests"] == 5 and again.usage()["prompt_tokens"] == 50
+    assert again.judge.usage()["requests"] == 5 and again.judge.usage()["prompt_tokens"] == 50
 
 
 def test_another_seed_asks_again(fake: FakeChat, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_requests_run_together_and_failures_are_retried(fake: FakeChat, tmp_path
 
     fake.reply = reply
     rows = [{"id": str(number), "prompt": [user(f"Question {number}")]} for number in range(12)]
-    scores = judge(fake, tmp_path, at={"concurrency": 4, "retries": 1}).score(rows, ["text"] * 12)
+    scores = judge(fake, tmp_path, at={"concurrency": 4, "retries": 1}).score(rows, ["text"] * 12).total
     assert scores == pytest.approx([1 / 3] * 12)
     assert len(fake.bodies) == 13 and 2 <= fake.most_under_way <= 4
 
@@ -104,9 +104,9 @@ def test_a_spent_budget_ends_the_run_and_a_higher_one_goes_on(fake: FakeChat, tm
         judge(fake, tmp_path, at=prices, max_tokens=100, max_cost=2000.0).score(ROWS, TEXTS)
     assert 0 < len(fake.bodies) < 4
     richer = judge(fake, tmp_path, at=prices, max_tokens=100, max_cost=1e6)
-    assert richer.score(ROWS, TEXTS) == [1.0] * 4
+    assert richer.score(ROWS, TEXTS).total == [1.0] * 4
     assert len(fake.bodies) == 4
-    assert richer.usage()["cost"] == 4 * 500.0
+    assert richer.judge.usage()["cost"] == 4 * 500.0
 
 
 def test_processes_share_what_is_left_of_a_budget(fake: FakeChat, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_too_many_unreadable_grades_end_the_run_with_an_example(fake: FakeChat, 
     fake.reply = lambda body: completion("\x1b[31mnine")
     scorer = judge(fake, tmp_path, max_unreadable=0.1)
     # A few of a small batch are no share to speak of.
-    assert scorer.score(ROWS[:3], TEXTS[:3]) == [0.0] * 3
+    assert scorer.score(ROWS[:3], TEXTS[:3]).total == [0.0] * 3
     assert 0.1 * MIN_JUDGMENTS < 4
     with pytest.raises(UserError) as caught:
         scorer.score(ROWS, TEXTS)

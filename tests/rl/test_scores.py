@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from align.data.process_rewards import StepScore
-from align.data.scoring import FunctionScorer
 from align.errors import UserError
 from align.models.built_in import make_tiny_tokenizer
-from align.rl.rollout import Rollout
-from align.rl.sampler import score_rollout
-from align.rl.step_rewards import STEP_REWARDS, last_token, place_steps, refuse_steps
+from align.rl.rollout import STEP_REWARDS, Rollout
+from align.rl.scores import last_token, place_steps, refuse_steps, score_rollout
+from align.scoring.functions import FunctionScorer
+from align.scoring.scored import StepScore
 
 TOKENIZER: Any = make_tiny_tokenizer()
 
@@ -69,7 +68,7 @@ def test_forced_token_earns_nothing() -> None:
 def test_sampler_scores_steps_and_places_them() -> None:
     rollout = make_rollout("ab cde", "f")
     scorer = FunctionScorer("f", lambda rows, texts: [[len(s) for s in text.split()] for text in texts], separator=" ")
-    steps = score_rollout(rollout, scorer)
+    steps = score_rollout(rollout, scorer).steps
     assert steps is not None
     assert rollout.tensors["scores"].tolist() == [5.0, 1.0]
     assert rollout.tensors["score_steps"].tolist() == [2.0, 1.0]

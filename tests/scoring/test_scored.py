@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.data.process_rewards import StepParts, StepScore, WrongSteps, read_steps, split_steps
-from align.data.scoring import FunctionScorer, Part, WeightedSum
 from align.errors import UserError
+from align.scoring.functions import FunctionScorer
+from align.scoring.score import Part, WeightedSum
+from align.scoring.scored import StepScore, WrongSteps, read_steps, split_steps
 
 ANSWER = "\n\nFirst.\n\n\n\n Second one. \n\nThird"
 ROWS: list[Any] = [{"id": "7"}]
@@ -57,30 +58,28 @@ def test_function_may_score_steps_with_metrics_or_the_whole() -> None:
     def steps(rows: list[Any], responses: list[str]) -> list[Any]:
         return [[1.0, 2.0], {"score": np.array([0.5]), "depth": 3}, 4.0, []]
 
-    parts = scorer(steps).score_parts(ROWS * 4, ["a\n\nb", "c", "whole", ""])
-    assert parts[""] == [3.0, 0.5, 4.0, 0.0]
-    assert parts["steps"] == [2.0, 1.0, 0.0, 0.0]
-    assert isinstance(parts, StepParts)
-    assert parts.steps == [[StepScore(1, 1.0), StepScore(4, 2.0)], [StepScore(1, 0.5)], [], []]
+    scored = scorer(steps).score(ROWS * 4, ["a\n\nb", "c", "whole", ""])
+    assert scored.total == [3.0, 0.5, 4.0, 0.0]
+    assert scored.metrics["steps"] == [2.0, 1.0, 0.0, 0.0]
+    assert scored.steps == [[StepScore(1, 1.0), StepScore(4, 2.0)], [StepScore(1, 0.5)], [], []]
 
 
 def test_steps_count_characters_after_the_thought() -> None:
-    parts = scorer(lambda rows, responses: [[1.0]]).score_parts(ROWS, ["<think>a\n\nb</think>ab"])
-    assert isinstance(parts, StepParts) and parts.steps == [[StepScore(2, 1.0)]]
+    scored = scorer(lambda rows, responses: [[1.0]]).score(ROWS, ["<think>a\n\nb</think>ab"])
+    assert scored.steps == [[StepScore(2, 1.0)]]
 
 
 def test_wrong_scores_of_steps_name_the_row() -> None:
     with pytest.raises(UserError, match=r"rewards:steps returned 1 scores for 2 steps, for row 7\. With `steps`"):
-        scorer(lambda rows, responses: [[1.0]]).score_parts(ROWS, ["a\n\nb"])
+        scorer(lambda rows, responses: [[1.0]]).score(ROWS, ["a\n\nb"])
 
 
 def test_weighted_sum_keeps_the_steps_of_its_parts() -> None:
     first = Part("first", 2.0, scorer(lambda rows, responses: [[1.0, 2.0]]))
     second = Part("second", -1.0, scorer(lambda rows, responses: [[("b", 4.0)]]))
     third = Part("third", 1.0, FunctionScorer("rewards:plain", lambda rows, responses: [10.0]))
-    parts = WeightedSum((first, second, third)).score_parts(ROWS, ["a\n\nb"])
-    assert isinstance(parts, StepParts)
+    scored = WeightedSum((first, second, third)).score(ROWS, ["a\n\nb"])
     # 2 * (1 + 2) - 4 + 10 in all, of which the steps have 2, 4 and -4.
-    assert parts[""] == [12.0]
-    assert parts.steps == [[StepScore(1, 2.0), StepScore(4, 4.0), StepScore(4, -4.0)]]
-    assert not isinstance(WeightedSum((third,)).score_parts(ROWS, ["a"]), StepParts)
+    assert scored.total == [12.0]
+    assert scored.steps == [[StepScore(1, 2.0), StepScore(4, 4.0), StepScore(4, -4.0)]]
+    assert WeightedSum((third,)).score(ROWS, ["a"]).steps is None

@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from align.data.rows import user
-from align.data.scoring import FunctionScorer, Part, WeightedSum
-from align.rl.reference_scores import REFERENCE_ROWS, score_references
+from align.evaluation.score_validation.stage import REFERENCE_ROWS, score_references
+from align.scoring.functions import FunctionScorer
+from align.scoring.score import Part, WeightedSum
+from align.scoring.scored import Scored, Scorer
 
 
-class Model:
+class Model(Scorer):
     """Scores by a function of row and response, as a reward model would."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
 
-    def score(self, rows: list[Any], responses: list[str], truncated: Any = None) -> list[float]:
-        return [self.function(row, text) for row, text in zip(rows, responses, strict=True)]
+    def score(self, rows: list[Any], responses: list[str], truncated: Any = None) -> Scored:
+        return Scored([self.function(row, text) for row, text in zip(rows, responses, strict=True)])
 
 
 def rows(count: int = 3) -> list[dict[str, Any]]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from align.config.verifiers import VerifierFields
 from align.data.rows import Row
-from align.data.scoring import Parts
 from align.errors import UserError, require_extra, shorten
+from align.scoring.scored import Kind, Scored, Scorer
 from align.verifiers import answers, code
 from align.verifiers.sandbox.isolation import Limits, Sandbox, is_installed, open_sandbox
 from align.verifiers.verdict import CRASHED, REASONS, TIMED_OUT, UNPARSABLE, BadReference, Verdict, reference_value
@@ -24,12 +24,14 @@ DIRECT: Mapping[str, Callable[[Any, str], Verdict]] = {
     "contains": answers.contains,
 }
 """Verifiers whose time grows with the length of the answer only, so they need no process that can be killed."""
+COMPARING = frozenset({"math", "number", "choice", "exact", "contains", "code"})
+"""Verifiers by which a right answer scores 1 and any other 0. The others check a form, which a reference may lack."""
 PACKAGES = {"math": "math_verify", "json_schema": "jsonschema"}
 """Packages of ``align-pipeline[verify]`` that a verifier needs."""
 
 
-@dataclass(frozen=True)
-class VerifierScorer:
+@dataclass
+class VerifierScorer(Scorer):
     """A verifier as a scorer. Each reason of a score below 1 is a metric, 1 for a response with this reason, else 0."""
 
     config: VerifierFields
@@ -37,8 +39,6 @@ class VerifierScorer:
     """Place of the entry in the YAML, for messages."""
     sandbox: Sandbox | None = None
     """Isolation of the programs of ``code``."""
-    report: Callable[[int, int], None] | None = field(default=None, compare=False)
-    """Gets the number of programs of ``code`` that have run, and of all."""
     _checked: dict[str, code.ProgramTests | BadReference] = field(default_factory=dict, repr=False, compare=False)
     """Tests by their reference as JSON, or what is wrong with them."""
 
@@ -47,27 +47,28 @@ class VerifierScorer:
         """Name in messages."""
         return str(self.config.verifier)
 
-    def score(
-        self, rows: Sequence[Row], responses: Sequence[str], truncated: Sequence[bool] | None = None
-    ) -> list[float]:
-        """Return one score per response; raises as ``score_parts`` does."""
-        return self.score_parts(rows, responses, truncated)[""]
+    @property
+    def kind(self) -> Kind:
+        """The scorer's kind."""
+        return "verifier" if self.path in COMPARING else "format"
 
-    def score_parts(
-        self, rows: Sequence[Row], responses: Sequence[str], truncated: Sequence[bool] | None = None
-    ) -> Parts:
-        """Return the scores under ``""``, and 0 or 1 for each reason by name.
+    def facts(self) -> dict[str, Any]:
+        """Return the level of isolation of programs."""
+        return {} if self.sandbox is None else {"sandboxes": self.sandbox.level}
+
+    def score(self, rows: Sequence[Row], responses: Sequence[str], truncated: Sequence[bool] | None = None) -> Scored:
+        """Return the scores, and as metrics 0 or 1 for each reason.
 
         Raises ``UserError`` for a row without the column, and for a reference that the verifier cannot read.
         """
         verdicts = self.verify(rows, responses)
-        parts: Parts = {"": [verdict.score for verdict in verdicts]}
-        for reason in reasons_of(self.path):
-            parts[reason] = [float(verdict.reason == reason) for verdict in verdicts]
-        return parts
+        metrics = {
+            reason: [float(verdict.reason == reason) for verdict in verdicts] for reason in reasons_of(self.path)
+        }
+        return Scored([verdict.score for verdict in verdicts], metrics=metrics)
 
     def verify(self, rows: Sequence[Row], responses: Sequence[str]) -> list[Verdict]:
-        """Return the verdicts on the responses; raises as ``score_parts`` does."""
+        """Return the verdicts on the responses; raises as ``score`` does."""
         references = [self._reference(row) for row in rows]
         kind = self.path
         verdicts: list[Verdict | BadReference]
@@ -85,7 +86,7 @@ class VerifierScorer:
         return [self._check(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
 
     def check_references(self, rows: Sequence[Row]) -> None:
-        """Read the references of all rows. Raises as ``score_parts`` does.
+        """Read the references of all rows. Raises as ``score`` does.
 
         Tests of programs run once with a program that returns nothing.
         """

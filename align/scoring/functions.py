@@ -1,7 +1,6 @@
-"""Scorers, which give one number per response: functions here, reward models in ``align.models``.
+"""Functions as scorers: their calls with retries and time limits, and the reading of what they return. Torch-free.
 
-``gold`` is short for ``align.data.checkers:gold``. Torch-free. Leaves out sums of several scorers
-(``weighted_scores.py``).
+``gold`` is short for ``align.data.checkers:gold``.
 """
 
 from __future__ import annotations
@@ -15,18 +14,19 @@ import math
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from align.config.scores import FUNCTION_SECONDS, NAME_RULE, is_metric_name
 from align.config.user_functions import check_call, full_path, load_function
+from align.config.validation import plain_value
+from align.config.verifiers import FAILED
 from align.data.event_loop import await_within, call_within, gather_bounded, wait_for
 from align.data.final_answers import AnswerText, split_thought
-from align.data.process_rewards import StepParts, StepScore, WrongSteps, add_steps, read_steps
 from align.data.rows import Row
 from align.errors import NO_SPACE, StageFailed, UserError, shorten
+from align.scoring.scored import Kind, Scored, Scorer, StepScore, WrongSteps, read_steps
 from align.store.retry import is_unreachable
 
 LOG = logging.getLogger(__name__)
@@ -35,30 +35,18 @@ ScoreFunction = Callable[..., Any]
 """``(rows, responses) -> scores``, or ``(row, response) -> score``, sync or async, with further keyword arguments."""
 SCORE = "score"
 """Key of the score in the mapping that a function may return; the others are metrics."""
-FAILED = "failed"
-"""Metric of a function with ``on_error``: 1 for a response whose calls all failed, else 0."""
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 """Seconds before the first retry, doubled each time, and their limit."""
-Parts = dict[str, list[float]]
-"""Scores under ``""`` and metrics by name, in the order of the responses; NaN if a response lacks a metric."""
 STEPS = "steps"
 """Metric of a function with ``steps``: the number of steps that it scored."""
-
-
-class Scorer(Protocol):
-    """An object that gives one score per response."""
-
-    def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
-        """Return scores in the order of ``rows``; ``truncated`` marks responses that hit the length limit."""
-        ...
 
 
 class ScoreFailed(StageFailed):
     """A function that scores has raised an exception; the message names the reward, the line and the row."""
 
 
-@dataclass(frozen=True)
-class FunctionScorer:
+@dataclass
+class FunctionScorer(Scorer):
     """A function as a scorer. It judges a truncated response by its text, like any other.
 
     A function whose first parameter is called ``row`` is called for one response at a time, any other with lists.
@@ -79,8 +67,6 @@ class FunctionScorer:
     """Text between two steps of a response, if the function scores steps."""
     timeout: float | None = FUNCTION_SECONDS
     """Seconds that a call may need; None for no limit."""
-    report: Callable[[int, int], None] | None = field(default=None, compare=False)
-    """Gets the number of responses that a function of one response has scored, and of all."""
 
     @property
     def waits(self) -> bool:
@@ -89,33 +75,32 @@ class FunctionScorer:
             getattr(self.function, "__call__", None)  # noqa: B004  # an object with an async __call__
         )
 
-    def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
-        """Return one score per response; raises as ``score_parts`` does."""
-        return self.score_parts(rows, responses, truncated)[""]
+    @property
+    def kind(self) -> Kind:
+        """The scorer's kind."""
+        return "function"
 
-    def score_parts(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> Parts:
-        """Return the scores under ``""``, and the function's further metrics by name.
+    def score(self, rows: Sequence[Row], responses: Sequence[str], truncated: Sequence[bool] | None = None) -> Scored:
+        """Return the scores, the function's further metrics, and the scores of steps if it scores steps.
 
         Raises ``UserError`` for a wrong number of results, for scores that are not finite and metrics that are no
         numbers, and ``ScoreFailed`` for an exception of a function with a label.
         """
         # Texts of rows, such as reference answers, were not sampled and are split here.
         answers: list[str] = [text if isinstance(text, AnswerText) else split_thought(text) for text in responses]
-        results = self._call_each(rows, answers) if self.takes_one else self._call(rows, answers)
+        results = self._call_each(rows, answers) if self.takes_one else self._call(list(rows), answers)
         if len(results) != len(responses):
             raise UserError(f"{self.path} returned {len(results)} scores for {len(responses)} responses; one each.")
-        scores: list[float] = []
-        steps: list[list[StepScore]] = []
-        metrics: Parts = {}
+        scored = Scored([], steps=None if self.separator is None else [])
         for index, (row, result) in enumerate(zip(rows, results, strict=True)):
-            if self.separator is not None:
-                steps.append(self._read_steps(row, answers[index], result))
-            score, values = self._read(row, result if self.separator is None else _with_sum(result, steps[-1]))
-            scores.append(score)
+            if scored.steps is not None:
+                scored.steps.append(self._read_steps(row, answers[index], result))
+                result = _with_sum(result, scored.steps[-1])
+            score, values = self._read(row, result)
+            scored.total.append(score)
             for name, value in values.items():
-                metrics.setdefault(name, [math.nan] * len(responses))[index] = value
-        parts: Parts = {"": scores, **metrics}
-        return parts if self.separator is None else StepParts(parts, steps)
+                scored.metrics.setdefault(name, [math.nan] * len(responses))[index] = value
+        return scored
 
     @property
     def takes_one(self) -> bool:
@@ -133,7 +118,7 @@ class FunctionScorer:
                 results = wait_for(await_within(self.timeout, results), self.timeout)
             return list(results)
 
-    def _call_each(self, rows: list[Row], responses: list[str]) -> list[Any]:
+    def _call_each(self, rows: Sequence[Row], responses: list[str]) -> list[Any]:
         ended = itertools.count(1)
 
         def count(result: Any) -> Any:
@@ -267,15 +252,6 @@ def _with_sum(result: Any, steps: list[StepScore]) -> Any:
     return {STEPS: float(len(steps)), **fields}
 
 
-def plain_value(value: Any) -> Any:
-    """Return numbers and arrays of numpy and torch as Python's numbers and lists, also inside of lists and mappings."""
-    if isinstance(value, Mapping):
-        return {key: plain_value(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_value(item) for item in value]
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 def _pause(attempt: int) -> float:
     """Return the seconds to wait after an attempt, counted from 0."""
     return min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt)
@@ -307,93 +283,3 @@ def function_scorer(
             "not `row`. Take `(row, response)`, or catch the exceptions in the function."
         )
     return scorer
-
-
-def explanations_of(scorer: Any, rows: Sequence[Row], responses: Sequence[str]) -> list[Any]:
-    """Return a judge's reasons for the scores of responses that were scored before; empty without any.
-
-    A scorer may have a method ``explain``, which sends no request.
-    """
-    explanations: list[Any] = scorer.explain(rows, responses) if hasattr(scorer, "explain") else [{}] * len(responses)
-    return explanations
-
-
-def parts_of(scorer: Any, rows: Sequence[Row], responses: Sequence[str], truncated: Sequence[bool] | None) -> Parts:
-    """Return a scorer's scores under ``""``, with its components if it has a method ``score_parts``."""
-    if hasattr(scorer, "score_parts"):
-        parts: Parts = scorer.score_parts(rows, responses, truncated)
-        return parts
-    return {"": scorer.score(rows, responses, truncated)}
-
-
-@dataclass(frozen=True)
-class Part:
-    """One term of a sum of scores."""
-
-    name: str
-    weight: float
-    scorer: Scorer
-
-
-@dataclass(frozen=True)
-class WeightedSum:
-    """The sum of ``weight * score`` over ``parts``."""
-
-    parts: tuple[Part, ...]
-    is_list: bool = False
-    """True for parts that the user has named in a list: then even a single part is told by its name."""
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the parts whose scores are reported with their sum; none for a single part, which is the sum."""
-        return [part.name for part in self.parts] if self.is_list or len(self.parts) > 1 else []
-
-    def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
-        """Return one score per response."""
-        return self.score_parts(rows, responses, truncated)[""]
-
-    def score_parts(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> Parts:
-        """Return the sum under ``""``, each part's unweighted scores under its name, its metrics as ``name_metric``.
-
-        The scores of a single part are not repeated. Raises ``UserError`` where two parts give the same name.
-        """
-        totals = [0.0] * len(responses)
-        parts: Parts = {"": totals}
-        steps: list[list[StepScore]] | None = None
-        for part, components in zip(self.parts, self._score_each(rows, responses, truncated), strict=True):
-            if isinstance(components, StepParts):
-                steps = add_steps(steps, components.steps, part.weight)
-            scores = components.pop("")
-            for index, score in enumerate(scores):
-                totals[index] += part.weight * score
-            new_parts = {part.name: scores} if part.name in self.names else {}
-            new_parts |= {f"{part.name}_{name}": values for name, values in components.items()}
-            repeated = sorted(parts.keys() & new_parts.keys())
-            if repeated:
-                raise UserError(f"score: two rewards give '{repeated[0]}'; set another `name` for one of them.")
-            parts |= new_parts
-        return parts if steps is None else StepParts(parts, steps)
-
-    def explain(self, rows: list[Row], responses: list[str]) -> list[dict[str, Any]]:
-        """Return the reasons of the parts' judges for each response, by part."""
-        explanations: list[dict[str, Any]] = [{} for _ in responses]
-        for part in self.parts:
-            if not hasattr(part.scorer, "explain"):
-                continue
-            for explanation, reasons in zip(explanations, part.scorer.explain(rows, responses), strict=True):
-                if reasons:
-                    explanation[part.name] = reasons
-        return explanations
-
-    def _score_each(self, rows: list[Row], responses: list[str], truncated: list[bool] | None) -> list[Parts]:
-        """Return the components of each part. Async functions and judges wait at the same time, in threads."""
-        waiting = [index for index, part in enumerate(self.parts) if getattr(part.scorer, "waits", False)]
-        with ThreadPoolExecutor(max(1, len(waiting))) as pool:
-            futures: dict[int, Future[Parts]] = {
-                index: pool.submit(parts_of, self.parts[index].scorer, rows, responses, truncated) for index in waiting
-            }
-            # The others compute meanwhile in this thread, where torch's settings hold.
-            return [
-                futures[index].result() if index in futures else parts_of(part.scorer, rows, responses, truncated)
-                for index, part in enumerate(self.parts)
-            ]
