@@ -42,8 +42,6 @@ SPAN = 8
 """Updates in which the score's trend is compared with gold's."""
 CLEAR_TREND = 3.0
 """Standard errors that the slope of a line through the scores must exceed: 1 in 100 flat lines of 8 points does."""
-
-
 MANY_IDENTICAL = 0.5
 """Share of prompts whose most common answer is also another prompt's, above which all get the same answer."""
 LENGTH_CORRELATION = 0.6
@@ -53,11 +51,9 @@ MARKER_RISE = 0.25
 OTHER_EXPERTS = 0.1
 """Share of choices of experts that differ between engine and trainer. With such differences training collapsed in
 arXiv 2510.11370; an engine in bfloat16 changed 0.5% in a small model (docs/models.md)."""
-
-
 MOST_REPEATS = 4
 """Updates that a line names at which an alarm was raised again."""
-CONSTANT_SCORE, MARKER = "constant score", "marker"
+CONSTANT_SCORE, MARKER, FAILURES = "constant score", "marker", "failures"
 
 
 @dataclass(frozen=True)
@@ -69,27 +65,17 @@ class Alarm:
     text: str
 
 
-Check = Callable[[Sequence[Entry]], tuple[str, str]]
-"""Returns an alarm's name, and its text if it holds."""
-
-
 def alarms(history: Sequence[Entry]) -> list[Alarm]:
     """Return the alarms that hold at the last of ``history``, which has one entry per update in order."""
     if not history:
         return []
     update = int(history[-1]["update"])
-    failure_name, failure_text = _failures(history)
-    if failure_text and history[-1]["failure_rate"] == 1.0:
-        return [Alarm(failure_name, update, failure_text)]
+    if history[-1].get("failure_rate") == 1.0:
+        return [Alarm(FAILURES, update, _failures(history))]
     # An update in which every episode failed says nothing about the policy.
     history = [entry for entry in history if entry.get("failure_rate", 0.0) < 1.0]
-    # The first checks need no start to compare with: a run of few updates must not end without a word.
-    checks: list[Check] = [_constant_score, _kl, _truncation, _failures, _routers, _length_correlation, _marker]
-    if len(history) > START:
-        checks += [_collapse, _identical_answers, _open_thoughts, _entropy_surge, _gradient, _explosion]
-        checks += [_over_optimization, _calls]
-    raised = (check(history) for check in checks)
-    return [Alarm(name, update, text) for name, text in raised if text]
+    checks = {**CHECKS, **LATER_CHECKS} if len(history) > START else CHECKS
+    return [Alarm(name, update, text) for name, check in checks.items() if (text := check(history))]
 
 
 def new_alarms(history: Sequence[Entry]) -> list[Alarm]:
@@ -120,195 +106,188 @@ def mean(history: Sequence[Entry], name: str) -> float:
     return statistics.fmean(entry[name] for entry in history)
 
 
-def _constant_score(history: Sequence[Entry]) -> tuple[str, str]:
+def _constant_score(history: Sequence[Entry]) -> str:
     """Return an alarm for updates in which all responses have the same score: every advantage is then 0."""
     latest = history[-CONSTANT_UPDATES:]
     if len(latest) < CONSTANT_UPDATES or any(entry.get("score_range", 1.0) > 0 for entry in latest):
-        return CONSTANT_SCORE, ""
+        return ""
     value = latest[-1]["score"]
     earlier = [entry["score"] for entry in history[:-CONSTANT_UPDATES]]
     # A policy that has learned everything rises to the constant; a broken score is constant from the start, or falls.
     if earlier and value >= max(earlier) and value > min(earlier):
-        return CONSTANT_SCORE, (
+        return (
             f"every response of {CONSTANT_UPDATES} updates scored {value:g}, the highest of the run: by this score "
             "the task is solved, and nothing is left to learn. Use harder prompts, or fewer updates"
         )
-    return CONSTANT_SCORE, (
+    return (
         f"every response of {CONSTANT_UPDATES} updates scored {value:g}, so the policy learns nothing. "
         "Check the score on the rows' own reference answers"
     )
 
 
-def _kl(history: Sequence[Entry]) -> tuple[str, str]:
+def _kl(history: Sequence[Entry]) -> str:
     """Return an alarm for a policy that is further from its reference than learning explains."""
     latest = history[-1]
     kl = latest.get("kl", 0.0)
     length = max(latest["length"], 1.0)
     if kl > LEAST_KL and kl / length > KL_PER_TOKEN:
-        return "KL", (
+        return (
             f"the KL to the reference is {kl:.3g} nats in {length:.1f} tokens: the policy has left the language that "
             "it started from. Do not use it. Lower learning_rate, or raise kl_coef or set kl_budget"
         )
-    return "KL", ""
+    return ""
 
 
-def _routers(history: Sequence[Entry]) -> tuple[str, str]:
+def _routers(history: Sequence[Entry]) -> str:
     """Return an alarm for a mixture of experts whose engine chooses other experts than the trainer."""
     share = history[-1].get("router_disagreement", 0.0)
     if share > OTHER_EXPERTS:
-        return "routers", (
+        return (
             f"engine and trainer choose other experts in {share:.0%} of the layers of a token, so their "
             "log-probabilities belong to different models. Set the same type for both (precision and "
             "runtime.engine.dtype), and keep importance_cap"
         )
-    return "routers", ""
+    return ""
 
 
-def _truncation(history: Sequence[Entry]) -> tuple[str, str]:
+def _truncation(history: Sequence[Entry]) -> str:
     """Return an alarm for responses that never end."""
     latest = history[-START:]
     if len(latest) == START and all(entry["truncation_rate"] >= ALL_CUT for entry in latest):
-        return "truncation", (
+        return (
             f"{latest[-1]['truncation_rate']:.0%} of the responses are cut off at max_tokens, for {START} updates: "
             "their scores are of unfinished answers. Raise max_tokens, set missing_eos_penalty, or check that SFT "
             "taught the end token"
         )
-    return "truncation", ""
+    return ""
 
 
-def _entropy_surge(history: Sequence[Entry]) -> tuple[str, str]:
+def _entropy_surge(history: Sequence[Entry]) -> str:
     """Return an alarm for entropy that has doubled, which means that the policy is losing what it had learned."""
     entropy = mean(history[:START], "entropy")
     if history[-1]["entropy"] > SURGED_ENTROPY * entropy:
-        return "entropy", (
+        return (
             f"the policy's entropy rose from {entropy:.3g} to {history[-1]['entropy']:.3g} nats a token: its answers "
             "get more random. Lower learning_rate, or lower entropy_coef if it is set"
         )
-    return "entropy", ""
+    return ""
 
 
-def _gradient(history: Sequence[Entry]) -> tuple[str, str]:
+def _gradient(history: Sequence[Entry]) -> str:
     """Return an alarm for the policy's gradients many times as large as they were, in two updates."""
     name = "grad_norm_policy"
     if name not in history[-1] or name not in history[0]:
-        return "gradient", ""
+        return ""
     start = mean(history[:START], name)
     if start > 0 and all(entry[name] > SURGED_GRADIENT * start for entry in history[-2:]):
-        return "gradient", (
+        return (
             f"the policy's gradient norm rose from {start:.3g} to {history[-1][name]:.3g}: training is about to "
             "diverge. Lower learning_rate or max_grad_norm"
         )
-    return "gradient", ""
+    return ""
 
 
-def _length_correlation(history: Sequence[Entry]) -> tuple[str, str]:
+def _length_correlation(history: Sequence[Entry]) -> str:
     """Return an alarm for scores that follow the responses' lengths."""
-    name = "length correlation"
     latest = history[-START:]
     if len(latest) < START or any(entry.get("score_length_correlation", 0.0) <= LENGTH_CORRELATION for entry in latest):
-        return name, ""
-    return name, (
+        return ""
+    return (
         f"the score follows the length of the responses (correlation {latest[-1]['score_length_correlation']:.2f}, for "
         f"{START} updates): longer responses are what the policy learns. Look at the longest, and set length_penalty "
         "or correct the score"
     )
 
 
-def _marker(history: Sequence[Entry]) -> tuple[str, str]:
+def _marker(history: Sequence[Entry]) -> str:
     """Return an alarm for words or signs that the score follows, and that most responses have by now."""
     latest = history[-START:]
     shares = [entry.get("marker_share", 0.0) for entry in latest]
     if len(latest) < START or min(shares) <= MANY_CUT or latest[-1]["marker_rise"] < MARKER_RISE:
-        return MARKER, ""
-    return MARKER, (
+        return ""
+    return (
         f"{shares[-1]:.0%} of the responses have a word or sign that neither prompt nor reference has and that scored "
         "higher: the score may pay for it, whatever the answer. Look at the samples, and correct the score"
     )
 
 
-def _identical_answers(history: Sequence[Entry]) -> tuple[str, str]:
+def _identical_answers(history: Sequence[Entry]) -> str:
     """Return an alarm for the same answer to most prompts, unless the start had as many."""
-    name = "identical answers"
     latest = history[-START:]
     if any("identical_answers" not in entry for entry in (*history[:START], *latest)):
-        return name, ""
+        return ""
     # Some tasks have few right answers, such as yes and no. There many answers are equal from the start.
     share = min(entry["identical_answers"] for entry in latest)
     if share <= MANY_IDENTICAL or mean(history[:START], "identical_answers") > share / 2:
-        return name, ""
-    return name, (
+        return ""
+    return (
         f"{share:.0%} of the prompts get an answer that other prompts get as well, for {START} updates: the score does "
         "not ask for an answer to the prompt. Look at the samples, and correct the score"
     )
 
 
-def _open_thoughts(history: Sequence[Entry]) -> tuple[str, str]:
+def _open_thoughts(history: Sequence[Entry]) -> str:
     """Return an alarm for responses that end inside their thought, more than at first, and score no less."""
-    name = "open thoughts"
     latest = history[-START:]
     # An update without any thought has no such metric. A policy may learn this within two updates, so the first update
     # counts as the start, and not the mean of the first three.
     share = min(entry.get("open_thoughts", 0.0) for entry in latest)
     at_start = history[0].get("open_thoughts", 0.0)
     if share <= MANY_CUT or at_start > share / 2 or mean(latest, "score") < history[0]["score"]:
-        return name, ""
-    return name, (
+        return ""
+    return (
         f"{latest[-1]['open_thoughts']:.0%} of the responses end inside their thought, {at_start:.0%} at the start, "
         "and the score did not fall: it is reached without an answer. Score the text after the thought (align's "
         "verifiers do), and look at the samples"
     )
 
 
-def _collapse(history: Sequence[Entry]) -> tuple[str, str]:
+def _collapse(history: Sequence[Entry]) -> str:
     """Return an alarm for entropy that is nearly gone without a higher score, or responses a fraction as long.
 
     A policy that has learned a task with one right answer is sure of it: entropy also falls in healthy runs.
     """
     latest = history[-1]
-    text = ""
     entropy = mean(history[:START], "entropy")
     length = mean(history[:START], "length")
     is_better = mean(history[-WINDOW:], "score") > mean(history[:START], "score")
     if latest["entropy"] < COLLAPSED_ENTROPY * entropy and not is_better:
-        text = (
-            f"the policy's entropy fell from {entropy:.3g} to {latest['entropy']:.3g} nats a token, and the "
-            "score did not rise: it no longer explores. Raise kl_coef or entropy_coef, or lower "
-            "learning_rate"
+        return (
+            f"the policy's entropy fell from {entropy:.3g} to {latest['entropy']:.3g} nats a token, and the score did "
+            "not rise: it no longer explores. Raise kl_coef or entropy_coef, or lower learning_rate"
         )
-    elif latest["length"] < COLLAPSED_LENGTH * length:
-        text = (
+    if latest["length"] < COLLAPSED_LENGTH * length:
+        return (
             f"responses fell from {length:.1f} to {latest['length']:.1f} tokens: the score rewards short answers. "
             "Look at the samples, and check the score of short answers"
         )
-    return "collapse", text
+    return ""
 
 
-def _explosion(history: Sequence[Entry]) -> tuple[str, str]:
+def _explosion(history: Sequence[Entry]) -> str:
     """Return an alarm for responses twice as long as they were, or mostly truncated though they used to end."""
     latest = history[-1]
-    start = history[:START]
-    length = mean(start, "length")
-    truncation = mean(start, "truncation_rate")
+    length = mean(history[:START], "length")
+    truncation = mean(history[:START], "truncation_rate")
     is_truncated = latest["truncation_rate"] > MANY_CUT and truncation < MANY_CUT / 2
     if latest["length"] > EXPLODED_LENGTH * length or is_truncated:
-        return "length explosion", (
+        return (
             f"responses grew from {length:.1f} to {latest['length']:.1f} tokens, {latest['truncation_rate']:.0%} of "
             "them truncated: the score rewards length, or the policy no longer learns to stop. Set missing_eos_penalty "
             "or length_penalty, or raise kl_coef"
         )
-    return "length explosion", ""
+    return ""
 
 
-def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
+def _over_optimization(history: Sequence[Entry]) -> str:
     """Return an alarm for a mean score that clearly rises while gold clearly falls, or no longer rises (2210.10760).
 
     Scores scatter from update to update. A fall is a difference between two windows in its standard errors. A constant
     gold score is detected later: over ``SPAN`` updates a line through the score rises steeply for its scatter, and a
     line through gold does not rise at all.
     """
-    name = "over-optimization"
     if "gold" not in history[-1]:
-        return name, ""
+        return ""
     remedy = (
         "the policy exploits what the score overrates. Keep an earlier checkpoint (keep: best), raise kl_coef, or "
         "correct the score on this policy's responses"
@@ -318,7 +297,7 @@ def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
     after = history[-WINDOW:]
     has_windows = len(history) >= 2 * WINDOW
     if has_windows and change(before, after, "score") > CLEAR and change(before, after, "gold") < -CLEAR:
-        return name, (
+        return (
             f"in {WINDOW} updates the score rose from {mean(before, 'score'):.3g} to {mean(after, 'score'):.3g} "
             f"while gold fell from {mean(before, 'gold'):.3g} to {mean(after, 'gold'):.3g}: {remedy}"
         )
@@ -326,48 +305,70 @@ def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
     latest = history[-SPAN:]
     has_span = len(history) >= SPAN + START
     if has_span and trend(latest, "score") > CLEAR_TREND and trend(latest, "gold") <= 0:
-        half = SPAN // 2
-        first = latest[:half]
-        last = latest[half:]
-        return name, (
+        first, last = latest[: SPAN // 2], latest[SPAN // 2 :]
+        return (
             f"over {SPAN} updates the score rose (means of halves {mean(first, 'score'):.3g} and "
             f"{mean(last, 'score'):.3g}) while gold did not ({mean(first, 'gold'):.3g} and "
             f"{mean(last, 'gold'):.3g}): {remedy}"
         )
-    return name, ""
+    return ""
 
 
-def _calls(history: Sequence[Entry]) -> tuple[str, str]:
+def _calls(history: Sequence[Entry]) -> str:
     """Return an alarm for episodes that no longer call tools, or mostly call them until ``max_turns`` ends them."""
-    name = "calls"
     latest = history[-1]
     start = history[:START]
     if "calls" not in latest:
-        return name, ""
+        return ""
     calls = mean(start, "calls")
     at_limit = mean(start, "max_turns_rate")
     if calls >= FEW_CALLS and latest["calls"] < COLLAPSED_CALLS * calls:
-        return name, (
+        return (
             f"calls fell from {calls:.2g} to {latest['calls']:.2g} an episode: the policy no longer uses its tools. "
             "Check that the score needs them, and what errors they answer with"
         )
     if latest["max_turns_rate"] > MANY_CUT and at_limit < MANY_CUT / 2:
-        return name, (
+        return (
             f"max_turns ends {latest['max_turns_rate']:.0%} of the episodes, {at_limit:.0%} at the start: the policy "
             "calls tools without coming to an answer. Score the end of an episode, or subtract a penalty for each call"
         )
-    return name, ""
+    return ""
 
 
-def _failures(history: Sequence[Entry]) -> tuple[str, str]:
+def _failures(history: Sequence[Entry]) -> str:
     """Return an alarm for an environment, or a simulated user, that fails in most of the episodes."""
     rate = history[-1].get("failure_rate", 0.0)
     if rate <= MANY_CUT:
-        return "failures", ""
-    return "failures", (
+        return ""
+    return (
         f"the environment, or the user that is simulated in it, failed in {rate:.0%} of the episodes: nothing is "
         "learned from these. The stored rollouts have the reason of each as `failure`"
     )
+
+
+Check = Callable[[Sequence[Entry]], str]
+"""Returns the text of an alarm; empty if it does not hold."""
+CHECKS: Mapping[str, Check] = {
+    CONSTANT_SCORE: _constant_score,
+    "KL": _kl,
+    "truncation": _truncation,
+    FAILURES: _failures,
+    "routers": _routers,
+    "length correlation": _length_correlation,
+    MARKER: _marker,
+}
+"""Checks that need no start to compare with, by the name of the alarm: a run of few updates must not end silently."""
+LATER_CHECKS: Mapping[str, Check] = {
+    "collapse": _collapse,
+    "identical answers": _identical_answers,
+    "open thoughts": _open_thoughts,
+    "entropy": _entropy_surge,
+    "gradient": _gradient,
+    "length explosion": _explosion,
+    "over-optimization": _over_optimization,
+    "calls": _calls,
+}
+"""Checks that compare with the mean of the first ``START`` updates."""
 
 
 def change(before: Sequence[Entry], after: Sequence[Entry], name: str) -> float:

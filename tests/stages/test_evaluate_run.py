@@ -402,7 +402,7 @@ def test_a_list_of_rewards_is_a_metric_each_beside_their_sum(context, inputs):
 def test_reward_models_are_freed_before_the_next_load(context, inputs, monkeypatch):
     alive: WeakSet[RewardModel] = WeakSet()
     held: dict[str, list[list[str]]] = {}
-    init, load_policy, score_list = RewardModel.__init__, loading.load_policy, evaluator.reward_list_values
+    init, load_policy, score_responses = RewardModel.__init__, loading.load_policy, evaluator.score_responses
 
     def note(event):
         gc.collect()
@@ -420,11 +420,11 @@ def test_reward_models_are_freed_before_the_next_load(context, inputs, monkeypat
 
     def score(*arguments):
         note("list")
-        return score_list(*arguments)
+        return score_responses(*arguments)
 
     monkeypatch.setattr(RewardModel, "__init__", remember)
     monkeypatch.setattr(loading, "load_policy", load)
-    monkeypatch.setattr(evaluator, "reward_list_values", score)
+    monkeypatch.setattr(evaluator, "score_responses", score)
     changes = {"score": [{"reward": "listed"}], "baselines": {"best": {"of": "sft", "best_of": 2}}}
     config = EvaluateConfig(**context.config.model_dump() | changes)
     listed = replace(inputs["reward"], stage="listed", path=context.output.parent / "listed")

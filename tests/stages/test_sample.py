@@ -13,7 +13,6 @@ import pytest
 from align.config.runtime import EngineConfig, Runtime
 from align.config.stages.sample import SampleConfig
 from align.config.user_functions import load_function
-from align.data import scoring
 from align.data.rows import read_rows, write_rows
 from align.errors import UserError
 from align.inference.transformers import TransformersEngine
@@ -71,7 +70,7 @@ def _context(folder: Path, model: Path, train: int = 5, test: int = 3, **config:
 def _score_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Functions of this file as scorers, wherever the test runner put it."""
     functions = {"length_score": length_score, "flat_score": flat_score}
-    monkeypatch.setattr(scoring, "load_function", lambda path, role: functions[path.split(":")[1]])
+    monkeypatch.setattr("align.scoring.functions.load_function", lambda path, role: functions[path.split(":")[1]])
 
 
 def test_pairs_samples_and_counts(tiny_model: Path, tmp_path: Path) -> None:
@@ -273,7 +272,7 @@ def test_an_engine_that_hangs_ends_the_stage(tiny_model: Path, tmp_path: Path, m
 def test_a_list_of_rewards_is_told_part_by_part(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "load_function", lambda path, role: load_function(path, role))
+    monkeypatch.setattr("align.scoring.functions.load_function", lambda path, role: load_function(path, role))
     score = [
         {"function": "tests.support.rewards:length", "arguments": {"limit": 10}},
         {"function": "tests.support.rewards:vowels", "weight": 0.5, "name": "open"},

@@ -15,11 +15,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from align.config.scores import CheckName
-from align.evaluation.score_validation.probing import ProbeScores, excerpt
+from align.evaluation.score_validation.probing import FORMED, PLAIN, ProbeScores, excerpt
 from align.evaluation.score_validation.references import FORMS, Probe
 
 Compare = Callable[[float, float], bool]
@@ -107,16 +107,9 @@ class Report:
 
     def means(self) -> dict[str, float]:
         """Return the mean score of each kind of answer."""
-        columns: dict[str, Sequence[float | None]] = {
-            "reference": self.scores.reference,
-            "empty": self.scores.empty,
-            "other": self.scores.other,
-            "prompt": self.scores.prompt,
-            "wrong": self.scores.wrong,
-            "hedged": self.scores.hedged,
-            "long": self.scores.long,
+        present = {
+            name: [score for score in scores if score is not None] for name, scores in self.scores.answers.items()
         }
-        present = {name: [score for score in scores if score is not None] for name, scores in columns.items()}
         return {name: statistics.fmean(scores) for name, scores in present.items() if scores}
 
     def failing(self, waived: Sequence[CheckName]) -> list[CheckName]:
@@ -158,15 +151,10 @@ class Report:
         scores = self.scores
         reason = f" ({scores.reasons[index]})" if scores.reasons[index] else ""
         numbers = [f"the reference {excerpt(probe.reference)} scores {scores.reference[index]:g}{reason}"]
-        numbers.append(f"an empty answer {scores.empty[index]:g}")
-        if scores.other[index] is not None:
-            numbers.append(f"another row's answer {scores.other[index]:g}")
-        if scores.prompt[index] is not None:
-            numbers.append(f"a copy of the prompt {scores.prompt[index]:g}")
-        further = {"a wrong answer": scores.wrong, "a list of answers": scores.hedged, "a long answer": scores.long}
-        for description, values in further.items():
-            if values and values[index] is not None:
-                numbers.append(f"{description} {values[index]:g}")
+        for name, description in (PLAIN | FORMED).items():
+            score = scores.answers[name][index] if name in scores.answers else None
+            if name != "reference" and score is not None:
+                numbers.append(f"{description} {score:g}")
         return f"Row {excerpt(str(probe.row.get('id', index)))}: {', '.join(numbers)}"
 
 
@@ -177,9 +165,9 @@ def check_verifier(name: str, probes: Sequence[Probe], scores: ProbeScores, floo
     reference_floor = lenient if _are_chosen(probes) else floor
     checks = [
         Check("reference", [score >= 1.0 - TOLERANCE for score in scores.reference], reference_floor),
-        Check("empty", [score <= TOLERANCE for score in scores.empty], floor),
-        Check("other", _compare(scores.other, lambda _, score: score <= TOLERANCE), lenient),
-        Check("prompt", _compare(scores.prompt, lambda _, score: score <= TOLERANCE), lenient),
+        Check("empty", _compare(scores, "empty", _is_zero), floor),
+        Check("other", _compare(scores, "other", _is_zero), lenient),
+        Check("prompt", _compare(scores, "prompt", _is_zero), lenient),
         _twice(scores, floor),
     ]
     return Report(name, "verifier", probes, scores, _decisive(checks, len(probes)))
@@ -231,12 +219,14 @@ def check_sum(
 def is_row_independent(probes: Sequence[Probe], scores: ProbeScores) -> bool:
     """Return True if each text has the same score as an answer to two rows, and some texts differ in their scores."""
     pairs = []
-    for probe, score in zip(probes, scores.other, strict=True):
+    references = scores.reference
+    for probe, score in zip(probes, scores.answers["other"], strict=True):
         if probe.other is not None and score is not None:
             # The same text was scored as an answer to this row and to the row that it belongs to.
-            pairs.append((score, scores.reference[probe.other]))
+            pairs.append((score, references[probe.other]))
     is_equal = all(_are_equal(*pair) for pair in pairs)
-    return len(pairs) >= MIN_ROWS and is_equal and _differ([*scores.reference, *scores.empty])
+    all_scores = [score for index in range(len(probes)) for score in scores.of(index, ("reference", "empty"))]
+    return len(pairs) >= MIN_ROWS and is_equal and _differ(all_scores)
 
 
 def _relative_checks(scores: ProbeScores, floor: float, lenient: float, compare: Compare) -> list[Check]:
@@ -244,19 +234,18 @@ def _relative_checks(scores: ProbeScores, floor: float, lenient: float, compare:
 
     ``compare`` compares another row's answer, and the prompt, with the reference.
     """
-    references = scores.reference
+    indices = range(len(scores.reference))
     # The checks of wrong, hedged and long answers have causes of their own.
-    plain = replace(scores, wrong=[], hedged=[], long=[])
-    highest = [_is_highest(plain.of(index)) for index in range(len(references))]
-    matters = [_differ(scores.of(index)) for index in range(len(references))]
+    highest = [_is_highest(scores.of(index, PLAIN)) for index in indices]
+    matters = [_differ(scores.of(index)) for index in indices]
     return [
         Check("reference", list(highest), floor),
-        Check("empty", _compare(scores.empty, _is_lower, references), floor),
-        Check("other", _compare(scores.other, compare, references), lenient),
-        Check("prompt", _compare(scores.prompt, compare, references), lenient),
-        Check("wrong", _compare(scores.wrong, _is_lower, references), lenient),
-        Check("hedged", _compare(scores.hedged, _is_lower, references), lenient),
-        Check("long", _compare(scores.long, _is_not_higher, references), lenient),
+        Check("empty", _compare(scores, "empty", _is_lower), floor),
+        Check("other", _compare(scores, "other", compare), lenient),
+        Check("prompt", _compare(scores, "prompt", compare), lenient),
+        Check("wrong", _compare(scores, "wrong", _is_lower), lenient),
+        Check("hedged", _compare(scores, "hedged", _is_lower), lenient),
+        Check("long", _compare(scores, "long", _is_not_higher), lenient),
         _twice(scores, floor),
         Check("answer_matters", list(matters), lenient),
     ]
@@ -277,22 +266,19 @@ def _twice(scores: ProbeScores, floor: float) -> Check:
     return Check("twice", [_are_equal(first, second) for first, second in scores.repeated], floor)
 
 
-def _compare(
-    scores: Sequence[float | None],
-    is_passed: Compare,
-    references: Sequence[float] | None = None,
-) -> list[bool | None]:
-    """Return the result for each score, given the reference's score; None for an answer that a probe lacks."""
-    results: list[bool | None] = []
-    for index, score in enumerate(scores):
-        reference = math.nan if references is None else references[index]
-        results.append(None if score is None else is_passed(reference, score))
-    return results
+def _compare(scores: ProbeScores, name: str, is_passed: Compare) -> list[bool | None]:
+    """Return the result for each score of an answer, given the reference's; None for an answer that a probe lacks."""
+    pairs = zip(scores.reference, scores.answers.get(name, ()), strict=False)
+    return [None if score is None else is_passed(reference, score) for reference, score in pairs]
 
 
 def _is_highest(scores: Sequence[float]) -> bool:
     """Return True if the first score, the reference's, is the highest and not the only one."""
     return scores[0] >= max(scores) - TOLERANCE and _differ(scores)
+
+
+def _is_zero(_: float, score: float) -> bool:
+    return score <= TOLERANCE
 
 
 def _is_lower(reference: float, score: float) -> bool:

@@ -235,29 +235,19 @@ def _label(part: Part) -> str:
 def _weighted(items: Sequence[_Scored]) -> ProbeScores:
     """Return the weighted sum of scores of the same probes."""
 
-    def add(columns: Sequence[Sequence[float | None]]) -> list[float | None]:
-        totals: list[float | None] = []
-        for scores in zip(*columns, strict=True):
-            present = [score for score in scores if score is not None]
-            pairs = zip(items, present, strict=False)
-            total = sum(item.part.weight * score for item, score in pairs)
-            totals.append(total if len(present) == len(items) else None)
-        return totals
+    def add(name: str) -> list[float | None]:
+        columns = zip(*(item.scores.answers[name] for item in items), strict=True)
+        return [_weigh(items, [score for score in scores if score is not None]) for scores in columns]
 
-    def add_present(columns: Sequence[Sequence[float | None]]) -> list[float | None]:
-        return add(columns) if all(columns) else []
+    names = [name for name in items[0].scores.answers if all(name in item.scores.answers for item in items)]
+    # Each reward of several is compared with itself, and only a single function is called with another row's columns.
+    single = items[0].scores if len(items) == 1 else ProbeScores({}, [], [])
+    reasons = ["; ".join(filter(None, reasons)) for reasons in zip(*(i.scores.reasons for i in items), strict=True)]
+    return ProbeScores({name: add(name) for name in names}, single.repeated, reasons, single.by_columns)
 
-    # Only a single function is called with another row's columns.
-    return ProbeScores(
-        wrong=add_present([item.scores.wrong for item in items]),
-        hedged=add_present([item.scores.hedged for item in items]),
-        long=add_present([item.scores.long for item in items]),
-        by_columns=items[0].scores.by_columns if len(items) == 1 else [],
-        reference=[score or 0.0 for score in add([item.scores.reference for item in items])],
-        empty=[score or 0.0 for score in add([item.scores.empty for item in items])],
-        other=add([item.scores.other for item in items]),
-        prompt=add([item.scores.prompt for item in items]),
-        # Each reward of several is compared with itself.
-        repeated=items[0].scores.repeated if len(items) == 1 else [],
-        reasons=["; ".join(filter(None, reasons)) for reasons in zip(*(i.scores.reasons for i in items), strict=True)],
-    )
+
+def _weigh(items: Sequence[_Scored], scores: Sequence[float]) -> float | None:
+    """Return the weighted sum of a score of each reward; None if a reward has none."""
+    if len(scores) < len(items):
+        return None
+    return sum(item.part.weight * score for item, score in zip(items, scores, strict=True))
