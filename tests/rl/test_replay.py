@@ -64,7 +64,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         def fail(*args: Any, **options: Any) -> None:
             raise AssertionError("a replay opened an engine, a player or a scorer")
 
-        for name in ("open_engine", "open_player", "open_rewards"):
+        for name in ("open_engine", "open_player", "open_parts"):
             monkeypatch.setattr(rl, name, fail)
 
     return forbid
