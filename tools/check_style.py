@@ -45,7 +45,7 @@ CAPS = {
     # the chat with its models and streamed endpoints
     # the packages of the studio's rollouts and evaluations: two files
     # the HTTP calls of all clients, apart from the vLLM client: a file
-    "files": 615,
+    "files": 616,
     "files over 400 lines": 2,
     "functions over 60 lines": 3,
     "test names over 60 characters": 0,
