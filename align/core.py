@@ -17,7 +17,7 @@ def _preference(
 ) -> Stage:
     """Return a stage that learns from stored preferences."""
     return Stage(
-        kind, 6, Kind.POLICY, config, run, purpose, distributed=True, estimator=TRAINING, headline=MARGINS, lint=lint,
+        kind, 7, Kind.POLICY, config, run, purpose, distributed=True, estimator=TRAINING, headline=MARGINS, lint=lint,
         card_verb=verb,
     )  # fmt: skip
 
@@ -47,12 +47,12 @@ STAGES = (
         headline={"train_rows": "train", "test_rows": "test"},
     ),
     Stage(
-        "pretrain", 5, Kind.POLICY, "align.config.stages.sft:PretrainConfig", "align.stages.pretrain:run",
+        "pretrain", 6, Kind.POLICY, "align.config.stages.sft:PretrainConfig", "align.stages.pretrain:run",
         "continued pre-training on plain texts, packed", distributed=True, estimator=TRAINING,
         card_verb="pre-trained further on plain texts",
     ),
     Stage(
-        "sft", 6, Kind.POLICY, "align.config.stages.sft:SftConfig", "align.stages.sft:run",
+        "sft", 7, Kind.POLICY, "align.config.stages.sft:SftConfig", "align.stages.sft:run",
         "supervised fine-tuning on responses", distributed=True, estimator=TRAINING,
         headline={"test_loss_before": "held-out loss", "test_loss_after": "→"}, lint=SUPERVISED,
         card_verb="fine-tuned on responses",
@@ -67,7 +67,7 @@ STAGES = (
         "make instructions, responses or pairs with a model or an endpoint", samples=True, estimator=SAMPLING,
     ),
     Stage(
-        "reward", 6, Kind.REWARD, "align.config.stages.reward:RewardConfig", "align.stages.reward:run",
+        "reward", 7, Kind.REWARD, "align.config.stages.reward:RewardConfig", "align.stages.reward:run",
         "train a reward model on pairs", distributed=True, estimator=TRAINING,
         headline={"test_accuracy_after": "held-out accuracy", "test_accuracy_true_after": "on true labels"},
         lint="align.lint.encodings:SCORED_PAIRS", card_verb="trained to score responses",
@@ -95,7 +95,7 @@ STAGES = (
         "trained with SimPO on preference pairs",
     ),
     Stage(
-        "distill", 7, Kind.POLICY, "align.config.stages.sft:DistillConfig", "align.stages.distill:run",
+        "distill", 8, Kind.POLICY, "align.config.stages.sft:DistillConfig", "align.stages.distill:run",
         "learn a teacher's distribution over the next token", distributed=True, estimator=TRAINING,
         headline={"test_divergence_before": "held-out nats from the teacher", "test_divergence_after": "→"},
         lint=SUPERVISED, card_verb="distilled from a teacher",

@@ -15,6 +15,10 @@ from pathlib import Path
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 LITTLE_SPACE = 64 * 1024
 """Bytes; a disk with less cannot even hold a stage's result."""
+NO_MEMORY = re.compile(
+    r"enforce fail at alloc_cpu|DefaultCPUAllocator: (?:can't|not enough)|std::bad_alloc|could not create a primitive"
+)
+"""What torch, and oneDNN in it, raise as a RuntimeError on a CPU without memory, such as under `ulimit -v`."""
 
 _SCHEME = r"://|\b(?:https?|s3|gs|hf|ftp|redis|wss?):/"
 """End of a scheme; an address that was taken for a path has one slash."""
@@ -116,6 +120,13 @@ class StageFailed(Exception):
 def explain_os_error(error: OSError, folder: Path) -> str:
     """One sentence on an error of the system while working in ``folder``; a full disk comes with its remedy."""
     return no_space(folder) if is_no_space(error) else f"{type(error).__name__}: {error}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for a lack of memory, also of a GPU's; torch raises a plain RuntimeError for one on a CPU."""
+    is_gpu_error = type(error).__name__ == "OutOfMemoryError"  # torch's class, which needs no import of torch
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or is_gpu_error or NO_MEMORY.search(text) is not None
 
 
 def is_no_space(error: BaseException) -> bool:

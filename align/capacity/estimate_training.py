@@ -60,7 +60,7 @@ def estimate(config: TrainingFields | RolloutFields, models: Models, runtime: Ru
     setting = Setting(
         config.micro_batch,
         accumulated=config.batch_size > config.micro_batch,
-        checkpointing=config.gradient_checkpointing,
+        checkpointing=config.recomputes,
         gpu=resolve_engine(runtime)[1],
     )
     choices = tuple(
@@ -87,12 +87,12 @@ def job(config: TrainingFields | RolloutFields, models: Models, runtime: Runtime
         tokens=lambda count: rows_to_tokens(config, count),
         memory=lambda setting: training_memory(config, models, tuning, setting),
         run_micro_batch=config.micro_batch_of,
-        objection=config.model_copy(update={"micro_batch_size": None}).processes_objection,
+        objection=config.model_copy(update={"micro_batch_size": "auto"}).processes_objection,
         # If the losses of micro-batches do not add up, another size would be another training.
         unit=1 if config.rows_add_up else config.micro_batch,
         trained=training_memory(config, models, tuning, Setting(1)).gradients // FLOAT,
         gathered=model.parameters,
-        checkpointing=config.gradient_checkpointing,
+        checkpointing=config.recomputes,
         **_hosting(config, runtime),
         notes=tuple(_notes(config)[2:]),
     )
@@ -262,7 +262,7 @@ def _estimate_rollouts(config: RolloutFields, models: Models, runtime: Runtime) 
     setting = Setting(
         config.micro_batch,
         accumulated=config.responses_per_step > config.micro_batch,
-        checkpointing=bool(config.trainer.get("gradient_checkpointing")),
+        checkpointing=config.recomputes,
         gpu=resolve_engine(runtime)[1],
     )
     choices = []
@@ -360,12 +360,11 @@ def _rollout_job(config: RolloutFields, models: Models, runtime: Runtime) -> Job
         tokens=lambda count: -(-count // responses_per_prompt) * config.max_prompt_tokens + count * config.max_tokens,
         memory=lambda setting: rollout_memory(config, models, runtime, tuning=tuning, critic=critic, setting=setting),
         run_micro_batch=config.micro_batch_of,
-        objection=config.model_copy(update={"micro_batch_size": None}).processes_objection,
+        objection=config.model_copy(update={"micro_batch_size": "auto"}).processes_objection,
         unit=config.indivisible_responses,
         trained=memory.gradients // FLOAT + (memory.critic - memory.critic_state) // (2 * FLOAT),
         gathered=policy.parameters + (critic_base.trunk if critic_base is not None and tuning.trains_all else 0),
-        checkpointing=bool(config.trainer.get("gradient_checkpointing")),
-        checkpointing_field="trainer.gradient_checkpointing",
+        checkpointing=config.recomputes,
         # The base and an engine that sleeps take turns on one GPU.
         **_hosting(config, runtime, rests=runtime.engine_name == "vllm" and runtime.engine.sleep),
         notes=tuple(_rollout_notes(config, runtime)[2:]),

@@ -102,8 +102,6 @@ class Job:
     """Parts that the settings keep in the machine's memory; None if these are the plan's choice."""
     host_parts: tuple[HostPart, ...] = ()
     """Parts that the machine's memory can hold, in the order in which they go there."""
-    checkpointing_field: str = "gradient_checkpointing"
-    """The config's field for it."""
     notes: tuple[str, ...] = ()
 
 

@@ -263,7 +263,7 @@ def _settings(plan: StagePlan, hardware: Hardware) -> list[str]:
                 "them, and the largest micro-batch is not known"
             )
         if best.strategy.checkpointing and not job.checkpointing:
-            result.append(f"  checkpointing is a setting of the stage: {job.checkpointing_field}: true")
+            result.append("  checkpointing is a setting of the stage: gradient_checkpointing: true")
         if best.batch != job.run_micro_batch(devices):
             result.append(f"  the micro-batch is a setting of the stage: micro_batch_size: {best.batch}")
     elif isinstance(best, SamplingWay) and best.batch < best.wanted:

@@ -1,10 +1,13 @@
-"""The private methods of transformers' and trl's trainers that align's supervised trainers override.
+"""The private names of transformers' and trl's trainers that align's supervised trainers override or restore.
 
 ``RLTrainer`` has a separate loop and overrides none. The supervised trainers keep the loop of transformers, which calls
 these methods and has no hooks in their place.
 """
 
 from __future__ import annotations
+
+import copy
+from typing import Any
 
 from align.patches.signatures import private_name
 
@@ -46,3 +49,18 @@ def check_overrides() -> None:
         private_name("transformers", f"transformers:Trainer.{method}", ["self", *parameters])
     for path in TRL:
         private_name("trl", path)
+
+
+METRICS = ("_metrics", "_stored_metrics", "_total_train_tokens")
+"""Attributes in which trl's trainers collect the metrics of a step. Written for trl 1.16."""
+
+
+def copy_metrics(trainer: Any) -> dict[str, Any]:
+    """Return a copy of the metrics that a trainer of trl has collected."""
+    return {name: copy.deepcopy(value) for name, value in vars(trainer).items() if name in METRICS}
+
+
+def restore_metrics(trainer: Any, metrics: dict[str, Any]) -> None:
+    """Reset a trainer's metrics to a copy, so that a repeated step is counted once."""
+    for name, value in copy.deepcopy(metrics).items():
+        setattr(trainer, name, value)

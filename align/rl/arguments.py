@@ -16,7 +16,9 @@ from align.config.options import OWNED, OWNED_BY_ROLLOUTS
 from align.config.runtime.launch import LaunchConfig, world_size
 from align.config.stages.policy_gradient import DriftFields, drift_settings
 from align.config.stages.rl import RolloutFields
-from align.training.arguments import use_one_device
+from align.pipeline.context import MemoryGuess
+from align.training.arguments import starts_with_recomputation, use_one_device
+from align.training.micro_batches import MemorySettings
 
 SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 """Value of ``scheduler`` -> transformers' name of it."""
@@ -34,6 +36,7 @@ DERIVED = frozenset(
     {
         *("learning_rate", "weight_decay", "max_grad_norm", "max_steps", "num_train_epochs"),
         *("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"),
+        "gradient_checkpointing",
     }
 )
 """Options of ``TrainingArguments`` that follow from the config."""
@@ -66,9 +69,10 @@ class RolloutArguments(TrainingArguments):
         default=True, metadata={"help": "Check at start and resume that engine and trainer agree."}
     )
 
-    if TYPE_CHECKING:  # ``rollout_arguments`` sets the first two, a stage the others
+    if TYPE_CHECKING:  # ``rollout_arguments`` sets the first three, a stage the others
         config: RolloutFields = field(init=False)
         drift: DriftFields = field(init=False)
+        memory: MemorySettings = field(init=False)
         launch: LaunchConfig = field(init=False)
         precision: str = field(init=False)
 
@@ -91,7 +95,12 @@ class RolloutArguments(TrainingArguments):
 
 
 def rollout_arguments(
-    config: RolloutFields, *, launch: LaunchConfig | None = None, precision: str | None = None, **options: Any
+    config: RolloutFields,
+    *,
+    launch: LaunchConfig | None = None,
+    precision: str | None = None,
+    guess: MemoryGuess | None = None,
+    **options: Any,
 ) -> RolloutArguments:
     """Return the arguments of a trainer with the settings of ``config``.
 
@@ -99,6 +108,7 @@ def rollout_arguments(
         config: The settings of the method, such as a ``PpoConfig``. Counts are over all processes together.
         launch: How a stage's processes were launched, if the model may be sharded over them.
         precision: The type that ``config.precision: auto`` stands for here; without it, ``auto`` is float32.
+        guess: The plan's choice for the memory, for settings that are ``auto``.
         options: Further options of ``TrainingArguments`` and ``RolloutArguments``, such as ``output_dir``.
 
     Raises:
@@ -119,6 +129,7 @@ def rollout_arguments(
         "per_device_train_batch_size": micro_batch,
         # One optimizer step learns from one mini-batch, so its micro-batches are accumulated.
         "gradient_accumulation_steps": config.responses_per_step // (world_size() * micro_batch),
+        "gradient_checkpointing": starts_with_recomputation(config, guess),
         "max_steps": config.updates * steps,
         "logging_steps": steps,
         "save_steps": config.save_updates * steps,
@@ -133,6 +144,9 @@ def rollout_arguments(
     }
     arguments = use_one_device(RolloutArguments(**(defaults | options | derived)))
     arguments.config = config
+    may_recompute = config.gradient_checkpointing == "auto"
+    settings = MemorySettings(config.micro_batch_sizes(world_size()), may_recompute, "max_tokens or max_prompt_tokens")
+    arguments.memory = settings.up_to(guess)
     if launch is not None:
         arguments.launch = launch
         arguments.precision = precision or config.precision

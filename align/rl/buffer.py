@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from align.rl.arguments import RolloutArguments
     from align.rl.objectives import Objective
     from align.rl.prompts import PtxRows
+    from align.training.micro_batches import StepMemory
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,17 @@ class MiniBatch:
     """The responses of one optimizer step."""
 
     rollout: Rollout
-    micro_batches: list[list[int]]
-    """Response indices of each micro-batch, over all processes."""
+    responses: list[int]
+    """Response indices over all processes. Those of similar length follow each other."""
     step: int
     """Number of the optimizer step in the entire run."""
+    longest_first: bool = False
+    """True if the micro-batches come in reverse order."""
+
+    def micro_batches(self, size: int) -> list[list[int]]:
+        """Return the response indices of each micro-batch of ``size`` responses, over all processes."""
+        parts = [self.responses[first : first + size] for first in range(0, len(self.responses), size)]
+        return parts[::-1] if self.longest_first else parts
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,13 @@ class RolloutBuffer:
     """Turns a rollout into micro-batches for an objective, with supervised texts mixed in."""
 
     def __init__(
-        self, objective: Objective, args: RolloutArguments, form: Form, pad_id: int, ptx: PtxRows | None
+        self,
+        objective: Objective,
+        args: RolloutArguments,
+        form: Form,
+        pad_id: int,
+        ptx: PtxRows | None,
+        memory: StepMemory,
     ) -> None:
         self.objective = objective
         self.args = args
@@ -70,6 +84,7 @@ class RolloutBuffer:
         self.form = form
         self.pad_id = pad_id
         self.ptx = ptx
+        self.memory = memory
         self.kept_outputs: list[Batch] = []
         """Outputs of the passes that measured the next micro-batches, with their graphs; ``load`` removes them."""
 
@@ -83,14 +98,15 @@ class RolloutBuffer:
             rollout.groups,
             rollout.lengths,
             num_mini_batches=self.config.num_mini_batches,
-            micro_batch_size=self.args.per_device_train_batch_size,
             generator=torch.Generator().manual_seed(seed),
         )
-        if epoch == 0 and self.count_reused(rollout.update, len(planned[0])):
-            planned[0].reverse()  # the longest first: reusing their passes saves most
         # Steps are numbered over the entire run, so a resumed run draws the same supervised texts.
         first_step = rollout.update * self.config.steps_per_update + epoch * len(planned)
-        return [MiniBatch(rollout, indices, first_step + number) for number, indices in enumerate(planned)]
+        mini_batches = [MiniBatch(rollout, indices, first_step + number) for number, indices in enumerate(planned)]
+        if epoch == 0 and self.count_reused(rollout.update, len(mini_batches[0].micro_batches(self.memory.rows))):
+            # Reusing the passes of the longest saves most.
+            mini_batches[0] = replace(mini_batches[0], longest_first=True)
+        return mini_batches
 
     def count_reused(self, update: int, micro_batches: int) -> int:
         """Return the number of the first step's micro-batches that are learned from their measuring passes.
@@ -105,7 +121,7 @@ class RolloutBuffer:
 
     def by_length(self, rollout: Rollout) -> list[list[int]]:
         """Return micro-batches of responses of similar length, for measuring without learning."""
-        size = self.args.per_device_train_batch_size
+        size = self.memory.rows
         # Batch similar lengths to reduce padding; order does not matter without learning.
         order = sorted(range(len(rollout)), key=rollout.lengths.__getitem__)
         return [order[start : start + size] for start in range(0, len(order), size)]
@@ -117,13 +133,13 @@ class RolloutBuffer:
     def load(self, mini_batch: MiniBatch) -> list[MicroBatch]:
         """Return this process's micro-batches of an optimizer step."""
         rollout = mini_batch.rollout
-        count = len(mini_batch.micro_batches)
+        parts = mini_batch.micro_batches(self.memory.rows)
         texts = [] if self.ptx is None else self.ptx.draw(mini_batch.step, self.config.ptx_rows, self.args.seed)
         micro_batches = []
         # Every process has as many micro-batches: DDP and sharded models make their passes together.
-        for index, indices, _ in split_by_rank(mini_batch.micro_batches):
+        for index, indices, _ in split_by_rank(parts):
             # The texts of a step are dealt out to its micro-batches over all processes.
-            pack = self.pack(rollout, indices, texts[index::count])
+            pack = self.pack(rollout, indices, texts[index :: len(parts)])
             if self.objective.learns_likelihood:
                 # Every row counts as supervised: SFT's loss knows no sampling temperature.
                 pack["supervised"] = torch.tensor(len(pack["response_mask"]))

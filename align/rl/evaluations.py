@@ -76,7 +76,7 @@ def validate(trainer: Any, update: int) -> None:
     assert trainer.validation is not None
     rollout = trainer.sampler.answer(trainer.validation.prompts)
     # For the KL to the reference: a policy that is too far from it does not count as the best.
-    measure_passes(trainer, rollout, trainer.buffer.by_length(rollout))
+    measure_passes(trainer, rollout, lambda: (trainer.buffer.by_length(rollout), []))
     if trainer.is_world_process_zero():
         trainer.recorder.write_validation(rollout, update)
     trainer.log({**trainer.validation.run(rollout, update, trainer.model), "update": update})

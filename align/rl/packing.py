@@ -109,14 +109,13 @@ def plan(
     lengths: Sequence[int],
     *,
     num_mini_batches: int,
-    micro_batch_size: int,
     generator: torch.Generator,
-) -> list[list[list[int]]]:
-    """Return the response indices of each micro-batch of each mini-batch of one epoch.
+) -> list[list[int]]:
+    """Return the response indices of each mini-batch of one epoch.
 
     Prompts are shuffled over the entire rollout, and the responses to a prompt stay together. Inside a mini-batch,
-    micro-batches have similar lengths, which keeps padding small. ``lengths[i]`` counts the tokens of prompt and
-    response i.
+    responses of similar length follow each other, which keeps the padding of micro-batches small. ``lengths[i]`` counts
+    the tokens of prompt and response i.
     """
     members = group_members(groups)
     # Groups are shuffled, not responses: a micro-batch then computes a prompt once for several of its responses.
@@ -128,8 +127,5 @@ def plan(
         # Whole groups are sorted by their tokens, so the responses to one prompt stay neighbors.
         rows = [[indices[i] for i in row] for row in group_members([groups[i] for i in indices])]
         rows.sort(key=lambda row: sum(lengths[i] for i in row))
-        by_length = [i for row in rows for i in row]
-        starts = range(0, len(by_length), micro_batch_size)
-        micro_batches = [by_length[first : first + micro_batch_size] for first in starts]
-        mini_batches.append(micro_batches)
+        mini_batches.append([i for row in rows for i in row])
     return mini_batches

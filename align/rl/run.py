@@ -121,6 +121,7 @@ def summarize(trainer: Any) -> dict[str, Any]:
         metrics |= trainer.tasks.finish()
     if trainer.alarms:
         metrics["alarms"] = count_alarms(trainer.alarms)
+    metrics |= trainer.memory.facts()
     metrics["trainable_parameters"], metrics["parameters"] = parameter_counts(trainer.model.policy)
     critic = getattr(trainer.model, "critic", None)
     if critic is not None:

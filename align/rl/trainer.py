@@ -11,7 +11,7 @@ processes do not change the result.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import logging
 import time
 from collections.abc import Callable
@@ -44,6 +44,7 @@ from align.rl.sampler import ParityProbe
 from align.rl.update_log import UpdateLog
 from align.rl.update_steps import make_optimizer, measure_passes, micro_batch_loss
 from align.rl.validation import make_best, make_validation
+from align.training.micro_batches import StepMemory
 from align.training.sharded import shard_model
 from align.training.task_evaluations import TaskEvaluations
 
@@ -89,6 +90,8 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         self.config = config = args.config
         self.objective = objective
         self.notify = notify
+        self.memory = StepMemory(args)
+        self.memory.notify = notify
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
         refuse_plugins(self)
         shard_model(self)
@@ -98,7 +101,8 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         self.validation = make_validation(args, inputs.eval_dataset, processing_class)
         self.best = self.validation or make_best(args)
         self.ptx = make_ptx(config, inputs.ptx_dataset, processing_class)
-        self.buffer = RolloutBuffer(objective, args, form, int(processing_class.pad_token_id), self.ptx)
+        pad_id = int(processing_class.pad_token_id)
+        self.buffer = RolloutBuffer(objective, args, form, pad_id, self.ptx, self.memory)
         self.probe = ParityProbe(self.engine, self.prompts, args)
         drift = args.drift
         self.prefetcher = RolloutPrefetcher(
@@ -187,11 +191,14 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         """
         self.report_phase("measuring")
         started = time.perf_counter()
-        first, *others = self.buffer.plan(rollout, epoch=0)
-        reused = self.buffer.count_reused(rollout.update, len(first.micro_batches))
-        # Passes to reuse come last, so their activations wait as briefly as possible.
-        without_graph = [*first.micro_batches[reused:], *(part for batch in others for part in batch.micro_batches)]
-        self.buffer.kept_outputs = measure_passes(self, rollout, without_graph, first.micro_batches[:reused])
+
+        def cut() -> tuple[list[list[int]], list[list[int]]]:
+            first, *others = (batch.micro_batches(self.memory.rows) for batch in self.buffer.plan(rollout, epoch=0))
+            reused = self.buffer.count_reused(rollout.update, len(first))
+            # Passes to reuse come last, so their activations wait as briefly as possible.
+            return [*first[reused:], *(part for parts in others for part in parts)], first[:reused]
+
+        self.buffer.kept_outputs = measure_passes(self, rollout, cut)
         rollout.seconds["measuring"] = time.perf_counter() - started
 
     def compute_advantages(self, rollout: Rollout) -> None:
@@ -218,32 +225,42 @@ class RLTrainer(Trainer):  # type: ignore[misc]
     def learn(self, mini_batch: MiniBatch) -> None:
         """Make one optimizer step: forward, loss and backward of each micro-batch, then clip and step."""
         handler = self.callback_handler
-        model = self.model_wrapped
         self.control = handler.on_step_begin(self.args, self.state, self.control)
-        micro_batches = self.buffer.load(mini_batch)
-        step = self._describe_step(micro_batches)
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            is_last = number == len(micro_batches)
-            self.update_log.report_micro_batch()
-            # DDP reduces gradients over the processes with the last backward pass, DeepSpeed makes its step there.
-            self.accelerator.sync_gradients = is_last
-            reduces = is_last or self.is_deepspeed_enabled
-            with contextlib.nullcontext() if reduces else self.accelerator.no_sync(model):
-                self.backward(micro_batch, step)
-            if not is_last:
-                self.control = handler.on_substep_end(self.args, self.state, self.control)
+        averages = copy.deepcopy(self.objective.averages)
+
+        def undo() -> None:
+            self.objective.averages = copy.deepcopy(averages)
+            self.buffer.kept_outputs = []  # their graphs may be used up
+
+        loss = self.memory.run(self, lambda: self._accumulate(mini_batch), undo)
+        self.memory.finish(self.model)
         norm = clip_gradients(self)
         self.control = handler.on_pre_optimizer_step(self.args, self.state, self.control)
         self.optimizer.step()
         self.control = handler.on_optimizer_step(self.args, self.state, self.control)
-        self.update_log.add_step(norm, self.lr_scheduler.get_last_lr()[0])
+        self.update_log.add_step(loss, norm, self.lr_scheduler.get_last_lr()[0])
         self.lr_scheduler.step()
-        model.zero_grad()
+        self.model_wrapped.zero_grad()
         self.state.global_step += 1
         # An epoch is one pass over the prompts.
         prompts = self.state.global_step / self.config.steps_per_update * self.config.rollout_batch
         self.state.epoch = prompts / self.config.samples_per_prompt / len(self.prompts)
         self.control = handler.on_step_end(self.args, self.state, self.control)
+
+    def _accumulate(self, mini_batch: MiniBatch) -> torch.Tensor:
+        """Run the passes of a step's micro-batches, and return the sum of their losses, a scalar."""
+        handler = self.callback_handler
+        micro_batches = self.buffer.load(mini_batch)
+        step = self._describe_step(micro_batches)
+        total = torch.zeros((), device=self.args.device)
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            is_last = number == len(micro_batches)
+            self.update_log.report_micro_batch(number, len(micro_batches))
+            with self.memory.one_pass(self, is_last=is_last):
+                total += self.backward(micro_batch, step)
+            if not is_last:
+                self.control = handler.on_substep_end(self.args, self.state, self.control)
+        return total
 
     def _describe_step(self, micro_batches: list[MicroBatch]) -> Step:
         """Return the divisors of an optimizer step's losses, counted over all its micro-batches and processes."""
@@ -253,8 +270,8 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         count, ptx_count = counts.clamp(min=1).unbind()  # without any token the sums are 0
         return Step(self.update, count, self.kl_penalty, ptx_count)
 
-    def backward(self, micro_batch: MicroBatch, step: Step) -> None:
-        """Add a micro-batch's gradients, without the policy's while only the critic learns.
+    def backward(self, micro_batch: MicroBatch, step: Step) -> torch.Tensor:
+        """Add a micro-batch's gradients, without the policy's while only the critic learns; return its loss, a scalar.
 
         Under DDP a resting policy has gradients, zeros or a shared trunk's, with which AdamW would decay its weights
         and count steps.
@@ -266,10 +283,10 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         # The loss is divided by the counts of the step, so DeepSpeed must not divide it by the micro-batches.
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(loss, **options)
-        self.update_log.add_loss(loss.detach())
         if self.objective.rests_policy(step.update):
             for parameter in self.model.policy.parameters():
                 parameter.grad = None
+        return loss.detach()
 
     def save(self) -> None:
         """Write a checkpoint if one is due after this update, or if a callback asked for it."""
@@ -291,5 +308,6 @@ class RLTrainer(Trainer):  # type: ignore[misc]
     def reduce(self, total: torch.Tensor) -> torch.Tensor:
         """Return the sum over all processes of their parts of an optimizer step, of any shape."""
         if self.args.world_size > 1:
+            self.memory.check_others()
             total = self.accelerator.reduce(total.to(self.args.device), "sum").to(total.device)
         return total

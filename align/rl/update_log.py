@@ -27,8 +27,8 @@ class UpdateLog:
         self._gradient_norm = torch.tensor(0.0)
         self._learning_rate = 0.0
         self.markers = metrics.Markers()
-        self._learned = 0
-        """Micro-batches of the update that were learned from."""
+        self._steps = 0
+        """Optimizer steps of the update that were made."""
         self._learning_started = 0.0
 
     def begin(self, rollout: Rollout, kl_coef: float) -> None:
@@ -43,22 +43,18 @@ class UpdateLog:
         self._example = example(rollout.candidates or rollout)
         if trainer.is_world_process_zero():
             trainer.recorder.write(rollout)
-        self._learned = 0
+        self._steps = 0
         self._learning_started = time.perf_counter()
 
-    def report_micro_batch(self) -> None:
-        """Report which micro-batch of the update is learned from."""
-        self._learned += 1
-        args = self.trainer.args
-        total = args.config.steps_per_update * args.gradient_accumulation_steps
-        self.trainer.report_phase(f"learning {self._learned}/{total}")
+    def report_micro_batch(self, number: int, count: int) -> None:
+        """Report which micro-batch of the update is learned from, by its number among the ``count`` of its step."""
+        total = self.trainer.args.config.steps_per_update * count
+        self.trainer.report_phase(f"learning {self._steps * count + number}/{total}")
 
-    def add_loss(self, loss: torch.Tensor) -> None:
-        """Add a micro-batch's share of its optimizer step's loss, a scalar."""
+    def add_step(self, loss: torch.Tensor, gradient_norm: torch.Tensor, learning_rate: float) -> None:
+        """Note the loss and the gradient norm, both scalars, and the learning rate of an optimizer step."""
+        self._steps += 1
         self._loss += loss
-
-    def add_step(self, gradient_norm: torch.Tensor, learning_rate: float) -> None:
-        """Note the gradient norm, a scalar, and the learning rate of an optimizer step."""
         self._gradient_norm = gradient_norm
         self._learning_rate = learning_rate
 

@@ -6,6 +6,7 @@ The loss of a micro-batch is the objective's, after the forward passes of policy
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def _forward(trainer: Any, micro_batch: MicroBatch, step: Step) -> tuple[Batch, 
     The critic's backward pass may be over before the policy's forward pass, which halves activations. That is not
     possible if they share a trunk, or under DDP, which expects one backward pass for each forward pass.
     """
-    model = trainer.model_wrapped
+    model = trainer.memory.model(trainer)
     world_size = trainer.args.world_size
     if micro_batch.outputs is not None:
         return micro_batch.outputs, 0.0  # kept from measuring
@@ -64,7 +65,7 @@ def _forward(trainer: Any, micro_batch: MicroBatch, step: Step) -> tuple[Batch, 
 
 def _learn_critic(trainer: Any, micro_batch: MicroBatch, step: Step) -> torch.Tensor:
     """Run the critic's forward and backward pass; return its part of the loss, without a graph."""
-    outputs = trainer.model_wrapped(micro_batch.pack, policy=False)
+    outputs = trainer.memory.model(trainer)(micro_batch.pack, policy=False)
     outputs, _, _ = split_outputs(outputs, micro_batch.pack, micro_batch.width)
     loss = trainer.objective.loss(outputs, micro_batch.tensors, step)
     require_finite(trainer, "loss", loss)
@@ -78,25 +79,40 @@ Indices = list[list[int]]
 """Responses of each micro-batch."""
 
 
-def measure_passes(
-    trainer: Any, rollout: Rollout, micro_batches: Indices, reused: Indices | None = None
-) -> list[Batch]:
-    """Store the outputs of a pass over each micro-batch; return the outputs of ``reused``, with their graphs.
+def measure_passes(trainer: Any, rollout: Rollout, cut: Callable[[], tuple[Indices, Indices]]) -> list[Batch]:
+    """Store the outputs of a pass over each micro-batch; return the outputs of reused passes, with their graphs.
 
-    Every process measures some of the micro-batches, and gets all results.
+    ``cut`` returns the micro-batches of the present size without and with reuse. Every process measures some of them,
+    and gets all results.
     """
     trainer.model.eval()
+    stored = set(rollout.tensors)
+
+    def undo() -> None:
+        for name in rollout.tensors.keys() - stored:
+            del rollout.tensors[name]
+
+    kept_outputs: list[Batch]
+    kept_outputs, names = trainer.memory.run(trainer, lambda: _measure(trainer, rollout, *cut()), undo)
+    for name in sorted(names):  # zeros if another process measured
+        rollout.tensors[name] = all_reduce(rollout.tensors[name])
+    return kept_outputs
+
+
+def _measure(trainer: Any, rollout: Rollout, micro_batches: Indices, reused: Indices) -> tuple[list[Batch], set[str]]:
+    """Run this process's measuring passes; return the outputs of ``reused``, and the names of all outputs."""
+    model = trainer.memory.model(trainer)
     kept_outputs = []
     names: set[str] = set()
     # A sharded model would be held gathered by an autocast around several passes, so it has one around each.
     shards = is_sharded(trainer.model)
     # A loop for passes without a graph: autocast's copies from these have no graph to the weights.
-    for part, with_graph in ((micro_batches, False), (reused or [], True)):
+    for part, with_graph in ((micro_batches, False), (reused, True)):
         autocast = contextlib.nullcontext() if shards else trainer.accelerator.autocast()
         with torch.set_grad_enabled(with_graph), autocast:
             for _, indices, counts in split_by_rank(part):
                 batch = send_to_device(trainer.buffer.pack(rollout, indices), trainer.args.device)
-                outputs = trainer.model_wrapped(batch, reference=True)
+                outputs = model(batch, reference=True)
                 names |= outputs.keys()
                 # A pass that does not count only keeps the processes in step.
                 rows = indices if counts else []
@@ -108,9 +124,7 @@ def measure_passes(
     # No backward pass follows these passes, so free the weights that FSDP2 keeps gathered for one.
     if not reused:
         reshard(trainer.model)
-    for name in sorted(names):  # zeros if another process measured
-        rollout.tensors[name] = all_reduce(rollout.tensors[name])
-    return kept_outputs
+    return kept_outputs, names
 
 
 def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import platform
-import re
 import resource
 import shutil
 import sys
@@ -28,7 +27,7 @@ from align.config.base import Config
 from align.config.runtime import Runtime
 from align.config.runtime.launch import BY_SRUN, PARENT, RANKS, is_head, local_size, rank, symptom, world_size
 from align.config.validation import validate_plain
-from align.errors import StageFailed, UserError, explain_os_error, is_no_space, no_space
+from align.errors import StageFailed, UserError, explain_os_error, is_no_space, is_out_of_memory, no_space
 from align.pipeline.context import StageContext
 from align.pipeline.process_limits import relax_collections, set_waiting, usable_cores
 from align.pipeline.registry import find_stage, load_object
@@ -49,9 +48,11 @@ PROCESSES = "align.models.compute.processes"
 LAUNCHER = "align.runner.ranks"
 """Modules that are loaded only once the process of a stage needs them."""
 
-OUT_OF_MEMORY = "out of memory; lower micro_batch_size or max_length."
-NO_MEMORY = re.compile(r"enforce fail at alloc_cpu|DefaultCPUAllocator: (?:can't|not enough)|std::bad_alloc")
-"""What torch raises as a RuntimeError on a CPU without memory, such as under `ulimit -v`."""
+OUT_OF_MEMORY = (
+    "out of memory; set `micro_batch_size: auto`, which is the default, or lower max_length (for stages that sample, "
+    "max_tokens)."
+)
+"""Remedy for a lack of memory outside a step; ``align.training.micro_batches`` repeats steps."""
 
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
@@ -172,9 +173,6 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
         result = {"status": "refused", "message": str(error)}
     except Stopped as error:
         result = {"status": "stopped", "message": str(error)}
-    except MemoryError:
-        _print_trace()
-        result = {"status": "failed", "message": OUT_OF_MEMORY}
     except Exception as error:
         _print_trace()
         result = _explain(error, folder)
@@ -207,7 +205,7 @@ def _explain(error: Exception, folder: Path) -> dict[str, Any]:
         return {"status": "failed", "message": str(error)}
     if isinstance(error, OSError):
         return {"status": "failed", "message": explain_os_error(error, folder)}
-    if isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
+    if is_out_of_memory(error):
         return {"status": "failed", "message": OUT_OF_MEMORY}
     message = no_space(folder) if is_no_space(error) else f"{type(error).__name__}: {error}"
     return {"status": "failed", "message": message}

@@ -386,6 +386,7 @@ def trainer_options(context: StageContext) -> dict[str, Any]:
         "use_cpu": not on_gpu,
         "launch": context.runtime.launch,
         "precision": context.precision,
+        "guess": context.guess,
         "ddp_timeout": math.ceil(context.runtime.launch.timeout),
         "save_strategy": "steps",
         "save_total_limit": 2,
@@ -394,6 +395,5 @@ def trainer_options(context: StageContext) -> dict[str, Any]:
         **parallel_options(context, on_gpu),
     }
     if continued is not None:
-        # The warm-up of a stage that continues another was that stage's.
-        options["warmup_steps"] = continued.warmup_steps
+        options["warmup_steps"] = continued.warmup_steps  # of the stage that this stage continues
     return options | config.trainer | offload_options(context, on_gpu)

@@ -7,12 +7,14 @@ from typing import Any, TypeVar
 
 from align.config.runtime.launch import LaunchConfig, world_size
 from align.config.stages.continue_from import warmup_steps
+from align.config.stages.rl import RolloutFields
 from align.config.stages.training import TrainingFields
 from align.errors import UserError
 from align.models.compute.processes import device_of
 from align.patches import transformers
-from align.pipeline.context import StageContext
+from align.pipeline.context import MemoryGuess, StageContext
 from align.training.kept_state import continued_facts
+from align.training.micro_batches import MemorySettings
 from align.training.tracking import tracking_options
 
 T = TypeVar("T")
@@ -37,17 +39,14 @@ NEEDS_PADDING = ("torch_compile", "torch_compile_backend", "torch_compile_mode",
 """Options of trainers that turn ``runtime.shared_prefixes`` off."""
 
 
-def accumulation(stage: str, fields: TrainingFields, processes: int) -> int:
-    """Return the micro-batches per step and process. Raises ``UserError`` for a ``batch_size`` that leaves a rest."""
-    objection = fields.processes_objection(LaunchConfig(processes=processes))
+def total_steps(stage: str, fields: TrainingFields, rows: int) -> int:
+    """Return the optimizer steps of the run as transformers counts them: an epoch's short last batch is a step.
+
+    Raises ``UserError`` for a ``batch_size`` that leaves a rest.
+    """
+    objection = fields.processes_objection(LaunchConfig(processes=world_size()))
     if objection is not None:
         raise UserError(f"{stage}: {objection}")
-    return fields.batch_size // (fields.micro_batch_of(processes) * processes)
-
-
-def total_steps(stage: str, fields: TrainingFields, rows: int) -> int:
-    """Return the optimizer steps of the run as transformers counts them: an epoch's short last batch is a step."""
-    accumulation(stage, fields, world_size())
     per_epoch = math.ceil(rows / fields.batch_size)
     steps = math.ceil(fields.epochs * per_epoch)
     return steps if fields.max_steps is None else min(steps, fields.max_steps)
@@ -124,9 +123,10 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         "use_cpu": not on_gpu,
         "bf16": context.precision == "bfloat16",
         "max_steps": steps,
-        "per_device_train_batch_size": fields.micro_batch_of(world_size()),
+        # A step's rows come at once, and ``align.training.micro_batches`` cuts them into micro-batches.
+        "per_device_train_batch_size": fields.batch_size // world_size(),
         "per_device_eval_batch_size": fields.micro_batch_of(world_size()),
-        "gradient_accumulation_steps": accumulation(context.name, fields, world_size()),
+        "gradient_accumulation_steps": 1,
         "ddp_timeout": math.ceil(context.runtime.launch.timeout),
         "learning_rate": fields.peak_rate,
         "lr_scheduler_type": SCHEDULERS[fields.scheduler],
@@ -143,7 +143,7 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         "logging_nan_inf_filter": False,
         "eval_strategy": "no",
         "include_num_input_tokens_seen": "non_padding",
-        "gradient_checkpointing": fields.gradient_checkpointing,
+        "gradient_checkpointing": starts_with_recomputation(fields, context.guess),
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": on_gpu,
         "disable_tqdm": True,
@@ -160,8 +160,21 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
     arguments.launch = context.runtime.launch
     arguments.precision = context.precision
     arguments.shared_prefixes = shares_prefixes(context)
-    arguments.order_micro_batch = fields.micro_batch  # rows are ordered as in one process (``training.epochs``)
+    arguments.row_group = fields.row_group
+    may_recompute = fields.gradient_checkpointing == "auto"
+    settings = MemorySettings(fields.micro_batch_sizes(world_size()), may_recompute)
+    arguments.memory = settings.up_to(context.guess)
+    if arguments.deepspeed:
+        from align.training.zero import count_micro_batches
+
+        count_micro_batches(arguments, arguments.memory.sizes[0])
     return use_one_device(arguments)
+
+
+def starts_with_recomputation(fields: TrainingFields | RolloutFields, guess: MemoryGuess | None) -> bool:
+    """Return True if activations are recomputed from the first step on, because of the config or the plan's choice."""
+    is_planned = guess is not None and guess.recomputes
+    return fields.recomputes or (fields.gradient_checkpointing == "auto" and is_planned)
 
 
 def shares_prefixes(context: StageContext) -> bool:

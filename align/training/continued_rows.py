@@ -42,8 +42,8 @@ def _grouped(first: list[int], trainer: Any) -> list[int]:
     """Return rows shuffled and grouped by length, as in a pass."""
     all_lengths = getattr(trainer, "row_lengths", None)
     lengths = [1 if all_lengths is None else all_lengths[row] for row in first]
-    size = int(getattr(trainer.args, "order_micro_batch", trainer.args.train_batch_size))
-    return [first[index] for index in grouped_order(lengths, size, trainer.rows_per_step, trainer.args.seed, 0)]
+    order = grouped_order(lengths, trainer.row_group, trainer.rows_per_step, trainer.args.seed, 0)
+    return [first[index] for index in order]
 
 
 def _position(trainer: Any, steps: int) -> int:

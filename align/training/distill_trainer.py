@@ -23,6 +23,7 @@ import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
 from align.inference.protocol import Response
+from align.models.compute.processes import all_gather, rank_range
 from align.models.fast.token_logprobs import logit_transform
 from align.store.fingerprint import canonical
 from align.training.divergence import (
@@ -34,8 +35,8 @@ from align.training.divergence import (
     summed_nll,
     trunk_and_head,
 )
-from align.training.epochs import SHARE
 from align.training.held_out import row_batches, scoring
+from align.training.micro_batches import StepRows
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded, collate_labeled
 from align.training.sealed_tensors import read_tensors, write_tensors
@@ -77,35 +78,33 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Return the micro-batches of the next step; in on-policy steps the student samples their answers now."""
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        """Return the rows of the next step; in on-policy steps the student samples their answers now."""
+        steps, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
-        if not batches or not is_on_policy_step(self.args.seed, step, self.on_policy):
-            return batches, count
+        if not steps or not is_on_policy_step(self.args.seed, step, self.on_policy):
+            return steps, count
         assert self.sampler is not None
-        prompts = [prompt_of(*row) for batch in batches for row in _rows_of(batch)]
+        # Each process samples and labels a part of the rows, and all of them get all rows.
+        part = rank_range(len(steps[0].rows))
+        originals = [steps[0].rows[index] for index in part]
+        prompts = [prompt_of(row["input_ids"], row["labels"]) for row in originals]
         student = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        # One call samples the answers of all micro-batches, which then go back to their batches in order.
-        answers = self.sampler(student, prompts, step)
-        numbers = [number for batch in batches for number in _numbers(batch)]
+        # A process without rows samples one as well, because all of them gather the weights of a sharded student.
+        first = steps[0].rows[0]
+        asked = prompts or [prompt_of(first["input_ids"], first["labels"])]
+        answers = self.sampler(student, asked, step)[: len(prompts)]
+        numbers = [int(row["row"]) for row in originals]
         if self.record is not None:
             self.record(step, numbers, prompts, answers)
         rows: list[dict[str, Any]] = [
             sampled_row(prompt, answer) | {"row": -1 - index}
-            for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+            for index, prompt, answer in zip(part, prompts, answers, strict=True)
         ]
         if self.label_sampled is not None:
-            self.sampled_tokens = self.label_sampled(rows, numbers)
-        sampled = iter(rows)
-        sampled_batches: list[Any] = []
-        for batch in batches:
-            collated = self.data_collator([next(sampled) for _ in range(len(batch["row"]))])
-            if SHARE in batch:
-                # The answers are new, but the micro-batch keeps its weight among the processes.
-                collated[SHARE] = batch[SHARE]
-            sampled_batches.append({name: value.to(device) for name, value in collated.items()})
+            self.sampled_tokens = [tokens for own in all_gather(self.label_sampled(rows, numbers)) for tokens in own]
+        sampled = [StepRows([row for own in all_gather(rows) for row in own], steps[0].collate)]
         # Sampled answers have other lengths, so the divisor of the step is counted again.
-        return sampled_batches, self._get_num_items_in_batch(sampled_batches, device)
+        return sampled, self._get_num_items_in_batch(sampled, device)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -155,17 +154,6 @@ class PreparedDistill(Prepared, _Distilling):  # type: ignore[misc]
 def is_on_policy_step(seed: int, step: int, share: float) -> bool:
     """Return True for a step on the student's answers: ``share`` of the steps, from seed and step only."""
     return share > 0 and random.Random(f"on-policy:{seed}:{step}").random() < share  # noqa: S311
-
-
-def _numbers(batch: Any) -> list[int]:
-    numbers: list[int] = batch["row"].tolist()
-    return numbers
-
-
-def _rows_of(batch: Any) -> Iterator[tuple[list[int], list[int]]]:
-    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
-        size = int(mask.sum())
-        yield ids[:size].tolist(), labels[:size].tolist()
 
 
 def sampled_row(prompt: list[int], answer: Response) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = T
     def gathered(split: str) -> Scores:
         return all_gather(held_out(split))[0] if is_tested or split != "test" else {}
 
+    trainer.memory.notify = lambda text: context.note(f"{context.name}: {text}")
     trainer.report_scored = lambda done, total: context.phase(f"scoring {done}/{total} held-out rows")
     refuse_no_steps(context, trainer.args.max_steps)
     # A stage that continues another starts from the other stage's state if it has no checkpoint itself.
@@ -88,7 +89,8 @@ def _note_memory(context: StageContext, trainer: Any, extras: Sequence[Any]) -> 
     precision = context.precision
     max_trained = next((extra.most for extra in extras if isinstance(extra, OpenLayers)), None)
     low = precision == "bfloat16"  # ``Prepared`` rounds activations between layers then
-    context.note(notice(trainer.model, context.config.tuning, precision, low_residual=low, max_trained=max_trained))
+    text = notice(trainer.model, context.config.tuning, precision, low_residual=low, max_trained=max_trained)
+    context.note(f"{text}; {trainer.memory.describe()}")
 
 
 def _fit(
@@ -178,6 +180,7 @@ def _facts_of_run(trainer: Any) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "tokens": int(trainer.state.num_input_tokens_seen),
+        **trainer.memory.facts(),
         "trainable_parameters": trained,
         "parameters": total,
     }

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.config.runtime.launch import rank, world_size
 from align.errors import UserError
 from align.models.checkpoints.sharding import full_model, full_tensor
 from align.models.compute.precision import cast_frozen_to_bf16
@@ -111,7 +110,7 @@ class KLToStart:
         finally:
             hook.remove()
 
-    def loss(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
+    def loss(self, trainer: Any, model: Any, inputs: Any) -> torch.Tensor:
         """Return the scalar term of one micro-batch over the tokens in its ``labels`` or ``completion_mask``."""
         hidden = self.hidden
         self.hidden = None
@@ -131,7 +130,7 @@ class KLToStart:
             base, base_head = self._start(trunk, head, model_inputs)
             total = summed_kl(base[:, :-1][mask], base_head, hidden[:, :-1][mask], head, logit_transform(self.model))
         trainer.add_metric("kl_to_start", float(total.detach() / mask.sum().clamp(min=1)))
-        return self.weight * part_of_step(trainer, total, trainer.step_tokens, num_items)
+        return self.weight * part_of_step(total, trainer.step_tokens)
 
     @torch.no_grad()
     def _start(self, trunk: Any, head: Any, model_inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
@@ -185,8 +184,6 @@ class Replay(TrainerCallback):
         self.rows_per_step = rows_per_step
         self.weight = weight
         self.seed = seed
-        self.step = -1
-        self.micro = 0
 
     def watching(self) -> AbstractContextManager[None]:
         """Return an empty context: the term does not read the stage's own forward pass."""
@@ -194,29 +191,23 @@ class Replay(TrainerCallback):
 
     def rows_of(self, step: int) -> list[int]:
         """Return the rows that optimizer step ``step`` (0 for the first) replays."""
-        # A step's rows begin where those of the step before end, so fractions add up over the steps.
+        # A step's rows begin behind the rows of the step before, so fractions add up over the steps.
         start = int(step * self.rows_per_step)
         stop = int((step + 1) * self.rows_per_step)
         return replayed_rows(len(self.train.rows), start, stop, self.seed)
 
-    def loss(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
+    def loss(self, trainer: Any, model: Any, inputs: Any) -> torch.Tensor:
         """Return the scalar term of this micro-batch for its share of the step's rows."""
-        step = trainer.state.global_step
-        micro_batches = trainer.current_gradient_accumulation_steps
-        # The Trainer does not say which micro-batch of a step this is, so count the calls.
-        self.micro = self.micro + 1 if step == self.step else 0
-        self.step = step
         # The step's rows go to the micro-batches of all processes in turn.
-        step_rows = self.rows_of(step)
-        processes = world_size()
-        first = self.micro * processes + rank()
-        rows = [self.train.rows[row] for row in step_rows[first :: micro_batches * processes]]
+        step_rows = self.rows_of(trainer.state.global_step)
+        number, micro_batches = trainer.part
+        rows = [self.train.rows[row] for row in step_rows[number::micro_batches]]
         if not rows:
             return torch.zeros((), device=next(self.trainer.model.parameters()).device)
         tokens = sum(_answer_tokens(self.train.rows[row]) for row in step_rows)
         total = self._summed(rows)
         trainer.add_metric("replay_loss", float(total.detach()) / sum(map(_answer_tokens, rows)))
-        return self.weight * part_of_step(trainer, total, tokens, num_items)
+        return self.weight * part_of_step(total, tokens)
 
     def _summed(self, rows: Sequence[dict[str, list[int]]]) -> torch.Tensor:
         """Return the summed loss of the answers' tokens of ``rows``, in nats."""

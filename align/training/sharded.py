@@ -89,7 +89,7 @@ def own_settings_kept(trainer: Any) -> Iterator[None]:
     """Return a context in which loading an optimizer's state leaves the settings of this run as they are.
 
     A stage that continues another may have other peak rates and another weight decay, which torch would replace by
-    those of the state.
+    the state's.
     """
     optimizer = trainer.optimizer
     settings = [

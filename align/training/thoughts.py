@@ -36,7 +36,7 @@ def check_thoughts(stage: str, tokenizer: Any, rows: Sequence[Row]) -> None:
     """Raise ``UserError`` for rows with thoughts if the chat template drops them, or its thinking is switched off.
 
     DeepSeek R1's template drops the thoughts of all answers. Then the tokenizer gets a training template until it is
-    saved, if there is one for its family.
+    saved, if its family has one.
     """
     count = sum(map(has_thought, rows))
     if not count:

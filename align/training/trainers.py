@@ -11,19 +11,20 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import send_to_device
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
-from align.config.runtime.launch import world_size
+from align.config.runtime.launch import rank, world_size
 from align.models.checkpoints.conversion import plain_of
 from align.models.compute.precision import low_residual
 from align.models.compute.processes import all_gather
 from align.models.experts import has_experts, return_router_logits, router_loss_weight
 from align.models.fast.real_tokens import compute_real_tokens, computes_real_tokens
 from align.models.parameter_groups import ParameterGroup, layer_stack, parameter_groups
-from align.patches.trainer import check_overrides
+from align.patches.trainer import check_overrides, copy_metrics, restore_metrics
 from align.training.arguments import ROUTER_LOSS
-from align.training.epochs import SHARE, gather_uneven, is_copy, shared_loader
+from align.training.micro_batches import SHARE, StepMemory, StepRows, gather_uneven, is_copy, step_loader
 from align.training.order import GroupedOrder
 from align.training.row_history import Continuation, ContinuedOrder
 from align.training.sharded import ShardingTrainer, shard_model
@@ -107,7 +108,7 @@ class LossTerm(Protocol):
     def watching(self) -> AbstractContextManager[None]:
         """Return a context around trl's own forward pass, for a term that reads its activations."""
 
-    def loss(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
+    def loss(self, trainer: Any, model: Any, inputs: Any) -> torch.Tensor:
         """Return this micro-batch's part of the step's scalar term, scaled by ``part_of_step``."""
 
 
@@ -128,9 +129,14 @@ class Prepared(ShardingTrainer):
     """Gets counts while held-out rows are scored (``align.training.fit``)."""
     step_tokens: int = 0
     """Answer tokens of the step's micro-batches, in all processes; counted for ``terms`` only."""
+    memory: StepMemory
+    """Size of the micro-batches, and repetition of steps that run out of memory."""
+    part: tuple[int, int] = (0, 1)
+    """Number of the micro-batch that is computed, and of all in its step, over all processes."""
 
     def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
         check_overrides()
+        self.memory = StepMemory(kwargs["args"])
         router_fields = prepare_router_loss(model, kwargs["args"])
         super().__init__(*args, model=model, **kwargs)  # type: ignore[call-arg]
         self.router_fields = router_fields
@@ -138,7 +144,7 @@ class Prepared(ShardingTrainer):
         shard_model(self)
         if self.args.world_size > 1:
             # trl gathers metrics by row, and the last micro-batches of an epoch differ in size between processes.
-            self.accelerator.gather = gather_uneven(self.accelerator.gather)
+            self.accelerator.gather = gather_uneven(self.accelerator.gather, self.memory.check_others)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -147,10 +153,32 @@ class Prepared(ShardingTrainer):
             set_layer_learning_rates(optimizer, self.model if model is None else model, self.layer_decay)
         return optimizer
 
+    def training_step(self, model: Any, inputs: StepRows, num_items_in_batch: Any = None) -> torch.Tensor:  # type: ignore[override]
+        """Run the forward and backward passes of an optimizer step, and return its loss, a scalar."""
+        metrics = copy_metrics(self)
+        loss = self.memory.run(
+            self,
+            lambda: self._learn(inputs, num_items_in_batch),
+            undo=lambda: restore_metrics(self, metrics),
+        )
+        self.memory.finish(self.model)
+        return loss
+
+    def _learn(self, step: StepRows, num_items: Any) -> torch.Tensor:
+        """Run the passes of a step's micro-batches, and return the sum of their losses, a scalar."""
+        model = self.memory.model(self)
+        batches = step.micro_batches(self.memory.rows)
+        total = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(batches):
+            self.part = (number * world_size() + rank(), len(batches) * world_size())
+            with self.memory.one_pass(self, is_last=number == len(batches) - 1):
+                total += super().training_step(model, send_to_device(batch, self.args.device), num_items)  # type: ignore[misc]
+        return total
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the scalar loss: trl's and the terms, weighted if processes share a step (``epochs.py``)."""
+        """Return the scalar loss: trl's and the terms, weighted by the rows' share of the step."""
         # The weight is not an input of the model.
         share = inputs.pop(SHARE, None) if isinstance(inputs, dict) else None
         terms = self.terms if self.model.training else ()
@@ -165,7 +193,7 @@ class Prepared(ShardingTrainer):
             is_counted = (share > 0).to(share.dtype)
             loss = loss * (share if num_items_in_batch is None else is_counted)
         for term in terms:
-            term_loss = term.loss(self, model, inputs, num_items_in_batch)
+            term_loss = term.loss(self, model, inputs)
             loss = loss + (term_loss if term.has_own_rows else term_loss * is_counted)
         return (loss, *rest) if return_outputs else loss
 
@@ -184,49 +212,44 @@ class Prepared(ShardingTrainer):
 
     def row_order(self) -> Any:
         """Return the sampler of a run that begins with these rows."""
-        return GroupedOrder(self.row_lengths, self._order_micro_batch, self.rows_per_step, self.args.seed)
+        return GroupedOrder(self.row_lengths, self.row_group, self.rows_per_step, self.args.seed)
 
     @property
     def rows_per_step(self) -> int:
         """Rows of an optimizer step, over all processes."""
-        rows: int = self.args.train_batch_size * self.args.gradient_accumulation_steps * max(1, self.args.world_size)
+        rows: int = self.args.train_batch_size * max(1, self.args.world_size)
         return rows
 
     @property
-    def _order_micro_batch(self) -> int:
-        """Rows of one process's micro-batch, which order the rows whatever the number of processes."""
-        return int(getattr(self.args, "order_micro_batch", self.args.train_batch_size))
+    def row_group(self) -> int:
+        """Rows of similar length that follow each other, whatever the micro-batch."""
+        return int(getattr(self.args, "row_group", self.memory.rows))
 
     def get_train_dataloader(self) -> Any:
-        """Return trl's loader, or a loader that splits a single process's steps if processes share a step."""
+        """Return a loader of optimizer steps, each with the rows of all processes."""
         loader = super().get_train_dataloader()  # type: ignore[misc]
-        if self.args.world_size == 1:
-            return loader
-        return shared_loader(
-            loader.dataset,
-            loader.collate_fn,
-            self._get_train_sampler(self.train_dataset),
-            micro_batch=self._order_micro_batch,
-            batch=self.rows_per_step,
-            part=self.args.train_batch_size,
-            rank=self.args.process_index,
-            processes=self.args.world_size,
-        )
+        sampler = self._get_train_sampler(self.train_dataset)
+        return step_loader(loader.dataset, loader.collate_fn, sampler, self.rows_per_step)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+    def _get_num_items_in_batch(self, batch_samples: list[StepRows], device: Any) -> Any:
         """Count the items that the step's loss is divided by, without copies of other micro-batches."""
-        counted = [_without_labels(batch) if is_copy(batch) else batch for batch in batch_samples]
+        batches = [batch for step in batch_samples for batch in step.micro_batches(self.memory.rows)]
+        counted = [_without_labels(batch) if is_copy(batch) else batch for batch in batches]
         if self.terms:
-            masks = [answer_mask(batch) for batch in batch_samples if not is_copy(batch)]
+            masks = [answer_mask(batch) for batch in batches if not is_copy(batch)]
             tokens = sum(int(mask.sum()) for mask in masks if mask is not None)
             self.step_tokens = sum(all_gather(tokens))
         return super()._get_num_items_in_batch(counted, device)  # type: ignore[misc]
 
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        # A copy's tokens are counted with the micro-batch that it repeats.
-        if is_copy(inputs):
-            inputs = {**inputs, "attention_mask": torch.zeros_like(inputs["input_ids"])}
-        super()._track_num_input_tokens(inputs)  # type: ignore[misc]
+    def _track_num_input_tokens(self, inputs: StepRows) -> None:
+        for batch in inputs.micro_batches(self.memory.rows):
+            # A copy's tokens are counted with the micro-batch that it repeats.
+            seen = {"attention_mask": torch.zeros_like(batch["input_ids"])} if is_copy(batch) else {}
+            super()._track_num_input_tokens({**batch, **seen})  # type: ignore[misc]
+
+    def floating_point_ops(self, inputs: StepRows) -> int:  # type: ignore[override]
+        """Return the operations of a step as transformers counts them."""
+        return sum(super(Prepared, self).floating_point_ops(batch) for batch in inputs.micro_batches(self.memory.rows))  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -235,14 +258,12 @@ class Prepared(ShardingTrainer):
         """Skip trl's card, which it would write into every checkpoint folder; the artifact's record says more."""
 
 
-def part_of_step(trainer: Any, total: torch.Tensor, tokens: int, num_items: Any) -> torch.Tensor:
+def part_of_step(total: torch.Tensor, tokens: int) -> torch.Tensor:
     """Return a micro-batch's sum over tokens, a scalar, as its part of a mean over the step's ``tokens``.
 
-    Gradients are averaged over processes, and without ``num_items`` over micro-batches as well, so both divisions are
-    undone.
+    Gradients are averaged over processes, which is undone.
     """
-    micro_batches = trainer.current_gradient_accumulation_steps if num_items is None else 1
-    return total / max(1, tokens) * world_size() * micro_batches
+    return total / max(1, tokens) * world_size()
 
 
 def answer_mask(batch: Any) -> torch.Tensor | None:

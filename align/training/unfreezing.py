@@ -59,8 +59,7 @@ def steps_per_epoch(trainer: Any) -> int:
     """Return the optimizer steps of one pass over the trainer's rows, as transformers counts them."""
     args = trainer.args
     rows = int(args.train_batch_size) * max(1, int(args.world_size))
-    micro_batches = math.ceil(len(trainer.train_dataset) / rows)
-    return max(1, math.ceil(micro_batches / int(args.gradient_accumulation_steps)))
+    return max(1, math.ceil(len(trainer.train_dataset) / rows))
 
 
 class OpenLayers(TrainerCallback):

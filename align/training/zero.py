@@ -44,6 +44,16 @@ def zero_options(options: DeepspeedConfig, on_gpu: bool, bfloat16: bool) -> dict
     return {"deepspeed": config, "use_cpu": False, "bf16": False}
 
 
+def count_micro_batches(arguments: Any, rows: int) -> None:
+    """Tell DeepSpeed the micro-batches of a step, of ``rows`` rows each; the Trainer gives it the entire step.
+
+    DeepSpeed would else clip offloaded gradients by the norm of the last micro-batch.
+    """
+    config = arguments.hf_deepspeed_config.config
+    config["train_micro_batch_size_per_gpu"] = rows
+    config["gradient_accumulation_steps"] = arguments.per_device_train_batch_size // rows
+
+
 def _allow_cpus() -> None:
     """Make accelerate use DeepSpeed on CPUs: several gloo processes without ``use_cpu``.
 

@@ -151,7 +151,6 @@ def test_empty_change_has_the_key_of_the_short_form() -> None:
         (changed(seed=7), r"change: seed cannot change"),
         (changed(trainer={"adam_beta2": 0.9}), r"change: trainer cannot change, because its options may decide"),
         (changed("sft", batch_size=8), r"change: batch_size cannot change"),
-        (changed("sft", micro_batch_size=4), r"change: micro_batch_size cannot change"),
         (changed("sft", ema=0.9, max_steps=12), r"change: ema cannot change, because it applies from the first step"),
         (
             {"continue_from": {"stage": "ppo", "at": 3}, "updates": 4},

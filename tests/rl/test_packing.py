@@ -143,21 +143,15 @@ def test_new_critic_gives_reward_score_at_last_token(tiny_model, tiny_reward):
 def test_plan_covers_responses_once_and_keeps_groups():
     groups = [i // 2 for i in range(16)]
     lengths = [10 + 3 * (i // 2) for i in range(16)]
-    planned = plan(groups, lengths, num_mini_batches=2, micro_batch_size=4, generator=torch.Generator().manual_seed(0))
-    assert [len(mini) for mini in planned] == [2, 2]
-    flat = [i for mini in planned for micro in mini for i in micro]
-    assert sorted(flat) == list(range(16))
+    planned = plan(groups, lengths, num_mini_batches=2, generator=torch.Generator().manual_seed(0))
+    assert [len(mini) for mini in planned] == [8, 8]
+    assert sorted(i for mini in planned for i in mini) == list(range(16))
     for mini in planned:
-        members = [i for micro in mini for i in micro]
-        assert {groups[i] for i in members} == {groups[i] for i in members[::2]}
-        widths = [max(lengths[i] for i in micro) for micro in mini]
-        assert widths == sorted(widths)
+        assert {groups[i] for i in mini} == {groups[i] for i in mini[::2]}
+        assert [lengths[i] for i in mini] == sorted(lengths[i] for i in mini)
 
 
 def test_groups_are_shuffled_between_epochs():
     groups = list(range(16))
-    orders = [
-        plan(groups, [5] * 16, num_mini_batches=2, micro_batch_size=8, generator=torch.Generator().manual_seed(s))
-        for s in (0, 1)
-    ]
-    assert set(orders[0][0][0]) != set(orders[1][0][0])
+    orders = [plan(groups, [5] * 16, num_mini_batches=2, generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
+    assert set(orders[0][0]) != set(orders[1][0])

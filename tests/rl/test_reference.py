@@ -278,7 +278,7 @@ def test_a_whole_update_equals_the_plain_implementation(
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
     learned, rollouts = [], []
     learn, compute_advantages = trainer.learn, trainer.compute_advantages
-    trainer.learn = lambda mini_batch: learned.append(mini_batch.micro_batches) or learn(mini_batch)
+    trainer.learn = lambda mini_batch: learned.append(mini_batch.micro_batches(micro)) or learn(mini_batch)
     trainer.compute_advantages = lambda rollout: rollouts.append(rollout) or compute_advantages(rollout)
     trainer.train()
 

@@ -567,6 +567,6 @@ def test_failed_reward_is_told_without_its_class(tmp_path: Path) -> None:
 def test_failed_allocation_is_explained_as_memory(tmp_path: Path) -> None:
     """Under `ulimit -v` torch raises a RuntimeError, and the system kills nothing."""
     text = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
-    for error in (RuntimeError(text), RuntimeError("std::bad_alloc")):
-        assert "lower micro_batch_size" in worker._explain(error, tmp_path)["message"]
+    for error in (RuntimeError(text), RuntimeError("std::bad_alloc"), RuntimeError("could not create a primitive")):
+        assert "micro_batch_size: auto" in worker._explain(error, tmp_path)["message"]
     assert "micro_batch_size" not in worker._explain(RuntimeError("shape mismatch"), tmp_path)["message"]

@@ -23,8 +23,8 @@ from align.models.loading import load_policy, load_reward
 from align.models.tuning.apply import apply_tuning
 from align.pipeline.registry import STAGES
 from align.training.divergence import CHUNK, summed_kl, trunk_and_head
-from align.training.epochs import SHARE
 from align.training.forgetting import KLToStart, PullToStart
+from align.training.micro_batches import SHARE
 from align.training.preference_trainers import PreparedDPO
 from align.training.sft_trainer import NoisyEmbeddings
 from tests.support.models.scaled_logits import make_scaling_model
@@ -73,8 +73,8 @@ def test_the_pull_goes_no_further_than_the_start() -> None:
 class Holder:
     """What the term reads of a trainer, in a step with ``tokens`` answer tokens."""
 
-    def __init__(self, model: Any, tokens: int, micro_batches: int = 1) -> None:
-        self.model, self.step_tokens, self.current_gradient_accumulation_steps = model, tokens, micro_batches
+    def __init__(self, model: Any, tokens: int) -> None:
+        self.model, self.step_tokens = model, tokens
         self.accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
         self.metrics: list[float] = []
 
@@ -82,10 +82,7 @@ class Holder:
         self.metrics.append(value)
 
 
-@pytest.mark.parametrize("num_items", [None, 14])
-def test_term_is_independent_of_processes(
-    num_items: int | None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_term_is_independent_of_processes(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four rows with 8, 1, 3 and 2 answer tokens as one micro-batch, and in two processes with two each."""
     model = load_policy(tiny_model)
     start = KLToStart(Holder(model, 0), 1.0, low=False)
@@ -94,18 +91,17 @@ def test_term_is_independent_of_processes(
     ids = torch.arange(40, 80).view(4, 10)
     mask = torch.tensor([[0] * (10 - count) + [1] * count for count in (8, 1, 3, 2)])
 
-    def term(rows: list[int], micro_batches: int) -> float:
+    def term(rows: list[int]) -> float:
         inputs = {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows]), "completion_mask": mask[rows]}
         with start.watching():
             model(input_ids=ids[rows])
-        return float(start.loss(Holder(model, 14, micro_batches), model, inputs, num_items).detach())
+        return float(start.loss(Holder(model, 14), model, inputs).detach())
 
-    together = term([0, 1, 2, 3], 1)
+    together = term([0, 1, 2, 3])
     assert together > 1e-3
     monkeypatch.setattr("align.training.trainers.world_size", lambda: 2)
-    # Each process has two micro-batches of a row. DDP halves the sum, and the Trainer the sum of a process's
-    # micro-batches if it does not divide by a number of items.
-    parts = [term([row], 2) / 2 / (2 if num_items is None else 1) for row in range(4)]
+    # Each process has two micro-batches of a row. The sum over both processes is halved.
+    parts = [term([row]) / 2 for row in range(4)]
     assert sum(parts) == pytest.approx(together, rel=1e-4)
 
 
@@ -115,7 +111,10 @@ def test_step_tokens_are_those_of_all_answers() -> None:
     trainer.model_accepts_loss_kwargs, trainer.compute_loss_func = False, None
     batch = {"completion_mask": torch.tensor([[1, 0, 1, 1], [0, 0, 0, 1]])}
     # 2 + 1 places predict an answer's token; a copy's are those of the micro-batch that it repeats.
-    trainer._get_num_items_in_batch([batch, batch, {**batch, SHARE: torch.tensor(0.0)}], torch.device("cpu"))
+    copy = {**batch, SHARE: torch.tensor(0.0)}
+    trainer.memory = SimpleNamespace(rows=2)
+    step = SimpleNamespace(micro_batches=lambda size: [batch, batch, copy])
+    trainer._get_num_items_in_batch([step], torch.device("cpu"))
     assert trainer.step_tokens == 6
 
 
@@ -175,7 +174,7 @@ def test_an_anchored_model_learns_and_stays_nearer(
 
 @pytest.mark.parametrize("scales", [False, True])
 def test_the_term_is_a_mean_over_the_answers_tokens(tiny_model: Path, tmp_path: Path, scales: bool) -> None:
-    """A micro-batch like DPO's against distributions computed in full; halves of it add up over ``num_items``."""
+    """A micro-batch like DPO's against distributions computed in full; halves of it add up."""
     folder = make_scaling_model(tmp_path) if scales else tiny_model
     model = load_policy(folder)
 
@@ -193,19 +192,19 @@ def test_the_term_is_a_mean_over_the_answers_tokens(tiny_model: Path, tmp_path: 
     each = (base.exp() * (base - now)).sum(-1)[:, :-1]  # (B, T - 1)
     wanted = float(each[mask[:, 1:] == 1].mean())
 
-    def value(settings: dict[str, torch.Tensor], num_items: int | None) -> float:
+    def value(settings: dict[str, torch.Tensor]) -> float:
         with term.watching():
             model(**{name: tensor for name, tensor in settings.items() if name != "completion_mask"})
-        return float(term.loss(trainer, model, settings, num_items))
+        return float(term.loss(trainer, model, settings))
 
-    assert value(inputs, None) == pytest.approx(2 * wanted, rel=1e-4)
+    assert value(inputs) == pytest.approx(2 * wanted, rel=1e-4)
     assert trainer.metrics == [pytest.approx(wanted, rel=1e-4)]
     halves = [{name: tensor[index : index + 1] for name, tensor in inputs.items()} for index in (0, 1)]
-    assert sum(value(half, 9) for half in halves) == pytest.approx(2 * wanted, rel=1e-4)
+    assert sum(value(half) for half in halves) == pytest.approx(2 * wanted, rel=1e-4)
     labels = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(mask == 0, -100)}
     with term.watching():
         model(input_ids=ids)
-    assert float(term.loss(trainer, model, labels, None)) == pytest.approx(2 * wanted, rel=1e-4)
+    assert float(term.loss(trainer, model, labels)) == pytest.approx(2 * wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "to", "tuning"), [("dpo", "kl", LORA), ("sft", "kl", FULL), ("reward", "l2", FULL)])

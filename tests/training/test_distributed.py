@@ -82,10 +82,11 @@ def test_a_run_that_lost_a_rank_goes_on_in_another_number(
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_bfloat16_and_checkpointed_activations_go_with_it(tmp_path: Path, name: str, strategy: str) -> None:
     actual = {}
-    more = {"trainer": {"gradient_checkpointing": True}} if name == "ppo" else {"gradient_checkpointing": True}
     for processes in (1, 2):
         launch = {"processes": processes, "strategy": strategy}
-        finished = run_pipeline(pipeline(name, launch, precision="bfloat16", **more), store=tmp_path / f"{processes}")
+        finished = run_pipeline(
+            pipeline(name, launch, precision="bfloat16", gradient_checkpointing=True), store=tmp_path / f"{processes}"
+        )
         actual[processes] = Made(name, finished.artifacts[name].path, finished.metrics(name))
     # Batches of other sizes round otherwise, and PPO samples other tokens by that: from its second update on, the two
     # runs learn from other responses.

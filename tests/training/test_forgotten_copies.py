@@ -32,9 +32,7 @@ def test_a_stage_s_passes_keep_copies_only_without_checkpointing(
     fields: dict[str, Any] = {"batch_size": 2, "micro_batch_size": 2, "max_length": 48, "eval_rows": 2, "max_steps": 1}
     if kind == "ppo":
         fields = {"updates": 1, "rollout_batch": 4, "micro_batch_size": 4, "max_prompt_tokens": 48, "max_tokens": 4}
-        fields["trainer"] = {"gradient_checkpointing": checkpointing}
-    else:
-        fields["gradient_checkpointing"] = checkpointing
+    fields["gradient_checkpointing"] = checkpointing
     runtime = Runtime.model_validate({"device": "cpu", "engine": {"name": "transformers"}})
     run_stage(tmp_path, kind, fields, tiny_model, 48, 4, runtime)
     expected = {not checkpointing} if kind == "sft" or checkpointing else set()  # PPO without it stays in eval mode

@@ -17,6 +17,7 @@ from align.store.artifacts import Kind
 from align.training import preference_trainers
 from align.training.arguments import training_arguments
 from align.training.fused_head import use_blockwise_head
+from align.training.micro_batches import SHARE
 from align.training.preference_trainers import PreparedKTO, held_out
 from align.training.rows import Encoded
 from align.training.unpaired import add_mismatched, encode_unpaired, fixed_groups, unpair
@@ -68,8 +69,8 @@ def loss_of(row: dict[str, list[int]], drifted: float, point: float) -> float:
 def test_a_group_s_loss_is_measured_from_its_mismatched_answers(loss: str, tiny_model: Path, tmp_path: Path) -> None:
     trainer, encoded = made(tmp_path, tiny_model, loss)
     loader = trainer.get_train_dataloader()
-    loader.set_epoch(2)
-    batches = list(loader)
+    loader.batch_sampler.set_epoch(2)
+    batches = [batch for step in loader for batch in step.micro_batches(trainer.memory.rows)]
     trainer_groups = [
         next(g for g in trainer.groups if sorted(len(encoded.rows[index]["completion_ids"]) for index in g) == lengths)
         for lengths in (sorted(batch["completion_mask"].sum(dim=1).tolist()) for batch in batches)
@@ -79,8 +80,9 @@ def test_a_group_s_loss_is_measured_from_its_mismatched_answers(loss: str, tiny_
         mismatched = [drift(tiny_model, row, "KL_completion_ids", "ref_KL_logps") for row in members]
         point = max(0.0, sum(mismatched) / len(group)) if loss == "kto" else 0.0
         losses = [loss_of(row, drift(tiny_model, row, "completion_ids", "ref_logps"), point) for row in members]
+        inputs = {name: value for name, value in batch.items() if name != SHARE}
         with torch.no_grad():
-            actual = float(trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)))
+            actual = float(trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs)))
         assert actual == pytest.approx(sum(losses) / len(group), rel=1e-4)
 
 

@@ -46,9 +46,9 @@ def four_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "device_of", lambda runtime: torch.device("cuda"))
 
 
-def check(trainer: Any, micro_batch: int) -> None:
+def check(trainer: Any, rows: int) -> None:
     assert trainer.args.n_gpu == 1
-    assert trainer.args.train_batch_size == trainer._train_batch_size == micro_batch
+    assert trainer.args.train_batch_size == trainer._train_batch_size == rows
     assert not isinstance(trainer._wrap_model(trainer.model), torch.nn.DataParallel)
 
 
@@ -65,7 +65,7 @@ def test_a_stage_on_rows_builds_its_trainer_for_one(
     stage = aimed_stages.make_stage(kind, tmp_path, tiny_model, max_steps=1)
     with pytest.raises(Built) as built:
         run(stage)
-    check(built.value.args[0], stage.config.micro_batch)
+    check(built.value.args[0], stage.config.batch_size)
 
 
 @pytest.mark.usefixtures("four_devices")

@@ -40,10 +40,7 @@ def test_a_step_replays_its_fraction_and_carries_the_rest() -> None:
 
 
 @pytest.mark.parametrize("scales", [False, True])
-@pytest.mark.parametrize("num_items", [None, 40])
-def test_the_term_is_the_steps_mean_whatever_the_micro_batches(
-    tiny_model: Path, tmp_path: Path, num_items: int | None, scales: bool
-) -> None:
+def test_the_term_is_the_steps_mean_whatever_the_micro_batches(tiny_model: Path, tmp_path: Path, scales: bool) -> None:
     model = load_policy(make_scaling_model(tmp_path) if scales else tiny_model)
     rows = [{"input_ids": list(range(40, 44 + n)), "labels": [-100, -100, *range(42, 44 + n)]} for n in range(6)]
     encoded = Encoded(rows=rows, lengths=[len(row["input_ids"]) for row in rows])
@@ -51,7 +48,6 @@ def test_the_term_is_the_steps_mean_whatever_the_micro_batches(
         model=model,
         accelerator=SimpleNamespace(autocast=torch.no_grad),
         state=SimpleNamespace(global_step=0),
-        current_gradient_accumulation_steps=2,
         add_metric=lambda name, value: None,
     )
     replay = Replay(trainer, encoded, encoded, rows_per_step=3, weight=0.5, seed=4)
@@ -62,31 +58,33 @@ def test_the_term_is_the_steps_mean_whatever_the_micro_batches(
         with torch.no_grad():
             logprobs = model(ids).logits.log_softmax(-1)[0, 1:-1].gather(1, ids[0, 2:, None])
         total, tokens = total - float(logprobs.sum()), tokens + len(logprobs)
-    parts = [float(replay.loss(trainer, model, inputs, num_items)) for _ in range(2)]
-    # the Trainer takes the mean over micro-batches where there is no num_items
-    assert sum(parts) / (2 if num_items is None else 1) == pytest.approx(0.5 * total / tokens, rel=1e-4)
+
+    def part(number: int) -> float:
+        trainer.part = (number, 2)
+        return float(replay.loss(trainer, model, inputs))
+
+    parts = [part(0), part(1)]
+    assert sum(parts) == pytest.approx(0.5 * total / tokens, rel=1e-4)
+    assert part(0) == parts[0], "a repeated step has the same rows"
     trainer.state.global_step = 1
-    assert float(replay.loss(trainer, model, inputs, num_items)) != parts[0]
-    assert replay.micro == 0
+    assert part(0) != parts[0]
 
 
-@pytest.mark.parametrize(("num_items", "micro_batches"), [(None, 1), (None, 3), (40, 3)])
-def test_replay_loss_is_a_mean_over_answer_tokens(
-    num_items: int | None, micro_batches: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_replay_loss_is_a_mean_over_answer_tokens(micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = Encoded(rows=[{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}] * 9)
     logged: list[tuple[str, float]] = []
     trainer = SimpleNamespace(
         state=SimpleNamespace(global_step=0),
-        current_gradient_accumulation_steps=micro_batches,
+        part=(0, micro_batches),
         add_metric=lambda name, value: logged.append((name, value)),
     )
     replay = Replay(trainer, encoded, encoded, rows_per_step=3, weight=0.5, seed=4)
     monkeypatch.setattr(replay, "_summed", lambda rows: torch.tensor(3.0 * len(rows)))
-    loss = float(replay.loss(trainer, None, {}, num_items))
+    loss = float(replay.loss(trainer, None, {}))
     # 3 rows of 2 answer tokens, 3 nats a row: 1.5 nats a token, of which this micro-batch has its share of the rows.
     assert logged == [("replay_loss", 1.5)]
-    assert loss == pytest.approx(0.5 * 1.5 * (1 if num_items is None else 1 / 3))
+    assert loss == pytest.approx(0.5 * 1.5 / micro_batches)
 
 
 @pytest.mark.slow

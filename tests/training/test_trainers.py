@@ -98,9 +98,10 @@ def test_only_labeled_positions_reach_the_vocabulary(
 def test_rows_are_seen_in_our_order(tiny_model: Path, tmp_path: Path) -> None:
     trainer, _, encoded = make_sft_trainer(tmp_path, tiny_model, micro_batch_size=2)
     loader = trainer.get_train_dataloader()
-    loader.set_epoch(3)
-    expected = order.grouped_order(encoded.lengths, 2, 4, trainer.args.seed, 3)
-    actual = [batch["input_ids"].shape[1] for batch in loader]
+    loader.batch_sampler.set_epoch(3)
+    # Rows are grouped by the batch here, whatever the micro-batch is.
+    expected = order.grouped_order(encoded.lengths, 4, 4, trainer.args.seed, 3)
+    actual = [batch["input_ids"].shape[1] for step in loader for batch in step.micro_batches(2)]
     assert actual == [max(encoded.lengths[row] for row in expected[index : index + 2]) for index in range(0, 16, 2)]
 
 

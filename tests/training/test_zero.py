@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,3 +141,12 @@ def test_what_is_asked_for_reaches_its_configuration(monkeypatch: pytest.MonkeyP
     from accelerate import DeepSpeedPlugin
 
     assert DeepSpeedPlugin(hf_ds_config=config).zero_stage == 3
+
+
+def test_step_is_counted_in_micro_batches() -> None:
+    from align.training.zero import count_micro_batches
+
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
+    holder = SimpleNamespace(hf_deepspeed_config=SimpleNamespace(config=config), per_device_train_batch_size=8)
+    count_micro_batches(holder, 2)
+    assert config == {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}

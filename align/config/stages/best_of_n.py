@@ -81,8 +81,8 @@ class OnlineDpoConfig(RolloutFields):
 
     @property
     def micro_batch(self) -> int:
-        """Responses in memory at once, an even number."""
-        if self.micro_batch_size is not None:
+        """Responses in memory at once, an even number, unless memory runs out."""
+        if self.micro_batch_size != "auto":
             return self.micro_batch_size
         # An even number keeps both responses of a pair in one micro-batch.
         return max((size for size in range(2, 17, 2) if self.responses_per_step % size == 0), default=2)

@@ -27,6 +27,8 @@ DATA = ("data", "prompts", "max_rows", "max_prompts")
 """Fields for the rows, which may be other ones."""
 EVALUATED = ("eval_rows", "eval_prompts", "eval_steps", "eval_updates", "evaluate")
 """Fields of evaluations during training."""
+MEMORY_FIELDS = frozenset({"micro_batch_size", "gradient_checkpointing"})
+"""Fields that decide memory and speed, and no result unless a loss compares a micro-batch's rows."""
 OBSERVED = ("save_steps", "save_updates", "rollouts", "lint", "long_rows", *EVALUATED)
 """Fields that only observe training, or refuse it."""
 TOTAL_SCHEDULES = ("linear", "cosine", "cosine_with_min_lr")
@@ -94,8 +96,8 @@ def awaits_store(config: Any) -> bool:
 
 def fixed_reason(config: Any, name: str) -> str | None:
     """Return why a continued stage cannot change a field, as a clause; None for a field that may change."""
-    if name == "micro_batch_size" and hasattr(config, "batch_size"):
-        return _POSITION  # rows are ordered by it
+    if name == "micro_batch_size" and name not in config.fields_outside_key():
+        return "the loss compares the rows of a micro-batch"
     if name == "reward" and getattr(config, "critic_source", None) == "reward":
         return "the critic began with it"
     if name in (*DATA, *EVALUATED) and chooses_by_validation(config):
@@ -117,6 +119,7 @@ def chooses_by_validation(config: Any) -> bool:
 def must_be_equal(config: Any) -> list[str]:
     """Return the fields of a stage's config that a continuing stage must not change."""
     free = {CONTINUE, END, *LENGTHS, *DATA, *OBSERVED, *changed_names(config)}
+    free |= config.fields_outside_key() & MEMORY_FIELDS
     if chooses_by_validation(config):
         # Where validation decides, its rows and times are a part of the training.
         free -= {*DATA, *EVALUATED}

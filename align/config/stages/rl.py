@@ -18,11 +18,19 @@ from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.options import OWNED, OWNED_BY_ROLLOUTS, TrainerOptions
 from align.config.runtime.launch import LaunchConfig
 from align.config.scores import Score, ScoreValidation, reward_names, score_identities
-from align.config.stages.continue_from import ChangedStage
+from align.config.stages.continue_from import MEMORY_FIELDS, ChangedStage
 from align.config.stages.evaluation.during_training import TrainingEvaluation
 from align.config.stages.lint import LintSettings
 from align.config.stages.stored_rollouts import ReplayFolder, StoredRollouts
-from align.config.stages.training import DefaultRates, LearningRate, LongRows, PeakRates, sharding_objection
+from align.config.stages.training import (
+    DefaultRates,
+    LearningRate,
+    LongRows,
+    MicroBatchSize,
+    PeakRates,
+    Recomputation,
+    sharding_objection,
+)
 from align.config.tuning import FullTuning, Tuning
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
@@ -99,8 +107,12 @@ class RolloutFields(DefaultRates, TrainerOptions):
     """Passes over each rollout. More passes learn more from it and drift further from the sampled policy."""
     num_mini_batches: int = Field(1, ge=1)
     """Optimizer steps per pass."""
-    micro_batch_size: int | None = Field(None, ge=1)
-    """Responses in memory at once. Does not change the result. By default the largest divisor up to 16."""
+    micro_batch_size: MicroBatchSize = "auto"
+    """Responses in memory at once; changes no result. ``auto`` is at first the largest divisor of a step's responses up
+    to 16, and half as many when a step runs out of memory."""
+    gradient_checkpointing: Recomputation = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more time, and the same result. ``auto``
+    does so once the smallest micro-batch runs out of memory."""
     learning_rate: LearningRate = "auto"
     """Learning rate of the policy. ``auto`` follows from the kind, ``tuning`` and the model's size (docs/methods.md);
     the plan shows its value."""
@@ -188,7 +200,7 @@ class RolloutFields(DefaultRates, TrainerOptions):
         """Return ``identified``, fields that change no result, ``evaluate`` and a folder to replay, which have
         identities."""
         replayed = {"replay"} if isinstance(self.replay, ReplayFolder) else set()
-        return {*super().fields_outside_key(), "evaluate", "long_rows", "rollouts", *replayed}
+        return {*super().fields_outside_key(), "evaluate", "long_rows", "rollouts", *MEMORY_FIELDS, *replayed}
 
     @property
     def steps_per_update(self) -> int:
@@ -207,11 +219,16 @@ class RolloutFields(DefaultRates, TrainerOptions):
 
     @property
     def micro_batch(self) -> int:
-        """Responses in memory at once."""
-        if self.micro_batch_size is not None:
+        """Responses in memory at once, unless memory runs out."""
+        if self.micro_batch_size != "auto":
             return self.micro_batch_size
         # The largest divisor up to 16: micro-batches fill an optimizer step exactly.
         return max(size for size in range(1, 17) if self.responses_per_step % size == 0)
+
+    @property
+    def recomputes(self) -> bool:
+        """True if activations are recomputed from the first step on."""
+        return self.gradient_checkpointing is True
 
     @property
     def indivisible_responses(self) -> int:
@@ -229,18 +246,28 @@ class RolloutFields(DefaultRates, TrainerOptions):
         Smaller than ``micro_batch`` only where ``micro_batch_size`` is not set. The size changes results by rounding
         only: losses are sums divided by counts of the entire step.
         """
-        if self.micro_batch_size is not None:
+        if self.micro_batch_size != "auto":
             return self.micro_batch_size
+        return self._divisor_up_to(self.micro_batch, processes)
+
+    def micro_batch_sizes(self, processes: int) -> tuple[int, ...]:
+        """Return the responses in memory of each process: the first size, and those to try if memory runs out."""
+        sizes = [self.micro_batch_of(processes)]
+        while self.micro_batch_size == "auto" and sizes[-1] > self.indivisible_responses:
+            sizes.append(self._divisor_up_to(sizes[-1] // 2, processes))
+        return tuple(sizes)
+
+    def _divisor_up_to(self, most: int, processes: int) -> int:
+        """Return the largest number of responses up to ``most`` that divides each process's share of a step."""
         unit = self.indivisible_responses
         # Count in units, such as the two responses of a pair, which must not be separated.
         units_per_process = self.responses_per_step // processes // unit
-        largest = self.micro_batch // unit
-        return max((size for size in range(1, largest + 1) if units_per_process % size == 0), default=1) * unit
+        return max((size for size in range(1, most // unit + 1) if units_per_process % size == 0), default=1) * unit
 
     def processes_objection(self, launch: LaunchConfig) -> str | None:
         """Return why the processes cannot share an optimizer step or hold the model, and the remedy; None if fine."""
         processes = launch.known or 1
-        unit = self.micro_batch_size or self.indivisible_responses
+        unit = self.indivisible_responses if self.micro_batch_size == "auto" else self.micro_batch_size
         if self.responses_per_step % (processes * unit) == 0:
             evaluation = None if self.evaluate is None else self.evaluate.launch_objection(launch)
             return evaluation or sharding_objection(launch, self.tuning, looks_back=True)

@@ -12,14 +12,16 @@ from pydantic import Field, model_validator
 from align.config.base import Config, Precision, PrecisionSetting, stage_input
 from align.config.options import TrainerOptions
 from align.config.runtime.launch import LaunchConfig
-from align.config.stages.continue_from import ChangedStage
-from align.config.stages.evaluation.during_training import TrainingEvaluation
+from align.config.stages.continue_from import MEMORY_FIELDS, ChangedStage
+from align.config.stages.evaluation.during_training import EarlyStopping, TrainingEvaluation
 from align.config.tuning import AdaptersTuning, FullTuning, PeftTuning, QloraTuning, Tuning, TuningBase
 from align.config.tuning_blocks import TrainedTokens
 from align.store.artifacts import Kind
 
 LearningRate = Literal["auto"] | Annotated[float, Field(gt=0, le=1)]
 """A peak learning rate; ``auto`` is the default of the kind, for the tuning method and the model's size."""
+MicroBatchSize = Literal["auto"] | Annotated[int, Field(ge=1)]
+Recomputation = Literal["auto"] | bool
 LongRows = Literal["refuse", "skip"]
 """Answer to rows that are mostly longer than a limit. It changes no result, so it is in no key."""
 SIZES = (2e9, 4e9)
@@ -102,15 +104,6 @@ class Anchor(Config):
     """``l2``: decay towards the start per step and unit of learning rate, as in weight_decay. ``kl``: loss per nat."""
 
 
-class EarlyStopping(Config):
-    """Stop before the last step, by the loss on the validation rows or by ``evaluate.best_metric``."""
-
-    patience: int = Field(3, ge=1)
-    """Evaluations in a row, ``eval_steps`` or ``evaluate.every`` apart, without an improvement on the best."""
-    min_improvement: float = Field(0.0, ge=0)
-    """Change of the loss or metric that counts as an improvement."""
-
-
 class TrainingFields(DefaultRates, TrainerOptions):
     """Settings of training. An optimizer step uses ``batch_size`` rows, whatever the micro-batch."""
 
@@ -135,8 +128,9 @@ class TrainingFields(DefaultRates, TrainerOptions):
     """Most optimizer steps; limits ``epochs``."""
     batch_size: int = Field(16, ge=1)
     """Rows (or pairs) per optimizer step."""
-    micro_batch_size: int | None = Field(None, ge=1)
-    """Rows per forward pass; must divide ``batch_size``. By default the largest divisor up to 8."""
+    micro_batch_size: MicroBatchSize = "auto"
+    """Rows per forward pass; a number must divide ``batch_size``. ``auto`` is at first the largest divisor up to 8, and
+    half as many when a step runs out of memory. It changes no result, unless the loss compares a micro-batch's rows."""
     max_length: int = Field(1024, ge=8)
     """Most tokens per row; longer rows are cut (SFT) or dropped (pairs), counted and reported."""
     long_rows: LongRows = "refuse"
@@ -155,8 +149,9 @@ class TrainingFields(DefaultRates, TrainerOptions):
     """Decoupled weight decay of AdamW, per unit of learning rate."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm; lower it when the loss spikes."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Recomputation = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more time, and the same result. ``auto``
+    does so once a micro-batch of one row runs out of memory."""
     early_stopping: EarlyStopping | None = None
     """Stop when the validation loss no longer falls: ``{patience: 3}``; needs ``eval_steps``. Same rows as ``keep``."""
     keep: Literal["last", "best"] = "last"
@@ -213,8 +208,9 @@ class TrainingFields(DefaultRates, TrainerOptions):
         return reads_pairs or (self.chooses and self.best_metric is None)
 
     def fields_outside_key(self) -> set[str]:
-        """Return ``identified``, ``long_rows``, and ``evaluate``, whose settings and files are identities."""
-        return {*super().fields_outside_key(), "long_rows", "evaluate"}
+        """Return ``identified``, fields that change no result, and ``evaluate``, which has identities."""
+        memory = MEMORY_FIELDS if self.rows_add_up else MEMORY_FIELDS - {"micro_batch_size"}
+        return {*super().fields_outside_key(), "long_rows", "evaluate", *memory}
 
     @property
     def sides(self) -> int:
@@ -223,23 +219,39 @@ class TrainingFields(DefaultRates, TrainerOptions):
 
     @property
     def micro_batch(self) -> int:
-        """Rows per forward pass."""
-        if self.micro_batch_size is not None:
-            return self.micro_batch_size
-        # The largest divisor up to 8: more memory than that should be asked for.
-        return max(size for size in range(1, 9) if self.batch_size % size == 0)
+        """Rows per forward pass, unless memory runs out."""
+        return self._divisor_up_to(8) if self.micro_batch_size == "auto" else self.micro_batch_size
+
+    def _divisor_up_to(self, most: int) -> int:
+        return max(size for size in range(1, most + 1) if self.batch_size % size == 0)
+
+    @property
+    def row_group(self) -> int:
+        """Rows of similar length that follow each other. The order of rows depends on no micro-batch that may vary."""
+        return self._divisor_up_to(16) if self.rows_add_up else self.micro_batch
 
     @property
     def rows_add_up(self) -> bool:
-        """True if a micro-batch's loss is the mean of its rows' losses, so processes can split it."""
+        """True if a step's loss does not depend on the micro-batches in which its rows are computed."""
         return True
+
+    @property
+    def recomputes(self) -> bool:
+        """True if activations are recomputed from the first step on."""
+        return self.gradient_checkpointing is True
 
     def micro_batch_of(self, processes: int) -> int:
         """Return the rows per forward pass of each of several processes: ``micro_batch``, or less if none was set."""
-        if self.batch_size % (self.micro_batch * processes) == 0 or self.micro_batch_size is not None:
+        if self.batch_size % (self.micro_batch * processes) == 0 or self.micro_batch_size != "auto":
             return self.micro_batch
-        # The largest size that still divides each process's share.
         return math.gcd(self.batch_size // processes or 1, self.micro_batch)
+
+    def micro_batch_sizes(self, processes: int) -> tuple[int, ...]:
+        """Return the rows per forward pass of each process: the first size, and those to try if memory runs out."""
+        size = self.micro_batch_of(processes)
+        if self.micro_batch_size != "auto" or not self.rows_add_up:
+            return (size,)
+        return tuple(size >> halvings for halvings in range(size.bit_length()))
 
     def processes_objection(self, launch: LaunchConfig) -> str | None:
         """Return why the processes cannot split an optimizer step's rows or the model, with a remedy; None if they
@@ -275,12 +287,12 @@ class TrainingFields(DefaultRates, TrainerOptions):
                 f"{processes}; take {divisor} processes, or another batch_size."
             )
         fits = self.batch_size % (self.micro_batch * processes) == 0
-        if not fits and (self.micro_batch_size is not None or not self.rows_add_up):
+        if not fits and (self.micro_batch_size != "auto" or not self.rows_add_up):
             size = math.gcd(self.batch_size // processes, self.micro_batch)
+            effect = "" if self.rows_add_up else ", which changes the loss and so the key"
             return (
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch} times "
-                f"{processes} processes; take micro_batch_size: {size}, which is another order of the rows and so "
-                "another key."
+                f"{processes} processes; take micro_batch_size: {size}{effect}."
             )
         return None
 

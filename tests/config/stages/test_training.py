@@ -6,8 +6,10 @@ import pytest
 from pydantic import ValidationError
 
 from align.config.runtime.launch import LaunchConfig
+from align.config.stages.best_of_n import OnlineDpoConfig
+from align.config.stages.continue_from import fixed_reason
 from align.config.stages.policy_gradient import GrpoConfig, PpoConfig
-from align.config.stages.preference import DpoConfig
+from align.config.stages.preference import DpoConfig, KtoConfig
 from align.config.stages.reward import RewardConfig
 from align.config.stages.sft import SftConfig
 from align.config.validation import validate
@@ -24,6 +26,31 @@ def test_default_micro_batch_divides_the_batch() -> None:
     assert SftConfig(**SFT, batch_size=11).micro_batch == 1
 
 
+def test_sizes_are_tried_until_one_row_is_left() -> None:
+    assert SftConfig(**SFT, batch_size=16).micro_batch_sizes(1) == (8, 4, 2, 1)
+    assert SftConfig(**SFT, batch_size=12).micro_batch_sizes(4) == (3, 1)
+    assert SftConfig(**SFT, batch_size=16, micro_batch_size=4).micro_batch_sizes(1) == (4,)
+    rollouts = {"policy": "sft", "prompts": "data", "score": "gold", "num_mini_batches": 1}
+    # Sizes fill each process's 18 responses exactly, and the responses of a pair stay together.
+    assert GrpoConfig(**rollouts, rollout_batch=36, samples_per_prompt=4).micro_batch_sizes(2) == (9, 3, 1)
+    assert OnlineDpoConfig(**rollouts, rollout_batch=12).micro_batch_sizes(1) == (12, 6, 2)
+
+
+def test_memory_fields_are_keyed_if_rows_are_compared() -> None:
+    memory = {"micro_batch_size", "gradient_checkpointing"}
+    answers = {"policy": "sft", "data": "data"}
+    assert memory <= SftConfig(**SFT).fields_outside_key()
+    kto = KtoConfig(**answers)
+    assert memory & kto.fields_outside_key() == {"gradient_checkpointing"}
+    assert kto.micro_batch_sizes(1) == (8,)
+    assert memory <= KtoConfig(**answers, loss="apo_zero_unpaired").fields_outside_key()
+    # Rows come in one order whatever the micro-batch, unless the loss compares a micro-batch's rows.
+    assert SftConfig(**SFT, micro_batch_size=2).row_group == SftConfig(**SFT).row_group == 16
+    assert KtoConfig(**answers, micro_batch_size=2).row_group == 2
+    assert fixed_reason(SftConfig(**SFT), "micro_batch_size") is None
+    assert fixed_reason(kto, "micro_batch_size") == "the loss compares the rows of a micro-batch"
+
+
 @pytest.mark.parametrize(
     ("kind", "extra", "message"),
     [
@@ -32,6 +59,9 @@ def test_default_micro_batch_divides_the_batch() -> None:
             {"batch_size": 12, "micro_batch_size": 8},
             "micro_batch_size 8 does not divide batch_size 12; take 6",
         ),
+        (SftConfig, {"micro_batch_size": "small"}, r"stages\.x\.micro_batch_size: .*'small'"),
+        (SftConfig, {"micro_batch_size": 0}, r"stages\.x\.micro_batch_size: .*0"),
+        (SftConfig, {"gradient_checkpointing": "yes"}, r"stages\.x\.gradient_checkpointing: .*'yes'"),
         (SftConfig, {"learning_rat": 1e-4}, r"unknown key 'learning_rat'\. Did you mean 'learning_rate'"),
         (SftConfig, {"learning_rate": -1}, r"stages\.x\.learning_rate: should be greater than 0"),
         (SftConfig, {"scheduler": "cosin"}, "Did you mean 'cosine'"),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from align import Pipeline
 from align.errors import StageFailed
+from align.pipeline.registry import find_stage
 from align.runner.runner import run_pipeline
 
 ROWS: dict[str, Any] = {
@@ -96,7 +97,7 @@ def interrupted(tmp_path: Path, name: str, first: dict[str, Any], then: dict[str
 
     def kill() -> None:
         end = time.monotonic() + 1500
-        where = f"{STAGES[name].get('stage', name)}/*.partial"
+        where = f"{find_stage(STAGES[name].get('stage', name)).kind}/*.partial"
         while time.monotonic() < end and not list(store.glob(f"{where}/checkpoints/checkpoint-*/{DONE[name]}")):
             time.sleep(0.02)
         if last == 0:

@@ -25,6 +25,15 @@ AT_MOST = 0.1
 """Default limit on the share of a stage's time."""
 
 
+class EarlyStopping(Config):
+    """Stop before the last step, by the loss on the validation rows or by ``evaluate.best_metric``."""
+
+    patience: int = Field(3, ge=1)
+    """Evaluations in a row, ``eval_steps`` or ``evaluate.every`` apart, without an improvement on the best."""
+    min_improvement: float = Field(0.0, ge=0)
+    """Change of the loss or metric that counts as an improvement."""
+
+
 class TrainingEvaluation(Config):
     """Tasks of `align eval` that run during training. Their items must not be rows of a ``test`` split."""
 
