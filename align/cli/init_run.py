@@ -262,7 +262,7 @@ def _estimate_tokens(messages: Sequence[Mapping[str, Any]]) -> int:
 def choose_verifier(rows: Sequence[Row], options: argparse.Namespace) -> str:
     """Return the verifier that reads the right answers of all rows. Raises ``UserError`` if none does."""
     from align.config.verifiers import VerifierFields
-    from align.verifiers.scorer import open_verifier
+    from align.scoring.verifiers import open_verifier
 
     answers = [str(row[options.answer]) for row in rows]
     kinds = ["number", "choice"]

@@ -61,6 +61,7 @@ def write_files(folder: Path) -> None:
     write_jsonl(folder / "chats.jsonl", [{"messages": messages} for messages in chats])
     pairs = [f"What is {number}?,It is {number}.,No idea {number}.\n" for number in numbers]
     (folder / "pairs.csv").write_text("question,better,worse\n" + "".join(pairs))
+    (folder / "my.csv").write_text("question,answer\n" + "".join(f"What is {n}?,It is {n}.\n" for n in range(90)))
     write_jsonl(folder / "sums.jsonl", [{"question": f"{n} + 3 = ?", "answer": n + 3} for n in numbers])
     problems = [{"question": f"{n} eggs and 2?", "answer": f"A sum.\n#### {n + 2}"} for n in numbers]
     write_jsonl(folder / "problems.jsonl", problems)

@@ -51,7 +51,8 @@ DROPPED = {
     "eval_updates", "eval_prompts", "cut_off_score",
 }  # fmt: skip
 """Fields that such a size leaves no room for, or that belong to a model of the Hub."""
-MODELS = dict.fromkeys(("smollm2-135m-instruct", "mistralai/Mistral-7B-v0.1", "tiny"), "talker")
+HUB_MODELS = ("mistralai/Mistral-7B-v0.1", "Qwen/Qwen3-4B-Instruct-2507", "meta-llama/Llama-3.1-8B-Instruct")
+MODELS = dict.fromkeys(("smollm2-135m-instruct", "tiny", *HUB_MODELS), "talker")
 """The folder of a tiny model that says one of a few words, for each model's name."""
 SCORES = {"gold": "tests.support.documents:nearly_gold"}
 """What `sample` scores by: a model of few words earns no gold, and equal scores make no pairs."""
