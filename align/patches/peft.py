@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from align.patches.signatures import private_name
@@ -24,6 +26,32 @@ def replace_lora_linear(model: Any, replacement: type) -> None:
     for module in model.modules():
         if type(module) is linear and not module.fan_in_fan_out:
             module.__class__ = replacement
+
+
+@contextmanager
+def float32_adapters() -> Iterator[None]:
+    """Inside, peft creates adapters in float32 on a base of any type, so both types of base start with equal adapters.
+
+    peft draws initial values in float32 and moves them to the base's device *and type*, which rounds them below a base
+    in bfloat16. The patch was written for peft 0.21.
+    """
+    path = "peft.tuners.tuners_utils:BaseTunerLayer"
+    layers = private_name("peft", path)
+    move = private_name("peft", f"{path}._move_adapter_to_device_of_base_layer", ["self", "adapter_name", "device"])
+    read = private_name("peft", f"{path}._get_base_layer_device_and_dtype", ["self", "base_layer"])
+
+    def move_to_device(self: Any, adapter_name: str, device: Any = None) -> None:
+        self._get_base_layer_device_and_dtype = lambda base_layer: (read(self, base_layer)[0], None)
+        try:
+            move(self, adapter_name, device)
+        finally:
+            del self._get_base_layer_device_and_dtype
+
+    layers._move_adapter_to_device_of_base_layer = move_to_device
+    try:
+        yield
+    finally:
+        layers._move_adapter_to_device_of_base_layer = move
 
 
 def has_hooks(module: Any) -> bool:

@@ -15,7 +15,7 @@ from align.patches.deepspeed import link_optimizer_states
 from align.patches.llmcompressor import skip_pinning
 from align.patches.nltk import without_downloads
 from align.patches.optuna import trial_id
-from align.patches.peft import has_hooks, replace_lora_linear
+from align.patches.peft import float32_adapters, has_hooks, replace_lora_linear
 from align.patches.transformers import (
     attention_name,
     keep_curve_names,
@@ -70,6 +70,14 @@ def test_changed_lora_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peft.tuners.lora.layer.Linear.forward", lambda self, x: x)
     with pytest.raises(UserError, match=r"^peft \S+: peft\.tuners\.lora\.layer:Linear\.forward has the parameters"):
         replace_lora_linear(torch.nn.Linear(1, 1), torch.nn.Linear)
+
+
+def test_changed_placement_of_adapters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "peft.tuners.tuners_utils.BaseTunerLayer._move_adapter_to_device_of_base_layer"
+    monkeypatch.setattr(path, lambda self, name: None)
+    message = r"_move_adapter_to_device_of_base_layer has the parameters \(self, name\)"
+    with pytest.raises(UserError, match=message), float32_adapters():
+        pass
 
 
 def test_hooks_of_each_kind_are_seen() -> None:

@@ -31,6 +31,7 @@ from align.models.experts import default_targets, expert_matrices, has_experts
 from align.models.parameter_groups import layer_stack
 from align.models.tuning.inserted import swapped_values
 from align.models.tuning.peft_layers import fuse_lora, merge_layer, set_dora_magnitudes, tuner_layers
+from align.patches.peft import float32_adapters
 
 START = "align_start"
 """Attribute of a peft model: its adapters' initial weights by name, where these are part of the initial model."""
@@ -62,7 +63,8 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            peft_model = get_peft_model(model, _config(model, tuning))
+            with float32_adapters():
+                peft_model = get_peft_model(model, _config(model, tuning))
         except ValueError as error:
             raise UserError(f"tuning.targets: {tuning.targets} fits no module of this model: {error}") from None
         check_ties(peft_model)
@@ -358,7 +360,8 @@ def wrap_method(model: Any, tuning: Ia3Tuning | PeftTuning, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            peft_model: Any = get_peft_model(model, get_peft_config(_method_options(model, tuning)))  # type: ignore[no-untyped-call]
+            with float32_adapters():
+                peft_model: Any = get_peft_model(model, get_peft_config(_method_options(model, tuning)))  # type: ignore[no-untyped-call]
         except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
             raise UserError(f"{place}: {tuning.label} does not fit this model: {error}") from None
     check_ties(peft_model)

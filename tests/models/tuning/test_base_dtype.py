@@ -53,6 +53,23 @@ def test_base_of_adapters_is_bfloat16_and_the_rest_float32(narrow_model: Path) -
         assert parameter.dtype == (torch.bfloat16 if is_matrix else torch.float32), name
 
 
+FROM_WEIGHTS = {"dora", "orthogonal", "eva", "embeddings", "tokens"}
+"""Tunings whose initial values are computed from the base's weights, which are rounded."""
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - FROM_WEIGHTS))
+def test_adapters_start_alike_on_both_bases(name: str, tiny_model: Path) -> None:
+    tuning = tuning_of(CASES[name])
+    wide, narrow = (
+        apply_tuning(load_for_tuning(tiny_model, tuning, precision), tuning, 7, rows=ROWS)
+        for precision in ("float32", "bfloat16")
+    )
+    started = {name: p for name, p in narrow.named_parameters() if p.requires_grad}
+    for name, parameter in wide.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(started[name], parameter), name
+
+
 @pytest.mark.parametrize("source", ["tiny_model", "narrow_model"])
 def test_base_has_two_bytes_a_weight(source: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(source)
