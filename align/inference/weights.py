@@ -24,7 +24,7 @@ import torch
 from align.config.user_paths import user_path
 from align.models.checkpoints.files import CONFIG, read_optional, weight_files
 from align.models.pretrained import stored_tensors
-from align.models.tuning.peft_layers import HIGH, LOW, SCALE
+from align.models.tuning import HIGH, LOW, SCALE
 from align.pipeline.process_limits import usable_cores
 from align.store.json_files import write_text_atomically
 

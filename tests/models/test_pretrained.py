@@ -36,7 +36,7 @@ LOADERS = {
 }
 PARAMETER = {DOOR, Path("models", "checkpoints", "conversion.py")}
 """Files in which ``trust_remote_code`` is passed on from the config of a ``model`` stage."""
-FOREIGN = Path("export/formats/llmcompressor_script.py")
+FOREIGN = Path("extensions/formats/llmcompressor_script.py")
 """A program for an interpreter that has no align."""
 
 

@@ -38,9 +38,9 @@ def test_without_learning_nothing_drifts(make_trainer, tuning):
 
 def test_train_loss_is_the_mean_over_updates(make_trainer):
     trainer = make_trainer(updates=2, num_epochs=2)
-    add = trainer.update_log.add_loss
+    add = trainer.update_log.add_step
     parts = []
-    trainer.update_log.add_loss = lambda loss: (parts.append(float(loss)), add(loss))
+    trainer.update_log.add_step = lambda loss, *rest: (parts.append(float(loss)), add(loss, *rest))
     output = trainer.train()
     losses = [entry["loss"] for entry in updates(trainer)]
     assert len(losses) == 2

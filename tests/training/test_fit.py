@@ -36,7 +36,7 @@ def test_the_memory_note_counts_activations_as_they_are_trained(
     stage = make_stage("sft", tmp_path, tiny_model, {"method": "full"}, precision=precision, max_steps=1)
     run(stage)
     expected = notice(load_policy(tiny_model), FullTuning(), precision, low_residual=precision == "bfloat16")
-    assert expected in [event["message"] for event in events(stage, "note")]
+    assert f"{expected}; micro-batches of 4" in [event["message"] for event in events(stage, "note")]
 
 
 @pytest.mark.parametrize(("tuning", "is_kept"), [({"method": "full"}, True), ({"method": "lora"}, False)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -180,7 +179,8 @@ def test_programs_import_the_packages_that_are_named(tests: str, program: str, e
 def test_programs_are_counted_while_they_run() -> None:
     config = validate(EnvironmentVerifier, {"code": "tests"}, "p")
     counts: list[tuple[int, int]] = []
-    scorer = replace(open_verifier(config, "score"), report=lambda done, total: counts.append((done, total)))
+    scorer = open_verifier(config, "score")
+    scorer.report = lambda done, total: counts.append((done, total))
     rows = [{"id": str(number), "tests": ["assert f() == 1"]} for number in range(3)]
     assert [verdict.score for verdict in scorer.verify(rows, ["def f(): return 1"] * 3)] == [1.0] * 3
     assert counts == [(1, 3), (2, 3), (3, 3)]

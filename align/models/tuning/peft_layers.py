@@ -21,6 +21,7 @@ import torch
 from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch.autograd.function import once_differentiable
 
+from align.models.tuning import HIGH, LOW, SCALE
 from align.models.tuning.stored import plain_weights
 from align.patches.peft import has_hooks, replace_lora_linear
 
@@ -111,10 +112,6 @@ def _weights(
             stored = {name: base[f"{layer}.{name}"] for name in own_names if f"{layer}.{name}" in base}
             for leaf, value in parts(layers[layer], stored).items():
                 yield f"{layer}.{leaf}", value
-
-
-LOW, HIGH, SCALE = ".low", ".high", ".scale"
-"""Endings of the names of a matrix's low-rank update: A (r, in), B (out, r), and the factor of their product."""
 
 
 def is_low_rank(layer: Any) -> bool:

@@ -8,6 +8,7 @@ import torch
 from align.config.tuning import FullTuning, LoraTuning
 from align.errors import UserError
 from align.models.loading import load_policy
+from align.rl.scores import as_scorer
 from tests.support.rl.gradients import TEXTS, FlatGradients, Gradients, sft_gradient
 from tests.support.rl.trainers import METHODS, share_of_vowels, updates, weights
 
@@ -211,7 +212,7 @@ def test_where_nothing_varies_the_rounds_end(make_online):
 def test_best_and_worst_are_a_pair_and_ties_have_no_loss(make_online):
     trainer = make_online("online_dpo", updates=1, rollout_batch=8)
     scores = iter([[0.1, 0.9, 0.3, 0.2, 0.5, 0.5, 0.5, 0.5]])
-    trainer.sampler.scorer = lambda rows, texts: next(scores)
+    trainer.sampler.scorer = as_scorer(lambda rows, texts: next(scores))
     calls = []
     select = trainer.objective.select
     trainer.objective.select = lambda rollout, sampler: calls.append((rollout, select(rollout, sampler))) or calls[0][1]
@@ -227,7 +228,7 @@ def test_best_and_worst_are_a_pair_and_ties_have_no_loss(make_online):
 def test_the_best_above_the_threshold_are_learned(make_online):
     trainer = make_online("rejection", updates=2, best=2, threshold=[0.4, 0.95], rollout_batch=8)
     scores = iter([[0.1, 0.9, 0.3, 0.5, 0.2, 0.3, 0.1, 0.6]] * 2)
-    trainer.sampler.scorer = lambda rows, texts: next(scores)
+    trainer.sampler.scorer = as_scorer(lambda rows, texts: next(scores))
     calls = []
     noted(trainer.objective, "advantages", calls)
     trainer.train()

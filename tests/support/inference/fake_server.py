@@ -121,7 +121,7 @@ class FakeServer:
         words, method = body.get("kwargs") or {}, body["method"]
         if method in (LOAD, "reload_weights"):
             path = words.get("path") or words["weights_path"]
-            self.load(path)
+            self.load(path, words.get("base", ""))
             self.holding["loads"] += 1
             self.holding["content"] = f"of {path}"
         if method in (LOAD, NAME):
@@ -133,8 +133,8 @@ class FakeServer:
             del message["content"]
         return {"results": [message]}
 
-    def load(self, path: str) -> None:
-        """Read weights; there is no model here."""
+    def load(self, path: str, base: str = "") -> None:
+        """Read weights, or an adapter of the weights in ``base``; there is no model here."""
 
     def hang(self, body: Any) -> Any:
         """Answer nothing until the server stops."""

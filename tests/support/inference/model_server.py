@@ -14,9 +14,15 @@ import torch
 
 from align.inference.protocol import TurnRequest
 from align.inference.transformers import TransformersEngine
-from align.inference.weights import checkpoint_weights
+from align.inference.weights import AdaptedWeights, checkpoint_weights
 from tests.support.inference.fake_server import FakeServer
 from tests.support.inference.stand_in import ANSWER, BEFORE_A_FAULT, READ
+
+
+def read_weights(path: str, base: str) -> dict[str, torch.Tensor]:
+    """Return the weights of a folder, merged into those of ``base`` if they are an adapter."""
+    weights = dict(checkpoint_weights(Path(path)))
+    return dict(AdaptedWeights(base, lambda: checkpoint_weights(Path(base)), weights)) if base else weights
 
 
 class ModelServer(FakeServer):
@@ -37,11 +43,11 @@ class ModelServer(FakeServer):
         super().__init__()
         self.answers |= {"/v1/completions": self._complete, READ: self._read, ANSWER: self._answer}
 
-    def load(self, path: str) -> None:
+    def load(self, path: str, base: str = "") -> None:
         """Read a set of weights."""
         with self.model_lock:
             self.loads, self.answered = self.loads + 1, 0
-            self.engine.load_weights(checkpoint_weights(Path(path)))
+            self.engine.load_weights(read_weights(path, base).items())
             self.held = None
 
     def _complete(self, body: dict[str, Any]) -> Any:
@@ -52,10 +58,10 @@ class ModelServer(FakeServer):
                 return self._sample(body)
         return self.fault(body)
 
-    def _read(self, path: str) -> int:
+    def _read(self, folders: list[str]) -> int:
         """Keep the weights of a stand-in, whose file may be gone when it answers; return their number."""
         with self.model_lock:
-            self.read.append(dict(checkpoint_weights(Path(path))))
+            self.read.append(read_weights(*folders))
             return len(self.read) - 1
 
     def _answer(self, body: dict[str, Any]) -> Any:

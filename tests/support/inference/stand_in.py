@@ -32,13 +32,13 @@ class StandIn(FakeServer):
         self.dies_at = int(os.environ.get("ALIGN_TEST_DIES_AT", "-1"))
         self.loads = self.answered = 0
         self.count = threading.Lock()
-        self.weights = self._ask(READ, model_dir)
+        self.weights = self._ask(READ, [model_dir, ""])
         super().__init__(path)
         self.answers["/v1/completions"] = self._complete
 
-    def load(self, path: str) -> None:
+    def load(self, path: str, base: str = "") -> None:
         """Have a set of weights read."""
-        self.weights = self._ask(READ, path)
+        self.weights = self._ask(READ, [path, base])
         with self.count:
             self.loads, self.answered = self.loads + 1, 0
 

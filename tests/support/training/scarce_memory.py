@@ -143,7 +143,10 @@ def main(folder: Path) -> None:
     def limited(trainer: Any, *args: Any) -> Any:
         in_use = psutil.Process().memory_info().vms
         resource.setrlimit(resource.RLIMIT_AS, (in_use + FREE, resource.RLIM_INFINITY))
-        return plain(trainer, *args)
+        try:
+            return plain(trainer, *args)
+        finally:  # saving starts threads
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     metrics: dict[str, Any] = {}
     weights = []
@@ -155,7 +158,6 @@ def main(folder: Path) -> None:
             if size == "auto":
                 patch.setattr(Prepared, "training_step", limited)
             results = STAGES["sft"].runner()(stage)
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         metrics = metrics or results
         weights.append(load_file(stage.output / "model" / "model.safetensors"))
     difference = max(float((tensor - weights[1][name]).abs().max()) for name, tensor in weights[0].items())
