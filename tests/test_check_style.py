@@ -38,6 +38,23 @@ def test_long_function_and_question_are_noticed(tmp_path, monkeypatch: pytest.Mo
     assert len(places["docstrings that begin with a question word"]) == 1
 
 
+def test_code_lines_have_no_docstrings_and_comments() -> None:
+    source = '"""A module.\n\nOf two paragraphs.\n"""\n\n# a comment\nX = """a\nb"""\n"""Its meaning."""\n'
+    assert check_style.code_lines(source) == 2
+
+
+def test_size_above_its_cap_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = check_style.measure_sizes()
+    assert (
+        set(sizes) == set(check_style.SIZES) and min(sizes["lines of core code"], sizes["words of documents"]) > 10_000
+    )
+    monkeypatch.setattr(check_style, "measure_sizes", lambda: check_style.SIZES)
+    assert check_style.main([]) == 0
+    monkeypatch.setattr(check_style, "measure_sizes", lambda: sizes | {"words of documents": 10**7})
+    assert check_style.main([]) == 1
+    assert "words of documents" in capsys.readouterr().out
+
+
 def test_circle_of_late_and_type_only_imports_is_found(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_style, "ROOT", tmp_path)
     contents = {
