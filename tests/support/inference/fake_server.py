@@ -121,7 +121,7 @@ class FakeServer:
         words, method = body.get("kwargs") or {}, body["method"]
         if method in (LOAD, "reload_weights"):
             path = words.get("path") or words["weights_path"]
-            self.load(path, words.get("base", ""))
+            self.load(path, *([words["base"]] if words.get("base") else []))
             self.holding["loads"] += 1
             self.holding["content"] = f"of {path}"
         if method in (LOAD, NAME):
