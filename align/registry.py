@@ -192,7 +192,7 @@ class Step:
     """Import path of its class of settings; empty for a step that recipes do not write."""
     code: str
     """Import path of the class of the ``RowStep`` or ``TableStep``, made from its settings and a ``StepContext``. It
-    loads models and tokenizers, and raises ``UserError`` for one that is not there."""
+    loads models and tokenizers, and raises ``UserError`` for a missing model or tokenizer."""
     needs_all_rows: bool = False
     """True for a ``TableStep``, which decides over the sketches of all rows."""
     runs_model: bool = False
@@ -214,7 +214,7 @@ class Score:
 class View:
     """A view of the studio, with its title in the navigation.
 
-    Its JavaScript module is ``views/NAME.js`` in the folder ``static`` beside its Python module.
+    Its JavaScript module is ``views/NAME.js`` in the folder ``static`` next to its Python module.
     """
 
     name: str

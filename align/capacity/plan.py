@@ -254,7 +254,7 @@ def fit_to_memory(
     if estimator is None:
         return runtime, None
     try:
-        models = {field: _architectures(found) for field, found in inputs.items() if found}
+        models = {field: _architectures(artifacts) for field, artifacts in inputs.items() if artifacts}
         device = processor() if gpu is None else Device("gpu", gpu[0])
         hardware = Hardware(device, per_node=world_size()).shared()
         setup = Setup(estimator, models, with_expected_precision(config, gpu=gpu is not None), runtime, hardware)
@@ -262,11 +262,11 @@ def fit_to_memory(
     except UnknownArchitecture:
         return runtime, None
     load = setup.load
-    beside = 0
+    trainer_bytes = 0
     if isinstance(load, Job) and isinstance(way, TrainingWay):
-        beside = beside_engine(load, hardware, way)
+        trainer_bytes = beside_engine(load, hardware, way)
     if gpu is not None and runtime.engine.gpu_memory == "auto" and not runtime.rollouts.pooled:
-        share = min(max(hardware.device.usable - beside, 0.01 * gpu[1]) / gpu[1], 0.95)
+        share = min(max(hardware.device.usable - trainer_bytes, 0.01 * gpu[1]) / gpu[1], 0.95)
         runtime = runtime.model_copy(update={"engine": runtime.engine.model_copy(update={"gpu_memory": share})})
     if not isinstance(load, Job) or not isinstance(way, TrainingWay):
         return runtime, None

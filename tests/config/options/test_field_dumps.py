@@ -1,4 +1,4 @@
-"""The shipped fields of other packages' classes are those of the tested versions; other versions check their own."""
+"""The shipped fields of other packages' classes equal the tested versions'. Other versions check their own options."""
 
 from __future__ import annotations
 

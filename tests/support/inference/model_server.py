@@ -20,7 +20,7 @@ from tests.support.inference.stand_in import ANSWER, BEFORE_A_FAULT, READ
 
 
 def read_weights(path: str, base: str) -> dict[str, torch.Tensor]:
-    """Return the weights of a folder, merged into those of ``base`` if they are an adapter."""
+    """Return the weights of a folder, merged into the weights of ``base`` if they are an adapter."""
     weights = dict(checkpoint_weights(Path(path)))
     return dict(AdaptedWeights(base, lambda: checkpoint_weights(Path(base)), weights)) if base else weights
 
