@@ -19,6 +19,7 @@ from hypothesis import settings
 
 from tests.support.environment import remember_environment, restore_environment
 from tests.support.installed import installed_align as installed_align
+from tests.support.refusals import Refused
 from tests.support.s3_server import KEY, NAMES, SECRET, Server
 
 # Property tests try the same cases every time; HYPOTHESIS_PROFILE=default looks for new ones.
@@ -234,6 +235,12 @@ def stages_in_process() -> Iterator[None]:
 
     with in_process.stages():
         yield
+
+
+@pytest.fixture
+def refused(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Refused:
+    """Call what must raise, and compare its message with the one in ``tests/messages.txt``."""
+    return Refused(request.node.nodeid, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")

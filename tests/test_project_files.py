@@ -304,3 +304,10 @@ def test_the_tests_that_are_left_for_make_test_slow_exist():
     functions = {name: f"def {name.partition('::')[2]}(" for name in names}
     assert [name for name, start in functions.items() if start not in read(name.partition("::")[0])] == []
     assert len(slow_tests()) < 200, "tests that are slow by nature are marked where they stand"
+
+
+def test_messages_belong_to_tests_that_exist():
+    from tests.support.refusals import stored_messages
+
+    names = {key.partition("[")[0].partition(" ")[0] for key in stored_messages()}
+    assert [name for name in names if f"def {name.partition('::')[2]}(" not in read(name.partition("::")[0])] == []

@@ -8,7 +8,6 @@ import pytest
 
 from align.environments.episode import CallRecord, Episode, PolicyTurn
 from align.environments.player import EpisodeTask
-from align.errors import UserError
 from align.inference.protocol import Response, TurnRequest
 from benchmarks.episodes import check_trl, comparison_shape, latency_shape, parse, side_arguments
 from benchmarks.episodes_align import ScriptedSession, check_played, count_tokens, forced_lengths, open_player
@@ -122,7 +121,7 @@ def test_plays_take_turns_after_one_that_warms_up():
     assert play_order(5) == ["quick", "quick", "slow", "slow", "quick"]
 
 
-def test_turns_are_the_same_each_time_and_one_episode_is_full():
+def test_turns_are_the_same_each_time_and_one_episode_is_full(refused):
     shape = EpisodeShape(batch=8, turns=4, tokens=40, updates=3)
     sizes = turn_sizes(shape, least=30)
     assert sizes == turn_sizes(shape, least=30)
@@ -131,8 +130,7 @@ def test_turns_are_the_same_each_time_and_one_episode_is_full():
     assert {len(turns) for turns in sizes[0]} <= {2, 3, 4}
     assert all(30 <= size <= 40 for episodes in sizes for turns in episodes for size in turns)
     assert turn_sizes(EpisodeShape(batch=2, turns=2, tokens=40, lengths="full", updates=1), 30) == [[[40, 40]] * 2]
-    with pytest.raises(UserError, match="--tokens 20: a turn with a call has at least 30 tokens"):
-        turn_sizes(EpisodeShape(tokens=20), least=30)
+    refused(lambda: turn_sizes(EpisodeShape(tokens=20), least=30))
 
 
 def test_script_calls_in_every_turn_but_the_last(tiny_model):
@@ -149,11 +147,10 @@ def test_script_calls_in_every_turn_but_the_last(tiny_model):
             assert text.startswith('<tool_call>{"name": "look_up"') and text.endswith("}</tool_call>")
 
 
-def test_a_turn_keeps_its_length_and_gets_its_ending():
+def test_a_turn_keeps_its_length_and_gets_its_ending(refused):
     turn = ScriptedTurn(4, [8, 9])
     assert turn.complete([1, 2, 3, 4, 5]) == [1, 2, 8, 9]
-    with pytest.raises(RuntimeError, match="3 sampled tokens; the script has 4"):
-        turn.complete([1, 2, 3])
+    refused(turn.complete, [1, 2, 3])
 
 
 def test_a_call_that_the_model_began_is_replaced():
@@ -213,10 +210,9 @@ def test_session_follows_the_script():
     assert session.cache_statistics() == {"prefix_hit_rate": 0.5}
 
 
-def test_session_refuses_an_episode_without_room():
+def test_session_refuses_an_episode_without_room(refused):
     session = ScriptedSession(RepeatingSession(), [[ScriptedTurn(3, [9])]], Decoder())
-    with pytest.raises(RuntimeError, match="episode 0 has 2 tokens left of 3"):
-        session.submit(TurnRequest(0, [1], 2, 0))
+    refused(lambda: session.submit(TurnRequest(0, [1], 2, 0)))
 
 
 class Engine:
@@ -255,17 +251,15 @@ def test_player_carries_out_the_script(tiny_model):
     assert [call.error for episode in episodes for call in episode.calls] == ["", ""]
 
 
-def test_an_episode_that_leaves_the_script_is_refused():
+def test_an_episode_that_leaves_the_script_is_refused(refused):
     script = [[ScriptedTurn(2, [9]), ScriptedTurn(2, [9])]]
     turn = PolicyTurn([5, 9], [0.0, 0.0], True, "")
     call = CallRecord(0, "look_up", {}, "no such shelf", "arguments")
-    with pytest.raises(RuntimeError, match="episode 0 has 1 turns and 0 calls; the script has 2 turns"):
-        check_played([Episode([1], [turn])], script)
-    with pytest.raises(RuntimeError, match="no such shelf"):
-        check_played([Episode([1], [turn, turn], [[3]], calls=[call])], script)
+    refused(lambda: check_played([Episode([1], [turn])], script))
+    refused(lambda: check_played([Episode([1], [turn, turn], [[3]], calls=[call])], script))
 
 
-def test_trl_gets_the_turns_of_the_rows_that_it_carries_on():
+def test_trl_gets_the_turns_of_the_rows_that_it_carries_on(refused):
     limits = []
     scripts = [[[ScriptedTurn(3, [9])], [ScriptedTurn(2, [8, 9]), ScriptedTurn(4, [9])]]]
     turns = ScriptedTurns(scripts, limits.append)
@@ -274,8 +268,7 @@ def test_trl_gets_the_turns_of_the_rows_that_it_carries_on():
     assert generate([[1], [1]]) == ([[5, 5, 9], [8, 9]], [[-1.0] * 3, [-1.0] * 2])
     assert generate([[1]]) == ([[5, 5, 5, 9]], [[-1.0] * 4])
     assert limits == [[3, 2], [4]]
-    with pytest.raises(RuntimeError, match="trl carries on 1 episodes; the script has 0"):
-        generate([[1]])
+    refused(generate, [[1]])
 
 
 def test_trl_tokens_are_counted_by_its_mask():
@@ -331,9 +324,8 @@ def test_sides_keep_their_order():
     assert parse(["--sides", "trl", "align"]).sides == ["align", "trl"]
 
 
-def test_another_trl_is_refused():
-    with pytest.raises(UserError, match=r"trl 1\.12\.0 is installed; the comparison is with 1\.16\.0"):
-        check_trl({"trl": "1.12.0"})
+def test_another_trl_is_refused(refused):
+    refused(check_trl, {"trl": "1.12.0"})
 
 
 def test_help_is_instant():

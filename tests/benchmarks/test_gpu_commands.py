@@ -17,6 +17,7 @@ from benchmarks.gpu_items import Item, Machine
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_run import StageItem, speed, weights_digest
 from benchmarks.gpu_table import make_table
+from tests.support.refusals import Refused
 from tests.support.runs import wait_for
 
 ITEM = StageItem("qwen2.5-0.5b", "sft", "full", "cpu", tiny=True, length=64, rows=8)
@@ -126,14 +127,13 @@ def test_a_report_of_pytest_is_counted(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_speed_leaves_out_the_first_two_steps() -> None:
+def test_speed_leaves_out_the_first_two_steps(refused: Refused) -> None:
     events = [{"event": "note"}] + [
         {"event": "progress", "done": step, "time": moment, "tokens": 100 * step}
         for step, moment in ((1, 50.0), (2, 60.0), (3, 61.0), (4, 62.0))
     ]
     assert speed(events) == (1.0, 100.0)
-    with pytest.raises(ValueError, match="2 steps are too few"):
-        speed(events[:3])
+    refused(lambda: speed(events[:3]))
 
 
 def test_the_digest_covers_names_and_bytes_of_all_weights(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from align.errors import UserError
 from benchmarks import gpu_wheels
 from benchmarks.gpu_wheels import Download, is_satisfied, own_requirements, read_installed, split
+from tests.support.refusals import Refused
 
 
 def make_wheel(folder: Path, name: str, version: str, *requires: str) -> None:
@@ -58,10 +58,9 @@ def test_only_what_is_missing_is_fetched_with_what_it_requires(index: Path, tmp_
     assert sorted(fetched.folder.iterdir()) == sorted(fetched.wheels.values())
 
 
-def test_an_older_version_there_is_replaced_but_never_torch(index: Path, tmp_path: Path) -> None:
+def test_an_older_version_there_is_replaced_but_never_torch(refused: Refused, index: Path, tmp_path: Path) -> None:
     make_wheel(index, "apple", "2.0", "torch>=2.12")
-    with pytest.raises(UserError, match=r"torch>=2.12 is needed, and the machine has torch 2.11.0. It must fit"):
-        download(tmp_path, {"apple": "1.0", "torch": "2.11.0"}).fetch([Requirement("apple>=2")])
+    refused(lambda: download(tmp_path, {"apple": "1.0", "torch": "2.11.0"}).fetch([Requirement("apple>=2")]))
 
 
 def test_addition_is_fetched_and_unknown_version_is_reported(
@@ -77,12 +76,11 @@ def test_addition_is_fetched_and_unknown_version_is_reported(
     assert lines[2] == ("There in an unknown version, and not brought along: pear>=1. --add brings one along.")
 
 
-def test_a_package_without_a_wheel_is_named(index: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"pip finds no wheel of quince for Python 3.12: "):
-        download(tmp_path, {}).fetch([Requirement("quince")])
+def test_a_package_without_a_wheel_is_named(refused: Refused, index: Path, tmp_path: Path) -> None:
+    refused(lambda: download(tmp_path, {}).fetch([Requirement("quince")]))
 
 
-def test_the_list_of_that_machine(tmp_path: Path) -> None:
+def test_the_list_of_that_machine(refused: Refused, tmp_path: Path) -> None:
     file = tmp_path / "installed.txt"
     file.write_text("# a comment\nPyYAML==6.0.4\nhuggingface_hub\n\n")
     installed = read_installed(file)
@@ -91,8 +89,7 @@ def test_the_list_of_that_machine(tmp_path: Path) -> None:
     assert not is_satisfied(Requirement("PyYAML>=7"), installed)
     assert is_satisfied(Requirement("huggingface_hub>=1"), installed)  # of an unknown version
     file.write_text("PyYAML  6.0.4\n")
-    with pytest.raises(UserError, match="line 1 is 'PyYAML  6.0.4'; expected NAME==VERSION"):
-        read_installed(file)
+    refused(read_installed, file)
 
 
 def test_align_and_its_tests_are_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.errors import UserError
 from align.inference.protocol import Response, Sampling
 from benchmarks.ppo_align import FixedLengths
 from benchmarks.ppo_table import efficiency, efficiency_lines, floor_flops, matrix_flops, phases, table, tokens_line
 from benchmarks.ppo_trl import Clock, Cutter
-from benchmarks.ppo_vs_trl import RunFailed, curve_lines, run_module
+from benchmarks.ppo_vs_trl import curve_lines, run_module
 from benchmarks.ppo_work import TRL, Shape, environment, load_work_tokenizer, make_rows, requirements, response_lengths
 
 
@@ -115,24 +114,23 @@ def test_only_torch_has_a_range():
     assert torch_range.startswith("torch>=") and ",<" in torch_range
 
 
-def test_environment_refuses_a_folder_of_something_else(tmp_path):
+def test_environment_refuses_a_folder_of_something_else(refused, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not a virtual environment"):
-        environment(tmp_path)
+    refused(environment, tmp_path)
 
 
-def test_environment_refuses_another_trl(tmp_path):
+def test_environment_refuses_another_trl(refused, tmp_path):
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python"
     python.write_text("""#!/bin/sh\necho '{"trl": "0.9.6"}'\n""")
     python.chmod(0o755)
-    with pytest.raises(UserError, match=r"has trl 0\.9\.6, and this needs 1\.12\.0"):
-        environment(tmp_path)
+    refused(environment, tmp_path)
 
 
-def test_a_failed_process_shows_its_last_lines(tmp_path):
-    with pytest.raises(RunFailed, match=r"exit code 1[\s\S]*JSONDecodeError"):
-        run_module(Path(sys.executable), "benchmarks.ppo_work", ["no json", str(tmp_path)], tmp_path / "log")
+def test_a_failed_process_shows_its_last_lines(refused, tmp_path):
+    refused(
+        lambda: run_module(Path(sys.executable), "benchmarks.ppo_work", ["no json", str(tmp_path)], tmp_path / "log")
+    )
 
 
 def test_trl_side_imports_without_trl_and_align():

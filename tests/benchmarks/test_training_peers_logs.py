@@ -7,7 +7,6 @@ import pytest
 from benchmarks.training_peers.logs import (
     Loop,
     Step,
-    UnreadableRun,
     loop_of_events,
     loop_of_output,
     read_align,
@@ -75,14 +74,12 @@ def test_reference_pass_starts_at_previous_event():
     assert reference_seconds(events) == pytest.approx(10.0)
 
 
-def test_reference_pass_without_any_event_before_it_is_refused():
-    with pytest.raises(UnreadableRun, match="the reference pass has no beginning"):
-        reference_seconds([reference_event(10.0, 8)])
+def test_reference_pass_without_any_event_before_it_is_refused(refused):
+    refused(lambda: reference_seconds([reference_event(10.0, 8)]))
 
 
-def test_align_without_a_finished_stage_is_refused(tmp_path):
-    with pytest.raises(UnreadableRun, match="store/dpo has 0 finished stages"):
-        read_align(tmp_path, "dpo")
+def test_align_without_a_finished_stage_is_refused(refused, tmp_path):
+    refused(read_align, tmp_path, "dpo")
 
 
 def test_events_are_read_from_the_store(tmp_path):
@@ -125,23 +122,21 @@ def test_lines_that_only_look_like_a_log_are_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("printed", "history", "message"),
+    ("printed", "history"),
     [
-        (1, [{"loss": 1.0, "num_tokens": 5}, {"loss": 1.0, "num_tokens": 9}], "1 steps were printed"),
-        (2, [{"loss": 1.0}, {"loss": 1.0}], "has no tokens: neither of num_tokens, num_input_tokens_seen"),
-        (1, [{"loss": 1.0, "num_tokens": 5}], "1 steps: at least 2 are needed"),
-        (2, [{"loss": 1.0, "num_tokens": 5}, {"loss": 1.0, "num_tokens": 5}], "a step read no tokens"),
+        (1, [{"loss": 1.0, "num_tokens": 5}, {"loss": 1.0, "num_tokens": 9}]),
+        (2, [{"loss": 1.0}, {"loss": 1.0}]),
+        (1, [{"loss": 1.0, "num_tokens": 5}]),
+        (2, [{"loss": 1.0, "num_tokens": 5}, {"loss": 1.0, "num_tokens": 5}]),
     ],
 )
-def test_a_run_that_cannot_be_measured_is_refused(tmp_path, printed, history, message):
+def test_a_run_that_cannot_be_measured_is_refused(refused, tmp_path, printed, history):
     write_state(tmp_path / "trainer_state.json", history)
-    with pytest.raises(UnreadableRun, match=message):
-        loop_of_output([(float(n), "{'loss': '1.0'}") for n in range(printed)], tmp_path)
+    refused(lambda: loop_of_output([(float(n), "{'loss': '1.0'}") for n in range(printed)], tmp_path))
 
 
-def test_output_without_a_state_is_refused(tmp_path):
-    with pytest.raises(UnreadableRun, match=r"has neither trainer_state\.json nor"):
-        loop_of_output([(1.0, "{'loss': '1.0'}")], tmp_path)
+def test_output_without_a_state_is_refused(refused, tmp_path):
+    refused(loop_of_output, [(1.0, "{'loss': '1.0'}")], tmp_path)
 
 
 def test_llamafactory_log_counts_without_saved_model(tmp_path):

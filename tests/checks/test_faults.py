@@ -18,6 +18,7 @@ from align.config.runtime import FAULT_REMEDIES, Runtime
 from align.errors import UserError
 from align.store.artifacts import Artifact, Kind
 from tests.support.checks.contexts import WEIGHTS, Learner, context, edit_weights
+from tests.support.refusals import Refused
 
 
 def finished(folder: Path, source: Path, kind: Kind, **metrics: Any) -> Artifact:
@@ -171,13 +172,12 @@ def test_it_is_refused_by_name(
     check_inputs(context(tmp_path / "ppo", artifacts, waive=actual), Kind.POLICY)
 
 
-@pytest.mark.parametrize(("inject", "label"), [(other_template, "chat template"), (other_tokenizer, "tokenizer")])
+@pytest.mark.parametrize("inject", [other_template, other_tokenizer])
 def test_a_change_shows_in_a_checkpoint_that_stands_alone(
-    inject: Callable[[dict[str, Path]], None], label: str, artifacts: dict[str, Artifact], tmp_path: Path
+    refused: Refused, inject: Callable[[dict[str, Path]], None], artifacts: dict[str, Artifact], tmp_path: Path
 ) -> None:
     inject({"policy": artifacts["policy"].model})
-    with pytest.raises(UserError, match=f"-changed: .* has another {label} than it was trained with"):
-        check_inputs(context(tmp_path / "sft", {"policy": artifacts["policy"]}), Kind.POLICY)
+    refused(lambda: check_inputs(context(tmp_path / "sft", {"policy": artifacts["policy"]}), Kind.POLICY))
 
 
 def test_every_fault_is_injected_somewhere() -> None:
@@ -185,33 +185,29 @@ def test_every_fault_is_injected_somewhere() -> None:
     assert here == set(FAULT_REMEDIES)
 
 
-def test_a_waiver_of_a_name_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="there is no fault 'score-haed'. Did you mean 'score-head'"):
-        Runtime.model_validate({"handover": {"waive": ["score-haed"]}})
+def test_a_waiver_of_a_name_that_is_none_is_refused(refused: Refused) -> None:
+    refused(Runtime.model_validate, {"handover": {"waive": ["score-haed"]}})
 
 
-def test_a_stage_does_not_publish_what_would_be_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_stage_does_not_publish_what_would_be_refused(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "sft" / "model")
     edit_weights(tmp_path / "sft" / "model", lambda w: w["model.norm.weight"].view(-1)[0:1].fill_(float("inf")))
-    with pytest.raises(UserError, match="of its own result(.|\n)*weights-not-finite: .*model.norm.weight"):
-        check_output(context(tmp_path / "sft", {}), "sft", Kind.POLICY, {})
+    refused(lambda: check_output(context(tmp_path / "sft", {}), "sft", Kind.POLICY, {}))
     assert read_facts(tmp_path / "sft" / "model") is None
 
 
-def test_a_head_that_learned_nothing_is_not_published(tiny_reward: Path, tmp_path: Path) -> None:
+def test_a_head_that_learned_nothing_is_not_published(refused: Refused, tiny_reward: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_reward, tmp_path / "rm" / "model")
     edit_weights(tmp_path / "rm" / "model", lambda w: w["score.weight"].zero_())
-    with pytest.raises(UserError, match="score-head: .* zeros .*never trained"):
-        check_output(context(tmp_path / "rm", {}), "reward", Kind.REWARD, {})
+    refused(lambda: check_output(context(tmp_path / "rm", {}), "reward", Kind.REWARD, {}))
 
 
-def test_untrained_head_has_its_causes(tiny_reward: Path, tmp_path: Path) -> None:
+def test_untrained_head_has_its_causes(refused: Refused, tiny_reward: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_reward, tmp_path / "rm" / "model")
     edit_weights(tmp_path / "rm" / "model", lambda w: w["score.weight"].zero_())
     skipped = "15 of 16 train rows skipped: longer than max_length"
     metrics = {"untrained": "the learning rate was 0 in its only step", "skipped_rows": [skipped]}
-    with pytest.raises(UserError, match=f"cannot be trained like this: .* 0 in its only step; {skipped}"):
-        check_output(context(tmp_path / "rm", {}), "reward", Kind.REWARD, metrics)
+    refused(lambda: check_output(context(tmp_path / "rm", {}), "reward", Kind.REWARD, metrics))
 
 
 def test_a_floor_needs_a_known_accuracy_and_says_so(
@@ -224,21 +220,19 @@ def test_a_floor_needs_a_known_accuracy_and_says_so(
     assert "no accuracy of 'reward' on held-out pairs is recorded" in new_context.events.read_text(encoding="utf-8")
 
 
-def test_what_is_only_compared_may_differ(artifacts: dict[str, Artifact], tmp_path: Path) -> None:
+def test_what_is_only_compared_may_differ(refused: Refused, artifacts: dict[str, Artifact], tmp_path: Path) -> None:
     reward_of_another_template({field: artifact.model for field, artifact in artifacts.items()})
     a_coin_free = context(tmp_path / "evaluate", artifacts)
     check_inputs(a_coin_free, Kind.SCORECARD)
-    with pytest.raises(UserError, match="template-changed"):
-        check_inputs(context(tmp_path / "ppo", artifacts), Kind.POLICY)
+    refused(lambda: check_inputs(context(tmp_path / "ppo", artifacts), Kind.POLICY))
     # a reward model that only scores renders texts anew, with a template of its own
     check_inputs(context(tmp_path / "grpo", artifacts, config=Learner(critic_source="policy")), Kind.POLICY)
 
 
-def test_a_floor_of_its_own_or_none(artifacts: dict[str, Artifact], tmp_path: Path) -> None:
+def test_a_floor_of_its_own_or_none(refused: Refused, artifacts: dict[str, Artifact], tmp_path: Path) -> None:
     # 140 of 200: the interval is [0.633, 0.759]
     check_inputs(context(tmp_path / "a", artifacts, config=Learner(reward_floor=0.63)), Kind.POLICY)
-    with pytest.raises(UserError, match="reward-floor"):
-        check_inputs(context(tmp_path / "b", artifacts, config=Learner(reward_floor=0.64)), Kind.POLICY)
+    refused(lambda: check_inputs(context(tmp_path / "b", artifacts, config=Learner(reward_floor=0.64)), Kind.POLICY))
     a_coin({field: artifact.model for field, artifact in artifacts.items()})
     check_inputs(context(tmp_path / "c", artifacts, config=Learner(reward_floor=None)), Kind.POLICY)
 
@@ -251,16 +245,15 @@ def test_a_folder_of_a_link_is_left_as_it_is(tiny_model: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("inject", [never_stop, poison, pad_with_eos])
 def test_a_waived_fault_is_no_fact_for_the_next_stage(
-    inject: Callable[[dict[str, Path]], None], artifacts: dict[str, Artifact], tmp_path: Path
+    refused: Refused, inject: Callable[[dict[str, Path]], None], artifacts: dict[str, Artifact], tmp_path: Path
 ) -> None:
     policy = artifacts["policy"]
     inject({"policy": policy.model})
     (policy.model / "align.json").unlink(missing_ok=True)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as caught:
         check_output(context(policy.path, {}), "sft", Kind.POLICY, {})
-    names = [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:-1]]
+    names = [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:-1]]
     check_output(context(policy.path, {}, waive=names), "sft", Kind.POLICY, {})
     facts = read_facts(policy.model)
     assert facts is not None and not facts.turn_end and not facts.finite
-    with pytest.raises(UserError, match=names[0]):
-        check_inputs(context(tmp_path / "next", {"policy": policy}), Kind.POLICY)
+    refused(lambda: check_inputs(context(tmp_path / "next", {"policy": policy}), Kind.POLICY))

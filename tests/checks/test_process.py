@@ -6,13 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
-
 from align import Pipeline
-from align.errors import UserError
+from tests.support.refusals import Refused
 
 
-def test_a_damaged_policy_stops_the_next_stage(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_damaged_policy_stops_the_next_stage(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -25,7 +23,6 @@ def test_a_damaged_policy_stops_the_next_stage(tiny_model: Path, tmp_path: Path)
             "sample": {"policy": "sft", "prompts": "prompts"},
         },
     })  # fmt: skip
-    with pytest.raises(UserError, match="stage 'sample': .*\n.*weights-truncated: .*header speaks of"):
-        pipeline.run(store=tmp_path / "store")
+    refused(pipeline.run, store=tmp_path / "store")
     (log,) = (tmp_path / "store" / "sample").glob("*.partial/result.json")
     assert json.loads(log.read_text(encoding="utf-8"))["status"] == "refused"

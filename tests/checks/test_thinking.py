@@ -12,11 +12,11 @@ from align.checks.facts import read_facts
 from align.checks.stage import check_inputs, check_output
 from align.config.base import Config
 from align.config.stages.sample import SampleConfig
-from align.errors import UserError
 from align.models.chat.template_settings import TemplateSettings
 from align.store.artifacts import Artifact, Kind
 from tests.support.chat_templates import THINKING
 from tests.support.checks.contexts import context
+from tests.support.refusals import Refused
 
 
 def trained(folder: Path, source: Path, inputs: dict[str, Any] | None = None, **metrics: Any) -> Artifact:
@@ -45,15 +45,14 @@ OFF, ON = {"thinking": "off"}, {"chat_template_kwargs": {"enable_thinking": True
     ],
 )
 def test_other_thinking_is_refused_by_name(
-    rows: int | None, settings: dict[str, Any], message: str | None, tiny_model: Path, tmp_path: Path
+    refused: Refused, rows: int | None, settings: dict[str, Any], message: str | None, tiny_model: Path, tmp_path: Path
 ) -> None:
     policy = trained(tmp_path / "sft", tiny_model, **({} if rows is None else {"thought_rows": rows}))
     inputs = {"policy": policy}
     if message is None:
         check_inputs(context(tmp_path / "next", inputs, config=sampling(**settings)), Kind.PREFERENCES)
         return
-    with pytest.raises(UserError, match=message):
-        check_inputs(context(tmp_path / "next", inputs, config=sampling(**settings)), Kind.PREFERENCES)
+    refused(lambda: check_inputs(context(tmp_path / "next", inputs, config=sampling(**settings)), Kind.PREFERENCES))
     waived = context(tmp_path / "next", inputs, waive=["thinking-changed"], config=sampling(**settings))
     check_inputs(waived, Kind.PREFERENCES)
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from align.checks import facts
-from align.checks.facts import Damaged, all_zero, not_finite, read_tensors, weights_digest
+from align.checks.facts import all_zero, not_finite, read_tensors, weights_digest
+from tests.support.refusals import Refused
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -47,14 +48,11 @@ def test_minus_zero_is_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [-4, 4])
-def test_a_file_is_as_long_as_its_header_says(change: int, tmp_path: Path) -> None:
+def test_a_file_is_as_long_as_its_header_says(refused: Refused, change: int, tmp_path: Path) -> None:
     file = saved(tmp_path, tensor=torch.ones(8)) / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:change] if change < 0 else content + bytes(change))
-    with pytest.raises(
-        Damaged, match=f"that has {len(content) + change} bytes and its header speaks of {len(content)}"
-    ):
-        read_tensors(tmp_path)
+    refused(read_tensors, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

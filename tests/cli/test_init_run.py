@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from align.cli.init_run import measure_lengths
+from align.cli.init_run import choose_verifier, measure_lengths
 from align.cli.main import main
 from align.config.stages.inputs import ModelConfig
 from align.models.compute.model_types import architecture_of
@@ -134,6 +135,8 @@ def test_lengths_set_the_limits(folder: Path) -> None:
     assert written("sft")["sft"]["max_length"] == 2048
     # 1,440 bytes and a turn are 488 tokens.
     assert written("grpo")["grpo"]["max_prompt_tokens"] == 512
+    assert written("grpo")["grpo"]["score"] == written("grpo")["evaluate"]["score"] == [{"number": "answer"}]
+    assert written("grpo")["data"]["keep"] == ["answer"]
     # 6 or 7 + 3,000 bytes and two turns are 1,019 tokens.
     assert written("dpo")["dpo"]["max_length"] == 1024
 
@@ -175,11 +178,11 @@ def test_95th_percentile_limits_rows_if_the_99th_does_not_fit(folder: Path) -> N
         (lambda n: f"town of letter {'abcdefgh'[n % 8]}", "exact"),
     ],
 )
-def test_verifier_follows_from_the_answers(make: Callable[[int], str], verifier: str, folder: Path) -> None:
-    write_rows(folder / "own.jsonl", lambda n: {"problem": f"Problem {n}?", "right": make(n)})
-    assert init("grpo", QWEN, "80gb", "own.jsonl --answer right") == 0
-    assert written("grpo")["grpo"]["score"] == written("grpo")["evaluate"]["score"] == [{verifier: "right"}]
-    assert written("grpo")["data"]["keep"] == ["right"]
+def test_verifier_follows_from_the_answers(make: Callable[[int], str], verifier: str) -> None:
+    rows = [
+        {"id": str(n), "prompt": [{"role": "user", "content": f"Problem {n}?"}], "right": make(n)} for n in range(ROWS)
+    ]
+    assert choose_verifier(rows, argparse.Namespace(answer="right")) == verifier
 
 
 def test_mapping_of_votes_is_written(folder: Path) -> None:

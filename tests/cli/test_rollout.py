@@ -11,8 +11,8 @@ import yaml
 
 from align.cli.main import main
 from align.environments.rehearsal import read_episodes
-from align.errors import UserError
 from tests.support.environments.buttons import FORMAT, make_presser
+from tests.support.refusals import Refused
 
 USER = {"model": "model", "prompt": "ab", "stop": "!b", "max_tokens": 8}
 QUESTIONS = [{"question": f"Go {number}", "answer": "#### 1"} for number in range(12)]
@@ -126,22 +126,20 @@ def test_a_replay_takes_what_the_user_said(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    "words",
     [
-        (["--n", "0"], "--n is 0"),
-        (["--stage", "pop"], "there is no stage 'pop'. Did you mean 'ppo'"),
-        (["--stage", "plain"], "has no `environment:` block. Stages that have one: ppo, talk"),
-        ([], "--stage names the stage with the environment; several stages have one: ppo, talk"),
-        (["--stage", "talk", "--set", "stages.talk.environment.user.prompt=Want {goal}"], "user.prompt: row"),
-        (["--stage", "ppo", "--replay", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
-        (["--stage", "ppo", "--checkpoint", "nowhere"], "nowhere"),
-        (WITHOUT, "no stage has one"),
+        ["--n", "0"],
+        ["--stage", "pop"],
+        ["--stage", "plain"],
+        [],
+        ["--stage", "talk", "--set", "stages.talk.environment.user.prompt=Want {goal}"],
+        ["--stage", "ppo", "--replay", "nowhere.jsonl"],
+        ["--stage", "ppo", "--checkpoint", "nowhere"],
+        WITHOUT,
     ],
 )
-def test_wrong_words_are_refused(folder: Path, words: list[str], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        _run_command(folder, words)
-    assert message in str(error.value)
+def test_wrong_words_are_refused(refused: Refused, folder: Path, words: list[str]) -> None:
+    refused(_run_command, folder, words)
 
 
 def _run_command(folder: Path, words: list[str]) -> Any:
@@ -153,11 +151,10 @@ def _run_command(folder: Path, words: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("content", ["", "{}", "not json", '{"row": {}, "seed": 1, "episode": {"turns": 3}}'])
-def test_a_file_that_has_no_episodes_is_refused_with_its_line(tmp_path: Path, content: str) -> None:
+def test_a_file_that_has_no_episodes_is_refused_with_its_line(refused: Refused, tmp_path: Path, content: str) -> None:
     path = tmp_path / "episodes.jsonl"
     path.write_text(content and content + "\n")
-    with pytest.raises(UserError, match="no episode|has no episodes"):
-        read_episodes(path)
+    refused(read_episodes, path)
 
 
 def test_data_stage_is_played_with_its_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,21 +226,18 @@ def test_task_of_evaluation_plays_its_own_episodes(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    "words",
     [
-        ([], "--task names a task of stage 'evaluate'. Its tasks with an environment: press, talk"),
-        (["--task", "pres"], "Did you mean 'press'?"),
-        (["--task", "press", "--split", "train"], "evaluate.tasks.press: --split train has no use"),
-        (
-            ["--task", "talk", "--set", "stages.evaluate.tasks.talk.environment.user.prompt=Want {goal}"],
-            "user.prompt: row",
-        ),
+        [],
+        ["--task", "pres"],
+        ["--task", "press", "--split", "train"],
+        ["--task", "talk", "--set", "stages.evaluate.tasks.talk.environment.user.prompt=Want {goal}"],
     ],
 )
-def test_a_task_that_is_not_there_is_refused(folder: Path, evaluation: Path, words: list[str], message: str) -> None:
+def test_a_task_that_is_not_there_is_refused(
+    refused: Refused, folder: Path, evaluation: Path, words: list[str]
+) -> None:
     from align.cli import rollout as module
     from align.cli.main import _parse
 
-    with pytest.raises(UserError) as error:
-        module.run(_parse(["rollout", str(evaluation), "--store", str(folder / "store"), *words]))
-    assert message in str(error.value)
+    refused(lambda: module.run(_parse(["rollout", str(evaluation), "--store", str(folder / "store"), *words])))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from align.config.base import settings_for_key
 from align.config.environment import EnvironmentConfig
 from align.config.scores import MetricFunction, RewardEntry
 from align.config.validation import validate
 from align.config.verifiers import Criterion
-from align.errors import UserError
+from tests.support.refusals import Refused
 
 JUDGE = {"endpoint": {"url": "http://127.0.0.1:9/v1", "model": "judge"}}
 
@@ -26,31 +24,6 @@ def test_criteria_are_a_column_or_a_list() -> None:
     assert listed.criteria == [
         Criterion(criterion="It is short."), Criterion(criterion="It is rude.", weight=-0.5, name="rude")
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"judge": None}, "criteria need a judge"),
-        ({"judge": {**JUDGE, "rubric": "Be strict."}}, "judge.rubric is for grades"),
-        ({"judge": {"max_tokens": 9}}, "names no endpoint"),
-        ({"criteria": []}, "criteria"),
-        ({"criteria": [" "]}, "criterion"),
-        ({"criteria": [{"criterion": "a", "weight": 0}]}, "no criterion has a positive weight"),
-        (
-            {"criteria": [{"criterion": text, "name": "x"} for text in "ab"]},
-            "two criteria are called 'x'",
-        ),
-        ({"criteria": [{"criterion": "a", "name": "unreadable"}]}, "the name 'unreadable' is taken"),
-        ({"function": "gold"}, "has function and criteria"),
-        ({"math": "answer"}, "has math and criteria"),
-        ({"seconds": 9.0}, "seconds is for a program"),
-        ({"arguments": {"a": 1}}, "arguments are for a function"),
-    ],
-)
-def test_wrong_criteria_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        entry(**fields)
 
 
 def test_identity_has_all_that_decisions_depend_on() -> None:
@@ -69,7 +42,7 @@ def test_identity_has_all_that_decisions_depend_on() -> None:
     assert entry(judge={"endpoint": rates, "max_unreadable": 0.5}).identity("") == entry().identity("")
 
 
-def test_metric_with_criteria_keys_by_its_identity() -> None:
+def test_metric_with_criteria_keys_by_its_identity(refused: Refused) -> None:
     def metric(**judge: Any) -> MetricFunction:
         endpoint = JUDGE["endpoint"] | judge
         return validate(MetricFunction, {"criteria": "rubric", "judge": {"endpoint": endpoint}}, "p.yaml: metrics[0]")
@@ -78,18 +51,16 @@ def test_metric_with_criteria_keys_by_its_identity() -> None:
     dumped = [settings_for_key(item, item.model_dump()) for item in (metric(), metric(concurrency=3))]
     assert dumped[0] == dumped[1]
     assert metric().identity("") == metric(concurrency=3).identity("") != metric(model="other").identity("")
-    with pytest.raises(UserError, match="judge is for criteria"):
-        validate(MetricFunction, {"math": "answer", "judge": JUDGE}, "p.yaml: metrics[0]")
+    refused(validate, MetricFunction, {"math": "answer", "judge": JUDGE}, "p.yaml: metrics[0]")
 
 
-def test_environment_with_criteria_has_no_budget() -> None:
+def test_environment_with_criteria_has_no_budget(refused: Refused) -> None:
     def environment(**judge: Any) -> EnvironmentConfig:
         score = {"criteria": "rubric", "judge": JUDGE | judge}
         block = {"tools": ["tests.support.environments.tools:double"], "score": score, "max_tokens": 64}
         return validate(EnvironmentConfig, block, "p.yaml: environment")
 
     prices = JUDGE["endpoint"] | {"price_input": 1.0, "price_output": 1.0}
-    with pytest.raises(UserError, match="judge.max_cost counts in stages"):
-        environment(endpoint=prices, max_cost=1.0)
+    refused(environment, endpoint=prices, max_cost=1.0)
     assert environment(seed=1).identity() != environment().identity()
     assert environment(endpoint=JUDGE["endpoint"] | {"retries": 1}).identity() == environment().identity()

@@ -123,11 +123,11 @@ def fields() -> list[tuple[type[BaseModel], str]]:
     return [(model, name) for model in all_models() for name in model.model_fields]
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3))])
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 8))])
 def test_every_field_accepts_its_type_or_names_itself(part: int) -> None:
     """Blocks lack what else is required, so many are refused for that, too."""
     assert len(fields()) > 900
-    for model, name in fields()[part::4]:
+    for model, name in fields()[part::8]:
         for scalar in SCALARS:
             outcome(model, (name,), scalar)
 
@@ -139,7 +139,7 @@ VALUES = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_nothing_but_a_user_error_comes_of_any_value(data: st.DataObject) -> None:
     model, name = data.draw(st.sampled_from(fields()))
@@ -198,24 +198,6 @@ def change(pipeline: Pipeline, path: str, scalar: str) -> None:
     except UserError as error:
         assert "geheim" not in str(error)
         assert len(str(error)) < 6000
-
-
-@pytest.mark.parametrize(
-    ("field", "scalar", "message"),
-    [
-        ("max_steps", "true", "p.yaml: stages.s.max_steps: should be a whole number or null; found True."),
-        ("max_steps", '"3"', "p.yaml: stages.s.max_steps: should be a whole number or null; found '3'."),
-        ("max_steps", "010", "p.yaml: stages.s.max_steps: should be a whole number or null; found '010'."),
-        ("max_steps", "1:30:00", "p.yaml: stages.s.max_steps: should be a whole number or null; found '1:30:00'."),
-        ("max_grad_norm", ".inf", "p.yaml: stages.s.max_grad_norm: should be a finite number; found inf."),
-        ("learning_rate", "true", "p.yaml: stages.s.learning_rate: should be 'auto' or a number; found True."),
-        ("trainer", "{adam_beta2: .nan}", "p.yaml: stages.s.trainer.adam_beta2: should be a finite number; found nan."),
-        ("precision", '"\\ud800"', "p.yaml: stages.s.precision: has half a character"),
-        ("model", "[1]", "p.yaml: stages.s.model: "),
-    ],
-)
-def test_the_message_names_the_place_and_the_finding(field: str, scalar: str, message: str) -> None:
-    assert message in (outcome(STAGES["sft"].config_class(), (field,), scalar) or "")
 
 
 def test_numbers_in_every_usual_spelling_are_taken() -> None:

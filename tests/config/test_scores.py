@@ -14,6 +14,7 @@ from align.config.stages.policy_gradient import GrpoConfig, PpoConfig
 from align.config.user_functions import function_identity
 from align.config.validation import validate
 from align.errors import UserError
+from tests.support.refusals import Refused
 
 LENGTH, VOWELS = "tests.support.rewards:length", "tests.support.rewards:vowels"
 ENDPOINT = {"url": "http://127.0.0.1:9/v1", "model": "judge"}
@@ -53,28 +54,7 @@ def test_reward_without_name_has_name_of_its_source() -> None:
     assert [entry.weight for entry in entries] == [1.0, 1.0, 0.5, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("score", "message"),
-    [
-        ([], "stages.grpo.score: List should have at least 1 item"),
-        ([{}], "score[0]: has none of function, judge, reward, math"),
-        ([{"function": "gold", "reward": "rm"}], "score[0]: has function and reward; a reward comes from exactly one"),
-        ([{"functoin": "gold"}], "score[0]: unknown key 'functoin'. Did you mean 'function'?"),
-        ([{"function": "gold", "wieght": 1}], "unknown key 'wieght'. Did you mean 'weight'?"),
-        ([{"reward": "rm", "arguments": {"a": 1}}], "score[0]: arguments are for a function, and this is a reward"),
-        ([{"function": "gold"}, {"function": "gold"}], "two rewards are called 'gold' ([0] and [1])"),
-        ([{"function": "gold", "name": "std"}], "the name 'std' is taken"),
-        ([{"function": "gold", "name": "a b"}], "score[0].name: String should match"),
-        ([{"judge": {"rubric": "x"}}], "score[0].judge: names no endpoint"),
-        ([{"judge": {"endpoint": ENDPOINT, "max_cost": 1}}], "max_cost needs endpoint.price_input"),
-        (3, "stages.grpo.score: should be a text, a list"),
-    ],
-)
-def test_a_wrong_entry_is_refused_at_its_place(score: Any, message: str) -> None:
-    assert message in refusal(score)
-
-
-def test_steps_are_for_functions_and_ppo() -> None:
+def test_steps_are_for_functions_and_ppo(refused: Refused) -> None:
     entry = {"function": LENGTH, "steps": "\n\n"}
     assert "score[0].steps gives tokens separate rewards, and this method has one advantage" in refusal([entry])
     assert "steps is for a function, and this is a reward" in refusal([{"reward": "rm", "steps": "."}])
@@ -83,52 +63,23 @@ def test_steps_are_for_functions_and_ppo() -> None:
     ppo = {**GRPO, "score": [entry]}
     assert validate(PpoConfig, ppo, "p.yaml: stages.ppo").score[0].steps == "\n\n"
     environment = {"class": "tests.support.environments.classes:Counter", "max_tokens": 64}
-    with pytest.raises(UserError, match="an environment scores turns"):
-        validate(PpoConfig, ppo | {"environment": environment}, "p.yaml: stages.ppo")
+    refused(validate, PpoConfig, ppo | {"environment": environment}, "p.yaml: stages.ppo")
     whole, stepwise = score_of([{"function": LENGTH}])[0], validate(PpoConfig, ppo, "p.yaml").score[0]
     assert whole.identity("") != stepwise.identity("")
 
 
-def test_what_stands_beside_a_list_must_fit_it() -> None:
-    assert "set the `weight` of each in the list" in refusal([{"function": "gold"}], score_weight=0.5)
-    assert "the name 'reward' in score" in refusal([{"function": "gold", "name": "reward"}], reward="rm")
-
-
 @pytest.mark.parametrize(
-    ("entry", "message"),
+    "function",
     [
-        ({"function": "tests.support.rewards:lenght"}, "score[0] 'tests.support.rewards:lenght': tests.support.rewards"
-         " has no function 'lenght'. Did you mean 'length'?"),
-        ({"function": LENGTH, "arguments": {"limt": 3}}, "score[0].arguments: length has no argument 'limt'. Did you"
-         " mean 'limit'?"),
-        ({"function": "tests.support.rewards:batched", "arguments": {"x": 1}}, "It takes none that a YAML could set"),
-        ({"function": "tests.support.rewards:needs_answer"}, "score[0]: needs_answer needs answer; write `arguments:"),
-        ({"function": "gold", "arguments": {"strict": True}}, "gold has no argument 'strict'"),
-        ({"function": "tests.support.no_such:f"}, "score[0] 'tests.support.no_such:f': there is no module"),
-    ],
-)  # fmt: skip
-def test_score_functions_are_checked_at_loading(entry: Any, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        pipeline([entry])
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        ("tests.support.rewards:lenght", "metrics[0] 'tests.support.rewards:lenght': tests.support.rewards has no"),
-        ("tests.support.rewards:needs_answer", "metrics[0]: needs_answer needs answer"),
-        ("not a function", "metrics[0] 'not a function': expected 'gold' or 'module:name'"),
+        "tests.support.rewards:lenght",
     ],
 )
-def test_metrics_of_evaluation_are_checked_at_loading(function: str, message: str) -> None:
+def test_metrics_of_evaluation_are_checked_at_loading(refused: Refused, function: str) -> None:
     block = {"policies": ["model"], "reference": "model", "prompts": "data", "metrics": [function]}
-    with pytest.raises(UserError) as caught:
-        pipeline("gold", evaluate=block)
-    assert message in str(caught.value)
+    refused(pipeline, "gold", evaluate=block)
 
 
-def test_arguments_of_metrics_enter_the_key_where_there_are_some() -> None:
+def test_arguments_of_metrics_enter_the_key_where_there_are_some(refused: Refused) -> None:
     def key(*metrics: Any) -> str:
         block = {"policies": ["model"], "reference": "model", "prompts": "data", "metrics": list(metrics)}
         return pipeline("gold", evaluate=block).nodes["evaluate"].key
@@ -137,8 +88,7 @@ def test_arguments_of_metrics_enter_the_key_where_there_are_some() -> None:
     # Without arguments it is keyed as an entry from before there were any.
     assert "arguments" not in settings_for_key(MetricFunction(**entry), MetricFunction(**entry).model_dump())
     assert len({key(entry), key(entry | {"arguments": {"limit": 5}}), key(entry | {"arguments": {"limit": 6}})}) == 3
-    with pytest.raises(UserError, match=r"metrics\[1\]\.arguments: length has no argument 'limt'"):
-        key(VOWELS, entry | {"arguments": {"limt": 5}})
+    refused(key, VOWELS, entry | {"arguments": {"limt": 5}})
 
 
 def test_a_single_function_is_identified_as_ever() -> None:
@@ -179,7 +129,7 @@ def test_evaluate_leaves_a_judge_s_rate_out_of_its_key_too() -> None:
     assert key() != key(model="larger")
 
 
-def test_a_reward_stage_in_the_list_is_an_input_of_the_stage() -> None:
+def test_a_reward_stage_in_the_list_is_an_input_of_the_stage(refused: Refused) -> None:
     reward = {"model": "model", "data": "pairs", "learning_rate": 1e-3}
     sample = {"stage": "sample", "policy": "model", "prompts": "data"}
     score = [{"function": "gold"}, {"reward": "rm", "weight": 0.5}]
@@ -188,21 +138,16 @@ def test_a_reward_stage_in_the_list_is_an_input_of_the_stage() -> None:
     assert nodes["grpo"].parts["inputs"]["score.reward"] == [nodes["rm"].key]
     changed = pipeline(score, pairs=sample, rm={"stage": "reward", **reward, "epochs": 2}).nodes
     assert changed["grpo"].key != nodes["grpo"].key
-    with pytest.raises(UserError, match=r"grpo.score.reward: there is no stage 'rmm'. Did you mean 'rm'"):
-        pipeline([{"reward": "rmm"}], pairs=sample, rm={"stage": "reward", **reward})
-    with pytest.raises(
-        UserError, match=r"score.reward points at 'data', an InstructionData; .*needs a RewardCheckpoint"
-    ):
-        pipeline([{"reward": "data"}])
+    refused(pipeline, [{"reward": "rmm"}], pairs=sample, rm={"stage": "reward", **reward})
+    refused(pipeline, [{"reward": "data"}])
 
 
-def test_checkpoint_that_judges_is_an_input_of_the_stage() -> None:
+def test_checkpoint_that_judges_is_an_input_of_the_stage(refused: Refused) -> None:
     judge = {"judge": {"model": "judge"}}
     score = [judge, {"function": "gold"}, {"criteria": ["It is short."], **judge, "weight": 0.5}]
     file = pipeline(score, judge={"stage": "model", "source": "tiny"})
     assert file.nodes["grpo"].inputs["score.judge.model"] == ["judge", "judge"]
-    with pytest.raises(UserError, match="there is no stage 'juge'"):
-        pipeline([{"judge": {"model": "juge"}}])
+    refused(pipeline, [{"judge": {"model": "juge"}}])
 
 
 def test_a_loop_gives_the_list_the_reward_stage_of_its_round() -> None:
@@ -227,7 +172,9 @@ def test_a_loop_gives_the_list_the_reward_stage_of_its_round() -> None:
     assert nodes["grpo-2"].inputs["score.reward"] == ["rm-1", "rm-2"]
 
 
-def test_no_code_of_the_user_s_runs_when_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_code_of_the_user_s_runs_when_a_file_is_read(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "loud.py").write_text(
         "raise SystemExit('imported')\n"
         "from functools import partial as first\n"
@@ -238,14 +185,12 @@ def test_no_code_of_the_user_s_runs_when_a_file_is_read(tmp_path: Path, monkeypa
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("f", "first", "second", "third"):  # the source of the last three does not tell their parameters
         score_identities(score_of([{"function": f"loud:{name}", "arguments": {"a": 1}}]))
-    with pytest.raises(UserError, match=r"score\[0\].arguments: f has no argument 'c'. Known here: a, b"):
-        score_identities(score_of([{"function": "loud:f", "arguments": {"a": 1, "c": 1}}]))
+    refused(lambda: score_identities(score_of([{"function": "loud:f", "arguments": {"a": 1, "c": 1}}])))
     (tmp_path / "broken.py").write_text("def f(:\n")
-    with pytest.raises(UserError, match="broken"):
-        score_identities(score_of([{"function": "broken:f"}]))
+    refused(lambda: score_identities(score_of([{"function": "broken:f"}])))
 
 
-def test_arguments_of_a_recipe_s_generator_are_checked_too() -> None:
+def test_arguments_of_a_recipe_s_generator_are_checked_too(refused: Refused) -> None:
     from align.config.recipe.recipe import Recipe
 
     def recipe(**source: Any) -> Recipe:
@@ -254,5 +199,4 @@ def test_arguments_of_a_recipe_s_generator_are_checked_too() -> None:
 
     recipe(function="examples.rewards:sums", arguments={"count": 3})
     recipe(function="not.here:sums", arguments={"count": 3})  # an error of its own, where it is read
-    with pytest.raises(UserError, match=r"sources\[0\].*arguments: sums has no argument 'cuont'. Did you mean 'count'"):
-        recipe(function="examples.rewards:sums", arguments={"cuont": 3})
+    refused(recipe, function="examples.rewards:sums", arguments={"cuont": 3})

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from align.config.user_functions import check_call, load_function
-from align.errors import UserError
 from tests.support import rewards
+from tests.support.refusals import Refused
 
 
 @pytest.fixture
@@ -41,20 +41,17 @@ def test_many_threads_load_one_function() -> None:
             assert len(set(classes)) == 1
 
 
-def test_arguments_are_checked_against_the_signature() -> None:
+def test_arguments_are_checked_against_the_signature(refused: Refused) -> None:
     check_call(rewards.length, {"limit": 3}, "length", "score")
     check_call(rewards.anything, {"any": 1}, "anything", "score")
     check_call(functools.partial(rewards.needs_answer, answer="x"), {"other": 1}, "partial", "score")
     check_call(max, {"key": 1}, "max", "score")  # written in C
-    with pytest.raises(UserError, match=r"score.arguments: length has no argument 'limits'. Did you mean 'limit'"):
-        check_call(rewards.length, {"limits": 3}, "length", "score")
-    with pytest.raises(UserError, match=r"score\[1\]: needs_answer needs answer"):
-        check_call(rewards.needs_answer, {}, "needs_answer", "score[1]")
+    refused(check_call, rewards.length, {"limits": 3}, "length", "score")
+    refused(check_call, rewards.needs_answer, {}, "needs_answer", "score[1]")
 
 
-def test_first_two_parameters_are_positional() -> None:
+def test_first_two_parameters_are_positional(refused: Refused) -> None:
     def odd(batch: Any, texts: Any, factor: float = 1.0) -> None: ...
 
     check_call(odd, {"factor": 2.0}, "odd", "score")
-    with pytest.raises(UserError, match="odd has no argument 'texts'"):
-        check_call(odd, {"texts": 2.0}, "odd", "score")
+    refused(check_call, odd, {"texts": 2.0}, "odd", "score")

@@ -11,6 +11,7 @@ from align.config.tuning import FullTuning, LoraTuning, Tuning
 from align.config.validation import suggest, validate, validate_plain
 from align.errors import UserError
 from align.store.artifacts import Kind
+from tests.support.refusals import Refused
 
 
 class Inner(Config):
@@ -120,19 +121,17 @@ class UsersConfig(Config):
     rate: float
 
 
-def test_user_stage_accepts_tuples_and_paths() -> None:
+def test_user_stage_accepts_tuples_and_paths(refused: Refused) -> None:
     plain = {"folder": "a/b", "size": [1, 2], "names": ["x", "x"], "color": "red", "rate": 1}
     config = validate(UsersConfig, plain, "p.yaml")
     assert config == UsersConfig(folder=Path("a/b"), size=(1, 2), names=frozenset({"x"}), color=Color.RED, rate=1.0)
     assert validate_plain(UsersConfig, config.model_dump(mode="json")) == config
-    with pytest.raises(UserError, match=r"size\[1\]|size"):
-        validate(UsersConfig, plain | {"size": [1, "2"]}, "p.yaml")
+    refused(validate, UsersConfig, plain | {"size": [1, "2"]}, "p.yaml")
 
 
 @pytest.mark.parametrize("number", [np.int64(3), np.int32(3), np.uint8(3)])
-def test_numbers_of_numpy_are_numbers(number: Any) -> None:
+def test_numbers_of_numpy_are_numbers(refused: Refused, number: Any) -> None:
     plain = {"folder": "a", "size": [number, 2], "names": [], "color": "red", "rate": np.float32(0.5)}
     config = validate(UsersConfig, plain, "p.yaml")
     assert (config.size, config.rate) == ((3, 2), 0.5)
-    with pytest.raises(UserError, match="should be a finite number"):
-        validate(UsersConfig, plain | {"rate": np.float32("inf")}, "p.yaml")
+    refused(lambda: validate(UsersConfig, plain | {"rate": np.float32("inf")}, "p.yaml"))

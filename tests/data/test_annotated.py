@@ -12,9 +12,9 @@ from align.config.stages.inputs import DataConfig
 from align.data.builds.build import build
 from align.data.rows import read_rows
 from align.data.sources import identity
-from align.errors import UserError
 from align.stages.data import identities
 from align.store.annotations import AnnotationSet, Answer, AnswerWriter, Pair, now, pair_id
+from tests.support.refusals import Refused
 
 SOURCE = {"type": "annotations", "set": "helpful-1", "license": "CC0-1.0"}
 VERDICTS = {2: "much_better", 1: "better", 0: "tie"}
@@ -111,15 +111,14 @@ def test_only_first_answers_of_named_annotators_count(annotations: AnnotationSet
 
 
 def test_key_follows_the_journal_and_not_its_place(
-    annotations: AnnotationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refused: Refused, annotations: AnnotationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = add(annotations, "q", [1])
     (tmp_path / "recipe.yaml").write_text("kind: preferences\nsources: [{type: annotations, set: helpful-1}]\n")
     config = DataConfig(recipe="recipe.yaml")
     before = identities(config, tmp_path)
     (tmp_path / "store").rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"no set of annotations 'helpful-1'.*--store or \$ALIGN_STORE"):
-        identities(config, tmp_path)
+    refused(identities, config, tmp_path)
     monkeypatch.setenv("ALIGN_STORE", str(tmp_path / "moved"))
     assert identities(config, tmp_path) == before
     named = "kind: preferences\nsources: [{type: annotations, set: helpful-1, store: moved}]\n"
@@ -130,13 +129,13 @@ def test_key_follows_the_journal_and_not_its_place(
     assert identities(config, tmp_path) != before
 
 
-def test_set_without_answers_and_unknown_names_are_refused(annotations: AnnotationSet, tmp_path: Path) -> None:
+def test_set_without_answers_and_unknown_names_are_refused(
+    refused: Refused, annotations: AnnotationSet, tmp_path: Path
+) -> None:
     add(annotations, "q", [])
-    with pytest.raises(UserError, match="has no answers yet; `align annotate helpful-1 --name NAME`"):
-        make(tmp_path, "preferences")
+    refused(make, tmp_path, "preferences")
     add(annotations, "r", [1])
-    with pytest.raises(UserError, match="no answers of 'bob'; answers are by ann0"):
-        make(tmp_path / ".", "instructions", annotators=["bob"])
+    refused(make, tmp_path / ".", "instructions", annotators=["bob"])
 
 
 def test_identity_is_the_digest_of_the_set(annotations: AnnotationSet, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from align.data.checkers import KINDS, gold, gsm8k_answer, passes_guard, satisfies
+from tests.support.refusals import Refused
 
 PASS_FAIL = {
     "lowercase": ({}, "all small.", "All small."),
@@ -60,14 +61,12 @@ def test_sentences_end_with_marks_before_space(response: str, count: int | None)
     assert counts == ([] if count is None else [count])
 
 
-def test_ifeval_checker_and_the_ones_that_need_downloads() -> None:
+def test_ifeval_checker_and_the_ones_that_need_downloads(refused: Refused) -> None:
     no_comma = {"kind": "ifeval", "id": "punctuation:no_comma", "args": {}}
     assert satisfies(no_comma, "a b")
     assert not satisfies(no_comma, "a, b")
-    with pytest.raises(ValueError, match="downloads data"):
-        satisfies({"kind": "ifeval", "id": "length_constraints:number_sentences", "args": {}}, "x")
-    with pytest.raises(ValueError, match="unknown constraint 'loud'"):
-        satisfies({"kind": "loud"}, "x")
+    refused(satisfies, {"kind": "ifeval", "id": "length_constraints:number_sentences", "args": {}}, "x")
+    refused(satisfies, {"kind": "loud"}, "x")
 
 
 def test_guard() -> None:
@@ -80,7 +79,7 @@ def test_guard() -> None:
     assert not passes_guard(guard, "cats cats cats purr softly")  # 3 of 5 words the same
 
 
-def test_gold_is_share_of_constraints_under_the_guard() -> None:
+def test_gold_is_share_of_constraints_under_the_guard(refused: Refused) -> None:
     checks = {
         "constraints": [{"kind": "lowercase"}, {"kind": "ifeval", "id": "punctuation:no_comma", "args": {}}],
         "guard": {"min_words": 2, "any_of": ["cat"]},
@@ -88,14 +87,12 @@ def test_gold_is_share_of_constraints_under_the_guard() -> None:
     row = {"id": "1", "source": "t", "checks": json.dumps(checks)}
     assert gold([row] * 4, ["cats purr", "Cats purr", "Cats, purr", ""]) == [1.0, 0.5, 0.0, 0.0]
     assert gold([row], ["dogs bark"]) == [0.0]
-    with pytest.raises(ValueError, match="no constraints"):
-        gold([row | {"checks": ""}], ["x"])
+    refused(gold, [row | {"checks": ""}], ["x"])
 
 
-def test_gsm8k_answer() -> None:
+def test_gsm8k_answer(refused: Refused) -> None:
     row = {"id": "1", "source": "g", "checks": '{"answer": "1,200"}'}
     assert gsm8k_answer([row] * 3, ["#### 1200.0", "1200 of 1300", ""]) == [1.0, 0.0, 0.0]
     for spelled in ("$1,200", "1200.00", "1200 dollars"):
         assert gsm8k_answer([row | {"checks": json.dumps({"answer": spelled})}], ["It is 1,200."]) == [1.0]
-    with pytest.raises(ValueError, match="format gsm8k"):
-        gsm8k_answer([row | {"checks": ""}], ["1"])
+    refused(gsm8k_answer, [row | {"checks": ""}], ["1"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.data.published_scores import countdown, gsm8k_strict, reverse_text
+from tests.support.refusals import Refused
 
 ROW = {"id": "1", "source": "g", "checks": '{"answer": "1,200"}'}
 NUMBERS = {"id": "1", "nums": [3, 8, 3, 8], "target": 24}
@@ -29,10 +30,9 @@ def test_gsm8k_strict_follows_the_rule_in_force(response: str, score: float) -> 
     assert gsm8k_strict([ROW], [response]) == [score]
 
 
-def test_gsm8k_strict_reads_negative_answers_and_needs_one() -> None:
+def test_gsm8k_strict_reads_negative_answers_and_needs_one(refused: Refused) -> None:
     assert gsm8k_strict([ROW | {"checks": '{"answer": "-5"}'}], ["#### -5"]) == [1.0]
-    with pytest.raises(ValueError, match="format gsm8k"):
-        gsm8k_strict([ROW | {"checks": ""}], ["#### 1"])
+    refused(gsm8k_strict, [ROW | {"checks": ""}], ["#### 1"])
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,8 @@ def test_countdown_refuses_numbers_in_other_notations() -> None:
     assert countdown(row, "<answer>1e2</answer>") == 0.1
 
 
-def test_countdown_needs_the_numbers_of_the_row() -> None:
-    with pytest.raises(ValueError, match="nums and target"):
-        countdown({"id": "1"}, "")
+def test_countdown_needs_the_numbers_of_the_row(refused: Refused) -> None:
+    refused(countdown, {"id": "1"}, "")
 
 
 def test_reverse_text_is_the_ratio_of_the_first_match() -> None:

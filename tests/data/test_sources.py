@@ -23,9 +23,9 @@ from align.config.validation import validate
 from align.data.families import embedded
 from align.data.rows import BadRecord, assistant, user, write_rows
 from align.data.sources import Item, choose_format, find_files, identity, read
-from align.errors import UserError
 from tests.support.damage import flip_last_bit
 from tests.support.records import put_record
+from tests.support.refusals import Refused
 
 ZEROS = "0" * 40
 
@@ -40,16 +40,14 @@ def source(*paths: str, **more: Any) -> FilesSource:
     return FilesSource(type="files", paths=list(paths), **more)
 
 
-def test_files_by_path_and_glob_each_once(tmp_path: Path) -> None:
+def test_files_by_path_and_glob_each_once(refused: Refused, tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "c.csv"):
         (tmp_path / name).write_text(json.dumps({"a": name}) if name != "c.csv" else "a\nc.csv\n")
     assert [r["a"] for r in records(read(source("*"), tmp_path))] == ["a.jsonl", "b.jsonl", "c.csv"]
     assert [p.name for p in find_files(["c.csv", "*.jsonl", "a.*"], tmp_path)] == ["c.csv", "a.jsonl", "b.jsonl"]
-    with pytest.raises(UserError, match=r"no file matches 'a.jsonll' .*Did you mean 'a.jsonl'"):
-        find_files(["a.jsonll"], tmp_path)
+    refused(find_files, ["a.jsonll"], tmp_path)
     (tmp_path / "f.xml").write_text("x")
-    with pytest.raises(UserError, match=r"f.xml: unknown kind of file; known are .jsonl, .jsonl.gz"):
-        find_files(["f.xml"], tmp_path)
+    refused(find_files, ["f.xml"], tmp_path)
 
 
 def test_brackets_in_a_folder_or_a_files_name_are_no_pattern(tmp_path: Path) -> None:
@@ -108,7 +106,9 @@ def test_hub_datasets_are_read_at_their_commit(
     assert identity(hub(), tmp_path) == {"o/n": ZEROS}
 
 
-def test_files_of_a_hub_repository_are_read_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_a_hub_repository_are_read_as_they_are(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     (tmp_path / "blob.jsonl").write_text('{"a": 1}\n{broken\n')
@@ -123,24 +123,20 @@ def test_files_of_a_hub_repository_are_read_as_they_are(tmp_path: Path, monkeypa
         good, bad = read(hub(files=[pattern]), tmp_path)
         assert good == ("o/n/trees/x.jsonl:1", {"a": 1})
         assert isinstance(bad, BadRecord) and bad.where == "o/n/trees/x.jsonl:2"
-    with pytest.raises(UserError, match=r"has no file 'tree/\*'. Known here: trees/x.jsonl.$"):
-        list(read(hub(files=["tree/*"]), tmp_path))
-    with pytest.raises(UserError, match="LICENSE: unknown kind of file"):
-        list(read(hub(files=["LICENSE"]), tmp_path))
+    refused(lambda: list(read(hub(files=["tree/*"]), tmp_path)))
+    refused(lambda: list(read(hub(files=["LICENSE"]), tmp_path)))
 
 
-def test_unreachable_hub_names_the_dataset_and_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unreachable_hub_names_the_dataset_and_the_way_out(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import datasets
 
     def unreachable(*arguments: object, **options: object) -> None:
         raise ConnectionError("Couldn't reach 'o/n' on the Hub (LocalEntryNotFoundError)\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(
-        UserError, match=r"the Hub dataset 'o/n' at 000000000000 could not be read: Couldn't reach"
-    ) as caught:
-        list(read(hub(), tmp_path))
-    assert "stages.data.files=" in str(caught.value) and "more" not in str(caught.value)
+    refused(lambda: list(read(hub(), tmp_path)))
 
 
 MODULE = """
@@ -156,7 +152,7 @@ def make(count, word="x"):
 """
 
 
-def test_generators_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generators_of_ones_own(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "made_for_sources.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     new_source = PythonSource(type="python", function="made_for_sources:make", arguments={"count": 2, "word": "y"})
@@ -166,19 +162,13 @@ def test_generators_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     odd, half = next(items), next(items)
     assert isinstance(odd, BadRecord) and odd.where == "made_for_sources:make: record 3"
     assert isinstance(half, BadRecord) and "surrogate" in half.problem
-    with pytest.raises(
-        UserError, match="make failed after 4 records with KeyError: 'gone'. It was called with count=2"
-    ):
-        next(items)
+    refused(next, items)
     before = identity(new_source, tmp_path)
     assert list(before) == ["made_for_sources:make"] and "sha256:" in before["made_for_sources:make"]
     (tmp_path / "made_for_sources.py").write_text(MODULE + "# more\n")
     assert identity(new_source, tmp_path) != before
     missing = new_source.model_copy(update={"function": "made_for_sources:mak"})
-    with pytest.raises(
-        UserError, match="function 'made_for_sources:mak': .* has no function 'mak'. Did you mean 'make'"
-    ):
-        list(read(missing, tmp_path))
+    refused(lambda: list(read(missing, tmp_path)))
 
 
 def artifact(folder: Path, key: str = "a" * 64) -> Path:
@@ -191,7 +181,7 @@ def artifact(folder: Path, key: str = "a" * 64) -> Path:
     return folder
 
 
-def test_artifacts_and_inputs_give_their_rows(tmp_path: Path) -> None:
+def test_artifacts_and_inputs_give_their_rows(refused: Refused, tmp_path: Path) -> None:
     folder = artifact(tmp_path / "one")
     actual = list(read(ArtifactSource(type="artifact", path="one"), tmp_path))
     assert [item[0] for item in actual] == ["one/train: row 1", "one/train: row 2", "one/test: row 1"]
@@ -200,27 +190,23 @@ def test_artifacts_and_inputs_give_their_rows(tmp_path: Path) -> None:
     inputs = InputSource(type="input", index=1, split="test")
     assert [r["id"] for r in records(read(inputs, tmp_path, [tmp_path, folder]))] == ["3"]
     assert identity(inputs, tmp_path, [tmp_path, folder]) == {"input 1": "a" * 64}
-    with pytest.raises(UserError, match=r"reads input 1, and the data stage has 1 inputs"):
-        list(read(inputs, tmp_path, [folder]))
+    refused(lambda: list(read(inputs, tmp_path, [folder])))
 
 
-def test_a_damaged_artifact_gives_no_rows(tmp_path: Path) -> None:
+def test_a_damaged_artifact_gives_no_rows(refused: Refused, tmp_path: Path) -> None:
     folder = artifact(tmp_path / "one")
     flip_last_bit(folder / "test.parquet")
-    with pytest.raises(UserError, match=r"test\.parquet has another sha256 than its record"):
-        list(read(ArtifactSource(type="artifact", path="one"), tmp_path))
+    refused(lambda: list(read(ArtifactSource(type="artifact", path="one"), tmp_path)))
 
 
-def test_identity_of_an_artifact_is_its_key(tmp_path: Path) -> None:
+def test_identity_of_an_artifact_is_its_key(refused: Refused, tmp_path: Path) -> None:
     artifact(tmp_path / "one")
     artifact_source = ArtifactSource(type="artifact", path="one")
     assert identity(artifact_source, tmp_path) == {"artifact": "a" * 64}
     (tmp_path / "one" / "record.json").write_text("{}")
-    with pytest.raises(UserError, match="record.json: damaged: it is not what was written there .it has no seal"):
-        identity(artifact_source, tmp_path)
+    refused(identity, artifact_source, tmp_path)
     (tmp_path / "one" / "record.json").unlink()
-    with pytest.raises(UserError, match="no finished artifact .it has no record.json."):
-        identity(artifact_source, tmp_path)
+    refused(identity, artifact_source, tmp_path)
 
 
 def test_embedded_rows_follow_the_recipes_seed(tmp_path: Path) -> None:
@@ -246,22 +232,19 @@ def test_a_chosen_format_comes_with_all_records(tmp_path: Path) -> None:
     assert choose_format(renamed, read(renamed, tmp_path), "instructions").format.form == "prompt_completion"
 
 
-def test_auto_on_nothing_it_can_read(tmp_path: Path) -> None:
+def test_auto_on_nothing_it_can_read(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{broken\n")
     (tmp_path / "b.jsonl").write_text('{"color": "x"}\n')
-    with pytest.raises(BadRecord, match="a.jsonl:1: not valid JSON"):
-        choose_format(source("a.jsonl"), read(source("a.jsonl"), tmp_path))
-    with pytest.raises(UserError, match="^b.jsonl: format: auto finds no format"):
-        choose_format(source("b.jsonl"), read(source("b.jsonl"), tmp_path))
+    refused(lambda: choose_format(source("a.jsonl"), read(source("a.jsonl"), tmp_path)))
+    refused(lambda: choose_format(source("b.jsonl"), read(source("b.jsonl"), tmp_path)))
 
 
-def test_labels_are_names_or_origins_and_all_different() -> None:
+def test_labels_are_names_or_origins_and_all_different(refused: Refused) -> None:
     artifact_source, same = source("a", "b"), source("a", "b")
     hubs = hub(config="main"), hub(files=["x.jsonl"], name="trees")
     assert labels([artifact_source, same, *hubs]) == ["a, b", "a, b (2)", "o/n main train", "trees"]
     assert labels([source("x"), source("y", name="x")]) == ["x (2)", "x"]
-    with pytest.raises(ValueError, match="two sources are named 'x'"):
-        labels([source("x", name="x"), source("y", name="x")])
+    refused(lambda: labels([source("x", name="x"), source("y", name="x")]))
 
 
 class Holder(Config):
@@ -270,10 +253,7 @@ class Holder(Config):
     source: HubSource
 
 
-def test_the_hubs_dataset_is_not_its_name() -> None:
+def test_the_hubs_dataset_is_not_its_name(refused: Refused) -> None:
     settings = {"type": "hub", "name": "openai/gsm8k", "revision": ZEROS}
-    message = "a Hub dataset is written as dataset: openai/gsm8k; name is its name in the ledger"
-    with pytest.raises(UserError, match=message):
-        validate(Holder, {"source": settings}, "r.yaml")
-    with pytest.raises(UserError, match="revision"):
-        validate(Holder, {"source": {"type": "hub", "dataset": "o/n", "revision": "main"}}, "r.yaml")
+    refused(validate, Holder, {"source": settings}, "r.yaml")
+    refused(validate, Holder, {"source": {"type": "hub", "dataset": "o/n", "revision": "main"}}, "r.yaml")

@@ -21,8 +21,8 @@ from align.data.builds.diff import compare
 from align.data.formats import SourceFormat, convert
 from align.data.rows import Dropped, read_rows, row_id
 from align.data.steps.split import divide_text
-from align.errors import UserError
 from align.store.artifacts import Kind
+from tests.support.refusals import Refused
 
 WORDS = [
     f"{one}{two}" for one in ("riv", "ston", "lant", "harb", "mead", "cop", "wint") for two in ("er", "ing", "el", "ow")
@@ -111,11 +111,10 @@ def test_near_duplicates_are_on_one_side_of_the_split(tmp_path: Path) -> None:
     assert not firsts["train"] & firsts["test"]
 
 
-def test_one_book_is_divided_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_one_book_is_divided_and_nothing_is_lost(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("\n\n".join(document(n) for n in range(50)))
     sources = [{"type": "files", "paths": [str(tmp_path / "book.txt")]}]
-    with pytest.raises(UserError, match="row is left"):
-        built(tmp_path, {"sources": sources})
+    refused(built, tmp_path, {"sources": sources})
     folder, ledger = built(
         tmp_path, {"sources": sources, "steps": [{"type": "divide", "characters": 600}], "test_size": 0.3}
     )
@@ -163,29 +162,27 @@ def test_builds_of_texts_are_shown_and_compared(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content",
     [
-        ({"kind": "text"}, "Did you mean 'texts'"),
-        ({"steps": [{"type": "pairs"}]}, "kind is texts, and steps.0. .pairs. is about answers"),
-        ({"steps": [{"type": "score", "by": "ifd", "model": "m"}]}, "kind is texts, and steps.0. .score."),
-        ({"steps": [{"type": "divide", "character": 500}]}, "'character'. Did you mean 'characters'"),
-        ({"kind": "instructions", "steps": [{"type": "divide", "characters": 500}]}, "divide. is about texts"),
-        ({"sources": [{"type": "files", "paths": ["a"], "format": "hh_rlhf"}]}, "formats that can: .*text"),
-        ({"kind": "prompts", "sources": [{"type": "files", "paths": ["a"], "format": "text"}]}, "text. cannot give"),
+        {"kind": "text"},
+        {"steps": [{"type": "pairs"}]},
+        {"steps": [{"type": "score", "by": "ifd", "model": "m"}]},
+        {"steps": [{"type": "divide", "character": 500}]},
+        {"kind": "instructions", "steps": [{"type": "divide", "characters": 500}]},
+        {"sources": [{"type": "files", "paths": ["a"], "format": "hh_rlhf"}]},
+        {"kind": "prompts", "sources": [{"type": "files", "paths": ["a"], "format": "text"}]},
     ],
 )  # fmt: skip
-def test_wrong_recipes(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+def test_wrong_recipes(refused: Refused, tmp_path: Path, content: dict[str, Any]) -> None:
     recipe = {"kind": "texts", "sources": [{"type": "files", "paths": ["a"]}], **content}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(UserError, match=message):
-        load_recipe("r.yaml", tmp_path)
+    refused(load_recipe, "r.yaml", tmp_path)
 
 
-def test_steps_about_turns_say_that_texts_have_none(tmp_path: Path) -> None:
+def test_steps_about_turns_say_that_texts_have_none(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": document(1)}))
     source = {"type": "files", "paths": [str(tmp_path / "a.jsonl")]}
-    with pytest.raises(UserError, match="kind texts, whose rows have no turns; write 'of: row'"):
-        built(tmp_path, {"sources": [source], "steps": [{"type": "near_duplicates", "of": "prompt"}]})
+    refused(built, tmp_path, {"sources": [source], "steps": [{"type": "near_duplicates", "of": "prompt"}]})
 
 
 @pytest.mark.parametrize("kind", ["instructions", "prompts", "preferences", "unpaired"])

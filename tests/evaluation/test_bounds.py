@@ -90,25 +90,23 @@ def test_name_with_dash_and_digits_is_a_name_if_it_exists():
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    "text",
     [
-        ("0.3", "does not begin with"),
-        ("== 0.3", "does not begin with"),
-        ("at least 0.3", "does not begin with"),
-        (">=", "is not a bound; expected"),
-        (">= sfft - 0.02", "no compared system 'sfft'. Did you mean 'sft'"),
-        (">= pp0", "no compared system 'pp0'. Did you mean 'ppo'"),
-        (">= 30%", "A share is a number from 0 to 1, not 30 %"),
-        (">= sft / 2", "is not a bound; expected"),
-        (">= sft - 0.02 - 0.01", "is not a bound; expected"),
-        (">= sft - -0.02", "is not a bound; expected"),
-        (">= 0,3", "is not a bound; expected"),
-        (">= nan", "no compared system 'nan'"),
-        (">= 1e999", "too large a number"),
-        (">= sft * 1e999", "too large a number"),
+        "0.3",
+        "== 0.3",
+        "at least 0.3",
+        ">=",
+        ">= sfft - 0.02",
+        ">= pp0",
+        ">= 30%",
+        ">= sft / 2",
+        ">= sft - 0.02 - 0.01",
+        ">= sft - -0.02",
+        ">= 0,3",
+        ">= nan",
+        ">= 1e999",
+        ">= sft * 1e999",
     ],
 )
-def test_what_is_refused(text, words):
-    with pytest.raises(ValueError, match=r"^gates\.gold: ") as caught:
-        parse_bound(text, SYSTEMS, "gates.gold")
-    assert words in str(caught.value)
+def test_what_is_refused(refused, text):
+    refused(parse_bound, text, SYSTEMS, "gates.gold")

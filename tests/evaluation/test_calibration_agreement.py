@@ -61,13 +61,12 @@ def test_rows_with_a_number_missing_are_left_out():
     assert spearman(broken, np.vstack([[[9.0, 1.0]], y]), resamples=50, seed=0) == spearman(x, y, resamples=50, seed=0)
 
 
-def test_one_constant_side_has_no_correlation():
+def test_one_constant_side_has_no_correlation(refused):
     correlation = spearman([1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0, 5.0], resamples=50, seed=0)
     assert math.isnan(correlation.value)
     assert correlation.as_dict()["value"] is None
     assert math.isnan(spearman([], [], resamples=50, seed=0).value)
-    with pytest.raises(ValueError, match="one shape"):
-        spearman([1.0], [1.0, 2.0], resamples=50, seed=0)
+    refused(spearman, [1.0], [1.0, 2.0], resamples=50, seed=0)
 
 
 def test_kappa_by_hand():

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from align.data.rows import assistant, user, write_rows
-from align.errors import UserError
 from align.evaluation.logprobs import check_heldout, heldout_losses
 from align.evaluation.plan import _fallback_examples
 from align.models.loading import load_tokenizer
 from align.store.artifacts import Artifact, Kind
 from align.training.rows import MASKED, encode_supervised
 from tests.support.chat_templates import THINKS
+from tests.support.refusals import Refused
 
 ONE = {"prompt": [user("2 + 3?")], "completion": [assistant("5")]}
 TALK = {"prompt": [user("2 + 3?")], "completion": [assistant("5"), user("times 2"), assistant("ten")]}
@@ -45,11 +45,10 @@ def test_losses_are_those_of_the_tokens_that_sft_trains_on(
     assert loss == pytest.approx(sum(trained) / len(trained))
 
 
-def test_rows_without_a_turn_to_train_on_are_left_out(tokenizer: Any) -> None:
+def test_rows_without_a_turn_to_train_on_are_left_out(refused: Refused, tokenizer: Any) -> None:
     unmarked = {**ONE, "completion": [assistant("5") | {"train": False}]}
     assert heldout_losses(by_token, tokenizer, [unmarked, TALK, ONE], 200)[0] == [1, 2]
-    with pytest.raises(UserError, match="none of 1 rows has a turn to train on and fits max_heldout_length=20"):
-        check_heldout(tokenizer, [unmarked], 200)
+    refused(check_heldout, tokenizer, [unmarked], 200)
 
 
 def test_examples_are_drawn_from_rows_of_one_turn(tmp_path: Path) -> None:

@@ -77,14 +77,13 @@ def test_weights_make_a_ratio_of_sums():
     assert mean_interval([2, 1], weights=[1, 3], resamples=100, seed=0).value == 1.25
 
 
-def test_prompts_of_weight_zero_take_no_part():
+def test_prompts_of_weight_zero_take_no_part(refused):
     estimate = mean_interval([2, math.nan, 1, 7], weights=[1, 0, 3, 0], resamples=500, seed=0)
     assert estimate == mean_interval([2, 1], weights=[1, 3], resamples=500, seed=0)
     assert (estimate.value, estimate.n) == (1.25, 2)
     assert mean_interval([2, 1], weights=[0, 0], resamples=100, seed=0).n == 0
     assert math.isnan(mean_interval([2, 1], weights=[0, 0], resamples=100, seed=0).value)
-    with pytest.raises(ValueError, match="negative"):
-        mean_interval([2, 1], weights=[1, -1], resamples=100, seed=0)
+    refused(mean_interval, [2, 1], weights=[1, -1], resamples=100, seed=0)
 
 
 def test_paired_prompts_of_weight_zero_take_no_part():

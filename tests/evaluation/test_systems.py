@@ -6,10 +6,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from pydantic import ValidationError
 
 from align.config.stages.evaluate import BaselineConfig
-from align.errors import UserError
 from align.evaluation.answers import Example, ResponseSet, SystemResponses, Turn
 from align.evaluation.evaluator import Evaluation
 from align.evaluation.participants import NO_ANSWER, Respondent
@@ -47,7 +45,7 @@ def test_roles_and_keys(tmp_path):
     assert compared["best"].info.key != second["best"].info.key
 
 
-def test_a_prompted_conversation(tmp_path):
+def test_a_prompted_conversation(refused, tmp_path):
     compared = systems(tmp_path, asked={"of": "model", "system": "S", "shots": 2})["asked"]
     shots = [Example("q1", "a1"), Example("q2", "a2"), Example("q3", "a3")]
     requests = [turn("system", "own"), turn("user", "hello")]
@@ -57,8 +55,7 @@ def test_a_prompted_conversation(tmp_path):
         turn("user", "hello"),
     ]  # fmt: skip
     assert requests == [turn("system", "own"), turn("user", "hello")]  # as it was
-    with pytest.raises(UserError, match=r"baselines.asked: shots is 2, but there are 1 examples"):
-        compared.conversation(requests, shots[:1])
+    refused(lambda: compared.conversation(requests, shots[:1]))
     with_more = replace(compared, fallback=tuple(shots[1:]))
     assert [m["content"] for m in with_more.conversation(requests, shots[:1])][1:5] == ["q2", "a2", "q3", "a3"]
     assert [m["content"] for m in with_more.conversation(requests, shots)][1:5] == ["q1", "a1", "q2", "a2"]
@@ -76,7 +73,7 @@ def test_a_checkpoint_as_it_is_adds_nothing(tmp_path):
     assert compared.sampling(Sampling(8, 0.0)) == Sampling(8, 0.0)
 
 
-def test_examples_of_a_file(tmp_path):
+def test_examples_of_a_file(refused, tmp_path):
     file = tmp_path / "shots.jsonl"
     lines = [{"question": "q1", "answer": "a1"}, {"prompt": "q2", "completion": "a2"}]
     file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
@@ -84,30 +81,26 @@ def test_examples_of_a_file(tmp_path):
     compared = systems(tmp_path, asked=block)["asked"]
     assert [m["content"] for m in compared.conversation([turn("user", "x")])] == ["q1", "a1", "q2", "a2", "x"]
     digest = example_identities(BaselineConfig(**block), tmp_path)["examples"]
-    with pytest.raises(UserError, match="has 2 examples, shots is 3"):
-        systems(tmp_path, asked=block | {"shots": 3})
+    refused(systems, tmp_path, asked=block | {"shots": 3})
     file.write_text('{"question": "q1", "answer": "a1"}\n{"question": "q2"}\n')
     assert example_identities(BaselineConfig(**block), tmp_path)["examples"] != digest
-    with pytest.raises(UserError, match=r"shots.jsonl:2: expected a JSON object"):
-        systems(tmp_path, asked=block)
+    refused(systems, tmp_path, asked=block)
     file.unlink()
-    with pytest.raises(UserError, match="there is no file"):
-        example_identities(BaselineConfig(**block), tmp_path)
+    refused(lambda: example_identities(BaselineConfig(**block), tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("block", "words"),
+    "block",
     [
-        ({}, "is 'sft' as it is"),
-        ({"best_of": 4, "shots": 1}, "mixes"),
-        ({"best_of": 4, "sample_seed": 1}, "mixes"),
-        ({"system": "S", "examples": "x.jsonl"}, "shots is 0"),
-        ({"best_off": 2}, "Extra inputs"),
+        {},
+        {"best_of": 4, "shots": 1},
+        {"best_of": 4, "sample_seed": 1},
+        {"system": "S", "examples": "x.jsonl"},
+        {"best_off": 2},
     ],
 )
-def test_what_is_refused(block, words):
-    with pytest.raises(ValidationError, match=words):
-        BaselineConfig(of="sft", **block)
+def test_what_is_refused(refused, block):
+    refused(BaselineConfig, of="sft", **block)
 
 
 def test_best_of_n_samples_n_times_and_never_greedily(tmp_path):

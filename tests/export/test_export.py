@@ -14,12 +14,12 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_m
 from safetensors.torch import load_file, save_file
 
 from align.config.tuning import LoraTuning
-from align.errors import UserError
 from align.export.export import Source, export, load_source, round_weights, stored_type
 from align.models.checkpoints.conversion import attach
 from align.models.checkpoints.files import ADAPTER_CONFIG
 from align.models.loading import load_policy, load_reward, load_tokenizer, new_reward
 from align.models.tuning.apply import apply_tuning, save_tuned
+from tests.support.refusals import Refused
 
 IDS = torch.tensor([[1, 40, 41, 42, 2, 1, 50, 60, 70, 80]])
 
@@ -188,26 +188,25 @@ def lacking(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "message"),
+    "harm",
     [
-        (only_pickles, r"only pickled weights \(pytorch_model\.bin\), which run code when opened"),
-        (lambda folder: change(folder / "config.json", quantization_config={"bits": 4}), "weights are quantized"),
-        (lambda folder: change(folder / "config.json", auto_map={"AutoModel": "x.Y"}), "Python code that comes with"),
-        (lambda folder: change(folder / "config.json", model_type="nothing"), "does not recognize this architecture"),
-        (lambda folder: (folder / "config.json").write_text("[1]"), "expected a JSON object, found list"),
-        (spoilt, r"'model\.norm\.weight' holds NaN or infinity"),
-        (lacking, r"lacks 1 tensor .*: model\.norm\.weight\."),
-        (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
+        only_pickles,
+        lambda folder: change(folder / "config.json", quantization_config={"bits": 4}),
+        lambda folder: change(folder / "config.json", auto_map={"AutoModel": "x.Y"}),
+        lambda folder: change(folder / "config.json", model_type="nothing"),
+        lambda folder: (folder / "config.json").write_text("[1]"),
+        spoilt,
+        lacking,
+        lambda folder: (folder / "chat_template.jinja").unlink(),
     ],
     ids=["pickles", "quantized", "code", "unknown", "config", "nan", "lacking", "template"],
 )
 def test_a_checkpoint_that_is_unsafe_or_damaged_is_refused(
-    harm: Callable[[Path], Any], message: str, tiny_model: Path, tmp_path: Path
+    refused: Refused, harm: Callable[[Path], Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = copy(tiny_model, tmp_path / "model")
     harm(folder)
-    with pytest.raises(UserError, match=message):
-        export(Source(folder), tmp_path / "out")
+    refused(lambda: export(Source(folder), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -230,41 +229,38 @@ def adapter_of_more(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "message"),
+    "harm",
     [
-        (pickled_adapter, r"only pickled weights, which run code when opened"),
-        (half_an_adapter, "Found missing adapter keys"),
-        (adapter_of_more, r"tensors for which the base has no place: base_model\.model\.model\.layers\.2\."),
-        (lambda folder: change(folder / ADAPTER_CONFIG, r=8), "does not fit this base: .*size mismatch"),
-        (lambda folder: change(folder / ADAPTER_CONFIG, target_modules=["no_such_module"]), "does not fit this base"),
+        pickled_adapter,
+        half_an_adapter,
+        adapter_of_more,
+        lambda folder: change(folder / ADAPTER_CONFIG, r=8),
+        lambda folder: change(folder / ADAPTER_CONFIG, target_modules=["no_such_module"]),
     ],
     ids=["pickles", "half", "more", "rank", "modules"],
 )
 def test_an_adapter_that_is_unsafe_or_does_not_fit_is_refused(
-    harm: Callable[[Path], Any], message: str, trained: Path, tiny_model: Path, tmp_path: Path
+    refused: Refused, harm: Callable[[Path], Any], trained: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     adapter = copy(trained / "adapter", tmp_path / "adapter")
     harm(adapter)
-    with pytest.raises(UserError, match=message):
-        export(Source(tiny_model, adapter), tmp_path / "out")
+    refused(lambda: export(Source(tiny_model, adapter), tmp_path / "out"))
 
 
-def test_prompt_tuning_is_no_change_of_weights(tiny_model: Path, tmp_path: Path) -> None:
+def test_prompt_tuning_is_no_change_of_weights(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
     config = PromptTuningConfig(num_virtual_tokens=2, task_type=TaskType.CAUSAL_LM)
     adapter, _ = peft_adapter(tmp_path / "adapter", tiny_model, config)
-    with pytest.raises(UserError, match="PROMPT_TUNING cannot be merged into weights"):
-        export(Source(tiny_model, adapter), tmp_path / "out")
+    refused(lambda: export(Source(tiny_model, adapter), tmp_path / "out"))
 
 
-def test_tokenizer_with_more_tokens_than_base_is_refused(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_tokenizer_with_more_tokens_than_base_is_refused(
+    refused: Refused, trained: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     adapter = copy(trained / "adapter", tmp_path / "adapter")
     tokenizer = load_tokenizer(tiny_model)
     tokenizer.add_tokens(["<tool>"])
     tokenizer.save_pretrained(adapter)
-    with pytest.raises(
-        UserError, match=r"261 tokens and the model embeds 260; the adapter was trained on a base with added"
-    ):
-        export(Source(tiny_model, adapter), tmp_path / "out")
+    refused(lambda: export(Source(tiny_model, adapter), tmp_path / "out"))
 
 
 def test_loading_draws_nothing_from_the_caller_s_randomness(trained: Path, tiny_model: Path) -> None:

@@ -11,13 +11,13 @@ import pytest
 from align.config.scores import RewardEntry
 from align.config.validation import validate
 from align.data.rows import user
-from align.errors import UserError
 from align.inference.protocol import Response
 from align.judges.checkpoint import CheckpointJudge
 from align.judges.client import JudgmentCaches
 from align.models.built_in import make_tiny_tokenizer
 from align.scoring.score import open_entry
 from align.store.artifacts import Artifact, Kind
+from tests.support.refusals import Refused
 
 ROWS: list[Any] = [{"id": str(number), "prompt": [user(f"Question {number}")]} for number in range(3)]
 TEXTS = ["alpha", "bravo", "charlie"]
@@ -94,9 +94,7 @@ def test_prompt_that_is_too_long_is_unreadable(make_judge: Any) -> None:
     assert engine.asked == []
 
 
-def test_judge_is_an_endpoint_or_a_checkpoint() -> None:
+def test_judge_is_an_endpoint_or_a_checkpoint(refused: Refused) -> None:
     endpoint = {"url": "http://127.0.0.1:9/v1", "model": "m"}
-    with pytest.raises(UserError, match="has endpoint and model"):
-        validate(RewardEntry, {"judge": {"endpoint": endpoint, "model": "judge"}}, "p.yaml: score[0]")
-    with pytest.raises(UserError, match="names no endpoint; write"):
-        validate(RewardEntry, {"judge": {"max_tokens": 3}}, "p.yaml: score[0]")
+    refused(validate, RewardEntry, {"judge": {"endpoint": endpoint, "model": "judge"}}, "p.yaml: score[0]")
+    refused(validate, RewardEntry, {"judge": {"max_tokens": 3}}, "p.yaml: score[0]")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from pydantic import ValidationError
 
 from align.config.endpoint import JudgeConfig
 from align.data.rows import assistant, user
-from align.errors import UserError
 from align.judges.prompts import (
     Outcome,
     Verdict,
@@ -20,6 +18,7 @@ from align.judges.prompts import (
     read_verdict,
 )
 from tests.support.evaluation.judged_harness import parts
+from tests.support.refusals import Refused
 
 
 def test_the_question_shows_everything_once_and_in_order() -> None:
@@ -83,9 +82,8 @@ def test_both_orders() -> None:
         assert combine_verdicts(straight, swapped) == outcome, (straight, swapped)
 
 
-def test_an_empty_rubric_is_refused() -> None:
-    with pytest.raises(ValidationError, match="say what makes an answer better"):
-        JudgeConfig(rubric=" ")
+def test_an_empty_rubric_is_refused(refused: Refused) -> None:
+    refused(JudgeConfig, rubric=" ")
 
 
 def test_comparison_shows_shared_turns_once_and_full_answers() -> None:
@@ -129,11 +127,8 @@ def test_an_answer_cannot_play_the_end_of_itself() -> None:
     assert not message["content"].rstrip().endswith("[[A]]")
 
 
-def test_a_rubric_quotes_columns_that_stay_with_the_row() -> None:
+def test_a_rubric_quotes_columns_that_stay_with_the_row(refused: Refused) -> None:
     rubric = 'The right answer is {row[answer]}, at level {row[level]}. Reply as {"a": 1}.'
     filled = fill_rubric(rubric, {"answer": "72", "level": [1, "b"]}, "prompt x")
     assert filled == 'The right answer is 72, at level [1, "b"]. Reply as {"a": 1}.'
-    with pytest.raises(
-        UserError, match=r"prompt x: the judge's rubric quotes row\[level\], .* keep: \[level\]; rows have ans"
-    ):
-        fill_rubric(rubric, {"answer": "72"}, "prompt x")
+    refused(fill_rubric, rubric, {"answer": "72"}, "prompt x")

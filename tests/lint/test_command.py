@@ -13,12 +13,12 @@ import pytest
 from align.cli.main import main
 from align.config.stages.lint import RULES
 from align.data.rows import assistant, user
-from align.errors import UserError
 from align.lint.findings import Example, Finding, Findings, Place, format_findings, has_errors
 from align.lint.linter import Options
 from align.lint.trainer import lint_dataset, load_tokenizer_and_limits
 from tests.support.chat_templates import THINKING
 from tests.support.lint.harness import dataset, instructions, look, pairs
+from tests.support.refusals import Refused
 
 DOCS = Path(__file__).parents[2] / "docs" / "lint.md"
 
@@ -37,7 +37,7 @@ def test_a_folder_in_shards(tiny_model: Path, tmp_path: Path) -> None:
     assert by_name["leaked-prompt"].of == 20
 
 
-def test_the_kind_is_found_or_given(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_kind_is_found_or_given(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
     rows = pairs(10)
     rows[2]["rejected"] = [assistant("never mind " * 40)]  # 440 tokens: more than a byte tokenizer should see
     folder = dataset(tmp_path, rows[:8], rows[8:])
@@ -45,27 +45,24 @@ def test_the_kind_is_found_or_given(tiny_model: Path, tmp_path: Path) -> None:
     assert set(named(lint_dataset(folder, str(tiny_model), "reward", max_length=400))) == {"over-max-length"}
     assert not lint_dataset(folder, str(tiny_model), "sft", max_length=400)
     assert not lint_dataset(folder, str(tiny_model), "ppo", max_length=400)
-    with pytest.raises(UserError, match=r"unknown kind 'grop'\. Did you mean 'grpo'\? Known are instructions, "):
-        lint_dataset(folder, str(tiny_model), "grop")
+    refused(lambda: lint_dataset(folder, str(tiny_model), "grop"))
     # KTO makes two labeled answers of a pair.
     assert set(named(lint_dataset(folder, str(tiny_model), "kto", max_length=400))) == {"over-max-length"}
-    with pytest.raises(UserError, match="stage 'pretrain' names no row encoding"):
-        lint_dataset(folder, str(tiny_model), "pretrain")
+    refused(lambda: lint_dataset(folder, str(tiny_model), "pretrain"))
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    "kind",
     [
-        ("dpo", "--kind dpo: it reads chosen and rejected, and .* has rows of kind instructions"),
-        ("preferences", "--kind preferences: it reads chosen and rejected"),
-        ("kto", "--kind kto: it reads completion and label"),
-        ("unpaired", "--kind unpaired: it reads completion and label"),
+        "dpo",
+        "preferences",
+        "kto",
+        "unpaired",
     ],
 )
-def test_a_kind_whose_fields_the_rows_lack_is_refused(tmp_path: Path, kind: str, message: str) -> None:
+def test_a_kind_whose_fields_the_rows_lack_is_refused(refused: Refused, tmp_path: Path, kind: str) -> None:
     rows = instructions(10)
-    with pytest.raises(UserError, match=message):
-        lint_dataset(dataset(tmp_path, rows[:8], rows[8:]), "no model is opened", kind)
+    refused(lambda: lint_dataset(dataset(tmp_path, rows[:8], rows[8:]), "no model is opened", kind))
 
 
 def test_labeled_answers_are_read_as_kto_reads_them(tiny_model: Path, tmp_path: Path) -> None:
@@ -108,12 +105,10 @@ def test_faulty_tokenizer_is_linted_and_not_refused(tiny_model: Path, tmp_path: 
     assert set(named(lint_dataset(data, str(folder)))) == {"pad-is-eos"}
 
 
-def test_what_is_missing_is_named(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no rows in train or test Parquet files"):
-        lint_dataset(tmp_path, str(tiny_model))
+def test_what_is_missing_is_named(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
+    refused(lambda: lint_dataset(tmp_path, str(tiny_model)))
     dataset(tmp_path, instructions(4), instructions(6)[4:])
-    with pytest.raises(UserError, match=r"'smollm2-135m-instrct' is neither .* Did you mean 'smollm2-135m-instruct'"):
-        lint_dataset(tmp_path, "smollm2-135m-instrct")
+    refused(lint_dataset, tmp_path, "smollm2-135m-instrct")
 
 
 def test_findings_are_printed_without_steering_the_terminal() -> None:
@@ -159,7 +154,7 @@ def test_the_documentation_lists_every_rule_as_it_is() -> None:
     assert listed == wanted
 
 
-def test_thinking_switch_is_linted(tiny_model: Path, tmp_path: Path) -> None:
+def test_thinking_switch_is_linted(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
     model = tmp_path / "thinker"
     shutil.copytree(tiny_model, model)
     (model / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
@@ -169,5 +164,4 @@ def test_thinking_switch_is_linted(tiny_model: Path, tmp_path: Path) -> None:
     on, off = (named(lint_dataset(folder, str(model), max_length=512, thinking=state)) for state in ("on", "off"))
     assert "unexpected-thought" not in on
     assert off["unexpected-thought"].count == 1
-    with pytest.raises(UserError, match="^lint: thinking: the chat template has no switch"):
-        lint_dataset(folder, str(tiny_model), thinking="off")
+    refused(lambda: lint_dataset(folder, str(tiny_model), thinking="off"))

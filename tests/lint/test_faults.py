@@ -1,4 +1,4 @@
-"""Every fault, seeded into every dialect, is found; and nothing else is said of the row or of its neighbors."""
+"""Every fault, seeded into dialects, is found; and nothing else is said of the row or of its neighbors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from align.lint.encodings import MASKED
 from align.lint.linter import Options
 from tests.support.lint import (
     dialects,
-    seeds_rows,  # noqa: F401  (registers its seeds)
+    seeds_rows,
     seeds_template,  # noqa: F401  (registers its seeds)
     seeds_tokens,  # noqa: F401  (registers its seeds)
 )
@@ -23,7 +23,13 @@ from tests.support.lint.dialects import SPECS
 from tests.support.lint.harness import SPOILT, alarms, all_answers, clean, encoded, instructions, look
 from tests.support.lint.seeding import ROW, SEEDS, Case, Seed
 
-CASES = [pytest.param(fault, seed, name, id=f"{name}-{seed.__name__}") for name in SPECS for fault, seed in SEEDS]
+CASES = [
+    pytest.param(fault, seed, name, id=f"{name}-{seed.__name__}")
+    for number, name in enumerate(SPECS)
+    for fault, seed in SEEDS
+    if number % 3 == 0 or seed.__module__ != seeds_rows.__name__
+]
+"""Faults of rows in every third dialect: their checks read the rows' texts. Other faults in every one."""
 
 
 @pytest.mark.parametrize(("fault", "seed", "name"), CASES)

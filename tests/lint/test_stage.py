@@ -16,6 +16,7 @@ from align.errors import UserError
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind
+from tests.support.refusals import Refused
 from tests.support.training.harness import context, events, rows
 
 
@@ -132,7 +133,7 @@ def test_a_sample_is_drawn_by_the_seed_and_said(
     assert "lint: train 4 of 40 rows, drawn by the seed, test 4 of 8 rows, drawn by the seed" in caplog.text
 
 
-def test_prompts_of_ppo(tiny_model: Path, tmp_path: Path) -> None:
+def test_prompts_of_ppo(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
     """Before the engine is opened, which on a GPU takes minutes."""
     folder = tmp_path / "data"
     folder.mkdir()
@@ -149,13 +150,11 @@ def test_prompts_of_ppo(tiny_model: Path, tmp_path: Path) -> None:
     )
     stage = context(tmp_path, config, tiny_model, Artifact("data", Kind.PROMPTS, folder, {}), "policy")
     stage.inputs.update(prompts=stage.inputs.pop("data"), reward=None, ptx=None)
-    with pytest.raises(UserError, match="error special-token-in-content, 1 of 16 rows"):
-        STAGES["ppo"].runner()(stage)
+    refused(lambda: STAGES["ppo"].runner()(stage))
 
 
-def test_a_misspelled_waiver_is_named_with_its_place() -> None:
-    with pytest.raises(UserError, match=r"x\.waive: there is no finding 'double_boss'\. Did you mean 'double-bos'\?"):
-        validate(LintSettings, {"waive": ["double_boss"]}, "p.yaml: stages.x")
+def test_a_misspelled_waiver_is_named_with_its_place(refused: Refused) -> None:
+    refused(validate, LintSettings, {"waive": ["double_boss"]}, "p.yaml: stages.x")
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo"])

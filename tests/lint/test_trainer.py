@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from datasets import Dataset
 from trl.trainer.dpo_config import DPOConfig
@@ -16,11 +15,11 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from align.data.rows import assistant
-from align.errors import UserError
 from align.lint.findings import Finding
 from align.lint.trainer import lint_trainer
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from tests.support.lint.harness import SPOILT, Row, alarms, instructions, pairs
+from tests.support.refusals import Refused
 
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
@@ -139,6 +138,5 @@ def test_rows_that_trl_has_dropped_are_missed(tiny_model: Path, tmp_path: Path) 
     assert (none.severity, none.examples[0].excerpt) == ("error", "0 of 8 rows are left")
 
 
-def test_another_kind_of_trainer_is_refused() -> None:
-    with pytest.raises(UserError, match="str is none of the trainers that can be linted: SFTTrainer"):
-        lint_trainer("trainer")
+def test_another_kind_of_trainer_is_refused(refused: Refused) -> None:
+    refused(lint_trainer, "trainer")

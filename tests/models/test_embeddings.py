@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.errors import UserError
 from align.models.row_scores import make_embedder
+from tests.support.refusals import Refused
 
 TEXTS = ["Name a color.", "Name a color, please, and say why it is your favorite one.", "", "no"]
 
@@ -56,16 +56,12 @@ def test_embeddings_ignore_padding_and_cut_long_texts(tiny_model: Path) -> None:
     assert first == pytest.approx(second, abs=1e-6)
 
 
-def test_folders_that_hold_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="no config.json"):
-        make_embedder(tmp_path, "cpu", 256, 64)
+def test_folders_that_hold_no_model(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(make_embedder, tmp_path, "cpu", 256, 64)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="holds no tokenizer.json"):
-        make_embedder(tmp_path, "cpu", 256, 64)
+    refused(make_embedder, tmp_path, "cpu", 256, 64)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read as JSON"):
-        make_embedder(tmp_path, "cpu", 256, 64)
+    refused(make_embedder, tmp_path, "cpu", 256, 64)
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "model2vec", None)
-    with pytest.raises(UserError, match=r"pip install 'align-pipeline\[data\]'"):
-        make_embedder(tmp_path, "cpu", 256, 64)
+    refused(make_embedder, tmp_path, "cpu", 256, 64)

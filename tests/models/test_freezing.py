@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from align.config.tuning import FullTuning
-from align.errors import UserError
 from align.models.loading import load_policy, new_reward
 from align.models.parameter_groups import expand, freeze, has_tied_head, layer_stack, matches, parameter_groups
 from align.models.tuning.apply import apply_tuning
+from tests.support.refusals import Refused
 
 
 @pytest.fixture
@@ -50,16 +50,17 @@ def test_frozen_weights_get_no_gradient_and_others_do(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("patterns", "message"),
+    "patterns",
     [
-        (["model.layer.0"], r"no weight is called 'model.layer.0'. Did you mean 'model.layers.0'\?"),
-        (["lm_head"], r"head is tied to its embeddings: freeze 'model.embed_tokens.weight'"),
-        (["model"], "nothing is left to train"),
+        ["model.layer.0"],
+        ["lm_head"],
+        ["model"],
     ],
 )
-def test_a_pattern_that_fits_nothing_or_everything_is_refused(model: Any, patterns: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        freeze(model, patterns)
+def test_a_pattern_that_fits_nothing_or_everything_is_refused(
+    refused: Refused, model: Any, patterns: list[str]
+) -> None:
+    refused(freeze, model, patterns)
 
 
 def test_every_weight_has_a_place(model: Any, tiny_model: Path) -> None:
@@ -74,7 +75,6 @@ def test_every_weight_has_a_place(model: Any, tiny_model: Path) -> None:
     assert not has_tied_head(reward)
 
 
-def test_a_model_without_one_stack_is_refused(model: Any) -> None:
+def test_a_model_without_one_stack_is_refused(refused: Refused, model: Any) -> None:
     model.config.num_hidden_layers = 7
-    with pytest.raises(UserError, match="has 0 stacks of 7 layers"):
-        layer_stack(model)
+    refused(layer_stack, model)

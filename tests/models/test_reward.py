@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from align.config.tuning import LoraTuning
-from align.errors import UserError
 from align.models.chat.render import render_conversation
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.reward import RewardModel
 from align.models.tuning.apply import apply_tuning, load_for_tuning, save_tuned
 from tests.support.models.tuning.tuning_cases import push
+from tests.support.refusals import Refused
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Hi", "A much longer question than that", "Why?")]
 ANSWERS = ["Yes", "No, certainly not, by no means whatever", ""]
@@ -172,6 +172,5 @@ def test_unfinished_answers_are_read_without_the_end(tiny_reward: Path) -> None:
     assert scorer.score(PROMPTS[:1], ["Yes"]) == pytest.approx([full], abs=1e-5)
 
 
-def test_policy_is_no_reward_model(tiny_model: Path) -> None:
-    with pytest.raises(UserError, match="not a trained reward model"):
-        RewardModel(tiny_model)
+def test_policy_is_no_reward_model(refused: Refused, tiny_model: Path) -> None:
+    refused(RewardModel, tiny_model)

@@ -61,20 +61,22 @@ def violations(tree: ast.Module, own_names: set[str]) -> Iterator[str]:
     outside = outside_names(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            text = ast.unparse(node)
             is_foreign = root_of(node) in outside
-            is_setting = any(text.startswith(name) for name in PUBLIC_SETTINGS)
-            is_assigned = isinstance(node.ctx, ast.Store | ast.Del)
+            is_assigned = isinstance(node.ctx, ast.Store | ast.Del) and (is_foreign or node.attr == "__class__")
             is_unknown = is_foreign or node.attr not in own_names
-            if is_assigned and (node.attr == "__class__" or (is_foreign and not is_setting)):
-                yield f"{node.lineno}: assigns {text}"
+            if is_assigned and not any(ast.unparse(node).startswith(name) for name in PUBLIC_SETTINGS):
+                yield f"{node.lineno}: assigns {ast.unparse(node)}"
             elif is_private(node.attr) and is_unknown and node.attr not in STANDARD_LIBRARY:
-                yield f"{node.lineno}: uses {text}"
+                yield f"{node.lineno}: uses {ast.unparse(node)}"
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] != "align":
             names = [*node.module.split("."), *(alias.name for alias in node.names)]
             if any(map(is_private, names)):
                 yield f"{node.lineno}: imports from {node.module}"
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr" and root_of(node.args[0]) in outside:
+        elif (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "id", "") == "setattr"
+            and root_of(node.args[0]) in outside
+        ):
             yield f"{node.lineno}: assigns by {ast.unparse(node)}"
 
 

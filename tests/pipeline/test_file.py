@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from align import Pipeline
 from align.cli.main import main
 from align.config.yaml import dump_yaml, load_yaml, parse_yaml
-from align.errors import UserError
 from align.pipeline.file import fill_in_variables, merge
+from tests.support.refusals import Refused
 
 RECIPE = Path("data_recipes/embedded.yaml").absolute()
 BASE = f"""\
@@ -98,25 +98,22 @@ def test_file_wins_over_a_shipped_pipeline(base: Path) -> None:
     assert Pipeline.load(write(base.parent, "extends: smoke\nname: mine\n")).config.seed == 3
 
 
-def test_misspelled_shipped_pipeline_is_suggested(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"extends: there is no file '.*/smoek'; .* Did you mean 'smoke'\?"):
-        Pipeline.load(write(tmp_path, "extends: smoek\nname: mine\n"))
+def test_misspelled_shipped_pipeline_is_suggested(refused: Refused, tmp_path: Path) -> None:
+    refused(lambda: Pipeline.load(write(tmp_path, "extends: smoek\nname: mine\n")))
 
 
-def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
+def test_a_circle_of_bases_is_refused(refused: Refused, tmp_path: Path) -> None:
     write(tmp_path, "extends: b.yaml\n", "a.yaml")
     write(tmp_path, "extends: a.yaml\n", "b.yaml")
-    with pytest.raises(UserError, match=r"b\.yaml: extends: .*circle \(a\.yaml -> b\.yaml -> a\.yaml\)"):
-        Pipeline.load(tmp_path / "a.yaml")
+    refused(Pipeline.load, tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize(
-    ("extends", "message"),
-    [("no.yaml", "there is no file"), ("3", "expected the path"), ("[a, b]", "expected the path")],
+    "extends",
+    ["no.yaml", "3", "[a, b]"],
 )
-def test_a_base_that_is_no_file_is_refused(tmp_path: Path, extends: str, message: str) -> None:
-    with pytest.raises(UserError, match=rf"mine\.yaml: extends: {message}"):
-        Pipeline.load(write(tmp_path, f"extends: {extends}\n"))
+def test_a_base_that_is_no_file_is_refused(refused: Refused, tmp_path: Path, extends: str) -> None:
+    refused(lambda: Pipeline.load(write(tmp_path, f"extends: {extends}\n")))
 
 
 def test_variables_are_filled_in(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,22 +130,20 @@ def test_variables_are_filled_in(base: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        ("${NOT_SET}", r"mine\.yaml: stages\.model\.source: the environment variable NOT_SET is not set"),
-        ("${HF_TOKEN}", r"stages\.model\.source: .*looks like a secret"),
-        ("${not closed", r"stages\.model\.source: .*no plain name; write \$\{NAME\}"),
-        ("${1}", "no plain name"),
+        "${NOT_SET}",
+        "${HF_TOKEN}",
+        "${not closed",
+        "${1}",
     ],
 )
 def test_a_variable_that_cannot_be_filled_in_is_refused(
-    base: Path, text: str, message: str, monkeypatch: pytest.MonkeyPatch
+    refused: Refused, base: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     path = write(base.parent, f"extends: base.yaml\nstages: {{model: {{source: '{text}'}}}}\n")
-    with pytest.raises(UserError, match=message) as caught:
-        Pipeline.load(path)
-    assert "hf_secret" not in str(caught.value)
+    refused(Pipeline.load, path)
 
 
 @given(
@@ -161,17 +156,15 @@ def test_texts_without_variables_stay_as_they_are(value: object) -> None:
     assert fill_in_variables(value, "x.yaml") == value
 
 
-def test_overrides_supply_what_a_file_lacks(base: Path) -> None:
+def test_overrides_supply_what_a_file_lacks(refused: Refused, base: Path) -> None:
     path = write(base.parent, BASE.replace("data: data, ", ""), "lacks.yaml")
-    with pytest.raises(UserError, match="stages.sft.data: this key is required"):
-        Pipeline.load(path)
+    refused(Pipeline.load, path)
     for overrides in (["stages.sft.data=data"], {"stages.sft.data": "data"}):
         assert Pipeline.load(path, overrides).nodes["sft"].key == Pipeline.load(base).nodes["sft"].key
 
 
-def test_an_override_that_names_nothing_is_refused(base: Path) -> None:
-    with pytest.raises(UserError, match="there is no stage 'stf'. Did you mean 'sft'"):
-        Pipeline.load(base, ["stages.stf.epochs=1"])
+def test_an_override_that_names_nothing_is_refused(refused: Refused, base: Path) -> None:
+    refused(Pipeline.load, base, ["stages.stf.epochs=1"])
 
 
 def test_merge_leaves_its_arguments_alone() -> None:
@@ -248,13 +241,11 @@ def test_a_base_leaves_its_blocks_for_anchors_to_itself(base: Path) -> None:
 
 
 @pytest.mark.parametrize("block", ["{sft: {epochs: 3}}", "&unused {sft: {epochs: 3}}", "[base, other]", "3"])
-def test_defaults_that_nothing_refers_to_are_refused(base: Path, block: str) -> None:
+def test_defaults_that_nothing_refers_to_are_refused(refused: Refused, base: Path, block: str) -> None:
     path = write(base.parent, f"extends: base.yaml\ndefaults: {block}\n")
-    with pytest.raises(UserError, match=r"mine\.yaml: defaults: nothing refers to it.*<<: \*lora.*`extends:`"):
-        Pipeline.load(path)
+    refused(Pipeline.load, path)
 
 
-def test_only_the_top_of_a_file_has_blocks_for_anchors(base: Path) -> None:
+def test_only_the_top_of_a_file_has_blocks_for_anchors(refused: Refused, base: Path) -> None:
     path = write(base.parent, BASE + "  x-more: {model: model}\n")
-    with pytest.raises(UserError, match=r"stages\.x-more: say which stage this is"):
-        Pipeline.load(path)
+    refused(Pipeline.load, path)

@@ -10,7 +10,7 @@ import pytest
 
 from align import Pipeline
 from align.config.yaml import dump_yaml, load_yaml
-from align.errors import UserError
+from tests.support.refusals import Refused
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 
@@ -39,12 +39,11 @@ def test_a_dictionary_has_the_keys_of_the_file(name: str) -> None:
     assert pipeline.raw == Pipeline.load(path).raw
 
 
-def test_overrides_supply_what_the_dictionary_lacks() -> None:
+def test_overrides_supply_what_the_dictionary_lacks(refused: Refused) -> None:
     complete = Pipeline.from_dict(values(epochs=2))
     for overrides in (["stages.sft.epochs=2"], {"stages.sft.epochs": 2}):
         assert keys(Pipeline.from_dict(values(), overrides=overrides)) == keys(complete)
-    with pytest.raises(UserError, match="there is no stage 'stf'. Did you mean 'sft'"):
-        Pipeline.from_dict(values(), overrides=["stages.stf.epochs=1"])
+    refused(lambda: Pipeline.from_dict(values(), overrides=["stages.stf.epochs=1"]))
 
 
 def test_objects_of_python_become_what_yaml_has_for_them() -> None:
@@ -57,16 +56,13 @@ def test_objects_of_python_become_what_yaml_has_for_them() -> None:
     assert Pipeline.from_dict(raw).raw["stages"]["report"]["stages"] == ["data", "sft"]
 
 
-def test_object_without_yaml_form_is_refused() -> None:
-    with pytest.raises(UserError, match=r"pipeline: stages\.sft\.epochs: .*object of type ndarray"):
-        Pipeline.from_dict(values(epochs=np.ones(2)))
-    with pytest.raises(UserError, match=r"stages\.sft\.trainer\.seeds\[1\]: .*object of type set"):
-        Pipeline.from_dict(values(trainer={"seeds": [1, {2}]}))
+def test_object_without_yaml_form_is_refused(refused: Refused) -> None:
+    refused(lambda: Pipeline.from_dict(values(epochs=np.ones(2))))
+    refused(lambda: Pipeline.from_dict(values(trainer={"seeds": [1, {2}]})))
 
 
-def test_what_is_no_dictionary_is_refused() -> None:
-    with pytest.raises(UserError, match=r"expected a dictionary .*Pipeline\.load reads a file"):
-        Pipeline.from_dict("pipelines/smoke.yaml")  # type: ignore[arg-type]
+def test_what_is_no_dictionary_is_refused(refused: Refused) -> None:
+    refused(Pipeline.from_dict, "pipelines/smoke.yaml")
 
 
 def test_the_dictionary_is_left_alone() -> None:
@@ -76,25 +72,22 @@ def test_the_dictionary_is_left_alone() -> None:
     assert raw == before
 
 
-def test_variables_are_filled_in_and_secrets_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_are_filled_in_and_secrets_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUN_NAME", "tuesday")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     raw = {**values(), "name": "run-${RUN_NAME}", "description": "costs $${5}"}
     pipeline = Pipeline.from_dict(raw)
     assert (pipeline.name, pipeline.config.description) == ("run-tuesday", "costs ${5}")
-    with pytest.raises(UserError, match=r"pipeline: description: .*looks like a secret"):
-        Pipeline.from_dict({**raw, "description": "${HF_TOKEN}"})
+    refused(Pipeline.from_dict, {**raw, "description": "${HF_TOKEN}"})
 
 
-def test_a_dictionary_extends_a_file_below_its_base(tmp_path: Path) -> None:
+def test_a_dictionary_extends_a_file_below_its_base(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(dump_yaml(values(epochs=2)))
     changes = {"extends": "base.yaml", "stages": {"sft": {"epochs": 1}}}
     pipeline = Pipeline.from_dict(changes, base=tmp_path)
     assert keys(pipeline) == keys(Pipeline.from_dict(values(epochs=1)))
-    with pytest.raises(UserError, match=r"pipeline: extends: there is no file 'base\.yaml'; .* the folder `base`"):
-        Pipeline.from_dict(changes)
+    refused(Pipeline.from_dict, changes)
 
 
-def test_an_error_of_a_field_names_its_place() -> None:
-    with pytest.raises(UserError, match=r"pipeline: stages\.sft: unknown key 'epoch'. Did you mean 'epochs'"):
-        Pipeline.from_dict(values(epoch=2))
+def test_an_error_of_a_field_names_its_place(refused: Refused) -> None:
+    refused(lambda: Pipeline.from_dict(values(epoch=2)))

@@ -10,6 +10,7 @@ import pytest
 from align import Pipeline
 from align.errors import UserError
 from align.pipeline.inheritance import with_end
+from tests.support.refusals import Refused
 
 SFT = {"model": "model", "data": "data", "learning_rate": 1e-3, "max_steps": 6, "scheduler": "constant", "seed": 5}
 PPO = {"policy": "sft", "prompts": "data", "score": "gold", "learning_rate": 1e-5, "updates": 2}
@@ -66,40 +67,25 @@ def test_length_rows_and_observations_may_differ(fields: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    ("block", "message"),
+    "block",
     [
-        (
-            {"continue_from": "sft", "max_steps": 12, "batch_size": 8},
-            r"stages.more.batch_size is 8 here and 16 in 'sft', which it continues: both must be equal, because it .* "
-            r"Remove batch_size, or start a new run from its weights with `model: sft` in place of continue_from.",
-        ),
-        (
-            {"continue_from": "sft", "max_steps": 12, "tuning": {"method": "lora", "rank": 4}},
-            r"stages.more.tuning is \{method: lora, rank: 4\} here and \{method: full\} in 'sft'",
-        ),
-        ({"continue_from": "sft", "max_steps": 12, "seed": 6}, r"stages.more.seed is 6 here and 5 in 'sft'"),
-        ({"continue_from": "sft", "max_steps": 12, "model": "sft"}, r"stages.more.model is 'sft' here and 'model'"),
-        ({"continue_from": "sft"}, r"'sft' has max_steps 6, epochs 1 and this stage no more, so nothing is left"),
-        ({"continue_from": "sft", "max_steps": 5}, r"set a larger max_steps or epochs"),
-        ({"continue_from": "ppo", "updates": 2, "prompts": "more_data"}, r"'ppo' has updates 2 and this stage no more"),
-        (
-            {"continue_from": "ppo", "updates": 3, "kl_coef": 0.1},
-            r"kl_coef is 0.1 here and 0.05 in 'ppo'.*write `continue_from: \{stage: ppo, change: \{kl_coef: 0.1\}\}` "
-            r"in its place, or .*`policy: ppo`",
-        ),
-        ({"continue_from": "stf", "max_steps": 12}, r"there is no stage 'stf'. Did you mean 'sft'\?"),
-        ({"continue_from": "more", "max_steps": 12}, r"'more' is the stage itself"),
-        ({"continue_from": "last", "max_steps": 12}, r"stage 'last' comes later; move it above 'more'"),
-        (
-            {"stage": "dpo", "continue_from": "sft", "beta": 0.2},
-            r"'sft' is a stage of kind sft and this is a stage of kind dpo.*name it as `policy`",
-        ),
-        ({"continue_from": "data", "max_rows": 3}, r"'data' is a stage of kind data, which has no trainer's state"),
+        {"continue_from": "sft", "max_steps": 12, "batch_size": 8},
+        {"continue_from": "sft", "max_steps": 12, "tuning": {"method": "lora", "rank": 4}},
+        {"continue_from": "sft", "max_steps": 12, "seed": 6},
+        {"continue_from": "sft", "max_steps": 12, "model": "sft"},
+        {"continue_from": "sft"},
+        {"continue_from": "sft", "max_steps": 5},
+        {"continue_from": "ppo", "updates": 2, "prompts": "more_data"},
+        {"continue_from": "ppo", "updates": 3, "kl_coef": 0.1},
+        {"continue_from": "stf", "max_steps": 12},
+        {"continue_from": "more", "max_steps": 12},
+        {"continue_from": "last", "max_steps": 12},
+        {"stage": "dpo", "continue_from": "sft", "beta": 0.2},
+        {"continue_from": "data", "max_rows": 3},
     ],
 )
-def test_stage_that_cannot_continue_is_refused(block: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Pipeline(raw(more=block, last={**SFT, "stage": "sft"}))
+def test_stage_that_cannot_continue_is_refused(refused: Refused, block: dict[str, Any]) -> None:
+    refused(lambda: Pipeline(raw(more=block, last={**SFT, "stage": "sft"})))
 
 
 def changed(source: str = "ppo", **change: Any) -> dict[str, Any]:
@@ -136,43 +122,30 @@ def test_empty_change_has_the_key_of_the_short_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "message"),
+    "block",
     [
-        (changed(kl_ceof=0.5), r"stages.more.continue_from.change: unknown key 'kl_ceof'. Did you mean 'kl_coef'\?"),
-        (changed(gradient_accumulation_steps=4), r"change: unknown key 'gradient_accumulation_steps'. "),
-        (
-            changed(kl_coef=-1),
-            r"stages.more.continue_from.change.kl_coef: should be greater than or equal to 0; found -1",
-        ),
-        ({**changed(kl_coef=0.5), "kl_coef": 0.4}, r"change.kl_coef is 0.5, and the stage itself has kl_coef 0.4."),
-        (changed(tuning={"method": "lora", "rank": 4}), r"change: tuning cannot change, because the kept weights"),
-        (changed(policy="model"), r"change: policy cannot change, because .* `policy: ppo` in place of continue_from"),
-        (changed(rollout_batch=32), r"change: rollout_batch cannot change, because it decides the rows of every step"),
-        (changed(seed=7), r"change: seed cannot change"),
-        (changed(trainer={"adam_beta2": 0.9}), r"change: trainer cannot change, because its options may decide"),
-        (changed("sft", batch_size=8), r"change: batch_size cannot change"),
-        (changed("sft", ema=0.9, max_steps=12), r"change: ema cannot change, because it applies from the first step"),
-        (
-            {"continue_from": {"stage": "ppo", "at": 3}, "updates": 4},
-            r"continue_from.at is 3, and 'ppo' ends after updates 2",
-        ),
-        (
-            {"continue_from": {"stage": "ppo", "at": 1}, "updates": 1},
-            r"updates is 1, and it continues after 1; set larger",
-        ),
-        ({"continue_from": {"stage": "ppo", "at": 0}}, r"stages.more.continue_from.at"),
-        (changed("poo"), r"stages.more.continue_from: there is no stage 'poo'. Did you mean 'ppo'\?"),
-        (
-            {"continue_from": {"stage": "ppo", "at": "first"}},
-            r"stages.more.continue_from.at: should be 'last' or a whole number; found 'first'",
-        ),
-        ({"continue_from": {"stge": "ppo"}}, r"stages.more.continue_from: unknown key 'stge'. Did you mean 'stage'\?"),
-        ({"continue_from": {"stage": "ppo", "change": [1]}}, r"continue_from.change: should be a mapping"),
+        changed(kl_ceof=0.5),
+        changed(gradient_accumulation_steps=4),
+        changed(kl_coef=-1),
+        {**changed(kl_coef=0.5), "kl_coef": 0.4},
+        changed(tuning={"method": "lora", "rank": 4}),
+        changed(policy="model"),
+        changed(rollout_batch=32),
+        changed(seed=7),
+        changed(trainer={"adam_beta2": 0.9}),
+        changed("sft", batch_size=8),
+        changed("sft", ema=0.9, max_steps=12),
+        {"continue_from": {"stage": "ppo", "at": 3}, "updates": 4},
+        {"continue_from": {"stage": "ppo", "at": 1}, "updates": 1},
+        {"continue_from": {"stage": "ppo", "at": 0}},
+        changed("poo"),
+        {"continue_from": {"stage": "ppo", "at": "first"}},
+        {"continue_from": {"stge": "ppo"}},
+        {"continue_from": {"stage": "ppo", "change": [1]}},
     ],
 )
-def test_change_that_is_not_possible_is_refused(block: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Pipeline(raw(more=block))
+def test_change_that_is_not_possible_is_refused(refused: Refused, block: dict[str, Any]) -> None:
+    refused(lambda: Pipeline(raw(more=block)))
 
 
 def test_stage_ends_where_another_continues_it() -> None:
@@ -190,7 +163,7 @@ def test_stage_ends_where_another_continues_it() -> None:
         Pipeline(raw(more=more, other={"continue_from": {"stage": "sft", "at": 3}}))
 
 
-def test_critic_keeps_the_reward_model_that_it_began_with() -> None:
+def test_critic_keeps_the_reward_model_that_it_began_with(refused: Refused) -> None:
     reward = {"model": "model", "data": "data", "learning_rate": 1e-4}
     stages = {"reward": reward, "other": {**reward, "stage": "reward", "learning_rate": 2e-4}}
     blocks = raw()["stages"]
@@ -202,25 +175,24 @@ def test_critic_keeps_the_reward_model_that_it_began_with() -> None:
         rest = {"ppo": {**ppo, "reward": "reward", **settings}, "more": changed(reward="other", updates=4)}
         pipeline = {"name": "run", "stages": {**blocks, **stages, **rest}}
         if message:
-            with pytest.raises(UserError, match=message):
-                Pipeline(pipeline)
+            refused(Pipeline, pipeline)
         else:
             assert Pipeline(pipeline).nodes["more"].inputs["reward"] == "other"
 
 
-def test_best_checkpoint_and_lisa_fix_rows_and_steps() -> None:
+def test_best_checkpoint_and_lisa_fix_rows_and_steps(refused: Refused) -> None:
     chooses = {**SFT, "keep": "best", "eval_steps": 2}
-    with pytest.raises(UserError, match=r"stages.more.data is 'more_data' here and 'data' in 'sft'"):
-        Pipeline(raw(sft=chooses, more={"continue_from": "sft", "max_steps": 12, "data": "more_data"}))
+    refused(lambda: Pipeline(raw(sft=chooses, more={"continue_from": "sft", "max_steps": 12, "data": "more_data"})))
     lisa = {**SFT, "tuning": {"method": "full", "lisa": {"layers": 1}}}
-    with pytest.raises(UserError, match="tuning.unfreeze and lisa choose the trained weights from all steps"):
-        Pipeline(raw(sft=lisa, more={"continue_from": "sft", "max_steps": 12}))
+    refused(lambda: Pipeline(raw(sft=lisa, more={"continue_from": "sft", "max_steps": 12})))
 
 
-def test_an_artifact_from_elsewhere_is_not_continued() -> None:
-    message = "'there' is a stage of kind artifact, which has no trainer's state.*start a new run with `model`"
-    with pytest.raises(UserError, match=message):
-        Pipeline(raw(there={"stage": "artifact", "path": "a"}, more={"continue_from": "there", "max_steps": 12}))
+def test_an_artifact_from_elsewhere_is_not_continued(refused: Refused) -> None:
+    refused(
+        lambda: Pipeline(
+            raw(there={"stage": "artifact", "path": "a"}, more={"continue_from": "there", "max_steps": 12})
+        )
+    )
 
 
 def test_a_stage_of_a_loop_is_continued_by_its_last_round() -> None:

@@ -51,6 +51,22 @@ def test_pipelines_of_the_documents_are_accepted(schema: Any) -> None:
         assert problems(schema, document) == [], place
 
 
+def test_loops_are_known(schema: Any) -> None:
+    loop = {"rounds": 2, "stages": {"sft": {"model": "m", "data": "d", "learning_rate": 1e-3}}}
+    for stages in ({"loop": loop}, {"again": {"stage": "loop", **loop}}):
+        assert problems(schema, {"name": "x", "stages": stages}) == []
+    for wrong in ({"round": 2}, {"rounds": 2, "stages": {"sft": {"modle": "m"}}}):
+        assert problems(schema, {"name": "x", "stages": {"loop": wrong}})
+
+
+def test_forms_of_an_executor_are_known(schema: Any) -> None:
+    raw = {"name": "p", "stages": {"data": {"recipe": "recipe.yaml"}}}
+    slurm = {"name": "slurm", "partition": "gpu", "cpus": 8}
+    for runtime in ({"executor": "slurm"}, {"executor": slurm, "stages": {"one": {"executor": {"gpus": 4}}}}):
+        assert problems(schema, {**raw, "runtime": runtime}) == []
+    assert problems(schema, {**raw, "runtime": {"executor": {"name": "ray", "partition": "a"}}})
+
+
 def evaluation(**fields: Any) -> dict[str, Any]:
     return {"name": "x", "stages": {"evaluate": {"policies": ["sft"], "reference": "sft", **fields}}}
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from align import Pipeline
-from align.errors import UserError
 from align.pipeline.overrides import assign
 from tests.support import toy
+from tests.support.refusals import Refused
 
 NUMBER = "tests.support.toy:NUMBER"
 SUM = "tests.support.toy:SUM"
@@ -48,27 +48,21 @@ def test_an_item_of_a_list_is_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("assignment", "message"),
+    "assignment",
     [
-        ("stages.total.others[1]=one", "'stages.total.others' has no item [1]; the last is [0]. stages.total.others+="),
-        ("stages.total.others.0=one", "'stages.total.others' is a list; write stages.total.others[0] for its first"),
-        ("stages.total.first[0]=one", "'stages.total.first' is 'one', not a block of keys"),
-        ("stages.total[0]=one", "'stages.total' is a block of keys, not a list"),
-        ("stages.total.scale+=2", "'stages.total.scale' is not set in the file. Write stages.total.scale=[…]"),
-        ("stages.one.number+=2", "'stages.one.number' is no list"),
-        ("stages+=three", "'stages' is no list. Write stages.NAME.stage=KIND to add a stage"),
-        ("stages.total.others[x]=one", "'others[x]' is no key; an item of a list is written NAME[0]"),
-        (
-            "stages.three.number=1",
-            "there is no stage 'three'. Known here: one, total, two. A new one begins with `--set",
-        ),
+        "stages.total.others[1]=one",
+        "stages.total.others.0=one",
+        "stages.total.first[0]=one",
+        "stages.total[0]=one",
+        "stages.total.scale+=2",
+        "stages.one.number+=2",
+        "stages+=three",
+        "stages.total.others[x]=one",
+        "stages.three.number=1",
     ],
 )
-def test_a_path_that_leads_nowhere_is_refused(assignment: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        pipeline().set(assignment)
-    assert message in str(caught.value)
-    assert str(caught.value).startswith("--set ")
+def test_a_path_that_leads_nowhere_is_refused(refused: Refused, assignment: str) -> None:
+    refused(lambda: pipeline().set(assignment))
 
 
 def test_added_stage_is_placed_below_its_inputs() -> None:
@@ -102,9 +96,10 @@ def test_a_stage_that_is_there_keeps_its_place_and_key() -> None:
     assert changed.nodes["two"].key == pipeline().nodes["two"].key
 
 
-def test_a_stage_that_reads_a_later_one_is_told_to_move() -> None:
-    with pytest.raises(UserError, match="stage 'total' comes later; move it above 'one', which reads it"):
-        pipeline().set("stages.one={stage: 'tests.support.toy:SUM', first: total}", "stages.total.first=two")
+def test_a_stage_that_reads_a_later_one_is_told_to_move(refused: Refused) -> None:
+    refused(
+        lambda: pipeline().set("stages.one={stage: 'tests.support.toy:SUM', first: total}", "stages.total.first=two")
+    )
 
 
 def test_a_stage_is_added_below_a_loop_and_inside_one() -> None:
@@ -128,6 +123,5 @@ def test_a_stage_is_added_below_a_loop_and_inside_one() -> None:
     assert in_one_round.nodes["total-1"].inputs["others"] == ["drawn-1"]
 
 
-def test_path_that_begins_with_a_stage_is_completed() -> None:
-    with pytest.raises(UserError, match=r"unknown key 'two'\. A field of that stage is stages\.two\.number\."):
-        pipeline().set("two.number=3")
+def test_path_that_begins_with_a_stage_is_completed(refused: Refused) -> None:
+    refused(lambda: pipeline().set("two.number=3"))

@@ -7,6 +7,7 @@ import pytest
 from align import Pipeline
 from align.errors import UserError
 from tests.support import toy
+from tests.support.refusals import Refused
 
 
 def refused(raw: dict[str, Any]) -> str:
@@ -122,20 +123,18 @@ def test_set_returns_a_changed_copy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("assignment", "expected"),
+    "assignment",
     [
-        ("stages.totl.scale=1", "there is no stage 'totl'. Did you mean 'total'?"),
-        ("stage.total.scale=1", "unknown key 'stage'. Did you mean 'stages'?"),
-        ("stages.total.scal=1", "unknown key 'scal'. Did you mean 'scale'?"),
-        ("stages.total.scale.x=1", "stages.total.scale"),
-        ("nonsense", "expected path=value"),
-        ("stages.total.scale=[", "invalid YAML"),
+        "stages.totl.scale=1",
+        "stage.total.scale=1",
+        "stages.total.scal=1",
+        "stages.total.scale.x=1",
+        "nonsense",
+        "stages.total.scale=[",
     ],
 )
-def test_bad_assignments(assignment: str, expected: str) -> None:
-    with pytest.raises(UserError) as caught:
-        Pipeline(toy.pipeline()).set(assignment)
-    assert expected in str(caught.value)
+def test_bad_assignments(refused: Refused, assignment: str) -> None:
+    refused(lambda: Pipeline(toy.pipeline()).set(assignment))
 
 
 def test_load_reads_a_file(tmp_path: Path) -> None:
@@ -144,21 +143,17 @@ def test_load_reads_a_file(tmp_path: Path) -> None:
     assert Pipeline.load(path).nodes["one"].config.number == 4
 
 
-def test_misspelled_field_is_found_before_missing_file(tmp_path):
+def test_misspelled_field_is_found_before_missing_file(refused, tmp_path):
     block = {"model": {"source": "tiny", "chat_template": "no/such.jinja"}, "data": {"recipe": "x", "max_rwos": 1}}
-    with pytest.raises(UserError, match="unknown key 'max_rwos'"):
-        Pipeline({"name": "p", "stages": block}, base=tmp_path)
+    refused(Pipeline, {"name": "p", "stages": block}, base=tmp_path)
     block["data"] = {"recipe": str(tmp_path / "missing" / "x.yaml")}
-    with pytest.raises(UserError, match=r"no/such.jinja'; relative paths start at the file that names them"):
-        Pipeline({"name": "p", "stages": block}, base=tmp_path)
+    refused(Pipeline, {"name": "p", "stages": block}, base=tmp_path)
     block["model"] = {"source": "tiny"}
-    with pytest.raises(UserError, match=r"missing/x.yaml: there is no such file. Nor is there a folder .*missing\."):
-        Pipeline({"name": "p", "stages": block}, base=tmp_path)
+    refused(Pipeline, {"name": "p", "stages": block}, base=tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["a number", "a/number", "", "..", "zahl\n", "größe"])
-def test_user_stage_with_invalid_kind_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_stage_with_invalid_kind_is_refused(refused: Refused, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its record could not be written in the end, nor be read."""
     monkeypatch.setattr(toy, "NUMBER", replace(toy.NUMBER, kind=kind))
-    with pytest.raises(UserError, match="stages.one.*cannot name a folder of the store"):
-        Pipeline(toy.pipeline())
+    refused(lambda: Pipeline(toy.pipeline()))

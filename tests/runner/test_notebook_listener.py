@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from align import Pipeline
-from align.errors import StageFailed, UserError
+from align.errors import StageFailed
 from align.runner.listener import ConsoleListener, Listener
 from align.runner.notebook_listener import NotebookListener, is_in_notebook, progress_listener
 from tests.support import ipython, toy
+from tests.support.refusals import Refused
 
 
 @pytest.fixture
@@ -90,7 +91,6 @@ def test_a_run_is_silent_by_default(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == ""
 
 
-def test_progress_and_a_listener_are_not_taken_together(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="leave `listener` or `progress` out"):
-        Pipeline(toy.pipeline()).run(store=tmp_path / "store", progress=True, listener=Listener())
+def test_progress_and_a_listener_are_not_taken_together(refused: Refused, tmp_path: Path) -> None:
+    refused(lambda: Pipeline(toy.pipeline()).run(store=tmp_path / "store", progress=True, listener=Listener()))
     assert not (tmp_path / "store").exists()

@@ -24,7 +24,6 @@ import pytest
 
 from align import Pipeline
 from align.config.runtime import Runtime
-from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node
 from align.pipeline.process_limits import SLEEPING, SPINNING
 from align.pipeline.stop_signal import Stopped, StopRequest
@@ -43,6 +42,7 @@ from align.runner.stage_process import (
 from align.scoring.functions import ScoreFailed
 from tests.support import toy
 from tests.support.processes import command_of, descendants, is_alive
+from tests.support.refusals import Refused
 from tests.support.runs import wait_for
 
 pytestmark = pytest.mark.skipif(not ForkServer.is_possible(), reason="only Linux forks a process with its libraries")
@@ -102,10 +102,9 @@ def test_a_forked_stage_is_as_one_that_the_interpreter_starts(
         assert record[name] == expected[name]
 
 
-def test_a_forked_stage_that_is_killed_resumes(server: ForkServer, tmp_path: Path) -> None:
+def test_a_forked_stage_that_is_killed_resumes(refused: Refused, server: ForkServer, tmp_path: Path) -> None:
     raw = toy.pipeline(one={"crash": "kill"})
-    with pytest.raises(StageFailed, match="killed .SIGKILL"):
-        run_pipeline(Pipeline(raw), store=tmp_path)
+    refused(lambda: run_pipeline(Pipeline(raw), store=tmp_path))
     run = run_pipeline(Pipeline(raw), store=tmp_path)
     assert run.metrics("one") == {"number": 1, "resumed_at": 2, "tokens": 7}
     assert LIBRARY in run.artifact("one").record["packages"]
@@ -113,17 +112,16 @@ def test_a_forked_stage_that_is_killed_resumes(server: ForkServer, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("crash", "error", "message"),
+    "crash",
     [
-        ("user", UserError, "the dataset is empty"),
-        ("bug", StageFailed, "ValueError: a bug"),
-        ("exit", StageFailed, "ended with exit code 9"),
+        "user",
+        "bug",
+        "exit",
     ],
 )
 @pytest.mark.usefixtures("server")
-def test_a_forked_stage_fails_as_others_do(tmp_path: Path, crash: str, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        run_pipeline(Pipeline(toy.pipeline(one={"crash": crash})), store=tmp_path)
+def test_a_forked_stage_fails_as_others_do(refused: Refused, tmp_path: Path, crash: str) -> None:
+    refused(lambda: run_pipeline(Pipeline(toy.pipeline(one={"crash": crash})), store=tmp_path))
     (log,) = tmp_path.glob("number/*.partial/log.txt")
     assert ("Traceback" in log.read_text()) == (crash == "bug")
 
@@ -162,12 +160,11 @@ def test_a_forked_process_names_its_folder_and_leads_a_session(server: ForkServe
     assert listener.session == 0
 
 
-def test_stage_ends_with_its_fork_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_ends_with_its_fork_server(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = start_server()
     monkeypatch.setattr(this_thread, "server", server)
     raw = toy.pipeline(one={"pause": 0.2, "steps": 6})
-    with pytest.raises(StageFailed, match="killed .SIGKILL"):
-        run_pipeline(Pipeline(raw), store=tmp_path, listener=Process(kill=server.process.pid))
+    refused(lambda: run_pipeline(Pipeline(raw), store=tmp_path, listener=Process(kill=server.process.pid)))
     run = run_pipeline(Pipeline(raw), store=tmp_path)
     server.close()
     assert run.metrics("one")["resumed_at"] >= 1

@@ -9,11 +9,11 @@ import pytest
 
 from align.config.stages.sample import SampleConfig
 from align.config.user_functions import function_identity
-from align.errors import UserError
 from align.pipeline.registry import find_stage
 from align.runner import worker
 from align.runner.stage_result import RESULT, read_result, write_work
 from align.runner.worker import require_planned
+from tests.support.refusals import Refused
 
 CODE = """class Room:
     '''A room.'''
@@ -42,20 +42,18 @@ def config() -> SampleConfig:
     return SampleConfig(policy="sft", prompts="data", environment={"class": "room_of_test:Room", "max_tokens": 64})
 
 
-def test_changed_environment_is_refused(module: Path) -> None:
+def test_changed_environment_is_refused(refused: Refused, module: Path) -> None:
     stage, planned = find_stage("sample"), config().identities(Path.cwd())
     require_planned(stage, config(), planned, "pairs")
     module.write_text(CODE.replace("1.0", "2.0"))
-    with pytest.raises(UserError, match=r"^pairs\.environment: its code has changed since .* Run the command again"):
-        require_planned(stage, config(), planned, "pairs")
+    refused(lambda: require_planned(stage, config(), planned, "pairs"))
 
 
-def test_changed_score_is_refused(module: Path) -> None:
+def test_changed_score_is_refused(refused: Refused, module: Path) -> None:
     planned = {"score": function_identity("room_of_test:Room")}
     module.write_text(CODE + "\n")
     scored = SampleConfig(policy="sft", prompts="data", score="room_of_test:Room")
-    with pytest.raises(UserError, match=r"^pairs\.score: its code"):
-        require_planned(find_stage("sample"), scored, planned, "pairs")
+    refused(lambda: require_planned(find_stage("sample"), scored, planned, "pairs"))
 
 
 def test_stage_process_refuses_changed_code(module: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,13 @@ from align.config.validation import validate
 from align.data.final_answers import AnswerText
 from align.data.rows import assistant, user
 from align.environments.sources import open_environment
-from align.errors import UserError
 from align.judges.client import JudgmentCaches
 from align.scoring.score import open_entry
 from align.scoring.scored import Scorer
 from tests.support.environments.opened import TOOLS
 from tests.support.inference.fake_chat import FakeChat, completion
 from tests.support.judges import answer_shown, by_word, decisions
+from tests.support.refusals import Refused
 
 RUBRIC = [
     {"criterion": "It mentions Paris", "weight": 3},
@@ -86,7 +86,7 @@ def test_thoughts_are_not_shown_and_empty_answers_not_asked(fake: FakeChat, tmp_
     assert [answer_shown(body) for body in fake.bodies] == ["France"]
 
 
-def test_server_without_structured_output_is_asked_for_text(fake: FakeChat, tmp_path: Path) -> None:
+def test_server_without_structured_output_is_asked_for_text(refused: Refused, fake: FakeChat, tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> Any:
         if "response_format" in body:
             return 400, {"error": {"message": "response_format is not supported"}}
@@ -98,8 +98,7 @@ def test_server_without_structured_output_is_asked_for_text(fake: FakeChat, tmp_
     assert scorer.score(ROWS, TEXTS).total == [1.0, 0.25, -0.5, 0.0]
     assert sum("response_format" in body for body in fake.bodies) == 1
     fake.reply = lambda body: (400, {"error": {"message": "no chat here"}})
-    with pytest.raises(UserError, match=r"score\[0\].judge.endpoint: the server refuses the request with status 400"):
-        open_scorer(fake, tmp_path / "b").check()
+    refused(lambda: open_scorer(fake, tmp_path / "b").check())
 
 
 def test_unreadable_reply_has_lowest_score_and_is_counted(fake: FakeChat, tmp_path: Path) -> None:
@@ -121,10 +120,9 @@ def test_cut_off_reply_is_unreadable(fake: FakeChat, tmp_path: Path) -> None:
     assert open_scorer(fake, tmp_path).score(ROWS[:1], TEXTS[:1]).metrics["unreadable"] == [1.0]
 
 
-def test_too_many_unreadable_replies_end_the_stage(fake: FakeChat, tmp_path: Path) -> None:
+def test_too_many_unreadable_replies_end_the_stage(refused: Refused, fake: FakeChat, tmp_path: Path) -> None:
     fake.reply = lambda body: completion("fine by me")
-    with pytest.raises(UserError, match=r"score\[0\]: the judge good-model gave no readable .* in 4 of 4 judgments"):
-        open_scorer(fake, tmp_path, judge={"max_unreadable": 0.1}).score(ROWS, TEXTS)
+    refused(lambda: open_scorer(fake, tmp_path, judge={"max_unreadable": 0.1}).score(ROWS, TEXTS))
     # on_error gives them a score instead.
     lenient = open_scorer(fake, tmp_path / "b", judge={"max_unreadable": 0.1}, on_error=-1.0)
     assert lenient.score(ROWS, TEXTS).total == [-1.0] * 4
@@ -147,12 +145,10 @@ def test_retries_ask_again_with_another_seed(fake: FakeChat, tmp_path: Path) -> 
     assert len(seeds) == 3
 
 
-def test_row_without_criteria_is_named(fake: FakeChat, tmp_path: Path) -> None:
+def test_row_without_criteria_is_named(refused: Refused, fake: FakeChat, tmp_path: Path) -> None:
     scorer = open_scorer(fake, tmp_path)
-    with pytest.raises(UserError, match=r"score\[0\].criteria: row 7 has no 'rubric'"):
-        scorer.score([{"id": "7", "prompt": []}], ["x"])
-    with pytest.raises(UserError, match=r"score\[0\].criteria: row 7: 'rubric' is no list of criteria: \{'a': 1\}"):
-        scorer.score([{"id": "7", "prompt": [], "rubric": {"a": 1}}], ["x"])
+    refused(scorer.score, [{"id": "7", "prompt": []}], ["x"])
+    refused(scorer.score, [{"id": "7", "prompt": [], "rubric": {"a": 1}}], ["x"])
     assert not fake.bodies
 
 

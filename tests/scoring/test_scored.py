@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.errors import UserError
 from align.scoring.functions import FunctionScorer
 from align.scoring.score import Part, WeightedSum
-from align.scoring.scored import StepScore, WrongSteps, read_steps, split_steps
+from align.scoring.scored import StepScore, read_steps, split_steps
+from tests.support.refusals import Refused
 
 ANSWER = "\n\nFirst.\n\n\n\n Second one. \n\nThird"
 ROWS: list[Any] = [{"id": "7"}]
@@ -35,19 +35,18 @@ def test_scores_are_read_by_separator_and_by_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    "values",
     [
-        ([1.0], "1 scores for 3 steps"),
-        ([1.0, 2.0, float("nan")], "no finite number"),
-        ([1.0, 2.0, "3"], "no finite number"),
-        ([("Second one.", 1), ("First.", 1)], "does not occur after the step before it"),
-        ([("", 1)], "does not occur"),
-        ([("First.", 1, 2)], "no pair of a text and a number"),
+        [1.0],
+        [1.0, 2.0, float("nan")],
+        [1.0, 2.0, "3"],
+        [("Second one.", 1), ("First.", 1)],
+        [("", 1)],
+        [("First.", 1, 2)],
     ],
 )
-def test_scores_that_fit_no_steps_are_refused(values: list[Any], message: str) -> None:
-    with pytest.raises(WrongSteps, match=message):
-        read_steps(ANSWER, "\n\n", values)
+def test_scores_that_fit_no_steps_are_refused(refused: Refused, values: list[Any]) -> None:
+    refused(read_steps, ANSWER, "\n\n", values)
 
 
 def scorer(function: Any) -> FunctionScorer:
@@ -69,9 +68,8 @@ def test_steps_count_characters_after_the_thought() -> None:
     assert scored.steps == [[StepScore(2, 1.0)]]
 
 
-def test_wrong_scores_of_steps_name_the_row() -> None:
-    with pytest.raises(UserError, match=r"rewards:steps returned 1 scores for 2 steps, for row 7\. With `steps`"):
-        scorer(lambda rows, responses: [[1.0]]).score(ROWS, ["a\n\nb"])
+def test_wrong_scores_of_steps_name_the_row(refused: Refused) -> None:
+    refused(lambda: scorer(lambda rows, responses: [[1.0]]).score(ROWS, ["a\n\nb"]))
 
 
 def test_weighted_sum_keeps_the_steps_of_its_parts() -> None:

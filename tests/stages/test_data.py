@@ -13,10 +13,10 @@ from align import Pipeline
 from align.config.runtime import Runtime
 from align.config.stages.inputs import DataConfig
 from align.data.rows import read_rows
-from align.errors import StageFailed, UserError
 from align.pipeline.context import StageContext
 from align.stages.data import identities, makes, run
 from align.store.artifacts import Kind
+from tests.support.refusals import Refused
 
 HUB = {"type": "hub", "dataset": "o/n", "revision": "0" * 40, "format": "gsm8k"}
 
@@ -76,16 +76,14 @@ def test_prompts_of_one_template_are_warned_of(here: Path) -> None:
     assert "warning" not in (here / "events.jsonl").read_text()
 
 
-def test_files_and_max_rows_override_the_recipe(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_and_max_rows_override_the_recipe(refused: Refused, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = run(context(DataConfig(recipe="hub.yaml", files=["*.jsonl"], max_rows=30), here))
     assert metrics["rows_in"] == 40 and metrics["dropped"] == {"over max_rows": 10}
     by_field = identities(DataConfig(recipe="hub.yaml", files=["a.jsonl"]), here)
     monkeypatch.setenv("ALIGN_TEST_FILES", "a.jsonl")
     assert identities(DataConfig(recipe="hub.yaml"), here) == by_field
-    with pytest.raises(UserError, match=r"files cannot replace the sources of embedded.yaml"):
-        identities(DataConfig(recipe="embedded.yaml", files=["a.jsonl"]), here)
-    with pytest.raises(UserError, match=r"no file matches 'b.jsonl'.*'a.jsonl'"):
-        identities(DataConfig(recipe="hub.yaml", files=["b.jsonl"]), here)
+    refused(lambda: identities(DataConfig(recipe="embedded.yaml", files=["a.jsonl"]), here))
+    refused(lambda: identities(DataConfig(recipe="hub.yaml", files=["b.jsonl"]), here))
 
 
 def test_identity_is_the_recipes_content_and_its_files(here: Path) -> None:
@@ -117,20 +115,18 @@ def test_key_has_content_and_not_path_of_an_evaluation_set(here: Path) -> None:
     assert identities_of("eval.jsonl") != first
 
 
-def test_a_missing_recipe(here: Path) -> None:
-    with pytest.raises(UserError, match=r"embeded.yaml: there is no such file.*embedded.yaml"):
-        makes(DataConfig(recipe="embeded.yaml"))
+def test_a_missing_recipe(refused: Refused, here: Path) -> None:
+    refused(lambda: makes(DataConfig(recipe="embeded.yaml")))
 
 
-def test_a_broken_line_writes_nothing(here: Path) -> None:
+def test_a_broken_line_writes_nothing(refused: Refused, here: Path) -> None:
     with (here / "a.jsonl").open("a") as file:
         file.write("{broken\n")
-    with pytest.raises(UserError, match=r"a.jsonl:41: not valid JSON"):
-        run(context(DataConfig(recipe="hub.yaml", files=["a.jsonl"]), here))
+    refused(lambda: run(context(DataConfig(recipe="hub.yaml", files=["a.jsonl"]), here)))
     assert list((here / "out").iterdir()) == []
 
 
-def test_a_build_that_is_killed_goes_on_in_its_next_run(tmp_path: Path) -> None:
+def test_a_build_that_is_killed_goes_on_in_its_next_run(refused: Refused, tmp_path: Path) -> None:
     source = {
         "type": "python",
         "function": "tests.support.data.many_rows:rows",
@@ -151,8 +147,7 @@ def test_a_build_that_is_killed_goes_on_in_its_next_run(tmp_path: Path) -> None:
         return (pipeline.run(store=where).artifacts["data"].path / "ledger.json").read_text()
 
     (tmp_path / "kill").touch()
-    with pytest.raises(StageFailed, match="SIGKILL"):
-        ledger(tmp_path / "store")
+    refused(ledger, tmp_path / "store")
     again = ledger(tmp_path / "store")
     assert again == ledger(tmp_path / "whole")
     assert json.loads(again)["dropped"]["duplicate of an earlier row"] > 0

@@ -14,9 +14,9 @@ import yaml
 
 from align import Pipeline
 from align.data.rows import read_rows
-from align.errors import UserError
 from align.store.artifacts import Kind
 from tests.support.hub_server import HubServer, environment, online_hub
+from tests.support.refusals import Refused
 
 __all__ = ["online_hub"]
 
@@ -82,13 +82,13 @@ def test_a_csv_in_one_line_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert pipeline(dataset="pairs.csv").nodes["data"].key != node.key
 
 
-def test_columns_of_no_format_are_named_when_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_of_no_format_are_named_when_planned(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("odd.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match=r"stages.data: odd.csv: format: auto finds no format .*'a', 'b'"):
-        pipeline(dataset="odd.csv")
-    with pytest.raises(UserError, match="stages.data: dataset: 'gone.csv' is neither a file"):
-        pipeline(dataset="gone.csv")
+    refused(pipeline, dataset="odd.csv")
+    refused(pipeline, dataset="gone.csv")
 
 
 @pytest.fixture
@@ -128,21 +128,18 @@ def test_a_dataset_of_the_hub_in_one_line(online_hub: HubServer, commit: str, tm
     assert [line for line in online_hub.requests if "train.jsonl" in line] == before
 
 
-def test_what_the_hub_does_not_have(online_hub: HubServer, commit: str) -> None:
-    with pytest.raises(UserError, match="dataset: the Hub dataset 'org/piars' does not exist"):
-        pipeline(dataset="org/piars")
-    with pytest.raises(UserError, match="revision: the Hub dataset 'org/pairs' has no branch, tag or commit 'v9'"):
-        pipeline(dataset="org/pairs", revision="v9")
+def test_what_the_hub_does_not_have(refused: Refused, online_hub: HubServer, commit: str) -> None:
+    refused(pipeline, dataset="org/piars")
+    refused(pipeline, dataset="org/pairs", revision="v9")
 
 
-def test_misspelled_column_is_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misspelled_column_is_refused_before_the_run(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text(json.dumps({"question": "why?", "answer": "because"}) + "\n")
     columns = {"prompt": "quesion", "completion": "answer"}
-    message = r"names the column 'quesion', which none of its 1 records has; .* Did you mean 'question'\?"
-    with pytest.raises(UserError, match=message):
-        pipeline(dataset="rows.jsonl", format="prompt_completion", columns=columns)
+    refused(pipeline, dataset="rows.jsonl", format="prompt_completion", columns=columns)
     source = {"type": "files", "paths": ["rows.jsonl"], "format": "prompt_completion", "columns": columns}
     Path("recipe.yaml").write_text(yaml.safe_dump({"kind": "instructions", "sources": [source]}))
-    with pytest.raises(UserError, match=message):
-        pipeline(recipe="recipe.yaml")
+    refused(pipeline, recipe="recipe.yaml")

@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from align.config.stages.sft import DistillConfig
-from align.errors import UserError
 from align.inference.protocol import Response, Sampling
 from align.models.built_in import make_tiny
 from align.models.fast.token_logprobs import LogitTransform
@@ -27,6 +26,7 @@ from align.training.distill_trainer import AnswerCollator, Teacher, TeacherCache
 from align.training.divergence import Live, Measure, TopTokens, summed_divergence, with_rest
 from align.training.rows import MASKED, encode_supervised
 from tests.support.models.scaled_logits import make_scaling_model
+from tests.support.refusals import Refused
 from tests.support.stages.more_tokens import add_token
 from tests.support.stages.stage_contexts import distill_stage
 from tests.support.training.harness import losses, rows
@@ -311,7 +311,7 @@ def test_own_answers_follow_the_datas_prompts(
 
 
 def test_forced_ends_of_thoughts_are_not_learned(
-    tiny_model: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refused: Refused, tiny_model: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = "('<think>\\n' if message['role'] == 'assistant' else '') + message['content']"
     student = Path(shutil.copytree(tiny_model, tmp_path / "student"))
@@ -322,8 +322,7 @@ def test_forced_ends_of_thoughts_are_not_learned(
         tokenizer.chat_template = template.replace("assistant\\n'", "assistant\\n<think>\\n'")
         tokenizer.save_pretrained(model)
     fields: dict[str, Any] = {"max_steps": 1, "on_policy": 1.0, "max_tokens": 24, "max_length": 128}
-    with pytest.raises(UserError, match="^stage: thinking_budget is 13, and the 11 tokens that close"):
-        run(distill_stage(tmp_path / "refused", student, thinker, thinking_budget=13, **fields))
+    refused(lambda: run(distill_stage(tmp_path / "refused", student, thinker, thinking_budget=13, **fields)))
     sampled: list[tuple[list[int], Response]] = []
     generate = work.generate
 
@@ -439,36 +438,33 @@ def test_a_batch_of_answers() -> None:
     assert batch["row"].tolist() == [4, -1]
 
 
-def test_teachers_that_cannot_teach_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_teachers_that_cannot_teach_are_refused(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
     other_teacher = make_tiny(tmp_path / "template", seed=1)
     (other_teacher / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
     )
-    with pytest.raises(UserError, match="student and teacher have different chat templates"):
-        run(distill_stage(tmp_path / "a", tiny_model, other_teacher))
+    refused(lambda: run(distill_stage(tmp_path / "a", tiny_model, other_teacher)))
     more = make_tiny(tmp_path / "vocabulary", seed=1)
     add_token(more, "zebra")
-    with pytest.raises(
-        UserError, match=r"the student and the teacher have different vocabularies \(260 and 261 tokens\)"
-    ):
-        run(distill_stage(tmp_path / "b", tiny_model, more))
+    refused(lambda: run(distill_stage(tmp_path / "b", tiny_model, more)))
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    "fields",
     [
-        ({"teacher": "model"}, "teacher is 'model', the student itself"),
-        ({"on_policy": 0.5, "tuning": {"method": "prefix"}}, "on_policy samples from the student during training"),
-        ({"on_policy": 0.5, "max_tokens": 64}, "max_tokens 64 leaves no room for a prompt"),
-        ({"divergance": "jsd"}, "divergance"),
-        ({"jsd_beta": 0.1}, "jsd_beta has no effect with divergence forward; take jsd"),
-        ({"max_tokens": 32}, "max_tokens is about sampled answers, and on_policy is 0"),
-        ({"sample_temperature": 0.7}, "sample_temperature is about sampled answers, and on_policy is 0"),
-        ({"rollouts": {"keep": 0.5}}, "rollouts is about sampled answers, and on_policy is 0"),
-        ({"trainer": {"packing": True}}, "packing"),
+        {"teacher": "model"},
+        {"on_policy": 0.5, "tuning": {"method": "prefix"}},
+        {"on_policy": 0.5, "max_tokens": 64},
+        {"divergance": "jsd"},
+        {"jsd_beta": 0.1},
+        {"max_tokens": 32},
+        {"sample_temperature": 0.7},
+        {"rollouts": {"keep": 0.5}},
+        {"trainer": {"packing": True}},
     ],
 )
-def test_settings_that_cannot_work_are_refused(fields: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        DistillConfig(**{"model": "model", "teacher": "teacher", "data": "d", "learning_rate": 1e-3, "max_length": 64,
-                         **fields})  # fmt: skip
+def test_settings_that_cannot_work_are_refused(refused: Refused, fields: dict[str, Any]) -> None:
+    refused(
+        DistillConfig,
+        **{"model": "model", "teacher": "teacher", "data": "d", "learning_rate": 0.001, "max_length": 64, **fields},
+    )

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
-from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
 from align.pipeline.registry import STAGES
 from tests.support.environments.buttons import FORMAT, make_presser
-from tests.support.rl.stages import COMMON, KINDS, make_stage
+from tests.support.refusals import Refused
+from tests.support.rl.stages import COMMON, make_stage
 from tests.support.stages.vowels import share
 from tests.support.stored_rollouts import stored_rows
 
@@ -35,7 +34,7 @@ def presser(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_presser(tiny_model, tmp_path_factory.mktemp("presser"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["ppo", "grpo", "online_dpo"])
 def test_a_stage_learns_from_episodes(kind: str, presser: Path, tmp_path: Path) -> None:
     context = make_stage(kind, tmp_path, presser, **fields(), eval_updates=1)
     metrics = STAGES[kind].runner()(context)
@@ -63,18 +62,17 @@ def test_a_score_adds_to_that_of_the_environment(presser: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"max_tokens": 64}, "an episode has one limit. Remove max_tokens here"),
-        ({"environment": None}, "neither reward nor score is set"),
-        ({"environment": ENVIRONMENT | {"max_turns": 40}}, "max_turns 40 can never fit into max_tokens 60"),
-        ({"environment": ENVIRONMENT | {"tools": ["a:b"]}}, "exactly one"),
+        {"max_tokens": 64},
+        {"environment": None},
+        {"environment": ENVIRONMENT | {"max_turns": 40}},
+        {"environment": ENVIRONMENT | {"tools": ["a:b"]}},
     ],
 )
-def test_wrong_configs_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_wrong_configs_are_refused(refused: Refused, changes: dict[str, Any]) -> None:
     config = STAGES["ppo"].config_class()
-    with pytest.raises(ValidationError, match=message):
-        config(**{**COMMON, **fields(), **changes})
+    refused(lambda: config(**{**COMMON, **fields(), **changes}))
 
 
 def test_an_episode_has_the_tokens_that_its_environment_says() -> None:
@@ -84,14 +82,14 @@ def test_an_episode_has_the_tokens_that_its_environment_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"class": "tests.support.environments.buttons:Missing"}, "Missing"),
-        ({"tool_format": "auto"}, "does not show how its model writes calls"),
+        {"class": "tests.support.environments.buttons:Missing"},
+        {"tool_format": "auto"},
     ],
 )
 def test_unfit_environment_is_refused_before_the_engine_starts(
-    changes: dict[str, Any], message: str, presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refused: Refused, changes: dict[str, Any], presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the engine was started")
@@ -99,13 +97,11 @@ def test_unfit_environment_is_refused_before_the_engine_starts(
     monkeypatch.setattr("align.stages.rl.open_engine", start)
     monkeypatch.setattr("align.stages.rl.load_for_tuning", start)
     context = make_stage("ppo", tmp_path, presser, **fields(**changes))
-    with pytest.raises(UserError, match=message):
-        STAGES["ppo"].runner()(context)
+    refused(lambda: STAGES["ppo"].runner()(context))
 
 
-def test_a_template_without_tools_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no place for tools, and the environment has"):
-        STAGES["ppo"].runner()(make_stage("ppo", tmp_path, tiny_model, **fields()))
+def test_a_template_without_tools_is_refused(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
+    refused(lambda: STAGES["ppo"].runner()(make_stage("ppo", tmp_path, tiny_model, **fields())))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +112,9 @@ def test_a_template_without_tools_is_refused(tiny_model: Path, tmp_path: Path) -
         ({"stages": {"ppo": {"rollouts": {"servers": 1}}}}, None),
     ],
 )
-def test_continuing_with_new_weights_needs_servers(runtime: dict[str, Any], words: str | None) -> None:
+def test_continuing_with_new_weights_needs_servers(
+    refused: Refused, runtime: dict[str, Any], words: str | None
+) -> None:
     ppo = {"stage": "ppo", "policy": "policy", "prompts": "prompts", "learning_rate": 1e-3, "environment": ENVIRONMENT}
     stages = {
         "policy": {"stage": "tests.support.stages.fixed_inputs:POLICY", "folder": "."},
@@ -127,6 +125,4 @@ def test_continuing_with_new_weights_needs_servers(runtime: dict[str, Any], word
     if words is None:
         assert Pipeline(raw, "p.yaml").nodes["ppo"].config.in_flight == "continue"
         return
-    with pytest.raises(UserError) as caught:
-        Pipeline(raw, "p.yaml")
-    assert str(caught.value).startswith("p.yaml: stages.ppo.in_flight: ") and words in str(caught.value)
+    refused(Pipeline, raw, "p.yaml")

@@ -11,7 +11,6 @@ import pytest
 
 from align.config.stages.evaluate import EvaluateConfig
 from align.data.rows import assistant, read_rows, user, write_rows
-from align.errors import UserError
 from align.evaluation import evaluator
 from align.evaluation import logprobs as passes
 from align.evaluation.plan import make_plan
@@ -184,10 +183,9 @@ def count_warnings(context):
     return context.events.read_text().count('"warning"')
 
 
-def test_an_empty_split_is_refused(context, inputs):
+def test_an_empty_split_is_refused(refused, context, inputs):
     write_rows(inputs["prompts"].split("test"), [])
-    with pytest.raises(UserError, match="no rows"):
-        evaluate.run(context)
+    refused(evaluate.run, context)
 
 
 def test_greedy_leaves_kl_out(context, inputs):
@@ -201,11 +199,10 @@ def test_greedy_leaves_kl_out(context, inputs):
     assert card["reward_models"] == []
 
 
-def test_responses_of_other_weights_are_noticed(context, monkeypatch):
+def test_responses_of_other_weights_are_noticed(refused, context, monkeypatch):
     """An engine that goes on with the first checkpoint's weights: what a failed hand-over looks like."""
     monkeypatch.setattr(TransformersEngine, "load_weights", lambda self, weights: None)
-    with pytest.raises(RuntimeError, match="not this checkpoint's"):
-        evaluate.run(context)
+    refused(evaluate.run, context)
 
 
 def test_an_engine_that_hangs_ends_the_stage(context, monkeypatch):
@@ -254,12 +251,11 @@ def test_prompting_best_of_n_and_a_gate(context, inputs, tmp_path, monkeypatch):
     assert sum(best) / len(best) == pytest.approx(estimates["best"]["reward"]["value"])
 
 
-def test_gate_that_nothing_measures_is_refused_before_the_run(context, monkeypatch):
+def test_gate_that_nothing_measures_is_refused_before_the_run(refused, context, monkeypatch):
     monkeypatch.setattr("align.evaluation.evaluator.evaluate", lambda *values: pytest.fail("it ran"))
     greedy = {"gates": {"kl": "<= 3"}, "temperature": 0.0, "samples_per_prompt": 1}
     config = EvaluateConfig(**context.config.model_dump() | greedy)
-    with pytest.raises(UserError, match=r"gates\.kl: nothing measures"):
-        evaluate.run(replace(context, config=config))
+    refused(lambda: evaluate.run(replace(context, config=config)))
 
 
 def test_a_checkpoint_against_itself_shows_no_difference(context, inputs):
@@ -308,7 +304,7 @@ def test_greedy_checkpoint_gives_no_measure_of_noise(context, inputs):
     assert noise[0].startswith("again repeats sft word for word in prompts, so the noise was not measured")
 
 
-def test_examples_come_from_many_sources_of_the_train_split(context, inputs):
+def test_examples_come_from_many_sources_of_the_train_split(refused, context, inputs):
     rows = [
         {"id": str(i), "source": "common" if i < 8 else f"rare{i}", "checks": "", "prompt": [user(f"q{i}")],
          "completion": [assistant(f"a{i}")]}
@@ -322,12 +318,11 @@ def test_examples_come_from_many_sources_of_the_train_split(context, inputs):
     assert [text.count(word) for word in ("q8", "a8", "q9", "a9")] == [1, 1, 1, 1]  # one of each source first
     assert len(plan.prompts["shown"][0]) > len(plan.prompts["model"][0])
     write_rows(inputs["prompts"].split("train"), rows[:2])
-    with pytest.raises(UserError, match=r"baselines.shown: shots is 3, but there are 2 examples"):
-        make_plan(replace(context, config=config))
+    refused(lambda: make_plan(replace(context, config=config)))
 
 
 @pytest.mark.parametrize("task", ["preference", "chat"])
-def test_conversation_without_examples_is_refused_before_the_run(context, inputs, tmp_path, task):
+def test_conversation_without_examples_is_refused_before_the_run(refused, context, inputs, tmp_path, task):
     (tmp_path / "q.jsonl").write_text('{"question": "2 + 2", "choices": ["3", "4"], "answer": 1}\n')
     blocks = {
         "preference": {"task": "preference"},
@@ -335,28 +330,31 @@ def test_conversation_without_examples_is_refused_before_the_run(context, inputs
     }
     changes = {"tasks": {"mine": blocks[task]}, "baselines": {"shown": {"of": "model", "shots": 2}}, "prompts": None}
     config = EvaluateConfig(**context.config.model_dump() | changes | {"score": None})
-    with pytest.raises(UserError, match=r"tasks\.mine: baselines\.shown: shots is 2, but there are 0 examples"):
-        make_plan(replace(context, config=config, inputs=inputs | {"prompts": None}))
+    refused(lambda: make_plan(replace(context, config=config, inputs=inputs | {"prompts": None})))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"max_heldout_length": 2}, "heldout: none of 7 rows has a turn to train on and fits max_heldout_length=2"),
-        (
-            {"tasks": {"house": {"task": "judged", "mode": "compare", "against": "base", "files": ["questions.jsonl"],
-             "judge": {"reward": True}}}, "policies": ["sft", "ppo"]},
-            r"^tasks\.house\.against: base, but no stage of kind `model` is among policies",
-        ),
-        (
-            {"tasks": {"words": {"task": "perplexity", "texts": "books", "max_length": 20}}, "texts": ["books"],
-             "baselines": {"shown": {"of": "model", "system": "x" * 20}}},
-            r"^tasks\.words: 'shown' reads 22 tokens first, half of a window of 20 or more",
-        ),
+        {"max_heldout_length": 2},
+        {
+            "tasks": {
+                "house": {
+                    "task": "judged", "mode": "compare", "against": "base", "files": ["questions.jsonl"],
+                    "judge": {"reward": True},
+                }
+            },
+            "policies": ["sft", "ppo"],
+        },
+        {
+            "tasks": {"words": {"task": "perplexity", "texts": "books", "max_length": 20}},
+            "texts": ["books"],
+            "baselines": {"shown": {"of": "model", "system": "x" * 20}},
+        },
     ],
     ids=["held-out", "base", "prompt"],
 )  # fmt: skip
-def test_unreadable_or_incomparable_inputs_are_refused(context, inputs, tmp_path, monkeypatch, changes, message):
+def test_unreadable_or_incomparable_inputs_are_refused(refused, context, inputs, tmp_path, monkeypatch, changes):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "questions.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
     books = Artifact("books", Kind.TEXTS, tmp_path / "books", {"key": "books-key"})
@@ -366,8 +364,7 @@ def test_unreadable_or_incomparable_inputs_are_refused(context, inputs, tmp_path
     config = EvaluateConfig(**context.config.model_dump() | changes)
     policies = [artifact for artifact in inputs["policies"] if artifact.stage in config.policies]
     values = inputs | {"policies": policies, "texts": [books]}
-    with pytest.raises(UserError, match=message):
-        make_plan(replace(context, config=config, inputs=values))
+    refused(lambda: make_plan(replace(context, config=config, inputs=values)))
 
 
 def test_a_list_of_rewards_is_a_metric_each_beside_their_sum(context, inputs):

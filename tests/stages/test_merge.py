@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from align import Pipeline
 from align.config.stages.merge import MergeConfig
 from align.config.tuning import AdaptersTuning
-from align.errors import UserError
 from align.models import merging as methods
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.tuning.stored import apply, write_adapter
 from align.pipeline.context import StageContext
 from align.stages.merge import merge_tensor, run
 from align.store.artifacts import Kind
+from tests.support.refusals import Refused
 from tests.support.stages.stage_contexts import merge_stage, perturbed_copy
 
 
@@ -184,12 +184,10 @@ def untie(folder: Path) -> None:
 
 @pytest.mark.parametrize("policies", [["a", "b"], ["b", "a"]])
 def test_a_head_that_only_one_checkpoint_has_is_refused(
-    policies: list[str], trained: dict[str, Path], tmp_path: Path
+    refused: Refused, policies: list[str], trained: dict[str, Path], tmp_path: Path
 ) -> None:
     untie(trained["b"])
-    message = r"policies \('a'\) has no lm_head.weight, which policies \('b'\) has"
-    with pytest.raises(UserError, match=message):
-        run(merge_stage(tmp_path / "run", trained, policies=policies))
+    refused(lambda: run(merge_stage(tmp_path / "run", trained, policies=policies)))
 
 
 def test_reward_models_merge_from_a_policy_with_own_head(tiny_reward: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -201,29 +199,27 @@ def test_reward_models_merge_from_a_policy_with_own_head(tiny_reward: Path, tiny
     assert torch.allclose(heads[2], (heads[0] + heads[1]) / 2, atol=1e-6)
 
 
-def test_an_adapter_beside_the_weights_is_named_by_its_method(trained: dict[str, Path], tmp_path: Path) -> None:
+def test_an_adapter_beside_the_weights_is_named_by_its_method(
+    refused: Refused, trained: dict[str, Path], tmp_path: Path
+) -> None:
     tuned = apply(load_policy(trained["b"]), AdaptersTuning(kind="llama_adapter", layers=1), 0, None)
     write_adapter(tuned, trained["b"] / "adapter")
-    with pytest.raises(UserError, match=r"carries an adapter that is no part of its weights \(llama_adapter 10\)"):
-        run(merge_stage(tmp_path / "run", trained, policies=["a", "b"]))
+    refused(lambda: run(merge_stage(tmp_path / "run", trained, policies=["a", "b"])))
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    "fault",
     [
-        (
-            "architecture",
-            r"policies \('a'\) and policies \('b'\) are not of one architecture: num_hidden_layers is 2 and 3",
-        ),
-        ("template", "have different chat templates"),
-        ("vocabulary", "have different vocabularies"),
-        ("origin", r"were not trained from one start: the cosine of their weights is -?0.[01]"),
-        ("adapter", "carries an adapter that is no part of its weights"),
-        ("shape", r"model.norm.weight is \[64\] in policies \('a'\) and \[32\]"),
+        "architecture",
+        "template",
+        "vocabulary",
+        "origin",
+        "adapter",
+        "shape",
     ],
 )
 def test_what_does_not_fit_together_is_refused(
-    fault: str, message: str, trained: dict[str, Path], tmp_path: Path
+    refused: Refused, fault: str, trained: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = trained["b"]
     if fault == "architecture":
@@ -249,36 +245,29 @@ def test_what_does_not_fit_together_is_refused(
             # norms are near 1 in every model: matrices alone tell where it started
             weights = {n: torch.randn_like(t) * t.std() if t.dim() > 1 else t for n, t in weights.items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=message):
-        run(merge_stage(tmp_path / "run", trained, policies=["a", "b"]))
+    refused(lambda: run(merge_stage(tmp_path / "run", trained, policies=["a", "b"])))
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    "fields",
     [
-        ({}, "name either policies or rewards, the checkpoints to merge; found neither"),
-        ({"policies": ["sft"]}, "there is one checkpoint, and merging needs two or more"),
-        ({"policies": ["sft", "sft"]}, "the same stage is listed twice"),
-        ({"policies": ["sft", "dpo"], "method": "ties"}, "ties merges task vectors from a base; name it"),
-        (
-            {"policies": ["sft", "dpo"], "scale": 0.5},
-            "scale is the factor of the change from the base, and there is none",
-        ),
-        ({"policies": ["sft", "dpo"], "density": 0.3}, "density is used by ties"),
-        ({"policies": ["sft", "dpo"], "weights": [1]}, "weights has 1 numbers for 2 checkpoints"),
-        ({"policies": ["sft", "dpo"], "weights": [1, -1]}, "is for task_arithmetic only"),
-        ({"policies": ["sft", "dpo"], "base": "sft", "method": "warp"}, "'sft' is the base and a checkpoint to merge"),
-        (
-            {"policies": ["sft", "dpo", "model"], "method": "slerp"},
-            "slerp interpolates two checkpoints, and there are 3",
-        ),
-        ({"policies": ["sft", "dpo"], "metod": "ties"}, "unknown key 'metod'. Did you mean 'method'"),
-        ({"policy": ["sft", "dpo"]}, "unknown key 'policy'. Did you mean 'policies'"),
-        ({"policies": ["sft", "dpo"], "method": "tie"}, r"'tie'"),
-        ({"rewards": ["sft", "dpo"]}, "stages.merge.rewards points at 'sft', a PolicyCheckpoint"),
+        {},
+        {"policies": ["sft"]},
+        {"policies": ["sft", "sft"]},
+        {"policies": ["sft", "dpo"], "method": "ties"},
+        {"policies": ["sft", "dpo"], "scale": 0.5},
+        {"policies": ["sft", "dpo"], "density": 0.3},
+        {"policies": ["sft", "dpo"], "weights": [1]},
+        {"policies": ["sft", "dpo"], "weights": [1, -1]},
+        {"policies": ["sft", "dpo"], "base": "sft", "method": "warp"},
+        {"policies": ["sft", "dpo", "model"], "method": "slerp"},
+        {"policies": ["sft", "dpo"], "metod": "ties"},
+        {"policy": ["sft", "dpo"]},
+        {"policies": ["sft", "dpo"], "method": "tie"},
+        {"rewards": ["sft", "dpo"]},
     ],
 )
-def test_unfit_settings_are_refused_when_the_file_is_read(fields: dict[str, Any], message: str) -> None:
+def test_unfit_settings_are_refused_when_the_file_is_read(refused: Refused, fields: dict[str, Any]) -> None:
     stages = {
         "model": {"source": "tiny"},
         "data": {"recipe": "data_recipes/quickstart.yaml"},
@@ -286,5 +275,4 @@ def test_unfit_settings_are_refused_when_the_file_is_read(fields: dict[str, Any]
         "dpo": {"stage": "sft", "model": "model", "data": "data", "learning_rate": 2e-3},
         "merge": fields,
     }
-    with pytest.raises(UserError, match=message):
-        Pipeline({"name": "p", "stages": stages}, "p.yaml", Path(__file__).parents[2])
+    refused(lambda: Pipeline({"name": "p", "stages": stages}, "p.yaml", Path(__file__).parents[2]))

@@ -14,13 +14,13 @@ from transformers import AutoTokenizer
 
 from align.config.runtime import Runtime
 from align.config.stages.inputs import ModelConfig
-from align.errors import UserError
 from align.models.chat.render import render_prompt
 from align.models.loading import load_policy, load_tokenizer
 from align.pipeline.context import StageContext
 from align.stages.model import identities, pinned, run
 from tests.support.chat_templates import THINKING
 from tests.support.models.adapters import train_adapter
+from tests.support.refusals import Refused
 
 
 def _context(tmp_path: Path, **config: Any) -> StageContext:
@@ -69,11 +69,12 @@ def test_wrong_eos_and_pad_are_put_right_and_said(tiny_model: Path, tmp_path: Pa
     assert "ends turns with '<|im_end|>'" in context.events.read_text()
 
 
-def test_base_model_without_template_is_refused_or_given_one(tiny_model: Path, tmp_path: Path) -> None:
+def test_base_model_without_template_is_refused_or_given_one(
+    refused: Refused, tiny_model: Path, tmp_path: Path
+) -> None:
     source = _edited(tiny_model, tmp_path / "source", chat_template=None)
     (tmp_path / "one").mkdir()
-    with pytest.raises(UserError, match="chat_template field"):
-        run(_context(tmp_path / "one", source=str(source)))
+    refused(lambda: run(_context(tmp_path / "one", source=str(source))))
     template = tmp_path / "chat.jinja"
     template.write_text("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
     (tmp_path / "two").mkdir()
@@ -82,27 +83,24 @@ def test_base_model_without_template_is_refused_or_given_one(tiny_model: Path, t
     assert load_tokenizer(context.output / "model").chat_template == template.read_text()
 
 
-def test_bfloat16_is_stored_and_missing_template_is_refused(tmp_path: Path) -> None:
+def test_bfloat16_is_stored_and_missing_template_is_refused(refused: Refused, tmp_path: Path) -> None:
     context = _context(tmp_path, source="tiny", dtype="bfloat16")
     run(context)
     assert load_policy(context.output / "model", torch.bfloat16).dtype == torch.bfloat16
-    with pytest.raises(UserError, match="chat_template: there is no file"):
-        identities(ModelConfig(source="tiny", chat_template="nowhere.jinja"), tmp_path)
+    refused(lambda: identities(ModelConfig(source="tiny", chat_template="nowhere.jinja"), tmp_path))
 
 
-def test_unreachable_hub_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_one_message(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    with pytest.raises(UserError, match="could not be brought in"):
-        run(_context(tmp_path, source="a/b", revision="0" * 40))
+    refused(lambda: run(_context(tmp_path, source="a/b", revision="0" * 40)))
 
 
-def test_a_network_that_fails_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_fails_is_one_message(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: object, **options: object) -> None:
         raise httpx.ConnectError("[Errno -2] Name or service not known")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
-    with pytest.raises(UserError, match=r"could not be brought in: ConnectError: .*not known\nCheck the network"):
-        run(_context(tmp_path, source="a/b", revision="0" * 40))
+    refused(lambda: run(_context(tmp_path, source="a/b", revision="0" * 40)))
 
 
 def _with_code(tiny_model: Path, folder: Path, kind: str) -> Path:
@@ -138,13 +136,14 @@ def test_code_that_is_trusted_does_not_go_into_the_store(tiny_model: Path, tmp_p
 
 
 @pytest.mark.usefixtures("code_of_models")
-def test_the_code_of_an_adapters_base_runs_where_it_is_trusted(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_code_of_an_adapters_base_runs_where_it_is_trusted(
+    refused: Refused, tiny_model: Path, tmp_path: Path
+) -> None:
     adapter = str(train_adapter(tiny_model, tmp_path / "lora"))
     base = str(_with_code(tiny_model, tmp_path / "base", "own-kind"))
-    for name, trusted, finding in (("one", False, "running Python code"), ("two", True, "own-kind")):
+    for name, trusted in (("one", False), ("two", True)):
         (tmp_path / name).mkdir()
-        with pytest.raises(UserError, match=finding):
-            run(_context(tmp_path / name, source=adapter, base_model=base, trust_remote_code=trusted))
+        refused(run, _context(tmp_path / name, source=adapter, base_model=base, trust_remote_code=trusted))
     (tmp_path / "three").mkdir()
     known = _with_code(tiny_model, tmp_path / "known", "llama")
     plain = _context(tmp_path / "three", source=adapter, base_model=str(known), trust_remote_code=True)
@@ -154,12 +153,11 @@ def test_the_code_of_an_adapters_base_runs_where_it_is_trusted(tiny_model: Path,
 
 
 @pytest.mark.usefixtures("code_of_models")
-def test_a_model_that_is_its_own_code_alone_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_its_own_code_alone_is_refused(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
     source = _with_code(tiny_model, tmp_path / "source", "own-kind")
-    for name, trusted, finding in (("one", False, "running Python code"), ("two", True, "own-kind")):
+    for name, trusted in (("one", False), ("two", True)):
         (tmp_path / name).mkdir()
-        with pytest.raises(UserError, match=finding):
-            run(_context(tmp_path / name, source=str(source), trust_remote_code=trusted))
+        refused(run, _context(tmp_path / name, source=str(source), trust_remote_code=trusted))
     assert (tmp_path / "modules").exists()  # it was run where that was allowed
 
 
@@ -169,14 +167,12 @@ def test_template_that_replaces_the_models_own_warns(tiny_model: Path, tmp_path:
     assert "chat_template: alpaca replaces the chat template of" in context.events.read_text()
 
 
-def test_thinking_switch_is_stored_in_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+def test_thinking_switch_is_stored_in_checkpoint(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
     source = str(_edited(tiny_model, tmp_path / "source", chat_template=THINKING))
     metrics = run(_context(tmp_path, source=source, thinking=False))
     assert metrics["chat_template_kwargs"] == '{"enable_thinking": false}'
     tokenizer = load_tokenizer(tmp_path / "output" / "model")
     prompt = tokenizer.decode(render_prompt(tokenizer, [{"role": "user", "content": "Why?"}]))
     assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    with pytest.raises(UserError, match="^thinking: the chat template has no switch"):
-        pinned(ModelConfig(source=source, chat_template="chatml", thinking="on"), tmp_path)
-    with pytest.raises(UserError, match="^chat_template_kwargs: .* Did you mean 'enable_thinking'"):
-        pinned(ModelConfig(source=source, chat_template_kwargs={"enable_thinkin": True}), tmp_path)
+    refused(lambda: pinned(ModelConfig(source=source, chat_template="chatml", thinking="on"), tmp_path))
+    refused(lambda: pinned(ModelConfig(source=source, chat_template_kwargs={"enable_thinkin": True}), tmp_path))

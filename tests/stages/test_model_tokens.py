@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from align import Pipeline
-from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
+from tests.support.refusals import Refused
 
 TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 SHORT = {"max_steps": 2, "batch_size": 4, "max_length": 128, "learning_rate": 1.0e-3}
@@ -54,14 +54,12 @@ def test_new_tokens_go_through_every_kind_of_training(tmp_path: Path, monkeypatc
     assert run.artifacts["reward"].path.is_dir()
 
 
-def test_template_with_missing_tokens_is_refused_by_the_plan() -> None:
-    with pytest.raises(UserError, match=r"stages.model: chat_template: gemma writes <start_of_turn>, <end_of_turn>"):
-        Pipeline({"name": "x", "stages": {"model": {"source": "tiny", "chat_template": "gemma"}}})
+def test_template_with_missing_tokens_is_refused_by_the_plan(refused: Refused) -> None:
+    refused(Pipeline, {"name": "x", "stages": {"model": {"source": "tiny", "chat_template": "gemma"}}})
     tokens = ["<start_of_turn>", "<end_of_turn>"]
     key = Pipeline(
         {"name": "x", "stages": {"model": {"source": "tiny", "chat_template": "gemma", "add_tokens": tokens}}}
     ).nodes["model"]
     assert set(key.identities) == {"source", "chat_template", "add_tokens"}
     for wrong in ([""], [" a"], ["a", "a"]):
-        with pytest.raises(UserError, match="stages.model.add_tokens"):
-            Pipeline({"name": "x", "stages": {"model": {"source": "tiny", "add_tokens": wrong}}})
+        refused(Pipeline, {"name": "x", "stages": {"model": {"source": "tiny", "add_tokens": wrong}}})

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import operator
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
-from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from align.capacity import estimate_training
 from align.config.runtime import Runtime
 from align.data.rows import read_rows, write_rows
-from align.errors import UserError
 from align.pipeline.registry import STAGES
 from align.stages import rl as stage
 from align.stages.update_reports import ReportUpdates
@@ -38,47 +34,45 @@ def config_of(kind, **inputs):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("inputs", "message"),
+    "inputs",
     [
-        (BASE, "neither reward nor score is set"),
-        (SCORED | {"tuning": {"method": "lora", "dropout": 0.1}}, "set it to 0"),
-        (SCORED | {"tuning": {"method": "prompt"}}, "changes the model's input"),
-        (SCORED | {"tuning": {"method": "full", "lisa": {"layers": 1}}}, "`freeze` works here too"),
-        (SCORED | {"trainer": {"updates": 3}}, "set 'updates' next to 'trainer'"),
-        (SCORED | {"trainer": {"adam_bta2": 0.9}}, "Did you mean 'adam_beta2'"),
-        (SCORED | {"trainer": {"save_steps": 3}}, "set 'save_updates' next to 'trainer'"),
-        (SCORED | {"keep": "best"}, "needs validations"),
+        BASE,
+        SCORED | {"tuning": {"method": "lora", "dropout": 0.1}},
+        SCORED | {"tuning": {"method": "prompt"}},
+        SCORED | {"tuning": {"method": "full", "lisa": {"layers": 1}}},
+        SCORED | {"trainer": {"updates": 3}},
+        SCORED | {"trainer": {"adam_bta2": 0.9}},
+        SCORED | {"trainer": {"save_steps": 3}},
+        SCORED | {"keep": "best"},
     ],
 )
-def test_wrong_configs_are_refused_with_a_remedy(kind, inputs, message):
-    with pytest.raises(ValidationError, match=message):
-        config_of(kind, **inputs)
+def test_wrong_configs_are_refused_with_a_remedy(refused, kind, inputs):
+    refused(config_of, kind, **inputs)
 
 
 @pytest.mark.parametrize(
-    ("kind", "inputs", "message"),
+    ("kind", "inputs"),
     [
-        ("grpo", {"loss": "dapoo"}, "'grpo', 'bnpo', 'dr_grpo', 'dapo', 'gspo' or 'cispo'"),
-        ("grpo", {"samples_per_prompt": 1}, "greater than or equal to 2"),
-        ("grpo", {"resample_rounds": 2}, "set `zero_variance: resample`"),
-        ("grpo", {"overlong_buffer": 65}, "longer than max_tokens 64"),
-        ("grpo", {"kl_estimator": "k1"}, "use k2 or k3"),
-        ("grpo", {"loss": "cispo", "clip_range": 0.1}, "set clip_range_high instead"),
-        ("grpo", {"kl_controller": "adaptive", "kl_horizon": 1}, "or `kl_controller: fixed`"),
-        ("rloo", {"kl_estimator": "k3"}, "use k1"),
-        ("rloo", {"rollout_batch": 10}, "not a multiple of samples_per_prompt 4; the next one is 12"),
-        ("online_dpo", {"micro_batch_size": 1}, "use an even number"),
-        ("online_dpo", {"samples_per_prompt": 8, "num_mini_batches": 5}, "2 of 8 a prompt"),
-        ("online_dpo", {"loss": "ipo", "label_smoothing": 0.1}, "is for `loss: sigmoid`"),
-        ("rejection", {"best": 9}, "best 9 is more than samples_per_prompt 8"),
-        ("rejection", {"samples_per_prompt": 1}, "nothing is selected"),
-        ("rejection", {"threshold": [0.1, 0.2, 0.3, 0.4]}, "4 values for 3 rounds"),
-        ("rejection", {"num_mini_batches": 5}, "1 of 8 a prompt"),
+        ("grpo", {"loss": "dapoo"}),
+        ("grpo", {"samples_per_prompt": 1}),
+        ("grpo", {"resample_rounds": 2}),
+        ("grpo", {"overlong_buffer": 65}),
+        ("grpo", {"kl_estimator": "k1"}),
+        ("grpo", {"loss": "cispo", "clip_range": 0.1}),
+        ("grpo", {"kl_controller": "adaptive", "kl_horizon": 1}),
+        ("rloo", {"kl_estimator": "k3"}),
+        ("rloo", {"rollout_batch": 10}),
+        ("online_dpo", {"micro_batch_size": 1}),
+        ("online_dpo", {"samples_per_prompt": 8, "num_mini_batches": 5}),
+        ("online_dpo", {"loss": "ipo", "label_smoothing": 0.1}),
+        ("rejection", {"best": 9}),
+        ("rejection", {"samples_per_prompt": 1}),
+        ("rejection", {"threshold": [0.1, 0.2, 0.3, 0.4]}),
+        ("rejection", {"num_mini_batches": 5}),
     ],
 )
-def test_what_a_method_cannot_do_is_refused(kind, inputs, message):
-    with pytest.raises(ValidationError, match=message):
-        config_of(kind, **SCORED, **inputs)
+def test_what_a_method_cannot_do_is_refused(refused, kind, inputs):
+    refused(config_of, kind, **SCORED, **inputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,11 +80,6 @@ def test_a_config_reads_back_from_its_own_json(kind):
     """As the stage's process gets it: with every default written out."""
     config = config_of(kind, **SCORED)
     assert type(config).model_validate(json.loads(config.model_dump_json())) == config
-
-
-def test_importing_the_configs_imports_no_torch():
-    code = "import sys; from align.config.stages import best_of_n, policy_gradient;sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_stage_without_critic_needs_no_memory_for_its_head():
@@ -232,10 +221,9 @@ def test_checkpoint_judges_the_responses_of_a_policy(make_context):
     assert point["score_judge_unreadable"] == 1.0 and point["score"] == pytest.approx(point["score_vowels"])
 
 
-def test_prompts_that_are_mostly_too_long_are_refused(make_context, monkeypatch):
+def test_prompts_that_are_mostly_too_long_are_refused(refused, make_context, monkeypatch):
     monkeypatch.setattr(stage, "load_for_tuning", lambda *_: pytest.fail("the model was loaded"))
-    with pytest.raises(UserError, match=r"^grpo: 8 of 8 prompts are longer than max_prompt_tokens 8 .* keeps 95%"):
-        STAGES["grpo"].runner()(make_context("grpo", "long", score="gsm8k_answer", max_prompt_tokens=8))
+    refused(lambda: STAGES["grpo"].runner()(make_context("grpo", "long", score="gsm8k_answer", max_prompt_tokens=8)))
 
 
 def test_long_rows_is_in_no_key():
@@ -275,14 +263,13 @@ def test_rollouts_have_the_reasons_of_a_judge(make_context):
 
 
 @pytest.mark.parametrize(
-    ("entry", "message"),
+    "entry",
     [
-        ({"function": "tests.support.rewards:lenght"}, r"score\[0\] .* Did you mean 'length'"),
-        ({"function": LENGTH, "arguments": {"limt": 1}}, r"score\[0\].arguments: length has no argument 'limt'"),
-        ({"judge": {"endpoint": {"url": "http://127.0.0.1:9/v1", "model": "m"}}}, "Start the server there"),
+        {"function": "tests.support.rewards:lenght"},
+        {"function": LENGTH, "arguments": {"limt": 1}},
+        {"judge": {"endpoint": {"url": "http://127.0.0.1:9/v1", "model": "m"}}},
     ],
 )
-def test_unusable_reward_ends_the_stage_before_the_engine_starts(make_context, monkeypatch, entry, message):
+def test_unusable_reward_ends_the_stage_before_the_engine_starts(refused, make_context, monkeypatch, entry):
     monkeypatch.setattr(stage, "open_engine", lambda *args, **kwargs: pytest.fail("the engine was started"))
-    with pytest.raises(UserError, match=message):
-        STAGES["grpo"].runner()(make_context("grpo", "refused", score=[entry]))
+    refused(lambda: STAGES["grpo"].runner()(make_context("grpo", "refused", score=[entry])))

@@ -9,12 +9,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from align.data.rows import write_rows
-from align.errors import UserError
 from align.models.built_in import make_tiny
 from align.models.fast.real_tokens import computes_real_tokens
 from align.models.loading import load_policy, load_tokenizer
@@ -25,6 +23,7 @@ from align.store.artifacts import Artifact, Kind
 from align.training.reference import Answer, answer_sums
 from align.training.rows import encode_pairs
 from tests.support.models.tuning.tuning_cases import CASES
+from tests.support.refusals import Refused
 from tests.support.stages.more_tokens import add_token
 from tests.support.stages.stage_contexts import PREFERENCE_KINDS, preference_stage
 from tests.support.training.harness import events, losses, rows
@@ -244,12 +243,11 @@ def test_reference_scores_are_shared_where_the_start_is_the_same(
     assert metrics[1]["reference_cached"] == (72 if shared else 0)
 
 
-def test_a_reference_of_another_vocabulary_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_reference_of_another_vocabulary_is_refused(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
     plain = preference_stage(tmp_path / "a", tiny_model, "kto", reference="other")
     reference = other_model(tmp_path / "r", tiny_model)
     add_token(reference.model, "<extra>")
-    with pytest.raises(UserError, match=r"policy 'model' and reference 'other' have different vocabularies"):
-        STAGES["kto"].runner()(replace(plain, inputs={**plain.inputs, "reference": reference}))
+    refused(lambda: STAGES["kto"].runner()(replace(plain, inputs={**plain.inputs, "reference": reference})))
 
 
 def test_without_reference_the_log_probabilities_are_compared(tiny_model: Path, tmp_path: Path) -> None:
@@ -292,47 +290,47 @@ def test_a_config_survives_its_own_dump(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "message"),
+    ("kind", "fields"),
     [
-        ("dpo", {"loss": "sigmod"}, "Input should be 'sigmoid'"),
-        ("dpo", {"losses": {"sigmod": 1.0}}, "Input should be 'sigmoid'"),
-        ("dpo", {"loss": "ipo", "losses": {"sigmoid": 1.0}}, "set either loss or losses"),
-        ("dpo", {"losses": {"sigmoid": 0.0}}, "each must be above 0"),
-        ("dpo", {"losses": {"sigmoid": 1.0, "sft": 0.1}, "sft_weight": 0.1}, "is set twice"),
-        ("dpo", {"label_smoothing": 0.1}, r"has no effect with sigmoid; .*take `loss: robust`"),
-        ("dpo", {"discopop_tau": 0.1}, "discopop_tau has no effect with sigmoid; it is used by discopop"),
-        ("dpo", {"loss": "exo_pair"}, "exo_pair needs label_smoothing above 0"),
-        ("dpo", {"loss": "aot", "micro_batch_size": 1}, "set micro_batch_size to 2"),
-        ("dpo", {"loss": "aot", "use_weighting": True}, "leave out one of them"),
-        ("dpo", {"loss": "apo_zero", "f_divergence_type": "js_divergence"}, "js_divergence has no apo_zero"),
-        ("dpo", {"f_alpha_divergence_coef": 0.3}, "read with `f_divergence_type: alpha_divergence` only"),
-        ("dpo", {"reference_free": True, "reference": "sft"}, "f_divergence_type, or reference_free"),
-        ("dpo", {"reference_free": True, "loss": "bco_pair"}, "reference_free has no bco_pair"),
-        ("dpo", {"beta_schedule": "linear"}, "a schedule needs the beta it ends at"),
-        ("kto", {"final_beta": 0.1}, "a constant beta has none"),
-        ("dpo", {"trainer": {"loss_type": ["ipo"]}}, "set 'loss' or 'losses' next to"),
-        ("dpo", {"trainer": {"ld_alpha": 0.5}}, "set 'ld_alpha' next to"),
-        ("kto", {"trainer": {"precompute_ref_log_probs": False}}, "always scored once"),
-        ("kto", {"micro_batch_size": 1}, "set micro_batch_size to 2 or more"),
-        ("kto", {"loss": "bco"}, "Input should be 'kto'"),
-        ("cpo", {"loss": "hinge", "label_smoothing": 0.1}, "has no effect with hinge"),
-        ("cpo", {"simpo_gamma": 1.0}, "simpo_gamma has no effect with sigmoid"),
-        ("cpo", {"alpha": 0.25}, "alpha has no effect with sigmoid"),
-        ("cpo", {"loss": "alphapo", "cpo_alpha": 0.5}, "drop cpo_alpha"),
-        ("simpo", {"loss": "sigmoid"}, "Input should be 'simpo'"),
-        ("cpo", {"trainer": {"generate_during_eval": True}}, "the 'evaluate' stage samples"),
-        ("orpo", {"trainer": {"padding_value": 3}}, "rows are tokenized before training"),
+        ("dpo", {"loss": "sigmod"}),
+        ("dpo", {"losses": {"sigmod": 1.0}}),
+        ("dpo", {"loss": "ipo", "losses": {"sigmoid": 1.0}}),
+        ("dpo", {"losses": {"sigmoid": 0.0}}),
+        ("dpo", {"losses": {"sigmoid": 1.0, "sft": 0.1}, "sft_weight": 0.1}),
+        ("dpo", {"label_smoothing": 0.1}),
+        ("dpo", {"discopop_tau": 0.1}),
+        ("dpo", {"loss": "exo_pair"}),
+        ("dpo", {"loss": "aot", "micro_batch_size": 1}),
+        ("dpo", {"loss": "aot", "use_weighting": True}),
+        ("dpo", {"loss": "apo_zero", "f_divergence_type": "js_divergence"}),
+        ("dpo", {"f_alpha_divergence_coef": 0.3}),
+        ("dpo", {"reference_free": True, "reference": "sft"}),
+        ("dpo", {"reference_free": True, "loss": "bco_pair"}),
+        ("dpo", {"beta_schedule": "linear"}),
+        ("kto", {"final_beta": 0.1}),
+        ("dpo", {"trainer": {"loss_type": ["ipo"]}}),
+        ("dpo", {"trainer": {"ld_alpha": 0.5}}),
+        ("kto", {"trainer": {"precompute_ref_log_probs": False}}),
+        ("kto", {"micro_batch_size": 1}),
+        ("kto", {"loss": "bco"}),
+        ("cpo", {"loss": "hinge", "label_smoothing": 0.1}),
+        ("cpo", {"simpo_gamma": 1.0}),
+        ("cpo", {"alpha": 0.25}),
+        ("cpo", {"loss": "alphapo", "cpo_alpha": 0.5}),
+        ("simpo", {"loss": "sigmoid"}),
+        ("cpo", {"trainer": {"generate_during_eval": True}}),
+        ("orpo", {"trainer": {"padding_value": 3}}),
     ],
 )
-def test_settings_that_do_not_fit_together(kind: str, fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        STAGES[kind].config_class()(**GIVEN, **fields)
+def test_settings_that_do_not_fit_together(refused: Refused, kind: str, fields: dict[str, Any]) -> None:
+    refused(lambda: STAGES[kind].config_class()(**GIVEN, **fields))
 
 
 @pytest.mark.parametrize("kind", ["cpo", "simpo", "orpo"])
-def test_missing_experimental_trainer_is_refused_before_the_run(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_experimental_trainer_is_refused_before_the_run(
+    refused: Refused, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = "orpo" if kind == "orpo" else "cpo"
     config = STAGES[kind].config_class()
     monkeypatch.setattr(config, "trainer_class", f"trl.experimental.{name}.moved:{name.upper()}Config")
-    with pytest.raises(ValidationError, match=rf"trl 1\S+ has no \w+Config \(trl/experimental/{name}/moved.py\)"):
-        config(**GIVEN)
+    refused(config, **GIVEN)

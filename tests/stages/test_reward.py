@@ -10,7 +10,6 @@ import torch
 from align.checks.stage import check_output
 from align.config.stages.reward import RewardConfig
 from align.data.rows import write_rows
-from align.errors import UserError
 from align.models.loading import load_reward, load_tokenizer
 from align.stages.reward import run
 from align.store.artifacts import Kind
@@ -18,6 +17,7 @@ from align.training import held_out, save
 from align.training.held_out import pair_accuracy
 from align.training.rows import encode_conversations
 from align.training.trainers import score_in_float32
+from tests.support.refusals import Refused
 from tests.support.training.harness import context, data_artifact, rows, warnings
 
 TUNINGS = {"full": {"method": "full"}, "lora": {"method": "lora", "rank": 8}}
@@ -54,15 +54,14 @@ def test_it_learns_the_labels_and_saves_its_head(tuning: str, tiny_model: Path, 
 
 
 def test_a_head_that_was_not_saved_is_noticed(
-    tiny_model: Path, tiny_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refused: Refused, tiny_model: Path, tiny_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(save, "load_reward", lambda folder: load_reward(tiny_reward))
     stage = context(tmp_path, config(max_steps=1), tiny_model, data_artifact(tmp_path / "data", Kind.PREFERENCES))
-    with pytest.raises(RuntimeError, match="the saved reward model scores"):
-        run(stage)
+    refused(run, stage)
 
 
-def test_step_without_a_learning_rate_is_named(tiny_model: Path, tmp_path: Path) -> None:
+def test_step_without_a_learning_rate_is_named(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
     """The only step is the warm-up, since all pairs but one are too long."""
     pairs = rows(16)
     long = [{**row, "rejected": [{"role": "assistant", "content": "y" * 200}]} for row in pairs[1:]]
@@ -73,8 +72,7 @@ def test_step_without_a_learning_rate_is_named(tiny_model: Path, tmp_path: Path)
     assert metrics["untrained"].startswith("the learning rate was 0 in its only step, of the warm-up")
     assert metrics["skipped_rows"] == ["15 of 16 train rows skipped: longer than max_length"]
     assert any("nothing was learned: the learning rate was 0" in text for text in warnings(stage))
-    with pytest.raises(UserError, match=r"cannot be trained like this: .*`warmup_ratio: 0` .*; 15 of 16 train rows"):
-        check_output(stage, "reward", Kind.REWARD, metrics)
+    refused(check_output, stage, "reward", Kind.REWARD, metrics)
 
 
 def test_padding_moves_no_score_and_the_head_stays_float32(tiny_reward: Path) -> None:

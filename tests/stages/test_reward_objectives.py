@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.errors import UserError
 from align.evaluation.calibration import ranks
 from align.models.built_in import make_tiny_tokenizer
 from align.models.reward import RewardModel, Steps, combine_steps, tokenize_steps
@@ -21,6 +20,7 @@ from align.stages.reward import run
 from align.store.artifacts import Kind
 from align.training.held_out import pair_accuracy
 from align.training.reward_trainer import NumberCollator, PairReward, correlation, disjoint_pairs, number_loss
+from tests.support.refusals import Refused
 from tests.support.stages.stage_contexts import reward_config, reward_stage
 from tests.support.training.harness import data_artifact, events, losses
 from tests.support.training.killed_stage import Killed, dying
@@ -219,50 +219,45 @@ def test_held_out_measures_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    "fields",
     [
-        ({"objective": "regression", "margin": 1.0}, "margin is only for pairs, and objective is regression"),
-        ({"objective": "process", "center_rewards": 0.5}, "center_rewards is only for pairs"),
-        ({"score_loss": "bce"}, "score_loss is for regression, and objective is pairs"),
-        ({"steps": {"separator": "\n"}}, "steps are for `objective: process`"),
-        ({"objective": "regression", "label_smoothing": 0.1}, "label_smoothing is for labels"),
-        ({"label_smothing": 0.1}, "label_smothing"),
-        ({"objective": "process", "steps": {"seperator": "\n"}}, "seperator"),
+        {"objective": "regression", "margin": 1.0},
+        {"objective": "process", "center_rewards": 0.5},
+        {"score_loss": "bce"},
+        {"steps": {"separator": "\n"}},
+        {"objective": "regression", "label_smoothing": 0.1},
+        {"label_smothing": 0.1},
+        {"objective": "process", "steps": {"seperator": "\n"}},
     ],
 )
-def test_settings_that_do_nothing_are_refused(fields: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        reward_config(**fields)
+def test_settings_that_do_nothing_are_refused(refused: Refused, fields: dict[str, Any]) -> None:
+    refused(reward_config, **fields)
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "fields", "says"),
+    ("kind", "rows", "fields"),
     [
-        (Kind.INSTRUCTIONS, scored, {}, "objective pairs learns from PreferenceData, and data points at 'data'"),
-        (Kind.UNPAIRED, labeled, {"objective": "process"}, "none of the 8 rows has steps. .* format stepwise"),
-        (Kind.INSTRUCTIONS, scored, {"objective": "regression", "score_loss": "bce"}, "needs scores from 0 to 1"),
+        (Kind.INSTRUCTIONS, scored, {}),
+        (Kind.UNPAIRED, labeled, {"objective": "process"}),
+        (Kind.INSTRUCTIONS, scored, {"objective": "regression", "score_loss": "bce"}),
     ],
 )
 def test_data_that_does_not_fit_is_refused(
-    kind: Kind, rows: Any, fields: dict[str, Any], says: str, tiny_model: Path, tmp_path: Path
+    refused: Refused, kind: Kind, rows: Any, fields: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     data = artifact(tmp_path / "data", kind, rows(8), rows(4, start=8))
-    with pytest.raises(UserError, match=says):
-        run(reward_stage(tmp_path, tiny_model, data, **fields))
+    refused(lambda: run(reward_stage(tmp_path, tiny_model, data, **fields)))
 
 
-def test_margins_need_scores_and_scores_need_to_differ(tiny_model: Path, tmp_path: Path) -> None:
+def test_margins_need_scores_and_scores_need_to_differ(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
     bare = [{**row, "chosen": row["completion"], "rejected": [{"role": "assistant", "content": "?"}], "score": None}
             for row in scored(12)]  # fmt: skip
     data = artifact(tmp_path / "a", Kind.PREFERENCES, bare[:8], bare[8:])
-    with pytest.raises(UserError, match="margin is 1, and none of the 8 pairs has chosen_score and rejected_score"):
-        run(reward_stage(tmp_path / "a", tiny_model, data, margin=1.0))
-    with pytest.raises(UserError, match="none of the .* training answers has a score"):
-        run(reward_stage(tmp_path / "a", tiny_model, data, objective="regression"))
+    refused(lambda: run(reward_stage(tmp_path / "a", tiny_model, data, margin=1.0)))
+    refused(lambda: run(reward_stage(tmp_path / "a", tiny_model, data, objective="regression")))
     equal = [{**row, "score": 2.0} for row in scored(12)]
     data = artifact(tmp_path / "b", Kind.INSTRUCTIONS, equal[:8], equal[8:])
-    with pytest.raises(UserError, match="all 8 training answers have the score 2"):
-        run(reward_stage(tmp_path / "b", tiny_model, data, objective="regression"))
+    refused(lambda: run(reward_stage(tmp_path / "b", tiny_model, data, objective="regression")))
 
 
 def test_steps_that_hold_the_separator_are_left_out_and_counted(tiny_model: Path, tmp_path: Path) -> None:

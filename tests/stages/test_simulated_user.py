@@ -12,12 +12,12 @@ import pytest
 from align.config.environment import USER_INPUT
 from align.environments.simulated_user import GREETING
 from align.environments.user_models import CheckpointUser
-from align.errors import UserError
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind
 from tests.support.environments.buttons import FORMAT, make_presser
 from tests.support.inference.fake_chat import FakeChat, completion
+from tests.support.refusals import Refused
 from tests.support.rl.stages import KINDS, make_stage
 from tests.support.stored_rollouts import stored_rows
 
@@ -111,16 +111,15 @@ def test_a_server_that_goes_away_loses_no_update(
 
 
 @pytest.mark.parametrize(
-    ("user", "message"),
+    "user",
     [
-        ({"endpoint": {"url": "http://127.0.0.1:9/v1", "model": "m"}}, r"grpo\.environment\.user\.endpoint\.url: http"),
-        ({"model": "sft", "prompt": "You want {goal}."}, r"grpo\.environment\.user\.prompt: row 0: there is no value"),
+        {"endpoint": {"url": "http://127.0.0.1:9/v1", "model": "m"}},
+        {"model": "sft", "prompt": "You want {goal}."},
     ],
 )
 def test_unusable_user_is_refused_before_the_policy_is_loaded(
-    user: dict[str, Any], message: str, presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refused: Refused, user: dict[str, Any], presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("align.stages.rl.open_engine", lambda *args, **kwargs: pytest.fail("the engine was started"))
     monkeypatch.setattr("align.stages.rl.load_for_tuning", lambda *args: pytest.fail("the policy was loaded"))
-    with pytest.raises(UserError, match=message):
-        STAGES["grpo"].runner()(make("grpo", tmp_path, presser, user))
+    refused(lambda: STAGES["grpo"].runner()(make("grpo", tmp_path, presser, user)))

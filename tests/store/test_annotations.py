@@ -16,6 +16,7 @@ from align.errors import UserError
 from align.store.annotations import AnnotationSet, Answer, AnswerWriter, Pair, find_set, new_id, now, pair_id
 from align.store.garbage import find_garbage
 from align.store.store import Store
+from tests.support.refusals import Refused
 
 PROMPT = [{"role": "user", "content": "Name a color."}]
 
@@ -158,7 +159,7 @@ def test_entry_is_synced_before_write_returns(tmp_path: Path, monkeypatch: pytes
     assert synced == [str(writer.path)]
 
 
-def test_annotator_is_deleted_and_open_session_stops(tmp_path: Path) -> None:
+def test_annotator_is_deleted_and_open_session_stops(refused: Refused, tmp_path: Path) -> None:
     annotations, pair = AnnotationSet(tmp_path, "s"), make_pair()
     annotations.add_pairs([pair])
     ann, bob = AnswerWriter(annotations, "ann"), AnswerWriter(annotations, "bob")
@@ -167,34 +168,28 @@ def test_annotator_is_deleted_and_open_session_stops(tmp_path: Path) -> None:
     assert annotations.ledger()["ann"]["answers"] == 1
     assert annotations.delete_annotator("ann") == 1
     assert [answer.annotator for answer in annotations.answers()] == ["bob"]
-    with pytest.raises(UserError, match="were deleted while this session was open"):
-        ann.write(make_answer(pair))
+    refused(lambda: ann.write(make_answer(pair)))
     assert list(annotations.ledger()) == ["bob"]
-    with pytest.raises(UserError, match="no answers of 'ann'; answers are by bob"):
-        annotations.delete_annotator("ann")
+    refused(annotations.delete_annotator, "ann")
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 65, "a b"])
-def test_names_that_are_no_folder_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="is not a name"):
-        AnnotationSet(tmp_path, name)
-    with pytest.raises(UserError, match="is not a name"):
-        AnswerWriter(AnnotationSet(tmp_path, "s"), name)
+def test_names_that_are_no_folder_are_refused(refused: Refused, tmp_path: Path, name: str) -> None:
+    refused(AnnotationSet, tmp_path, name)
+    refused(lambda: AnswerWriter(AnnotationSet(tmp_path, "s"), name))
 
 
-def test_missing_set_is_refused_with_the_sets_there(tmp_path: Path) -> None:
+def test_missing_set_is_refused_with_the_sets_there(refused: Refused, tmp_path: Path) -> None:
     AnnotationSet(tmp_path, "other").add_pairs([make_pair()])
-    with pytest.raises(UserError, match="no set of annotations 'helpful'; sets there: other"):
-        find_set(tmp_path, "helpful")
+    refused(find_set, tmp_path, "helpful")
 
 
-def test_settings_keep_what_is_not_changed(tmp_path: Path) -> None:
+def test_settings_keep_what_is_not_changed(refused: Refused, tmp_path: Path) -> None:
     annotations = AnnotationSet(tmp_path, "s")
     annotations.change_settings(overlap=0.5)
     assert annotations.change_settings(order="closeness").overlap == 0.5
     assert annotations.settings().order == "closeness"
-    with pytest.raises(UserError, match="field 'overlap'"):
-        annotations.change_settings(overlap=2.0)
+    refused(annotations.change_settings, overlap=2.0)
 
 
 def test_garbage_collection_keeps_annotations(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from align.store.json_files import read_events
 from align.store.store import Store
 from tests.support import toy
 from tests.support.damage import DAMAGES, ask, damaged, files_of, is_part_of_a_result, unnamed_damages
+from tests.support.refusals import Refused
 from tests.support.runs import Recorder
 
 SMOKE = "pipelines/smoke.yaml"
@@ -102,15 +103,14 @@ def test_no_damage_to_a_checkpoint_is_exported(
     assert ask(export, smoke, capsys).code == 0
 
 
-def test_a_run_stops_at_a_damaged_record_and_rebuilds_it(tmp_path: Path, raw: dict[str, Any]) -> None:
+def test_a_run_stops_at_a_damaged_record_and_rebuilds_it(refused: Refused, tmp_path: Path, raw: dict[str, Any]) -> None:
     """With a changed key the stage was made three times over, and the run failed for good."""
     pipeline = Pipeline(raw)
     run = run_pipeline(pipeline, store=tmp_path)
     record = run.artifacts["two"].path / "record.json"
     record.write_text(record.read_text().replace(run.artifacts["two"].record["key"], "0" * 64))
     before = sorted(tmp_path.rglob("number.txt"))
-    with pytest.raises(UserError, match=r"record\.json: damaged: .*`--rebuild two` makes the stage again"):
-        run_pipeline(pipeline, store=tmp_path)
+    refused(run_pipeline, pipeline, store=tmp_path)
     assert sorted(tmp_path.rglob("number.txt")) == before
     assert [step.action for step in plan(pipeline, run.store)] == ["cached", "damaged", "cached"]
     assert [step.action for step in plan(pipeline, run.store, {"two"})] == ["cached", "run", "cached"]
@@ -135,24 +135,23 @@ def test_run_names_all_damaged_stages(tmp_path: Path, raw: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("name", ["record.json", "number.txt"])
-def test_only_ignores_damage_that_it_does_not_read(tmp_path: Path, raw: dict[str, Any], name: str) -> None:
+def test_only_ignores_damage_that_it_does_not_read(
+    refused: Refused, tmp_path: Path, raw: dict[str, Any], name: str
+) -> None:
     run = run_pipeline(Pipeline(raw), store=tmp_path)
     (run.artifacts["two"].path / name).write_text("")
     changed = Pipeline(raw).set("stages.one.number=5")
     assert run_pipeline(changed, store=tmp_path, only="one").ran == ["one"]
-    with pytest.raises(UserError, match=f"{name}.*--rebuild two"):
-        run_pipeline(changed, store=tmp_path, only="total")
-    with pytest.raises(UserError, match=f"{name}.*--rebuild two"):
-        run_pipeline(changed, store=tmp_path)
+    refused(run_pipeline, changed, store=tmp_path, only="total")
+    refused(run_pipeline, changed, store=tmp_path)
 
 
-def test_a_record_in_another_ones_place_is_damaged(tmp_path: Path, raw: dict[str, Any]) -> None:
+def test_a_record_in_another_ones_place_is_damaged(refused: Refused, tmp_path: Path, raw: dict[str, Any]) -> None:
     run = run_pipeline(Pipeline(raw), store=tmp_path)
     first, second = run.artifacts["one"].path, run.artifacts["two"].path
     shutil.rmtree(second)
     shutil.copytree(first, second)
-    with pytest.raises(UserError, match=f"{second}/record.json: damaged: it is the record of number/{first.name}"):
-        run_pipeline(Pipeline(raw), store=tmp_path)
+    refused(lambda: run_pipeline(Pipeline(raw), store=tmp_path))
     assert len(run.store.all()) == 2
 
 

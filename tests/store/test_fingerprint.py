@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.config.user_functions import function_identity
-from align.errors import UserError
 from align.store import fingerprint as module
 from align.store.fingerprint import canonical, code_identity, digest, file_digest
+from tests.support.refusals import Refused
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -38,15 +38,13 @@ def test_a_tuple_is_a_list_and_a_number_is_not_its_text() -> None:
 
 
 @pytest.mark.parametrize("value", [Path("x"), object(), {1, 2}, {1: 2}, len, b"x"])
-def test_what_has_no_stable_identity_raises_and_is_named(value: object) -> None:
-    with pytest.raises(TypeError, match=r"\$\.outer"):
-        canonical({"outer": value})
+def test_what_has_no_stable_identity_raises_and_is_named(refused: Refused, value: object) -> None:
+    refused(canonical, {"outer": value})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nan_raises(value: float) -> None:
-    with pytest.raises(ValueError, match="no canonical form"):
-        canonical([value])
+def test_nan_raises(refused: Refused, value: float) -> None:
+    refused(canonical, [value])
 
 
 def test_file_digest(tmp_path: Path) -> None:
@@ -145,9 +143,6 @@ def test_modules_that_import_each_other_are_read_once(folder: Path) -> None:
     assert function_identity(PATH)
 
 
-def test_source_that_is_no_python_is_named(folder: Path) -> None:
+def test_source_that_is_no_python_is_named(refused: Refused, folder: Path) -> None:
     (folder / "rules_of_this_test" / "words.py").write_text("x = 1\ndef :\n")
-    with pytest.raises(
-        UserError, match=r"score 'rules_of_this_test.score:score': .*words\.py:2: cannot be read as Python"
-    ):
-        function_identity(PATH)
+    refused(function_identity, PATH)

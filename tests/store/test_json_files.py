@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from align.store.json_files import DamagedFile, parse_sealed, read_entry, read_or_compute, seal, write_entry
+from align.store.json_files import parse_sealed, read_entry, read_or_compute, seal, write_entry
+from tests.support.refusals import Refused
 
 KEY = "a" * 64
 
@@ -21,27 +22,25 @@ def test_sealed_object_opens_in_any_order_of_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sealed", "why"),
+    "sealed",
     [
-        ([], "holds a list instead of an object"),
-        (None, "holds a NoneType instead of an object"),
-        ({}, "it has no seal"),
-        ({"a": 1}, "it has no seal"),
-        ({**seal({"a": 1}), "a": 2}, "its content differs"),
-        ({**seal({"a": 1}), "b": 2}, "its content differs"),
-        ({**seal({"a": 1}), "seal": None}, "its content differs"),
+        [],
+        None,
+        {},
+        {"a": 1},
+        {**seal({"a": 1}), "a": 2},
+        {**seal({"a": 1}), "b": 2},
+        {**seal({"a": 1}), "seal": None},
     ],
 )
-def test_changed_object_does_not_open(sealed: Any, why: str) -> None:
-    with pytest.raises(DamagedFile, match=why):
-        parse_sealed(json.dumps(sealed).encode())
+def test_changed_object_does_not_open(refused: Refused, sealed: Any) -> None:
+    refused(lambda: parse_sealed(json.dumps(sealed).encode()))
 
 
-def test_seal_refuses_paths_and_a_second_seal() -> None:
+def test_seal_refuses_paths_and_a_second_seal(refused: Refused) -> None:
     with pytest.raises(TypeError):
         seal({"a": Path()})
-    with pytest.raises(ValueError, match="already"):
-        seal(seal({"a": 1}))
+    refused(lambda: seal(seal({"a": 1})))
 
 
 def test_entry_is_read_only_under_its_key(tmp_path: Path) -> None:

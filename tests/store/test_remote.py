@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from align import Pipeline
-from align.errors import StageFailed, UserError
+from align.errors import StageFailed
 from align.runner.open_store import open_store
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
@@ -28,6 +28,7 @@ from align.store.retry import Retry
 from align.store.store import Store
 from tests.support import toy
 from tests.support.records import record_of
+from tests.support.refusals import Refused
 from tests.support.runs import Recorder, published
 from tests.support.s3_server import SECRET, Server
 
@@ -89,22 +90,18 @@ def test_an_address_may_stand_wherever_a_store_may(
 
 
 @pytest.mark.parametrize(
-    ("wrong", "expected"),
+    "wrong",
     [
-        ("s3://key:hunter2@bucket/p", "must not carry keys"),
-        ("s3://bucket/p?X-Amz-Signature=hunter2", "must not carry keys"),
-        ("ftp://bucket/hunter2", "should be like s3://bucket/prefix"),
-        ("s3:///hunter2", "should be like s3://bucket/prefix"),
+        "s3://key:hunter2@bucket/p",
+        "s3://bucket/p?X-Amz-Signature=hunter2",
+        "ftp://bucket/hunter2",
+        "s3:///hunter2",
     ],
 )
-def test_an_address_that_will_not_do_is_refused_and_not_repeated(tmp_path: Path, wrong: str, expected: str) -> None:
+def test_an_address_that_will_not_do_is_refused_and_not_repeated(refused: Refused, tmp_path: Path, wrong: str) -> None:
     for inputs in (wrong, {"remote": wrong}):
-        with pytest.raises(UserError, match=rf"runtime\.store.*{expected}") as caught:
-            Pipeline({**toy.pipeline(), "runtime": {"store": inputs}})
-        assert "hunter2" not in str(caught.value)
-    with pytest.raises(UserError, match=f"--store: .*{expected}") as caught:
-        open_store(None, wrong)
-    assert "hunter2" not in str(caught.value)
+        refused(Pipeline, {**toy.pipeline(), "runtime": {"store": inputs}})
+    refused(open_store, None, wrong)
 
 
 def test_nothing_secret_is_written(tmp_path: Path, address: str) -> None:
@@ -198,13 +195,12 @@ def test_interrupted_fetch_is_not_visible_and_continues(
 # ---- what is not as it should be ------------------------------------------------------------------------------------
 
 
-def test_tampered_object_is_refused_and_rebuilt(tmp_path: Path, address: str) -> None:
+def test_tampered_object_is_refused_and_rebuilt(refused: Refused, tmp_path: Path, address: str) -> None:
     run_pipeline(Pipeline(raw(address)), store=tmp_path / "a")
     bucket = Bucket(address)
     (path,) = [path for path in bucket.sizes("sum") if path.endswith("number.txt")]
     bucket.put(path, b"4")
-    with pytest.raises(UserError, match=r"number\.txt is not what its record says .*--rebuild"):
-        run_pipeline(Pipeline(raw(address)), store=tmp_path / "b")
+    refused(lambda: run_pipeline(Pipeline(raw(address)), store=tmp_path / "b"))
     assert list((tmp_path / "b").glob("sum/*/record.json")) == []
     run = run_pipeline(Pipeline(raw(address)), store=tmp_path / "b", rebuild=("total",))
     assert run.ran == ["total"]
@@ -212,8 +208,7 @@ def test_tampered_object_is_refused_and_rebuilt(tmp_path: Path, address: str) ->
     assert again.ran == []
     assert again.artifacts["total"].record["created"] == run.artifacts["total"].record["created"]
     bucket.delete(path)
-    with pytest.raises(UserError, match=r"number\.txt is missing"):
-        run_pipeline(Pipeline(raw(address)), store=tmp_path / "d")
+    refused(lambda: run_pipeline(Pipeline(raw(address)), store=tmp_path / "d"))
 
 
 @pytest.mark.parametrize(
@@ -225,16 +220,17 @@ def test_tampered_object_is_refused_and_rebuilt(tmp_path: Path, address: str) ->
         {"key": "b" * 64}, {"kind": "sft"}, {"makes": "Malware"}, {"outputs": None},
     ],
 )  # fmt: skip
-def test_a_record_that_leads_elsewhere_is_refused(tmp_path: Path, address: str, change: dict[str, Any]) -> None:
+def test_a_record_that_leads_elsewhere_is_refused(
+    refused: Refused, tmp_path: Path, address: str, change: dict[str, Any]
+) -> None:
     store = at(tmp_path / "a", address)
     record = published(store).record
     store.remote.bucket.put("number/" + "a" * 12 + "/record.json", json.dumps(seal({**record, **change})).encode())
-    with pytest.raises(UserError, match=r"record\.json: damaged: it .* Delete that object"):
-        at(tmp_path / "b", address).fetch("number", "a" * 64)
+    refused(lambda: at(tmp_path / "b", address).fetch("number", "a" * 64))
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_damaged_remote_record_harms_only_its_stage(tmp_path: Path, address: str) -> None:
+def test_damaged_remote_record_harms_only_its_stage(refused: Refused, tmp_path: Path, address: str) -> None:
     run = run_pipeline(Pipeline(raw(address)), store=tmp_path / "a")
     bucket, key = Bucket(address), run.artifacts["total"].record["key"]
     bucket.put(f"sum/{key[:12]}/record.json", b"[]")
@@ -242,18 +238,16 @@ def test_damaged_remote_record_harms_only_its_stage(tmp_path: Path, address: str
     assert len(intact) == 2 and [error.finding for error in damaged] == ["holds a list instead of an object"]
     steps = plan(Pipeline(raw(address)), open_store(Pipeline(raw(address)), tmp_path / "b"))
     assert [step.action for step in steps] == ["fetch", "fetch", "damaged"]
-    with pytest.raises(UserError, match=r"record\.json: damaged: it holds a list .*run with --rebuild"):
-        run_pipeline(Pipeline(raw(address)), store=tmp_path / "b")
+    refused(lambda: run_pipeline(Pipeline(raw(address)), store=tmp_path / "b"))
     assert run_pipeline(Pipeline(raw(address)), store=tmp_path / "b", rebuild=("total",)).ran == ["total"]
     assert run_pipeline(Pipeline(raw(address)), store=tmp_path / "c").ran == []
 
 
-def test_a_damaged_artifact_is_not_uploaded(tmp_path: Path, address: str) -> None:
+def test_a_damaged_artifact_is_not_uploaded(refused: Refused, tmp_path: Path, address: str) -> None:
     store = at(tmp_path / "a", address)
     artifact = published(store)
     (artifact.path / "number.txt").write_text("2")
-    with pytest.raises(UserError, match="was not uploaded"):
-        store.remote.push(artifact)
+    refused(store.remote.push, artifact)
     assert store.remote.find("number", "a" * 64) is None
 
 
@@ -394,17 +388,14 @@ def test_credentials_that_expire_cost_a_run_only_its_uploads(
 
 
 def test_wrong_credentials_and_none_are_said(
-    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, hurried: None
+    refused: Refused, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, hurried: None
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
-    with pytest.raises(UserError, match=r"access was refused .*AWS_ACCESS_KEY_ID") as caught:
-        run_pipeline(Pipeline(raw(address)), store=tmp_path / "a")
-    assert "another-secret" not in str(caught.value)
+    refused(lambda: run_pipeline(Pipeline(raw(address)), store=tmp_path / "a"))
 
 
-def test_missing_bucket_is_refused_before_the_run(tmp_path: Path, address: str) -> None:
-    with pytest.raises(UserError, match=r"runtime\.store\.remote: s3://nowhere/x: there is no such bucket"):
-        run_pipeline(Pipeline(raw("s3://nowhere/x")), store=tmp_path / "a")
+def test_missing_bucket_is_refused_before_the_run(refused: Refused, tmp_path: Path, address: str) -> None:
+    refused(lambda: run_pipeline(Pipeline(raw("s3://nowhere/x")), store=tmp_path / "a"))
     assert Store.open(tmp_path / "a").all() == []
 
 

@@ -25,6 +25,7 @@ from align.store.rollouts import (
     rollout_files,
     rollout_rows,
 )
+from tests.support.refusals import Refused
 from tests.support.stored_rollouts import update_table
 
 
@@ -58,12 +59,11 @@ def test_duckdb_reads_a_folder(tmp_path: Path, files: RolloutFiles) -> None:
     assert duckdb.sql(query).fetchall() == [(0.5, -0.25)]
 
 
-def test_half_characters_are_stored(tmp_path: Path) -> None:
+def test_half_characters_are_stored(refused: Refused, tmp_path: Path) -> None:
     table = make_table([{"update": 1, "response": "a\ud800b", "prompt": "\ud800", "failure": "\ud83d"}])
     (row,) = rollout_rows(table)
     assert (row["response"], row["prompt"], row["failure"]) == ("a?b", "\ud800", "?")
-    with pytest.raises(ValueError, match="reward is no column of rollouts"):
-        make_table([{"reward": 1.0}])
+    refused(make_table, [{"reward": 1.0}])
 
 
 def test_share_of_prompts_is_kept_whole() -> None:
@@ -110,7 +110,9 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["pipe", "folder", "link", "shorter", "flipped bit", "missing"])
 @pytest.mark.parametrize("place", ["file", "manifest"])
-def test_other_file_than_listed_is_an_error(tmp_path: Path, files: RolloutFiles, how: str, place: str) -> None:
+def test_other_file_than_listed_is_an_error(
+    refused: Refused, tmp_path: Path, files: RolloutFiles, how: str, place: str
+) -> None:
     files.write(update_table(1))
     (path,) = checked_files(tmp_path / ROLLOUTS)
     damaged = path if place == "file" else tmp_path / "rollouts.json"
@@ -119,12 +121,11 @@ def test_other_file_than_listed_is_an_error(tmp_path: Path, files: RolloutFiles,
     if place == "manifest" and how == "missing":
         assert checked_files(tmp_path / ROLLOUTS) == [path]  # as in a folder that was copied
         return
-    with pytest.raises(UserError, match=damaged.name):
-        checked_files(tmp_path / ROLLOUTS)
+    refused(checked_files, tmp_path / ROLLOUTS)
     assert time.monotonic() - started < 5
 
 
-def test_manifest_names_no_file_elsewhere(tmp_path: Path, files: RolloutFiles) -> None:
+def test_manifest_names_no_file_elsewhere(refused: Refused, tmp_path: Path, files: RolloutFiles) -> None:
     from align.store.json_files import write_sealed
 
     files.write(update_table(1))
@@ -132,8 +133,7 @@ def test_manifest_names_no_file_elsewhere(tmp_path: Path, files: RolloutFiles) -
     del content["seal"]
     content["files"][0]["name"] = "../secret.parquet"
     write_sealed(tmp_path / "rollouts.json", content)
-    with pytest.raises(UserError, match=r"rollouts\.json: damaged: .*files\.0\.name"):
-        rollout_files(tmp_path / ROLLOUTS)
+    refused(rollout_files, tmp_path / ROLLOUTS)
 
 
 def test_unlisted_file_is_not_read_from_a_running_stage(tmp_path: Path, files: RolloutFiles) -> None:
@@ -146,14 +146,13 @@ def test_unlisted_file_is_not_read_from_a_running_stage(tmp_path: Path, files: R
     assert len(checked_files(tmp_path / ROLLOUTS)) == 1
 
 
-def test_damaged_settings_are_an_error(tmp_path: Path) -> None:
+def test_damaged_settings_are_an_error(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and something else")
-    with pytest.raises(UserError, match=r"a\.parquet: cannot be read"):
-        read_settings(tmp_path)
+    refused(read_settings, tmp_path)
     assert read_settings(tmp_path / "none") == {} and read_manifest(tmp_path / "none") is None
 
 
-def test_folder_of_a_finished_stage_is_read_once_more(tmp_path: Path) -> None:
+def test_folder_of_a_finished_stage_is_read_once_more(refused: Refused, tmp_path: Path) -> None:
     seen: list[Path] = []
     places = iter([tmp_path / "running", tmp_path / "finished", tmp_path / "finished"])
 
@@ -165,6 +164,5 @@ def test_folder_of_a_finished_stage_is_read_once_more(tmp_path: Path) -> None:
 
     assert read_located(lambda: next(places), read) == 5
     assert [folder.name for folder in seen] == ["running", "finished"]
-    with pytest.raises(UserError, match="a file is missing"):
-        read_located(lambda: tmp_path / "running", read)
+    refused(read_located, lambda: tmp_path / "running", read)
     assert len(seen) == 3

@@ -4,23 +4,21 @@ import pytest
 
 from align import Pipeline
 from align.cli.main import main
-from align.errors import UserError
 from align.runner.runner import run_pipeline
 from align.store.garbage import DELETED, delete_garbage, find_garbage
 from align.store.store import Store
 from tests.support import toy
+from tests.support.refusals import Refused
 from tests.support.runs import published
 
 
-def test_resolve_by_prefix(tmp_path: Path) -> None:
+def test_resolve_by_prefix(refused: Refused, tmp_path: Path) -> None:
     run = run_pipeline(Pipeline(toy.pipeline()), store=tmp_path)
     key = run.artifacts["total"].record["key"]
     assert run.store.resolve(key[:10]).path == run.artifacts["total"].path
     assert run.store.resolve(f"sum/{key[:6]}").path == run.artifacts["total"].path
-    with pytest.raises(UserError, match="no artifact's key starts with 'zzz'"):
-        run.store.resolve("zzz")
-    with pytest.raises(UserError, match="fits 3 artifacts"):
-        run.store.resolve("")
+    refused(run.store.resolve, "zzz")
+    refused(run.store.resolve, "")
 
 
 def test_gc_keeps_what_a_named_run_reaches_and_its_inputs(tmp_path: Path) -> None:
@@ -53,13 +51,10 @@ def test_gc_leaves_a_folder_that_a_run_is_using(tmp_path: Path) -> None:
     assert artifact.path.exists()
 
 
-def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+def test_a_damaged_record_is_named(refused: Refused, tmp_path: Path) -> None:
     run = run_pipeline(Pipeline(toy.pipeline()), store=tmp_path)
     (run.artifacts["one"].path / "record.json").write_text("{")
-    with pytest.raises(
-        UserError, match=r"record\.json: damaged: it is not JSON .*`--rebuild one` makes the stage again"
-    ):
-        run_pipeline(Pipeline(toy.pipeline()), store=tmp_path)
+    refused(lambda: run_pipeline(Pipeline(toy.pipeline()), store=tmp_path))
 
 
 def test_gc_deletes_a_link_and_not_its_target(tmp_path: Path) -> None:

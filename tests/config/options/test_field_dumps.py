@@ -12,6 +12,7 @@ import pytest
 from align.config.options import check_options, check_trainer_options, check_type, field_dumps
 from align.config.options.field_dumps import PEFT, SHIPPED, TRAINERS, class_options
 from align.config.stages.sft import SftConfig
+from tests.support.refusals import Refused
 
 SFT = "trl.trainer.sft_config:SFTConfig"
 REFRESH = "The shipped fields are out of date. Write them again: python -m tools.dump_fields"
@@ -45,15 +46,13 @@ def test_shipped_fields_equal_the_imported_classes() -> None:
 
 
 @pytest.mark.usefixtures("other_versions")
-def test_other_versions_leave_options_to_the_class() -> None:
+def test_other_versions_leave_options_to_the_class(refused: Refused) -> None:
     assert class_options(SFT) is None
     check_trainer_options(SFT, {"new_option": 1, "adam_beta2": "high"}, (), {})
     check_options("vera", {"new_option": 1})
     check_type("vera")
-    with pytest.raises(ValueError, match="'num_train_epochs' is not set here"):
-        check_trainer_options(SFT, {"num_train_epochs": 1}, (), {"num_train_epochs": "set 'epochs'"})
-    with pytest.raises(ValueError, match="no method 'veru'.*Did you mean 'vera'"):
-        check_type("veru")
+    refused(check_trainer_options, SFT, {"num_train_epochs": 1}, (), {"num_train_epochs": "set 'epochs'"})
+    refused(check_type, "veru")
 
 
 def test_a_users_class_checks_its_own_options() -> None:

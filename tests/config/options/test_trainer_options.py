@@ -2,8 +2,6 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -12,6 +10,7 @@ from align.config.options import OWNED, check_trainer_options
 from align.config.options.field_dumps import class_options
 from align.config.stages.training import TrainingFields
 from align.pipeline.registry import STAGES, load_object
+from tests.support.refusals import Refused
 
 TRL_KINDS = ("sft", "pretrain", "distill", "reward", "dpo", "kto", "cpo", "simpo", "orpo")
 SFT = "trl.trainer.sft_config:SFTConfig"
@@ -56,30 +55,6 @@ def test_defaults_of_the_class_are_accepted(kind: str) -> None:
             assert options[field.name].accepts(field.default), field
 
 
-def test_unknown_key_suggests_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"unknown key 'adam_bta2'.*SFTConfig.*Did you mean 'adam_beta2'"):
-        check("sft", {"adam_bta2": 0.95})
-
-
-def test_owned_key_names_our_field() -> None:
-    with pytest.raises(ValueError, match=r"'num_train_epochs'.*'epochs' next to 'trainer'"):
-        check("sft", {"num_train_epochs": 2})
-
-
-@pytest.mark.parametrize(
-    ("key", "ours"),
-    [
-        ("save_steps", "'save_updates'"),
-        ("max_steps", "'updates'"),
-        ("gradient_accumulation_steps", "'rollout_batch', 'num_mini_batches' and 'micro_batch_size'"),
-        ("lr_scheduler_type", "'scheduler'"),
-    ],
-)
-def test_owned_keys_of_ppo_name_ppos_fields(key: str, ours: str) -> None:
-    with pytest.raises(ValueError, match=f"'{key}' is not set here: set {ours} next to"):
-        check("ppo", {key: 1})
-
-
 def test_every_remedy_names_a_field_that_exists() -> None:
     configs: list[Any] = [stage.config_class() for stage in STAGES.values() if stage.trainer_class is not None]
     for config in configs:
@@ -89,54 +64,13 @@ def test_every_remedy_names_a_field_that_exists() -> None:
             assert not set(named) - set(config.model_fields), (config, key, remedy)
 
 
-def test_a_field_of_the_stage_is_known_to_be_no_option() -> None:
-    """The class has no such option, but the author means the stage's."""
-    with pytest.raises(ValueError, match="^'batch_size' is not set here: set 'batch_size' next to 'trainer'"):
-        check("sft", {"batch_size": 8})
-    with pytest.raises(ValueError, match="SFTConfig has no such option. Did you mean 'batch_size'"):
-        check("sft", {"bacth_size": 8})
-
-
-def test_reserved_key_names_the_field() -> None:
-    check("reward", {"adam_beta1": 0.8})
-    with pytest.raises(ValueError, match="'beta' is not set here: set 'beta' next to 'trainer'"):
-        check("dpo", {"beta": 0.2})
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"adam_beta2": "high"}, "should be float; found 'high'"),
-        ({"full_determinism": 1}, "should be bool"),
-        ({"logging_steps": True}, "every step is logged"),
-        ({"loss_type": "nil"}, "one of 'nll'"),
-        ({"log_level": "warn"}, "one of 'detail', 'debug', 'info', 'warning'"),  # choices that transformers computes
-    ],
-)
-def test_wrong_values(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check("sft", options)
-
-
 def test_right_values_pass() -> None:
     check("sft", {"adam_beta2": 0.95, "gradient_checkpointing_kwargs": {"use_reentrant": False}})
 
 
-def test_none_is_accepted_if_the_type_allows_it() -> None:
+def test_none_is_accepted_if_the_type_allows_it(refused: Refused) -> None:
     option = class_options(SFT)["ddp_backend"]
     assert option.choices and None not in option.choices
     check("sft", {"ddp_backend": None})
-    with pytest.raises(ValueError, match="should be one of 'nccl'"):
-        check("sft", {"ddp_backend": "ncl"})
-    with pytest.raises(ValueError, match="should be str; found None"):
-        check("sft", {"log_level": None})
-
-
-def test_reading_options_does_not_import_torch() -> None:
-    code = (
-        "import sys; from align.config.options.field_dumps import class_options; "
-        "from align.pipeline.registry import STAGES; "
-        "[class_options(STAGES[kind].trainer_class) for kind in ('sft', 'reward', 'dpo')]; "
-        "assert not {'torch', 'trl', 'transformers'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    refused(check, "sft", {"ddp_backend": "ncl"})
+    refused(check, "sft", {"log_level": None})

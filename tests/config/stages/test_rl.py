@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from align.config.base import settings_for_key
 from align.config.runtime.rollouts import RolloutsConfig
 from align.config.stages.best_of_n import OnlineDpoConfig
 from align.config.stages.continue_from import inexactness, must_be_equal
 from align.config.stages.policy_gradient import GrpoConfig, PpoConfig, RlooConfig
+from tests.support.refusals import Refused
 
 FIELDS: dict[str, Any] = {"policy": "p", "prompts": "q", "score": "gold", "learning_rate": 1e-3}
 ENVIRONMENT = {"environment": {"class": "module:Class", "max_tokens": 64}}
@@ -19,17 +19,14 @@ CONTINUE = {"in_flight": "continue", "max_staleness": 1}
 
 
 @pytest.mark.parametrize("kind", [PpoConfig, GrpoConfig, RlooConfig])
-def test_continue_needs_staleness_and_episodes(kind: type[PpoConfig]) -> None:
+def test_continue_needs_staleness_and_episodes(refused: Refused, kind: type[PpoConfig]) -> None:
     assert kind(**FIELDS, **ENVIRONMENT, **CONTINUE).in_flight == "continue"
-    with pytest.raises(ValidationError, match="in_flight is continue, but max_staleness is 0.*Set `max_staleness: 1`"):
-        kind(**FIELDS, **ENVIRONMENT, in_flight="continue")
-    with pytest.raises(ValidationError, match=r"there is no environment; a single response has one turn\. Set env"):
-        kind(**FIELDS, **CONTINUE)
+    refused(kind, **FIELDS, **ENVIRONMENT, in_flight="continue")
+    refused(kind, **FIELDS, **CONTINUE)
 
 
-def test_methods_without_staleness_have_no_such_field() -> None:
-    with pytest.raises(ValidationError, match="in_flight"):
-        OnlineDpoConfig(**FIELDS, **ENVIRONMENT, in_flight="continue")
+def test_methods_without_staleness_have_no_such_field(refused: Refused) -> None:
+    refused(OnlineDpoConfig, **FIELDS, **ENVIRONMENT, in_flight="continue")
 
 
 def test_the_default_is_no_part_of_the_key() -> None:
@@ -42,7 +39,7 @@ def test_the_default_is_no_part_of_the_key() -> None:
     assert settings(in_flight="continue")["in_flight"] == "continue"
 
 
-def test_stored_rollouts_are_no_part_of_the_key() -> None:
+def test_stored_rollouts_are_no_part_of_the_key(refused: Refused) -> None:
     def settings(**fields: Any) -> dict[str, Any]:
         config = PpoConfig(**FIELDS, **fields)
         chosen: dict[str, Any] = settings_for_key(config, config.model_dump(exclude=config.fields_outside_key()))
@@ -52,8 +49,7 @@ def test_stored_rollouts_are_no_part_of_the_key() -> None:
     # Keys still count the field that stored rollouts replaced.
     assert settings()["completions"] == 8 and "rollouts" not in settings()
     for rollouts in ({"keep": 1.5}, {"keep": -0.1}, {"max_gb": 0.0}, {"gb": 1.0}):
-        with pytest.raises(ValidationError, match=next(iter(rollouts))):
-            PpoConfig(**FIELDS, rollouts=rollouts)
+        refused(PpoConfig, **FIELDS, rollouts=rollouts)
 
 
 @pytest.mark.parametrize(

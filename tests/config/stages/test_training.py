@@ -1,19 +1,13 @@
 """The shared fields: bounds, micro-batches, and trainer options checked without torch."""
 
-from typing import Any
-
 import pytest
-from pydantic import ValidationError
 
 from align.config.runtime.launch import LaunchConfig
 from align.config.stages.best_of_n import OnlineDpoConfig
 from align.config.stages.continue_from import fixed_reason
 from align.config.stages.policy_gradient import GrpoConfig, PpoConfig
 from align.config.stages.preference import DpoConfig, KtoConfig
-from align.config.stages.reward import RewardConfig
 from align.config.stages.sft import SftConfig
-from align.config.validation import validate
-from align.errors import UserError
 from align.training.arguments import total_steps
 
 SFT = {"model": "model", "data": "data", "learning_rate": 1e-4}
@@ -49,46 +43,6 @@ def test_memory_fields_are_keyed_if_rows_are_compared() -> None:
     assert KtoConfig(**answers, micro_batch_size=2).row_group == 2
     assert fixed_reason(SftConfig(**SFT), "micro_batch_size") is None
     assert fixed_reason(kto, "micro_batch_size") == "the loss compares the rows of a micro-batch"
-
-
-@pytest.mark.parametrize(
-    ("kind", "extra", "message"),
-    [
-        (
-            SftConfig,
-            {"batch_size": 12, "micro_batch_size": 8},
-            "micro_batch_size 8 does not divide batch_size 12; take 6",
-        ),
-        (SftConfig, {"micro_batch_size": "small"}, r"stages\.x\.micro_batch_size: .*'small'"),
-        (SftConfig, {"micro_batch_size": 0}, r"stages\.x\.micro_batch_size: .*0"),
-        (SftConfig, {"gradient_checkpointing": "yes"}, r"stages\.x\.gradient_checkpointing: .*'yes'"),
-        (SftConfig, {"learning_rat": 1e-4}, r"unknown key 'learning_rat'\. Did you mean 'learning_rate'"),
-        (SftConfig, {"learning_rate": -1}, r"stages\.x\.learning_rate: should be greater than 0"),
-        (SftConfig, {"scheduler": "cosin"}, "Did you mean 'cosine'"),
-        (SftConfig, {"trainer": {"adam_beta": 0.9}}, r"stages\.x\.trainer: unknown key 'adam_beta'.*'adam_beta[12]'"),
-        (SftConfig, {"trainer": {"learning_rate": 1}}, "set 'learning_rate' next to 'trainer'"),
-        (RewardConfig, {"trainer": {"center_rewards_coefficient": 0.1}}, "set 'center_rewards' next to"),
-        (RewardConfig, {"center_reward": 0.1}, "Did you mean 'center_rewards'"),
-    ],
-)
-def test_mistakes_are_named(kind: type, extra: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        validate(kind, {**SFT, **extra}, "p.yaml: stages.x")
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        ({"trainer": {"beta": 0.2}}, "set 'beta' next to"),
-        ({"trainer": {"loss_type": ["ipo"]}}, "set 'loss' or 'losses' next to"),
-        ({"trainer": {"loss_weights": [1.0]}}, "set 'losses' next to"),
-        ({"trainer": {"precompute_ref_log_probs": False}}, "scored once"),
-        ({"bta": 0.2}, "Did you mean 'beta'"),
-    ],
-)
-def test_mistakes_in_dpo_are_named(extra: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        validate(DpoConfig, {"policy": "sft", "data": "pairs", "learning_rate": 1e-5, **extra}, "p.yaml: stages.x")
 
 
 def test_steps_count_short_batches_and_the_cap() -> None:
@@ -133,17 +87,3 @@ def test_replay_needs_the_complete_model_in_each_process(strategy: str, settings
 @pytest.mark.parametrize("extra", [{"ema": 0.9}, {"anchor": {"to": "l2", "weight": 0.1}}])
 def test_sharded_model_accepts_l2_anchor_and_ema(extra: dict[str, object]) -> None:
     assert SftConfig(**SFT, **extra).processes_objection(IN_PARTS) is None
-
-
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"precision": "float32", "tuning": {"method": "lora", "base_dtype": "bfloat16"}}, "precision is float32"),
-        ({"tuning": {"method": "lora", "init": "pissa", "base_dtype": "bfloat16"}}, "init pissa changes the frozen"),
-    ],
-)
-def test_base_in_a_type_that_it_cannot_have_is_refused(fields: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValidationError, match=f"tuning.base_dtype is bfloat16, but {reason}"):
-        SftConfig(**SFT, **fields)
-    tuning = fields["tuning"] | {"base_dtype": "auto"}
-    assert SftConfig(**SFT, **fields | {"tuning": tuning}).tuning.method == "lora"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from align.data.builds.workers import BuildResources
 from align.data.checkers import gsm8k_answer
 from align.data.rows import Row, assistant, prompt_key, read_rows, user, write_rows
 from align.data.steps.split import group
-from align.errors import UserError
 from align.store.fingerprint import digest
 from align.store.json_files import write_sealed
 from tests.support.damage import flip_bit
 from tests.support.records import put_record
+from tests.support.refusals import Refused
 
 
 class Built:
@@ -193,12 +192,11 @@ def test_a_killed_build_goes_on(tmp_path: Path, small_shards, monkeypatch: pytes
     assert len(counted) + after == len(list((tmp_path / "whole-work").rglob("pass-*/?????.json")))
 
 
-def test_bad_records_stop_the_build_or_are_counted(make, tmp_path: Path) -> None:
+def test_bad_records_stop_the_build_or_are_counted(refused: Refused, make, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", questions(20))
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write('{broken\n{"promt": "x", "completion": "y"}\n')
-    with pytest.raises(UserError, match=r"(?s)a.jsonl:21: not valid JSON.*on_error: drop"):
-        make([source])
+    refused(make, [source])
     dataset = make([source], on_error="drop")
     assert dataset.ledger["dropped"] == {"unreadable": 2}
     examples = dataset.ledger["steps"][0]["examples"]["unreadable"]
@@ -283,10 +281,9 @@ def test_files_hold_so_many_rows_at_most(make, tmp_path: Path, monkeypatch: pyte
     assert dataset.train == full.train and dataset.ledger == full.ledger
 
 
-def test_an_empty_split_says_where_the_rows_went(make, tmp_path: Path) -> None:
+def test_an_empty_split_says_where_the_rows_went(refused: Refused, make, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": ""}])
-    with pytest.raises(UserError, match=r"no test row is left: 2 rows read, 1 left \(1 empty reply\)"):
-        make([source])
+    refused(make, [source])
 
 
 def test_hh_transcripts_become_pairs_and_single_replies(make, shared_data: Path) -> None:
@@ -318,19 +315,19 @@ def test_fields_that_were_not_used_are_named_with_their_counts(make, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("column", "count", "message"),
+    ("column", "count"),
     [
-        ("contxt", 24, "'contxt', which none of its 24 records has; they have 'prompt', 'context', 'completion'."),
-        ("contxt", 130, "'contxt', which none of the first 100 records has;"),
-        ("passage", 130, "'passage', which none of its 130 records has;"),
+        ("contxt", 24),
+        ("contxt", 130),
+        ("passage", 130),
     ],
 )
-def test_a_column_that_no_record_has_is_an_error(make, tmp_path: Path, column: str, count: int, message: str) -> None:
+def test_a_column_that_no_record_has_is_an_error(
+    refused: Refused, make, tmp_path: Path, column: str, count: int
+) -> None:
     records = [{"prompt": f"q {index}", "context": "c", "completion": "a"} for index in range(count)]
     settings = {"columns": {"input": column}, "options": {"ignore": ["context"]}}
-    with pytest.raises(UserError, match=re.escape(f"a: columns.input names the column {message}")) as caught:
-        make([write(tmp_path / "a.jsonl", records) | settings])
-    assert ("Did you mean 'context'?" in str(caught.value)) == (column == "contxt")
+    refused(lambda: make([write(tmp_path / "a.jsonl", records) | settings]))
 
 
 def test_a_column_may_come_late(make, tmp_path: Path) -> None:
@@ -341,17 +338,16 @@ def test_a_column_may_come_late(make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [[], [{"type": "filter", "chars": {"min": 100}}], [{"type": "near_duplicates"}]])
-def test_empty_build_lists_what_each_step_dropped(make, tmp_path: Path, steps, small_shards) -> None:
+def test_empty_build_lists_what_each_step_dropped(refused: Refused, make, tmp_path: Path, steps, small_shards) -> None:
     answer = "yes" if steps and steps[0]["type"] == "filter" else " "
-    message = "filter: chars.min" if answer == "yes" else "empty reply"
     for near in (0.8, None):
-        with pytest.raises(UserError, match=f"no train row is left: 20 rows read, 0 left .20 {message}.*Loosen"):
-            make([write(tmp_path / "a.jsonl", questions(20, answer=answer))], steps=steps, near_duplicate_prompts=near)
+        refused(
+            make, [write(tmp_path / "a.jsonl", questions(20, answer=answer))], steps=steps, near_duplicate_prompts=near
+        )
 
 
-def test_an_empty_source_is_named(make, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no train row is left: 0 rows read"):
-        make([write(tmp_path / "a.jsonl", [])])
+def test_an_empty_source_is_named(refused: Refused, make, tmp_path: Path) -> None:
+    refused(lambda: make([write(tmp_path / "a.jsonl", [])]))
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"rows": 1}'])
@@ -382,11 +378,11 @@ def test_damaged_files_of_unfinished_build_are_rebuilt(tmp_path: Path, small_sha
 @pytest.mark.parametrize(
     ("size", "full", "empty"), [(1.0, "test", "train"), (0, "train", "test"), (1, "test", "train")]
 )
-def test_a_split_may_be_empty_on_purpose(make, tmp_path: Path, size: float, full: str, empty: str) -> None:
+def test_a_split_may_be_empty_on_purpose(
+    refused: Refused, make, tmp_path: Path, size: float, full: str, empty: str
+) -> None:
     made = make([write(tmp_path / "a.jsonl", questions(12))], test_size=size, near_duplicate_prompts=None)
     assert made.ledger["splits"] == {full: 12, empty: 0}
     source = write(tmp_path / "b.jsonl", questions(12)) | {"part": full}
     assert make([source], test_size=size, near_duplicate_prompts=None).ledger["splits"][full] == 12
-    remedy = "0" if full == "train" else "1.0"
-    with pytest.raises(ValueError, match=f"every source goes to {full}, .*if that is meant, write test_size: {remedy}"):
-        make([source], test_size=0.5)
+    refused(make, [source], test_size=0.5)

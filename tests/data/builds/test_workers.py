@@ -25,7 +25,7 @@ from align.data.builds.shards import Task
 from align.data.builds.workers import BuildResources
 from align.data.formats import SourceFormat
 from align.data.rows import BadRecord
-from align.errors import UserError
+from tests.support.refusals import Refused
 
 SBATCH = """#!{python}
 import os, re, subprocess, sys
@@ -78,7 +78,9 @@ def run(folder: Path, content: Recipe, name: str, executor: Executor | None = No
     return build(content, folder, folder / f"{name}-work", folder / name, resources=resources)
 
 
-def test_jobs_build_what_this_process_does(slurm: SlurmExecutor, tmp_path: Path) -> None:
+def test_jobs_build_what_this_process_does(
+    refused: Refused, slurm: SlurmExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = recipe(tmp_path, lines(40))
     assert run(tmp_path, content, "jobs", slurm) == run(tmp_path, content, "here")
     assert len(list((tmp_path / "jobs-work").rglob("jobs/logs/completions/*"))) == 4  # two passes of two ranks
@@ -86,6 +88,12 @@ def test_jobs_build_what_this_process_does(slurm: SlurmExecutor, tmp_path: Path)
     for line in ("cpus-per-task=2", "mem-per-cpu=2560M", "partition=cpu", "account=nlp", "time=04:00:00", "array=0-1"):
         assert f"#SBATCH --{line}" in script
     assert "echo set up" in script
+    (damaged,) = (tmp_path / "jobs-work").rglob("pass-0/00001.parquet")
+    damaged.write_bytes(b"damaged")
+    # A summary that stays would end the wait before the job has begun.
+    monkeypatch.setattr(workers, "_launch", lambda *_: None)
+    monkeypatch.setattr(workers, "_is_queued", lambda *_: False)
+    refused(run, tmp_path, content, "jobs", slurm)
 
 
 def test_failed_squeue_does_not_end_running_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,14 +116,13 @@ def test_without_tasks_this_process_builds_all_shards(slurm: SlurmExecutor, tmp_
 
 
 def test_jobs_see_nothing_of_the_job_that_submits_them(
-    slurm: SlurmExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refused: Refused, slurm: SlurmExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")  # as in a worker of a sweep; datatrove would take it for its own
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "1024")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/bash\n/usr/bin/env > {tmp_path}/seen\nexit 3\n")
-    with pytest.raises(UserError, match="sbatch refused the jobs"):
-        run(tmp_path, recipe(tmp_path, lines(40)), "jobs", slurm)
+    refused(lambda: run(tmp_path, recipe(tmp_path, lines(40)), "jobs", slurm))
     variables = [line for line in (tmp_path / "seen").read_text().splitlines() if line.startswith("SLURM")]
     assert variables == ["SLURM_CONF=/etc/slurm.conf"] and os.environ["SLURM_MEM_PER_NODE"] == "1024"
 
@@ -126,10 +133,9 @@ def test_resources_of_ray_tasks() -> None:
     assert workers._ray_options(RayExecutor(cpus=2, tasks=4))["memory"] == 8 * 2**30
 
 
-def test_a_bad_record_comes_back_as_it_would_here(slurm: SlurmExecutor, tmp_path: Path) -> None:
+def test_a_bad_record_comes_back_as_it_would_here(refused: Refused, slurm: SlurmExecutor, tmp_path: Path) -> None:
     content = recipe(tmp_path, [*lines(20), "{broken\n"])
-    with pytest.raises(UserError, match=r"a.jsonl:21: not valid JSON"):
-        run(tmp_path, content, "jobs", slurm)
+    refused(run, tmp_path, content, "jobs", slurm)
 
 
 @pytest.mark.slow
@@ -142,34 +148,14 @@ def test_jobs_without_shards_are_named_and_rest_is_kept(slurm: SlurmExecutor, tm
     assert run(tmp_path, content, "jobs", slurm) == run(tmp_path, content, "here")
 
 
-def test_a_damaged_shard_is_waited_for(slurm: SlurmExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = recipe(tmp_path, lines(40))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(building, "finish", interrupt)
-        run(tmp_path, content, "jobs", slurm)
-    (damaged,) = (tmp_path / "jobs-work").rglob("pass-0/00001.parquet")
-    damaged.write_bytes(b"damaged")
-    # A summary that stays would end the wait before the job has begun.
-    monkeypatch.setattr(workers, "_launch", lambda *_: None)
-    monkeypatch.setattr(workers, "_is_queued", lambda *_: False)
-    with pytest.raises(RuntimeError, match="1 of 1 shards are not done"):
-        run(tmp_path, content, "jobs", slurm)
-
-
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def test_without_slurm_the_remedy_is_named(slurm: SlurmExecutor, tmp_path: Path) -> None:
+def test_without_slurm_the_remedy_is_named(refused: Refused, slurm: SlurmExecutor, tmp_path: Path) -> None:
     (tmp_path / "bin" / "sbatch").unlink()
-    with pytest.raises(UserError, match="no sbatch here; run this on a login node"):
-        run(tmp_path, recipe(tmp_path, lines(40)), "jobs", slurm)
+    refused(lambda: run(tmp_path, recipe(tmp_path, lines(40)), "jobs", slurm))
 
 
-def test_a_refused_job_is_the_users_to_mend(slurm: SlurmExecutor, tmp_path: Path) -> None:
+def test_a_refused_job_is_the_users_to_mend(refused: Refused, slurm: SlurmExecutor, tmp_path: Path) -> None:
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/bash\nexit 3\n")
-    with pytest.raises(UserError, match="sbatch refused the jobs .exit code 3"):
-        run(tmp_path, recipe(tmp_path, lines(40)), "jobs", slurm)
+    refused(lambda: run(tmp_path, recipe(tmp_path, lines(40)), "jobs", slurm))
 
 
 def test_a_task_survives_its_file() -> None:

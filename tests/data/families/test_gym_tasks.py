@@ -15,7 +15,7 @@ from align.config.validation import validate
 from align.data.families.gym_tasks import KEY, verified
 from align.data.rows import BadRecord
 from align.data.sources import identity, read
-from align.errors import UserError
+from tests.support.refusals import Refused
 
 SOURCE = {"type": "reasoning_gym", "tasks": ["chain_sum", {"name": "leg_counting", "arguments": {"max_animals": 3}}]}
 
@@ -37,32 +37,28 @@ def _rows(source: GymSource) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    "fields",
     [
-        ({"tasks": []}, "sources[0].tasks: List should have at least 1 item"),
-        ({"tasks": [3]}, "sources[0].tasks"),
-        ({"tasks": [{"name": "chain_sum", "arguments": {"seed": 3}}]}, "the task 'chain_sum' sets seed, which is"),
-        ({"count": 0}, "sources[0].count: should be greater than or equal to 1"),
-        ({"cuont": 3}, "unknown key 'cuont'. Did you mean 'count'?"),
-        ({"kind": "preferences"}, "sources[0] (reasoning_gym) has one reply per prompt; use kind"),
+        {"tasks": []},
+        {"tasks": [3]},
+        {"tasks": [{"name": "chain_sum", "arguments": {"seed": 3}}]},
+        {"count": 0},
+        {"cuont": 3},
+        {"kind": "preferences"},
     ],
 )  # fmt: skip
-def test_wrong_settings_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        recipe(**fields)
-    assert message in str(caught.value)
+def test_wrong_settings_are_refused(refused: Refused, fields: dict[str, Any]) -> None:
+    refused(recipe, **fields)
 
 
-def test_a_row_of_another_source_is_not_scored() -> None:
+def test_a_row_of_another_source_is_not_scored(refused: Refused) -> None:
     pytest.importorskip("reasoning_gym", reason="the extra gym is not installed")
-    with pytest.raises(UserError, match="row 1 is no task of reasoning-gym"):
-        verified({"id": "1", "checks": ""}, "3")
+    refused(verified, {"id": "1", "checks": ""}, "3")
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_extra_is_named(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the package reasoning_gym, which is not installed: .*pipeline\[gym\]"):
-        identity(recipe().sources[0], Path())
+    refused(lambda: identity(recipe().sources[0], Path()))
 
 
 def test_tasks_take_turns_and_their_verifiers_score() -> None:
@@ -92,15 +88,13 @@ def test_a_task_with_many_right_answers_has_no_completion() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tasks", "message"),
+    "tasks",
     [
-        (["chain_sun"], "reasoning_gym chain_sun: reasoning-gym has no task 'chain_sun'. Did you mean 'chain_sum'?"),
-        ([{"name": "chain_sum", "arguments": {"terms": 3}}], "the task 'chain_sum' does not take these arguments"),
-        ([{"name": "chain_sum", "arguments": {"min_terms": 0}}], "the task 'chain_sum' does not take these arguments"),
+        ["chain_sun"],
+        [{"name": "chain_sum", "arguments": {"terms": 3}}],
+        [{"name": "chain_sum", "arguments": {"min_terms": 0}}],
     ],
 )
-def test_a_task_that_is_not_there_is_refused(tasks: list[Any], message: str) -> None:
+def test_a_task_that_is_not_there_is_refused(refused: Refused, tasks: list[Any]) -> None:
     pytest.importorskip("reasoning_gym", reason="the extra gym is not installed")
-    with pytest.raises(UserError) as caught:
-        rows(tasks=tasks)
-    assert message in str(caught.value)
+    refused(rows, tasks=tasks)

@@ -8,8 +8,9 @@ import pytest
 
 from align.data.formats import SourceFormat, convert
 from align.data.formats.answers import parse_transcript
-from align.data.rows import BadRecord, Dropped, assistant
+from align.data.rows import Dropped, assistant
 from tests.support.data.formats.conversions import chat, dropped, row, rows, sharegpt
+from tests.support.refusals import Refused
 
 SYSTEM = {"role": "system", "content": "s"}
 
@@ -24,11 +25,10 @@ def test_alpaca_folds_the_input_into_the_prompt() -> None:
     assert dropped(record | {"output": " "}, "alpaca") == "empty reply"
 
 
-def test_alpaca_with_system_and_history() -> None:
+def test_alpaca_with_system_and_history(refused: Refused) -> None:
     record = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
     assert row(record, "alpaca")["prompt"] == [SYSTEM, *chat("a", "b", "c")]
-    with pytest.raises(BadRecord, match="'history' holds something that is not a pair"):
-        convert(record | {"history": ["a"]}, SourceFormat("alpaca"), "f:1", "instructions")
+    refused(lambda: convert(record | {"history": ["a"]}, SourceFormat("alpaca"), "f:1", "instructions"))
 
 
 def test_dolly_folds_the_context() -> None:
@@ -56,7 +56,7 @@ def test_gsm8k() -> None:
     assert dropped({"question": "q", "answer": "#### none"}, "gsm8k") == "no number after ####"
 
 
-def test_prompt_and_completion_in_their_spellings() -> None:
+def test_prompt_and_completion_in_their_spellings(refused: Refused) -> None:
     wanted = {"prompt": chat("a"), "completion": [assistant("b")], "checks": ""}
     for record in (
         {"prompt": "a", "completion": "b"},
@@ -69,23 +69,24 @@ def test_prompt_and_completion_in_their_spellings() -> None:
     assert row(before, "prompt_completion")["prompt"] == chat("a", "b", "c")
     orca = {"system_prompt": "s", "question": "q", "response": "r"}
     assert row(orca, "prompt_completion")["prompt"] == [SYSTEM, *chat("q")]
-    with pytest.raises(BadRecord, match="f:1: 'completion' holds 2 messages, expected the answer alone"):
-        convert({"prompt": "a", "completion": chat("a", "b")}, SourceFormat("prompt_completion"), "f:1", "instructions")
+    refused(
+        lambda: convert(
+            {"prompt": "a", "completion": chat("a", "b")}, SourceFormat("prompt_completion"), "f:1", "instructions"
+        )
+    )
 
 
-def test_prompts_alone() -> None:
+def test_prompts_alone(refused: Refused) -> None:
     for record in ({"prompt": "a"}, {"question": "a"}, {"messages": chat("a")}, {"prompt": chat("a")}):
         assert row(record, "prompt", "prompts") == {"prompt": chat("a"), "checks": ""}
     assert dropped({"messages": chat("a", "b")}, "prompt", "prompts") == "last prompt turn is not the user's"
-    with pytest.raises(BadRecord, match="a record of format prompt cannot give instructions"):
-        convert({"prompt": "a"}, SourceFormat("prompt"), "f:1", "instructions")
+    refused(lambda: convert({"prompt": "a"}, SourceFormat("prompt"), "f:1", "instructions"))
 
 
 @pytest.mark.parametrize("form", ["alpaca", "dolly", "gsm8k"])
-def test_text_must_be_text(form: Any) -> None:
+def test_text_must_be_text(refused: Refused, form: Any) -> None:
     record = {"instruction": ["x"], "question": True, "context": "", "output": "o", "response": "r", "answer": "#### 1"}
-    with pytest.raises(BadRecord, match="f:1: '(instruction|question)' holds (list|bool), expected text or a number"):
-        convert(record, SourceFormat(form), "f:1", "instructions")
+    refused(lambda: convert(record, SourceFormat(form), "f:1", "instructions"))
 
 
 def test_columns_are_renamed_first() -> None:
@@ -126,14 +127,11 @@ def test_ultrafeedback_mends_scores_of_one_written_as_ten() -> None:
     assert scores(record, score="annotations.honesty.Rating") == [5.0, 1.0]
 
 
-def test_ratings_that_were_not_given_do_not_count() -> None:
+def test_ratings_that_were_not_given_do_not_count(refused: Refused) -> None:
     mixed = {"response": "x", "annotations": {"honesty": {"Rating": "N/A"}, "truthfulness": {"Rating": "4"}}}
     record = {"instruction": "q", "completions": [mixed, rated("N/A"), rated(2)]}
     assert scores(record) == [4.0, None, 2.0]
-    with pytest.raises(
-        BadRecord, match="no answer in 'completions' has a score .auto.; they have annotations, response"
-    ):
-        convert({**record, "completions": [rated("N/A")]}, SourceFormat("scored"), "f:1", "preferences")
+    refused(lambda: convert({**record, "completions": [rated("N/A")]}, SourceFormat("scored"), "f:1", "preferences"))
 
 
 def test_ranks_become_places_from_zero_and_keep_ties() -> None:
@@ -152,18 +150,17 @@ def test_ranks_become_places_from_zero_and_keep_ties() -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "form", "message"),
+    ("record", "form"),
     [
-        ({"responses": ["a", "b"], "scores": [1]}, "scored", "'scores' does not have one value for each of the 2"),
-        ({"responses": "a"}, "scored", "'responses' holds text that is not JSON"),
-        ({"responses": [{"score": 1}]}, "scored", "'responses' has an answer without its text"),
-        ({"responses": [{"content": "a", "rank": 1}, "b"]}, "ranked", "some answers in 'responses' have a rank"),
-        ({"responses": [{"content": "a", "score": "x"}]}, "scored", "a score is 'x'"),
+        ({"responses": ["a", "b"], "scores": [1]}, "scored"),
+        ({"responses": "a"}, "scored"),
+        ({"responses": [{"score": 1}]}, "scored"),
+        ({"responses": [{"content": "a", "rank": 1}, "b"]}, "ranked"),
+        ({"responses": [{"content": "a", "score": "x"}]}, "scored"),
     ],
 )
-def test_malformed_answers(record: dict[str, Any], form: Any, message: str) -> None:
-    with pytest.raises(BadRecord, match=message):
-        convert({"prompt": "q", **record}, SourceFormat(form), "f:1", "preferences")
+def test_malformed_answers(refused: Refused, record: dict[str, Any], form: Any) -> None:
+    refused(lambda: convert({"prompt": "q", **record}, SourceFormat(form), "f:1", "preferences"))
 
 
 def node(role: str, text: str, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -212,7 +209,7 @@ def test_trees_give_conversations_along_the_best_answers() -> None:
     assert row(TREE, "oasst", "prompts")["prompt"] == chat("q", "best", "on?")
 
 
-def test_what_trees_leave_out_is_counted() -> None:
+def test_what_trees_leave_out_is_counted(refused: Refused) -> None:
     left = "deleted, by a model, or of another language"
     assert dropped({**TREE, "prompt": {**TREE["prompt"], "deleted": True}}, "oasst", "preferences") == left
     assert dropped(TREE, "oasst", languages=["de"]) == left
@@ -225,8 +222,7 @@ def test_what_trees_leave_out_is_counted() -> None:
     part = {"message_tree_id": "t", "prompt": ask("q", say("a", 0, few["prompt"]), say("b", 1))}
     conversion = convert(part, SourceFormat("oasst"), "f:1", "preferences")
     assert [isinstance(item, Dropped) for item in conversion] == [False, True]
-    with pytest.raises(BadRecord, match="'prompt' is not the first message of a tree"):
-        convert({"message_tree_id": "t", "prompt": "q"}, SourceFormat("oasst"), "f:1", "preferences")
+    refused(lambda: convert({"message_tree_id": "t", "prompt": "q"}, SourceFormat("oasst"), "f:1", "preferences"))
 
 
 def hh(*turns: str) -> str:
@@ -298,12 +294,11 @@ def test_preferences_for_other_kinds() -> None:
     assert dropped(same, "preferences", "unpaired") == dropped(same, "preferences", "preferences")
 
 
-def test_scores_prompts_and_empty_replies() -> None:
+def test_scores_prompts_and_empty_replies(refused: Refused) -> None:
     record = {"prompt": "q", "chosen": "a", "rejected": "b"}
     scored = row(record | {"score_chosen": 8, "score_rejected": "3.5"}, "preferences", "preferences")
     assert (scored["chosen_score"], scored["rejected_score"]) == (8.0, 3.5)
-    with pytest.raises(BadRecord, match="'input' would be lost: it is part of the prompt"):
-        convert(record | {"input": "more"}, SourceFormat("preferences"), "f:1", "preferences")
+    refused(lambda: convert(record | {"input": "more"}, SourceFormat("preferences"), "f:1", "preferences"))
     folded = {"instruction": "q", "input": "more", "chosen": "a", "rejected": "b"}
     assert row(folded, "preferences", "preferences")["prompt"] == chat("q\n\nmore")
     differ = {"chosen": chat("q", "a"), "rejected": chat("r", "b")}
@@ -312,13 +307,12 @@ def test_scores_prompts_and_empty_replies() -> None:
     assert dropped(record | {"rejected": " "}, "preferences", "preferences") == "empty reply"
     users = {"prompt": "q", "chosen": chat("q"), "rejected": chat("q")}
     assert dropped(users, "preferences", "preferences") == "last turn is not the assistant's"
-    for bad, message in (
-        ({"chosen": "a", "rejected": "b"}, "there is no prompt"),
-        (record | {"score_chosen": "x"}, "a score is 'x', expected a number"),
-        (record | {"score_chosen": float("nan")}, "expected a finite number"),
+    for bad in (
+        {"chosen": "a", "rejected": "b"},
+        record | {"score_chosen": "x"},
+        record | {"score_chosen": float("nan")},
     ):
-        with pytest.raises(BadRecord, match=message):
-            convert(bad, SourceFormat("preferences"), "f:1", "preferences")
+        refused(convert, bad, SourceFormat("preferences"), "f:1", "preferences")
 
 
 @pytest.mark.parametrize(
@@ -332,22 +326,20 @@ def test_labels_are_read_as_words(label: Any, truth: bool) -> None:
     }  # fmt: skip
 
 
-def test_unpaired_messages_and_other_kinds() -> None:
+def test_unpaired_messages_and_other_kinds(refused: Refused) -> None:
     record = {"messages": chat("q", "a", "r", "b"), "label": False}
     assert row(record, "unpaired", "unpaired")["prompt"] == chat("q", "a", "r")
     assert row({"conversations": sharegpt("q", "a"), "kto_tag": True}, "unpaired", "unpaired")["label"] is True
     assert dropped(record, "unpaired") == "labeled as bad"
     assert "label" not in row(record | {"label": True}, "unpaired")
-    for bad, message in (
-        (record | {"label": "maybe"}, "a label is 'maybe', expected true or false"),
-        (record | {"label": 0.5}, "a label is 0.5"),
-        ({"prompt": "q", "label": True}, "a label without an answer"),
-        ({"prompt": "q", "completion": chat("q", "a", "r", "b")[1:], "label": True}, "holds 3 messages, expected the"),
+    for bad in (
+        record | {"label": "maybe"},
+        record | {"label": 0.5},
+        {"prompt": "q", "label": True},
+        {"prompt": "q", "completion": chat("q", "a", "r", "b")[1:], "label": True},
     ):
-        with pytest.raises(BadRecord, match=message):
-            convert(bad, SourceFormat("unpaired"), "f:1", "unpaired")
-    with pytest.raises(BadRecord, match="format unpaired cannot give preferences; formats that can: .*hh_rlhf"):
-        convert(record, SourceFormat("unpaired"), "f:1", "preferences")
+        refused(convert, bad, SourceFormat("unpaired"), "f:1", "unpaired")
+    refused(lambda: convert(record, SourceFormat("unpaired"), "f:1", "preferences"))
 
 
 def test_labels_make_other_ids() -> None:

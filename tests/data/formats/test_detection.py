@@ -10,9 +10,9 @@ from align.config.recipe.format_options import KINDS, Format
 from align.data.formats import CONVERTERS, SourceFormat, convert, detect
 from align.data.formats.detection import SHAPES
 from align.data.formats.fields import FIELDS
-from align.data.rows import BadRecord, assistant
-from align.errors import UserError
+from align.data.rows import assistant
 from tests.support.data.formats.conversions import chat, sharegpt
+from tests.support.refusals import Refused
 
 HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
 
@@ -60,11 +60,10 @@ def test_auto_says_what_it_chose_and_what_that_covers() -> None:
     assert kto == "unpaired: 1 of 1 records have label, messages; messages would fit too, but cannot give unpaired"
 
 
-def test_auto_passes_over_a_few_bad_records() -> None:
+def test_auto_passes_over_a_few_bad_records(refused: Refused) -> None:
     good, bad = {"instruction": "i", "output": "o"}, {"instruction": "i"}
     assert detect([good] * 9 + [bad], "instructions").reason.startswith("alpaca: 9 of 10 records")
-    with pytest.raises(UserError, match=r"finds no format for the first 9 records .* give instructions.*Alpaca fits 8"):
-        detect([good] * 8 + [bad], "instructions")
+    refused(detect, [good] * 8 + [bad], "instructions")
 
 
 def test_auto_passes_over_a_conversation_that_nests_without_end() -> None:
@@ -72,57 +71,42 @@ def test_auto_passes_over_a_conversation_that_nests_without_end() -> None:
     assert detect([deep, *[good] * 9], "instructions").form == "messages"
 
 
-def test_auto_does_not_guess_between_two() -> None:
+def test_auto_does_not_guess_between_two(refused: Refused) -> None:
     record = {"instruction": "i", "output": "o", "chosen": "a", "rejected": "b"}
     assert detect([record], "preferences").form == "preferences"
-    with pytest.raises(UserError, match=r"the records fit preferences .chosen, instruction, rejected.; alpaca .*Write"):
-        detect([record], "instructions")
+    refused(detect, [record], "instructions")
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    "record",
     [
-        (
-            {"text": "x"},
-            "Text fits 1 .no instructions.. Map fields with columns: .prompt: FIELD.. The formats are alpaca, dolly",
-        ),
-        ({"Question": "q", "Answr": "x"}, "Is 'Question' meant as 'question'"),
-        (
-            {"instruction": "i", "outputt": "o"},
-            "Is 'outputt' meant as 'output'. Nearly: .*alpaca .instruction",
-        ),
-        (
-            {"prompt": "q", "responses": ["a", "b"]},
-            "A list of answers without ranks or scores is read with format: ranked",
-        ),
-        ({"prompt": "q"}, "Prompt fits 1 .no instructions."),
+        {"text": "x"},
+        {"Question": "q", "Answr": "x"},
+        {"instruction": "i", "outputt": "o"},
+        {"prompt": "q", "responses": ["a", "b"]},
+        {"prompt": "q"},
     ],
 )
-def test_auto_names_the_fields_and_what_nearly_fits(record: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        detect([record], "instructions")
+def test_auto_names_the_fields_and_what_nearly_fits(refused: Refused, record: dict[str, Any]) -> None:
+    refused(detect, [record], "instructions")
 
 
-def test_auto_needs_a_record() -> None:
-    with pytest.raises(UserError, match="the source is empty"):
-        detect([])
+def test_auto_needs_a_record(refused: Refused) -> None:
+    refused(detect, [])
 
 
 @pytest.mark.parametrize(
-    ("record", "form", "message"),
+    ("record", "form"),
     [
-        ({"question": "q", "answr": "a"}, "gsm8k", "f:1: not a record of format gsm8k: 'answer' missing; it has "
-         "'question', 'answr'. Is 'answr' meant as 'answer'."),
-        ({"instruction": "i", "output": "o"}, "messages", "'messages' or 'conversations' or 'conversation' missing; it "
-         "has 'instruction', 'output'. It fits format: alpaca"),
-        ({"chosen": "p", "text": "a"}, "preferences", r"It nearly fits: hh_rlhf \(chosen \+ rejected\)"),
-        ({"prompt": None}, "alpaca", "it has no fields"),
-        ({"chosen": "a", "rejected": None}, "preferences", "'rejected' or 'response_k' missing; it has 'chosen'"),
+        ({"question": "q", "answr": "a"}, "gsm8k"),
+        ({"instruction": "i", "output": "o"}, "messages"),
+        ({"chosen": "p", "text": "a"}, "preferences"),
+        ({"prompt": None}, "alpaca"),
+        ({"chosen": "a", "rejected": None}, "preferences"),
     ],
 )  # fmt: skip
-def test_unrecognized_records(record: dict[str, Any], form: Any, message: str) -> None:
-    with pytest.raises(BadRecord, match=message):
-        convert(record, SourceFormat(form), "f:1", next(iter(sorted(KINDS[form]))))
+def test_unrecognized_records(refused: Refused, record: dict[str, Any], form: Any) -> None:
+    refused(lambda: convert(record, SourceFormat(form), "f:1", next(iter(sorted(KINDS[form])))))
 
 
 def test_every_format_has_fields_a_shape_kinds_and_a_converter() -> None:

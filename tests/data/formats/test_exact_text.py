@@ -8,8 +8,9 @@ import pytest
 
 from align.data.formats import SourceFormat, convert, detect
 from align.data.formats.answers import parse_transcript
-from align.data.rows import BadRecord, assistant, user
+from align.data.rows import assistant, user
 from tests.support.data.formats.conversions import chat, dropped, row, sharegpt
+from tests.support.refusals import Refused
 
 CODE = "    y = x + 0\n    return y\n"
 ASK = "  def f(x):\n"
@@ -91,9 +92,8 @@ def test_numbers_become_text(value: float, written: str) -> None:
 
 
 @pytest.mark.parametrize("value", [True, float("nan"), ["a"]])
-def test_other_values_are_not_reported_as_misspelled(value: Any) -> None:
-    with pytest.raises(BadRecord, match=r"f:1: 'answer(.content)?' holds|'answer' holds"):
-        convert({"question": "q", "answer": value}, SourceFormat("prompt_completion"), "f:1", "instructions")
-    with pytest.raises(Exception, match="They have 'question', 'answer'") as caught:
-        detect([{"question": "q", "answer": value}], "instructions")
-    assert "meant as" not in str(caught.value)
+def test_other_values_are_not_reported_as_misspelled(refused: Refused, value: Any) -> None:
+    refused(
+        lambda: convert({"question": "q", "answer": value}, SourceFormat("prompt_completion"), "f:1", "instructions")
+    )
+    refused(detect, [{"question": "q", "answer": value}], "instructions")

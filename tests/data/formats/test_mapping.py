@@ -22,8 +22,8 @@ from align.data.formats import FieldUsage, SourceFormat, convert, detect
 from align.data.formats.columns import LabelRule, label_rule
 from align.data.formats.mapping import group_records
 from align.data.rows import BadRecord, assistant, user
-from align.errors import UserError
 from tests.support.data.formats.conversions import chat, dropped, row, rows, source_format
+from tests.support.refusals import Refused
 
 
 def test_columns_are_templates_over_any_fields() -> None:
@@ -33,21 +33,19 @@ def test_columns_are_templates_over_any_fields() -> None:
     assert (found["prompt"], found["completion"]) == (chat("2 + 2?"), [assistant("Count.\n#### 4")])
 
 
-def test_fields_that_a_mapping_uses_or_hides_are_told_apart() -> None:
+def test_fields_that_a_mapping_uses_or_hides_are_told_apart(refused: Refused) -> None:
     usage = FieldUsage()
     record = {"q": "a", "prompt": "other", "options": ["x", "y"], "level": 3, "answer": "b"}
     columns = {"prompt": "{q} {options[0]} or {options[1]}?", "completion": "answer"}
     convert(record, source_format("prompt_completion", columns=columns), "f:1", "instructions", usage=usage)
     assert usage.unused == {"prompt": 1, "level": 1}
     # without the template the choices would be lost
-    with pytest.raises(BadRecord, match="'options' would be lost"):
-        convert(record, source_format("prompt_completion", columns={"prompt": "q"}), "f:1", "instructions")
+    refused(lambda: convert(record, source_format("prompt_completion", columns={"prompt": "q"}), "f:1", "instructions"))
 
 
-def test_missing_column_is_not_replaced_by_another() -> None:
+def test_missing_column_is_not_replaced_by_another(refused: Refused) -> None:
     form = source_format("prompt_completion", columns={"prompt": "ask"})
-    with pytest.raises(BadRecord, match="'prompt' or 'question' or"):
-        convert({"question": "something else", "completion": "a"}, form, "f:1", "instructions")
+    refused(convert, {"question": "something else", "completion": "a"}, form, "f:1", "instructions")
 
 
 def test_a_system_prompt_is_a_text_that_may_quote_columns() -> None:
@@ -75,28 +73,25 @@ def test_kept_columns_stay_with_every_row_of_a_record() -> None:
     assert [item["gold"] for item in rows(several, "messages", turns="all", keep=["gold"])] == [1.5, 1.5]
 
 
-def test_keep_all_leaves_out_what_the_format_reads_itself() -> None:
+def test_keep_all_leaves_out_what_the_format_reads_itself(refused: Refused) -> None:
     record = {"ask": "q", "completion": "a", "gold": 4, "why": "b", "label": "x"}
     kept = row(record, "prompt_completion", columns={"prompt": "ask"}, keep={"kind": "label", "both": "{gold} {why}"})
     assert (kept["kind"], kept["both"], "gold" in kept) == ("x", "4 b", False)
     del record["label"]
     kept = row(record, "prompt_completion", columns={"prompt": "ask"}, keep="all")
     assert set(kept) == {"prompt", "completion", "checks", "gold", "why"}
-    with pytest.raises(UserError, match=r"a column 'source'; .* keep: \{gold: gold, record_source: source\}"):
-        row({"prompt": "q", "completion": "a", "gold": 1, "source": "web"}, "prompt_completion", keep="all")
+    refused(row, {"prompt": "q", "completion": "a", "gold": 1, "source": "web"}, "prompt_completion", keep="all")
 
 
-def test_a_kept_column_is_named_as_such_and_is_no_loss() -> None:
+def test_a_kept_column_is_named_as_such_and_is_no_loss(refused: Refused) -> None:
     usage = FieldUsage()
     record = {"prompt": "q", "completion": "a", "choices": ["x"], "note": "n", "images": ["x.png"]}
     form = source_format("prompt_completion", keep=["choices"], ignore=["images"])
     convert(record, form, "f:1", "instructions", usage=usage)
     assert (usage.kept, usage.unused) == ({"choices": 1}, {"note": 1, "images": 1})
     del record["choices"]
-    with pytest.raises(BadRecord, match="'images' would be lost"):
-        convert(record, source_format("prompt_completion", keep="all"), "f:1", "instructions")
-    with pytest.raises(BadRecord, match="keep: 'raw' holds bytes; text, numbers, lists and mappings can be kept"):
-        row({"prompt": "q", "completion": "a", "raw": b"x"}, "prompt_completion", keep=["raw"])
+    refused(lambda: convert(record, source_format("prompt_completion", keep="all"), "f:1", "instructions"))
+    refused(row, {"prompt": "q", "completion": "a", "raw": b"x"}, "prompt_completion", keep=["raw"])
 
 
 def test_checks_of_a_record_survive() -> None:
@@ -106,20 +101,19 @@ def test_checks_of_a_record_survive() -> None:
     assert row(record | {"checks": "three of them"}, "prompt_completion")["checks"] == ""
 
 
-def test_rows_of_a_file_are_read_with_all_their_columns() -> None:
+def test_rows_of_a_file_are_read_with_all_their_columns(refused: Refused) -> None:
     own = {"prompt": chat("q"), "completion": [assistant("a")], "checks": '{"answer": "1"}', "gold": [1], "id": "mine"}
     (found,) = convert(own, SourceFormat("rows"), "f:1", "instructions")
     assert found == own
     (found,) = convert({**own, "text": None}, SourceFormat("rows"), "f:1", "texts")
     assert isinstance(found, dict) and (found["text"], found["gold"]) == ("q\n\na", [1])
-    for wrong, problem in (
-        ({"prompt": "q"}, "'prompt' holds str, and rows have lists of messages"),
-        ({"prompt": [{"role": "human", "content": "q"}]}, "'prompt' has a message without a role"),
-        ({"prompt": chat("q"), "checks": 3}, "'checks' holds int, expected text"),
-        ({"prompt": chat("q"), "_split": "x"}, "'_split' begins with _"),
+    for wrong in (
+        {"prompt": "q"},
+        {"prompt": [{"role": "human", "content": "q"}]},
+        {"prompt": chat("q"), "checks": 3},
+        {"prompt": chat("q"), "_split": "x"},
     ):
-        with pytest.raises(BadRecord, match=problem):
-            convert(wrong, SourceFormat("rows"), "f:1", "prompts")
+        refused(convert, wrong, SourceFormat("rows"), "f:1", "prompts")
 
 
 # The better of two columns
@@ -157,15 +151,12 @@ def test_a_label_names_the_better_column(
         assert not isinstance(found, dict) and found.reason == "tie"
 
 
-def test_a_label_that_could_mean_either_must_be_named() -> None:
-    with pytest.raises(UserError, match=r"data: better.label holds 0, 1, .*Say it: better: \{a_is: 1, b_is: 0\}"):
-        label_rule(compared(a="human_ref_A", b="human_ref_B"), [{"w": 1}, {"w": 0}], "data")
+def test_a_label_that_could_mean_either_must_be_named(refused: Refused) -> None:
+    refused(lambda: label_rule(compared(a="human_ref_A", b="human_ref_B"), [{"w": 1}, {"w": 0}], "data"))
     form = SourceFormat("preferences", mapping=RecordMapping(better=compared()), rule=LabelRule())
-    with pytest.raises(BadRecord, match="the label of the better answer is 'left-ish', which names neither"):
-        convert({"prompt": "q", "output_1": "a", "output_2": "b", "w": "left-ish"}, form, "f:1", "preferences")
+    refused(convert, {"prompt": "q", "output_1": "a", "output_2": "b", "w": "left-ish"}, form, "f:1", "preferences")
     stops = SourceFormat("preferences", mapping=RecordMapping(better=compared(tie="stop")), rule=LabelRule())
-    with pytest.raises(BadRecord, match="is 'tie', a tie; better: .tie: drop. leaves ties out"):
-        convert({"prompt": "q", "output_1": "a", "output_2": "b", "w": "tie"}, stops, "f:1", "preferences")
+    refused(convert, {"prompt": "q", "output_1": "a", "output_2": "b", "w": "tie"}, stops, "f:1", "preferences")
 
 
 # Groups
@@ -197,7 +188,7 @@ def test_answers_of_one_prompt_are_joined() -> None:
 # Labels in words, and means of lists
 
 
-def test_labels_in_words_become_truth_values() -> None:
+def test_labels_in_words_become_truth_values(refused: Refused) -> None:
     words = LabelWords(good=["yes", "thumbs_up", 5], bad="no")
     columns = {"label": words}
     for label, expected in (("Yes ", True), ("thumbs_up", True), (5.0, True), ("NO", False)):
@@ -206,13 +197,14 @@ def test_labels_in_words_become_truth_values() -> None:
     named = {"label": LabelWords(column="{vote.word}", good=["up"], bad=["down"])}
     record = {"prompt": "q", "completion": "a", "vote": {"word": "down"}}
     assert row(record, "unpaired", "unpaired", columns=named)["label"] is False
-    with pytest.raises(BadRecord, match=r"'label' is 'maybe', expected one of 5, no, thumbs_up, yes; add it to good"):
-        convert(
+    refused(
+        lambda: convert(
             {"prompt": "q", "completion": "a", "label": "maybe"},
             source_format("unpaired", columns=columns),
             "f:1",
             "unpaired",
         )
+    )
 
 
 def test_mapping_of_words_and_means_is_read_from_yaml() -> None:
@@ -235,14 +227,17 @@ def test_ratings_count_by_their_mean() -> None:
     assert "'votes' has 'high' in its list, expected numbers" in bad.problem
 
 
-def test_json_truth_value_is_an_answer_in_words() -> None:
+def test_json_truth_value_is_an_answer_in_words(refused: Refused) -> None:
     settings = {"columns": {"completion": {"column": "answer", "words": {True: "Yes.", False: "No."}}}}
     columns = validate_plain(RecordMapping, settings).columns
     for answer, words in ((True, "Yes."), (False, "No."), ("TRUE", "Yes.")):
         record = {"question": "Is it so?", "answer": answer}
         assert row(record, "prompt_completion", columns=columns)["completion"] == [assistant(words)]
-    with pytest.raises(BadRecord, match=r"'completion' is 1, expected one of true, false; add it to words"):
-        convert({"question": "q", "answer": 1}, source_format("prompt_completion", columns=columns), "f:1", "prompts")
+    refused(
+        lambda: convert(
+            {"question": "q", "answer": 1}, source_format("prompt_completion", columns=columns), "f:1", "prompts"
+        )
+    )
 
 
 # Multiple choice
@@ -292,10 +287,9 @@ def test_choices_come_from_columns_or_are_the_same_everywhere() -> None:
     )
 
 
-def test_numbered_choice_columns_refuse_other_numbers() -> None:
+def test_numbered_choice_columns_refuse_other_numbers(refused: Refused) -> None:
     record = {"question": "q", "option1": "x", "option2": "y", "answer": 0}  # numbers count from 0, columns from 1
-    with pytest.raises(BadRecord, match="'answer' is 0"):
-        convert(record, SourceFormat("multiple_choice"), "f:1", "prompts")
+    refused(lambda: convert(record, SourceFormat("multiple_choice"), "f:1", "prompts"))
 
 
 @pytest.mark.parametrize(
@@ -307,10 +301,9 @@ def test_numbered_choice_columns_refuse_other_numbers() -> None:
         {"answerA": "x", "answerB": "y"},
     ],
 )
-def test_choices_that_a_format_skips_are_refused(columns: dict[str, str]) -> None:
+def test_choices_that_a_format_skips_are_refused(refused: Refused, columns: dict[str, str]) -> None:
     record = {"question": "q", "answer": "x", **columns}
-    with pytest.raises(BadRecord, match="the prompt would lack its choices"):
-        convert(record, SourceFormat("prompt_completion"), "f:1", "instructions")
+    refused(lambda: convert(record, SourceFormat("prompt_completion"), "f:1", "instructions"))
     kept = list(columns)
     convert(record, source_format("prompt_completion", keep=kept), "f:1", "instructions")
     convert(record, source_format("prompt_completion", ignore=kept), "f:1", "instructions")
@@ -323,17 +316,12 @@ def test_columns_that_are_no_choices_stay() -> None:
     assert detect([one], "instructions").form == "prompt_completion"
 
 
-def test_an_answer_that_is_no_choice_is_refused() -> None:
+def test_an_answer_that_is_no_choice_is_refused(refused: Refused) -> None:
     record = {"question": "q", "choices": ["a b", "c d"], "answer": 2}
-    with pytest.raises(
-        BadRecord, match=r"'answer' is 2, expected the number of a choice from 0 to 1, .*: first_choice: 1 .or 0."
-    ):
-        convert(record, SourceFormat("multiple_choice"), "f:1", "prompts")
+    refused(lambda: convert(record, SourceFormat("multiple_choice"), "f:1", "prompts"))
     for missing in (math.nan, math.inf, None):  # a missing label of JSON lines may be NaN
-        with pytest.raises(BadRecord, match="'answer'"):
-            convert({**record, "answer": missing}, SourceFormat("multiple_choice"), "f:1", "prompts")
-    with pytest.raises(BadRecord, match="'choices' has 1 choices, expected 2 to 26"):
-        convert({**record, "choices": ["a"]}, SourceFormat("multiple_choice"), "f:1", "prompts")
+        refused(convert, {**record, "answer": missing}, SourceFormat("multiple_choice"), "f:1", "prompts")
+    refused(lambda: convert({**record, "choices": ["a"]}, SourceFormat("multiple_choice"), "f:1", "prompts"))
     # choices that are left aside on purpose make no multiple choice
     ignored = {"question": "q", "choices": ["a", "b"], "answer": "a"}
     assert detect([ignored], "prompts", ["choices"]).form == "prompt_completion"

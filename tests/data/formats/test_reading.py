@@ -18,7 +18,7 @@ import pytest
 from align.data.formats import reading
 from align.data.formats.reading import read_file
 from align.data.rows import BadRecord
-from align.errors import UserError
+from tests.support.refusals import Refused
 
 RECORDS = [{"prompt": "é, 1", "completion": "a\nb"}, {"prompt": "2", "completion": "c"}]
 LINES = "\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS) + "\n\n"
@@ -135,10 +135,9 @@ def test_a_bad_record_is_said_and_passed_over(
     assert bad[0].message == str(bad[0]) == f"{bad[0].where}: {bad[0].problem}"
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_columns_of_one_name_are_refused(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("a,b,a,,\n1,2,3,,\n")
-    with pytest.raises(UserError, match=r"x\.csv: columns 1 and 3 are both called 'a'"):
-        list(read_file(tmp_path / "x.csv"))
+    refused(lambda: list(read_file(tmp_path / "x.csv")))
 
 
 @pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst"])
@@ -176,10 +175,9 @@ def test_a_file_that_is_not_packed_as_its_name_says(tmp_path: Path) -> None:
         assert isinstance(bad, BadRecord) and bad.where == str(path) and "not a complete" in bad.problem
 
 
-def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened(refused: Refused, tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.jsonl.zst"):
-        with pytest.raises(UserError, match=f"{name}: cannot be read: No such file"):
-            list(read_file(tmp_path / name))
+        refused(list, read_file(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl.xz", "a.csv.zst", "a.parquet"])
@@ -218,22 +216,19 @@ def test_files_of_other_encodings_are_read(tmp_path: Path, encoding: str, kind: 
     assert [item[1] for item in read_file(packed, encoding=encoding)] == RECORDS  # type: ignore[index]
 
 
-def test_wrong_encoding_is_named(tmp_path: Path) -> None:
+def test_wrong_encoding_is_named(refused: Refused, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(LINES.encode("latin-1"))
     assert any(isinstance(item, BadRecord) and "name its encoding" in item.problem for item in read_file(path))
     path.write_bytes(b"\x81")
-    with pytest.raises(UserError, match="not text of encoding cp1252 .* Correct `encoding`"):
-        list(read_file(path, encoding="cp1252"))
+    refused(lambda: list(read_file(path, encoding="cp1252")))
 
 
-def test_delimiter_of_a_table_is_a_setting(tmp_path: Path) -> None:
+def test_delimiter_of_a_table_is_a_setting(refused: Refused, tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text('prompt;completion\n"é; 1";"a\nb"\n2;c\n', encoding="utf-8")
     expected = [{"prompt": "é; 1", "completion": "a\nb"}, {"prompt": "2", "completion": "c"}]
     assert [item[1] for item in read_file(path, delimiter=";")] == expected  # type: ignore[index]
-    with pytest.raises(UserError, match="semicolons and no comma; write delimiter: ';'"):
-        list(read_file(path))
+    refused(lambda: list(read_file(path)))
     (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(UserError, match="delimiter separates the cells of .csv"):
-        list(read_file(tmp_path / "x.json", delimiter=";"))
+    refused(lambda: list(read_file(tmp_path / "x.json", delimiter=";")))

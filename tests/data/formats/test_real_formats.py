@@ -10,15 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from align.config.recipe.source_settings import FilesSource
 from align.config.recipe.step_settings import PairsStep
 from align.data.formats import convert
 from align.data.rows import BadRecord, Dropped, Row
 from align.data.sources import choose_format, read
 from align.data.steps.step import StepContext, start_step
-from align.errors import UserError
+from tests.support.refusals import Refused
 
 
 def converted(folder: Path, path: str, kind: str, **settings: Any) -> tuple[str, list[Row], Counter[str]]:
@@ -147,7 +145,7 @@ def test_gsm8k(shared_data: Path) -> None:
     assert [row["prompt"][0]["content"] for row in rows] == [json.loads(line)["question"] for line in lines]
 
 
-def test_llms_from_scratch(shared_data: Path) -> None:
+def test_llms_from_scratch(refused: Refused, shared_data: Path) -> None:
     folder = shared_data / "llms-from-scratch"
     form, rows, _ = converted(folder, "instruction-data.json", "instructions")
     assert (form, len(rows)) == ("alpaca", 1100)
@@ -156,8 +154,7 @@ def test_llms_from_scratch(shared_data: Path) -> None:
     document = json.loads((folder / path).read_text())
     same = sum(record["chosen"].strip() == record["rejected"].strip() for record in document)
     assert (form, len(rows), dict(dropped)) == ("preferences", 1094, {"chosen equals rejected": same})
-    with pytest.raises(UserError, match="cannot choose: .*preferences.*alpaca"):
-        converted(folder, path, "instructions")
+    refused(converted, folder, path, "instructions")
 
 
 def test_self_instruct_and_prompts(shared_data: Path) -> None:

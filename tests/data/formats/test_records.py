@@ -11,6 +11,7 @@ import pytest
 from align.data.formats import FieldUsage, SourceFormat, convert, detect
 from align.data.rows import BadRecord, assistant, read_rows, user, write_rows
 from tests.support.data.formats.conversions import chat, dropped, row, rows, sharegpt, source_format
+from tests.support.refusals import Refused
 
 CALLS = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
 
@@ -24,20 +25,19 @@ def test_a_list_of_calls_becomes_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    "fields",
     [
-        ({"responses": ["a", "b"]}, "'responses' holds something else than a list of answers"),
-        ({"responses": [{"content": None}]}, "'responses' holds something else"),
-        ({"completion": "text"}, "'completion' holds str, and rows have lists of messages"),
-        ({"completion": [assistant("a") | {"tool_calls": {"name": "f"}}]}, "whose tool_calls holds dict, not text"),
-        ({"completion": [assistant("a") | {"name": 5}]}, "whose name holds int, not text"),
-        ({"completion": [assistant("a") | {"train": "no"}]}, "whose train is 'no', not true or false"),
-        ({"_where": "x"}, "'_where' begins with _"),
+        {"responses": ["a", "b"]},
+        {"responses": [{"content": None}]},
+        {"completion": "text"},
+        {"completion": [assistant("a") | {"tool_calls": {"name": "f"}}]},
+        {"completion": [assistant("a") | {"name": 5}]},
+        {"completion": [assistant("a") | {"train": "no"}]},
+        {"_where": "x"},
     ],
 )
-def test_fields_that_rows_do_not_have(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(BadRecord, match=message):
-        convert({"prompt": [user("q")], **fields}, SourceFormat("rows"), "f:1", "instructions")
+def test_fields_that_rows_do_not_have(refused: Refused, fields: dict[str, Any]) -> None:
+    refused(lambda: convert({"prompt": [user("q")], **fields}, SourceFormat("rows"), "f:1", "instructions"))
 
 
 def unused(record: dict[str, Any], form: Any, kind: str = "instructions", **options: Any) -> dict[str, int]:
@@ -126,27 +126,22 @@ def test_marks_of_pairs_and_labeled_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("turn", "message"),
+    "turn",
     [
-        (
-            assistant("a") | {"weight": 0.5},
-            r"'messages.weight' is 0.5, and align trains on a message as a whole or not",
-        ),
-        (assistant("a") | {"train": "no"}, "'messages.train' is 'no'"),
+        assistant("a") | {"weight": 0.5},
+        assistant("a") | {"train": "no"},
     ],
 )
-def test_marks_that_cannot_be_honored(turn: dict[str, Any], message: str) -> None:
-    with pytest.raises(BadRecord, match=message):
-        convert({"messages": [user("q"), turn]}, SourceFormat("messages"), "f:1", "instructions")
+def test_marks_that_cannot_be_honored(refused: Refused, turn: dict[str, Any]) -> None:
+    refused(lambda: convert({"messages": [user("q"), turn]}, SourceFormat("messages"), "f:1", "instructions"))
     mark = "weight" if "weight" in turn else "train"
     actual = row({"messages": [user("q"), turn]}, "messages", ignore=[mark])
     assert actual["completion"] == [assistant("a")]
 
 
-def test_users_turns_are_never_trained_on() -> None:
+def test_users_turns_are_never_trained_on(refused: Refused) -> None:
     record = {"messages": [user("q") | {"train": True}, assistant("a")]}
-    with pytest.raises(BadRecord, match="of role user, and align trains on the assistant's messages alone"):
-        convert(record, SourceFormat("messages"), "f:1", "instructions")
+    refused(lambda: convert(record, SourceFormat("messages"), "f:1", "instructions"))
     assert row({"messages": [user("q") | {"weight": 0}, assistant("a")]}, "messages")["prompt"] == chat("q")
 
 
@@ -188,13 +183,12 @@ def test_it_is_recognized() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    "fields",
     [
-        ({"labels": [True]}, "3 steps in completions and 1 marks in labels"),
-        ({"completions": "one text"}, "completions is no list of texts"),
-        ({"labels": [1, 1, 7]}, "a step's mark is 7, expected true, false or a number from 0 to 1"),
+        {"labels": [True]},
+        {"completions": "one text"},
+        {"labels": [1, 1, 7]},
     ],
 )
-def test_what_is_malformed_is_refused(fields: dict[str, object], says: str) -> None:
-    with pytest.raises(BadRecord, match=says):
-        convert(RECORD | fields, SourceFormat("stepwise"), "f:1", "unpaired")
+def test_what_is_malformed_is_refused(refused: Refused, fields: dict[str, object]) -> None:
+    refused(lambda: convert(RECORD | fields, SourceFormat("stepwise"), "f:1", "unpaired"))

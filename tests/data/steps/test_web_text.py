@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from align.config.recipe.filter_settings import Boilerplate, FilterStep, Repetition
 from align.data.rows import Dropped, assistant, user
@@ -221,12 +220,11 @@ def test_earlier_turns_do_not_count():
     assert reason(row | {"prompt": [*row["prompt"], refusal, *row["prompt"]]}, boilerplate={}) is None
 
 
-def test_patterns_of_ones_own():
+def test_patterns_of_ones_own(refused):
     row = instruction(answer="Visit ACME today.")
     assert reason(row, boilerplate={"patterns": [r"\bacme\b"]}) == "filter: pattern"
     assert reason(row, boilerplate={}) is None
-    with pytest.raises(ValidationError, match="is not a regular expression"):
-        Boilerplate(patterns=["("])
+    refused(Boilerplate, patterns=["("])
 
 
 def test_the_key_holds_the_rules(monkeypatch):

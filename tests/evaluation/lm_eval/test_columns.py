@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from align.errors import UserError
 from align.evaluation.lm_eval.columns import Column, MissingValuesError, NotAMeanError, column_name, columns, numbers
+from tests.support.refusals import Refused
 
 
 def column(form: Any = "mean", tasks: tuple[str, ...] = ("t",), by_size: bool | None = None, of: str = "t") -> Column:
@@ -55,11 +55,10 @@ def test_pooled_outcomes_weigh_what_they_are() -> None:
     assert weights == [1.0, 3.0, 0.0]
 
 
-def test_documents_without_a_number_drop_out_of_a_nanmean_alone() -> None:
+def test_documents_without_a_number_drop_out_of_a_nanmean_alone(refused: Refused) -> None:
     values, weights = numbers(column("nanmean"), found(0.5, t=[1.0, None, 0.0]), order(t=3))
     assert (values, weights) == ([1.0, 0.0, 0.0], [1.0, 0.0, 1.0])
-    with pytest.raises(RuntimeError, match="gave None as a document's m,none of t"):
-        numbers(column("mean"), found(0.5, t=[1.0, None]), order(t=2))
+    refused(lambda: numbers(column("mean"), found(0.5, t=[1.0, None]), order(t=2)))
 
 
 def test_a_group_counts_its_tasks_by_size_or_each_as_one() -> None:
@@ -79,9 +78,8 @@ def test_a_group_leaves_out_tasks_that_lack_the_metric() -> None:
         numbers(both, found(0.5, c=[1.0]), order(c=1))
 
 
-def test_a_number_that_is_not_lm_eval_s_is_an_error_or_no_mean() -> None:
-    with pytest.raises(RuntimeError, match=r"is 0\.9, and its documents give 0\.5"):
-        numbers(column(), found(0.9, t=[1.0, 0.0]), order(t=2))
+def test_a_number_that_is_not_lm_eval_s_is_an_error_or_no_mean(refused: Refused) -> None:
+    refused(lambda: numbers(column(), found(0.9, t=[1.0, 0.0]), order(t=2)))
     with pytest.raises(NotAMeanError):
         numbers(column("custom"), found(1.0, t=[1.0, 0.0]), order(t=2))  # a maximum
     with pytest.raises(NotAMeanError):
@@ -151,8 +149,7 @@ def named_of(named: list[Column]) -> list[str]:
     return [entry.name for entry in named]
 
 
-def test_two_metrics_of_one_name_are_refused() -> None:
+def test_two_metrics_of_one_name_are_refused(refused: Refused) -> None:
     tasks = described(**{"a-b": [("acc", "mean")], "a_b": [("acc", "mean")]})
     chosen = [{"name": name, "tasks": [name], "averaged": []} for name in tasks]
-    with pytest.raises(UserError, match="both be called a_b_acc"):
-        columns({"selected": chosen, "tasks": tasks})
+    refused(columns, {"selected": chosen, "tasks": tasks})

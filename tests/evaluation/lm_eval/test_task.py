@@ -24,6 +24,7 @@ from align.evaluation.tasks import build_task, task_identities
 from tests.support.evaluation.tasks.lm_eval_folder import ALL, QUESTIONS, make_tasks
 from tests.support.evaluation.tasks.readers import ModelReader
 from tests.support.evaluation.tasks.respondents import task_inputs
+from tests.support.refusals import Refused
 
 pytest.importorskip("lm_eval")
 
@@ -50,19 +51,18 @@ def reader(model: Path, info: SystemInfo | None = None) -> ModelReader:
 
 
 @pytest.mark.parametrize(
-    ("block", "message"),
+    "block",
     [
-        ({}, "tasks: this key is required"),
-        ({"tasks": []}, "tasks"),
-        ({"tasks": ["a", "a"]}, "tasks names one twice"),
-        ({"tasks": ["a"], "revisions": {"allenai/ai2_arc": "main"}}, "revisions"),
-        ({"tasks": ["a"], "backend": "hff"}, "Did you mean 'hf'"),
-        ({"tasks": ["a"], "shot": 1}, "Did you mean 'shots'"),
+        {},
+        {"tasks": []},
+        {"tasks": ["a", "a"]},
+        {"tasks": ["a"], "revisions": {"allenai/ai2_arc": "main"}},
+        {"tasks": ["a"], "backend": "hff"},
+        {"tasks": ["a"], "shot": 1},
     ],
 )
-def test_settings_that_are_wrong(block: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        validate(LmEvalConfig, {"task": "lm_eval", **block}, "pipelines/x.yaml: stages.evaluate.tasks.general")
+def test_settings_that_are_wrong(refused: Refused, block: dict[str, Any]) -> None:
+    refused(validate, LmEvalConfig, {"task": "lm_eval", **block}, "pipelines/x.yaml: stages.evaluate.tasks.general")
 
 
 def test_settings_and_identities_import_no_lm_eval_or_torch(folder: Path) -> None:
@@ -91,19 +91,18 @@ def test_identities_follow_the_tasks_files_and_their_data(tmp_path: Path) -> Non
     assert task_identities(config, tmp_path)["data"] == other_data["data"]
 
 
-def test_folders_that_are_not_there_and_yaml_that_does_not_parse(tmp_path: Path) -> None:
+def test_folders_that_are_not_there_and_yaml_that_does_not_parse(refused: Refused, tmp_path: Path) -> None:
     config = LmEvalConfig(tasks=["a"], include="tasks")
-    with pytest.raises(UserError, match="include: there is no folder"):
-        task_identities(config, tmp_path)
-    with pytest.raises(UserError, match="include: there is no folder"):
-        build_task("general", config, task_inputs(tmp_path))
+    refused(task_identities, config, tmp_path)
+    refused(lambda: build_task("general", config, task_inputs(tmp_path)))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "a.yaml").write_text("task: [")
-    with pytest.raises(UserError, match=r"a\.yaml is no YAML: .*line 1"):
-        task_identities(config, tmp_path)
+    refused(task_identities, config, tmp_path)
 
 
-def test_without_lm_eval_or_vllm_nothing_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lm_eval_or_vllm_nothing_is_started(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing() -> str:
         raise UserError("align-pipeline[evaluation]")
 
@@ -115,8 +114,7 @@ def test_without_lm_eval_or_vllm_nothing_is_started(tmp_path: Path, monkeypatch:
         patch.setattr(module, "lm_eval_version", missing)
         build_task("general", LmEvalConfig(tasks=["a"]), task_inputs(tmp_path))
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="backend vllm is not installed; install it, or write `backend: hf`"):
-        build_task("general", LmEvalConfig(tasks=["a"], backend="vllm"), task_inputs(tmp_path))
+    refused(lambda: build_task("general", LmEvalConfig(tasks=["a"], backend="vllm"), task_inputs(tmp_path)))
 
 
 # ------------------------------------------------------------------------------------------ described and read for real
@@ -304,7 +302,9 @@ def test_a_prompted_system_s_message_and_examples_are_lm_eval_s(run: Run, jobs: 
     assert names != run.reader.results["lm_eval-general"][0], "another way of asking is another result"
 
 
-def test_template_without_system_message_is_error_for_baseline(run: Run, jobs: list[dict[str, Any]]) -> None:
+def test_template_without_system_message_is_error_for_baseline(
+    refused: Refused, run: Run, jobs: list[dict[str, Any]]
+) -> None:
     prompted = reader(run.reader.model_dir, SystemInfo("prompted", "sft", "prompted", "k2", system="Be brief."))
     prompted.tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ messages }}"
@@ -312,28 +312,27 @@ def test_template_without_system_message_is_error_for_baseline(run: Run, jobs: l
     in_turns = LmEvalTask(
         "general", LmEvalConfig(tasks=ALL, chat=True), run.task.inputs, run.task.folder, run.task.described
     )
-    with pytest.raises(UserError, match="refuses a conversation of the roles system, user"):
-        in_turns.read(prompted)
+    refused(in_turns.read, prompted)
     assert not jobs
     run.task.read(prompted)  # plain text has no roles
     assert len(jobs) == 1
 
 
-def test_other_questions_than_those_described_are_an_error(run: Run, jobs: list[dict[str, Any]]) -> None:
+def test_other_questions_than_those_described_are_an_error(
+    refused: Refused, run: Run, jobs: list[dict[str, Any]]
+) -> None:
     docs = run.task.described["tasks"]["sums"]["docs"]
     changed = {**run.task.described["tasks"]["sums"], "docs": [{**docs[0], "hash": "0" * 64}, *docs[1:]]}
     described = {**run.task.described, "tasks": {**run.task.described["tasks"], "sums": changed}}
     task = LmEvalTask("general", run.task.config, run.task.inputs, run.task.folder, described)
-    with pytest.raises(RuntimeError, match="asked other questions of sums than it described"):
-        task.read(reader(run.reader.model_dir))
+    refused(lambda: task.read(reader(run.reader.model_dir)))
 
 
-def test_only_what_is_no_mean_leaves_nothing_to_compare(run: Run) -> None:
+def test_only_what_is_no_mean_leaves_nothing_to_compare(refused: Refused, run: Run) -> None:
     only = {"arc_like": {**run.task.described["tasks"]["arc_like"]}}
     only["arc_like"]["metrics"] = [{"metric": "mcc", "better": True, "aggregation": "matthews_corrcoef"}]
     described = {**run.task.described, "tasks": only, "selected": run.task.described["selected"][:1]}
-    with pytest.raises(UserError, match="no metric of arc_like is a mean over documents"):
-        LmEvalTask("general", run.task.config, run.task.inputs, run.task.folder, described)
+    refused(LmEvalTask, "general", run.task.config, run.task.inputs, run.task.folder, described)
 
 
 @pytest.mark.slow

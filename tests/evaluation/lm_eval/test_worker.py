@@ -15,8 +15,9 @@ import pytest
 from align.config.stages.evaluation.tasks import LmEvalConfig
 from align.errors import UserError
 from align.evaluation.lm_eval import worker
-from align.evaluation.lm_eval.worker import LmEvalChangedError, evaluate, read_results
+from align.evaluation.lm_eval.worker import evaluate, read_results
 from tests.support.evaluation.tasks.lm_eval_folder import QUESTIONS, make_tasks
+from tests.support.refusals import Refused
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -86,27 +87,24 @@ def test_values_are_lm_eval_s_samples_and_give_its_results(captured: Captured) -
 
 
 @pytest.mark.parametrize("name", ["samples", "results", "higher_is_better", "n-shot"])
-def test_a_result_without_a_part_is_loud(captured: Captured, name: str) -> None:
+def test_a_result_without_a_part_is_loud(refused: Refused, captured: Captured, name: str) -> None:
     broken = {key: value for key, value in captured[1].items() if key != name}
-    with pytest.raises(LmEvalChangedError, match=f"result have no '{name}'"):
-        read_results(broken)
+    refused(read_results, broken)
 
 
 @pytest.mark.parametrize("name", ["doc_id", "doc_hash", "filter", "metrics", "acc"])
-def test_samples_without_a_field_are_loud(captured: Captured, name: str) -> None:
+def test_samples_without_a_field_are_loud(refused: Refused, captured: Captured, name: str) -> None:
     broken = copy.deepcopy({key: captured[1][key] for key in ("samples", "results", "higher_is_better", "n-shot")})
     del broken["samples"]["arc_like"][1][name]
-    with pytest.raises(LmEvalChangedError, match=f"samples have no '{name}'.*extra evaluation"):
-        read_results(broken)
+    refused(read_results, broken)
 
 
-def test_result_keys_that_are_no_metric_and_filter_are_loud(captured: Captured) -> None:
+def test_result_keys_that_are_no_metric_and_filter_are_loud(refused: Refused, captured: Captured) -> None:
     full = captured[1]
     renamed = {
         task: {key.replace(",", "/"): value for key, value in row.items()} for task, row in full["results"].items()
     }
-    with pytest.raises(LmEvalChangedError, match="results of arc_like have no 'acc,none'"):
-        read_results({**full, "results": renamed})
+    refused(read_results, {**full, "results": renamed})
 
 
 def test_numbers_that_json_does_not_know_are_none() -> None:
@@ -142,17 +140,16 @@ def some_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("some_of_its_own")
 @pytest.mark.parametrize(
-    ("name", "message"),
+    "name",
     [
-        ("arc_esy", "lm-eval knows no 'arc_esy'.*Did you mean 'arc_easy'"),
-        ("humaneval", "'humaneval' runs code that the model wrote"),
-        ("mmmu_val", "'mmmu_val_art' shows pictures"),
-        ("arc_easy", "'arc_easy' does not load .*HF_HUB_OFFLINE is set.*`include`"),
+        "arc_esy",
+        "humaneval",
+        "mmmu_val",
+        "arc_easy",
     ],
 )
-def test_what_is_refused(name: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        worker.describe(job(None, name))
+def test_what_is_refused(refused: Refused, name: str) -> None:
+    refused(lambda: worker.describe(job(None, name)))
 
 
 def test_an_own_folder_needs_no_index_of_lm_eval_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,9 +174,8 @@ def test_a_group_with_a_task_of_lm_eval_s_own_is_looked_up_there(some_of_its_own
     assert "arc_easy" in index.all_tasks, "or lm-eval would take the name for a task without settings"
 
 
-def test_a_task_named_alone_and_in_its_group_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="'quizzes' has 'quiz_b' in it, which is also named before"):
-        worker.describe(job(folder, "quiz_b", "quizzes"))
+def test_a_task_named_alone_and_in_its_group_is_refused(refused: Refused, folder: Path) -> None:
+    refused(lambda: worker.describe(job(folder, "quiz_b", "quizzes")))
 
 
 def test_description_depends_on_settings_not_on_folder(folder: Path, tmp_path: Path) -> None:
@@ -242,23 +238,25 @@ def test_data_of_the_hub_are_read_at_a_commit(hub: Hub) -> None:
     assert arc_task["data"] == "allenai/ai2_arc"
 
 
-def test_hub_data_without_commit_is_refused_with_remedy(hub: Hub) -> None:
-    with pytest.raises(UserError, match=r"allenai/ai2_arc would be read .* `revisions: \{allenai/ai2_arc: COMMIT\}`"):
-        worker.describe(job(None, "arc_easy"))
+def test_hub_data_without_commit_is_refused_with_remedy(refused: Refused, hub: Hub) -> None:
+    refused(lambda: worker.describe(job(None, "arc_easy")))
 
 
-def test_where_the_hub_answers_its_commit_is_in_the_message(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_hub_answers_its_commit_is_in_the_message(
+    refused: Refused, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     class Info:
         sha = COMMIT
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, path, timeout: Info())
-    with pytest.raises(UserError, match=rf"revisions: \{{allenai/ai2_arc: {COMMIT}\}}"):
-        worker.describe(job(None, "arc_easy"))
+    refused(lambda: worker.describe(job(None, "arc_easy")))
 
 
-def test_ifeval_needs_no_download_and_is_refused_where_it_would(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ifeval_needs_no_download_and_is_refused_where_it_would(
+    refused: Refused, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import nltk
 
     def download(*arguments: Any, **options: Any) -> None:
@@ -278,8 +276,7 @@ def test_ifeval_needs_no_download_and_is_refused_where_it_would(hub: Hub, monkey
         raise UserError("no sentence model")
 
     monkeypatch.setattr(worker, "ensure_punkt", missing)
-    with pytest.raises(UserError, match="no sentence model"):
-        worker.describe(request)
+    refused(worker.describe, request)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from align.scoring.functions import FunctionScorer
 from align.scoring.score import Part
 from align.scoring.scored import Scored, Scorer
 from align.scoring.verifiers import open_verifier
+from tests.support.refusals import Refused
 
 ROWS: list[Row] = [
     {"id": f"r{index}", "prompt": [user(f"double {index}")], "completion": [assistant(f"it is {2 * index}")]}
@@ -136,10 +137,9 @@ def test_rows_without_references_are_told() -> None:
     assert validation.reports == [] and "no row has a reference answer" in validation.notes[0]
 
 
-def test_function_that_fails_is_named_with_the_answer() -> None:
+def test_function_that_fails_is_named_with_the_answer(refused: Refused) -> None:
     part = function(lambda row, text: float(text[0] == "i"))
-    with pytest.raises(UserError, match=r"ppo: the score fails at an empty answer.*IndexError"):
-        validated(part, place="ppo")
+    refused(validated, part, place="ppo")
 
 
 def test_refusal_has_place_cause_and_remedy() -> None:
@@ -159,8 +159,7 @@ def test_hostile_text_is_quoted() -> None:
 
 
 @pytest.mark.parametrize("bad", ["none", None])
-def test_references_of_all_rows_are_read_before_training(bad: str | None) -> None:
+def test_references_of_all_rows_are_read_before_training(refused: Refused, bad: str | None) -> None:
     rows = [{"id": str(index), "answer": str(index)} for index in range(200)] + [{"id": "last", "answer": bad}]
     check_references([number()], rows[:-1])
-    with pytest.raises(UserError, match="row last"):
-        check_references([number()], rows)
+    refused(lambda: check_references([number()], rows))

@@ -6,7 +6,6 @@ import math
 import pytest
 
 from align.config.stages.evaluation.gates import Bound, Gate, GateConfig, parse_gates
-from align.errors import UserError
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.scorecard.gates import check_gates, default_gates, evaluate_gates, failed_gates
 
@@ -195,47 +194,37 @@ def test_drift_is_named_after_what_it_is_measured_against():
 
 
 @pytest.mark.parametrize(
-    ("raw", "words"),
+    "raw",
     [
-        ({"kl_to_ppo": "<= 15"}, "gates.kl_to_ppo: KL is measured against the reference, 'sft'; write kl_to_sft"),
-        ({"poo/gold": ">= 1"}, "gates.poo/gold: there is no compared system 'poo'. Did you mean 'ppo'?"),
-        ({"gold": ">= sfft"}, "gates.gold: there is no compared system 'sfft'. Did you mean 'sft'?"),
-        ({"gold": {"bound": ">= 1", "systems": ["pppo"]}}, "no compared system 'pppo'. Did you mean 'ppo'?"),
-        ({"ppo/gold": {"bound": ">= 1", "systems": ["ppo"]}}, "the key names 'ppo' already"),
-        ({"gold": 0.5}, "gates.gold: expected a bound such as '>= 0.3'; found 0.5"),
-        ({"gold": []}, "gates.gold: no bound"),
-        ({"gold": {"bound": ">= 1", "lvl": "error"}}, "Extra inputs"),
-        ({"gold": {"bound": ">= 1", "level": "fatal"}}, "'error' or 'warning'"),
-        ({"gold": {"level": "error"}}, "Field required"),
-        (
-            {"ifval.prompt_strict": ">= 1"},
-            "gates.ifval.prompt_strict: there is no task 'ifval'. Did you mean 'ifeval'",
-        ),
-        ({"goldd": ">= 1"}, "gates.goldd: there is no metric 'goldd'; a task's is spelled task.metric. Did you mean"),
+        {"kl_to_ppo": "<= 15"},
+        {"poo/gold": ">= 1"},
+        {"gold": ">= sfft"},
+        {"gold": {"bound": ">= 1", "systems": ["pppo"]}},
+        {"ppo/gold": {"bound": ">= 1", "systems": ["ppo"]}},
+        {"gold": 0.5},
+        {"gold": []},
+        {"gold": {"bound": ">= 1", "lvl": "error"}},
+        {"gold": {"bound": ">= 1", "level": "fatal"}},
+        {"gold": {"level": "error"}},
+        {"ifval.prompt_strict": ">= 1"},
+        {"goldd": ">= 1"},
     ],
 )
-def test_mistakes_are_named_with_place_and_remedy(raw, words):
-    with pytest.raises(ValueError) as caught:
-        parse_gates(raw, ROLES, "sft", tasks=["ifeval"], prompt_metrics=["gold", "kl"])
-    assert words in str(caught.value)
+def test_mistakes_are_named_with_place_and_remedy(refused, raw):
+    refused(parse_gates, raw, ROLES, "sft", tasks=["ifeval"], prompt_metrics=["gold", "kl"])
 
 
-def test_undecidable_gate_is_refused_before_run():
+def test_undecidable_gate_is_refused_before_run(refused):
     def check(raw: dict, systems: list[SystemInfo] = SYSTEMS) -> None:
         check_gates(parse_gates(raw, [system.name for system in systems], "sft"), [METRIC, "gold"], systems, "sft")
 
     check({METRIC: ">= base", "gold": ">= 0.3", "sft/gold": ">= 0.1"})
-    with pytest.raises(UserError, match=r"gates\.ifeval\.prompt_strct: nothing measures .* Did you mean 'ifeval\.pr"):
-        check({"ifeval.prompt_strct": ">= 0.3"})
-    with pytest.raises(UserError, match=r"gates\.kl_to_sft: nothing measures 'kl' here"):
-        check({"kl_to_sft": "<= 3"})
+    refused(check, {"ifeval.prompt_strct": ">= 0.3"})
+    refused(check, {"kl_to_sft": "<= 3"})
     without = [system for system in SYSTEMS if system.role != "base"]
-    with pytest.raises(UserError, match=r"gates\.gold: no base model is compared"):
-        check({"gold": ">= base"}, without)
-    with pytest.raises(UserError, match=r"gates\.base/gold: no base model is compared"):
-        check({"base/gold": ">= 0.1"}, without)
-    with pytest.raises(UserError, match=r"gates\.gold: applies to no system.*'sft/gold'"):
-        check({"gold": ">= 0.3"}, [system for system in SYSTEMS if system.name in ("model", "sft")])
+    refused(check, {"gold": ">= base"}, without)
+    refused(check, {"base/gold": ">= 0.1"}, without)
+    refused(lambda: check({"gold": ">= 0.3"}, [system for system in SYSTEMS if system.name in ("model", "sft")]))
 
 
 def test_a_gate_for_nobody_is_shown_and_fails():

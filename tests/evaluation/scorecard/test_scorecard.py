@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from align import Scorecard
-from align.errors import UserError
+from tests.support.refusals import Refused
 from tests.support.report.example_card import full_card
 
 
@@ -57,19 +57,18 @@ def test_numbers_are_found_by_name(card: Scorecard, content: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    "call",
     [
-        (lambda card: card.estimate("ppa"), "no system 'ppa'. Did you mean 'ppo'"),
-        (lambda card: card.estimate("ppo", "golden"), "no metric 'golden'. Did you mean 'gold'"),
-        (lambda card: card.estimate("best8", "general.bits_per_byte"), "'best8' has no 'general"),
-        (lambda card: card.difference("ppo", "stf"), "no system 'stf'. Did you mean 'sft'"),
-        (lambda card: card.difference("sft", "ppo"), r"other way round; ask for difference\('ppo', 'sft'\)"),
-        (lambda card: card.difference("prompted", "best8"), "are not compared in gold. Compared there: .*ppo - sft"),
+        lambda card: card.estimate("ppa"),
+        lambda card: card.estimate("ppo", "golden"),
+        lambda card: card.estimate("best8", "general.bits_per_byte"),
+        lambda card: card.difference("ppo", "stf"),
+        lambda card: card.difference("sft", "ppo"),
+        lambda card: card.difference("prompted", "best8"),
     ],
 )
-def test_a_name_that_is_not_there_is_refused_with_what_is(card: Scorecard, call: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        call(card)
+def test_a_name_that_is_not_there_is_refused_with_what_is(refused: Refused, card: Scorecard, call: Any) -> None:
+    refused(call, card)
 
 
 def test_failed_gates_are_those_that_fail_a_run(content: dict[str, Any], tmp_path: Path) -> None:
@@ -91,25 +90,22 @@ def test_a_scorecard_cannot_be_changed(card: Scorecard) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    "damage",
     [
-        (lambda text: text[: len(text) // 2], "damaged: it is not JSON"),
-        (lambda text: "", "damaged: it is empty"),
-        (lambda text: "[]", "damaged: it holds a list instead of an object"),
-        (lambda text: text.replace('"format": 3', '"format": 2', 1), "it has format 2, this align reads 3"),
-        (lambda text: text.replace('"primary"', '"secondary"', 1), "damaged: .*field 'primary': Field required"),
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: text.replace('"format": 3', '"format": 2', 1),
+        lambda text: text.replace('"primary"', '"secondary"', 1),
     ],
 )
 def test_damaged_or_older_file_error_names_stage_to_rebuild(
-    content: dict[str, Any], tmp_path: Path, damage: Any, message: str
+    refused: Refused, content: dict[str, Any], tmp_path: Path, damage: Any
 ) -> None:
     write(tmp_path, damage(json.dumps(content)))
-    with pytest.raises(UserError, match=rf"scorecard\.json: {message}.*`--rebuild evaluate`"):
-        Scorecard.read(tmp_path, "evaluate")
-    with pytest.raises(UserError, match=r"Evaluate again\."):
-        Scorecard.read(tmp_path / "scorecard.json")
+    refused(Scorecard.read, tmp_path, "evaluate")
+    refused(Scorecard.read, tmp_path / "scorecard.json")
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"scorecard\.json: cannot be read \(No such file"):
-        Scorecard.read(tmp_path)
+def test_a_missing_file_is_refused(refused: Refused, tmp_path: Path) -> None:
+    refused(Scorecard.read, tmp_path)

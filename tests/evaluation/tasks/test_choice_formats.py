@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from align.config.recipe.source_settings import FilesSource
-from align.errors import UserError
 from align.evaluation.tasks.choice_formats import TRUTHFUL_EXAMPLES, Form, Question, choose_form, parse
 from align.evaluation.tasks.records import TaskRecord, read_records
+from tests.support.refusals import Refused
 
 HUB_ARC = {
     "id": "X_1",
@@ -142,57 +142,35 @@ def test_auto_says_what_it_chose_and_why(fields: dict[str, Any], form: str) -> N
     assert choose_form([record(fields)], "generic") == ("generic", "")
 
 
-def test_auto_needs_every_record_to_fit() -> None:
-    with pytest.raises(UserError, match=r"a.jsonl:3: no format of multiple choice fits: the fields are .*answerKey"):
-        choose_form([record(HUB_ARC), record(GENERIC)], "auto")
+def test_auto_needs_every_record_to_fit(refused: Refused) -> None:
+    refused(lambda: choose_form([record(HUB_ARC), record(GENERIC)], "auto"))
 
 
 @pytest.mark.parametrize(
-    ("fields", "form", "message"),
+    ("fields", "form"),
     [
-        ({**HUB_ARC, "answerKey": "D"}, "arc", "answerKey is 'D', and the labels of the choices are A, B, C"),
-        ({**HUB_ARC, "choices": {"text": ["ice"], "label": ["A", "B"]}}, "arc", "has 1 texts and 2 labels"),
-        (
-            {**HUB_ARC, "choices": ["ice", "iron"]},
-            "arc",
-            "of the choices are none; expected a mapping of text",
-        ),
-        ({**HUB_ARC, "choices": {"text": ["ice", " "], "label": ["A", "B"]}}, "arc", "one of its choices is empty"),
-        ({"instruction": "Which?", "answer": "answer1"}, "arc", "found 0 choices and the answer 'answer1'"),
-        ({**LOCAL_ARC, "answer": "answer4"}, "arc", "found 3 choices and the answer 'answer4'"),
-        ({"question": "?"}, "generic", "there is no field 'choices'; there are question"),
-        (
-            {**GENERIC, "answer": 2},
-            "generic",
-            r"'answer' holds int \(2\); expected the number of a choice from 0",
-        ),
-        ({**GENERIC, "answer": True}, "generic", "field 'answer' holds bool"),
-        ({**GENERIC, "answer": "1"}, "generic", r"field 'answer' holds str \('1'\)"),
-        ({**GENERIC, "choices": ["one"]}, "generic", "'choices' has 1 choices, expected 2 to 26"),
-        ({**GENERIC, "question": " "}, "generic", "field 'question' is empty"),
-        ({**MMLU, "subject": ""}, "mmlu", "field 'subject' is empty"),
-        ({**TARGETS, "mc1_targets": [1]}, "truthfulqa", "'mc1_targets' holds list .*a mapping of choices and labels"),
-        (
-            {**TARGETS, "mc1_targets": {"choices": ["No", "Yes"], "labels": [1]}},
-            "truthfulqa",
-            "mc1_targets: field 'labels' holds list .*expected 2 labels, each 0 or 1",
-        ),
-        (
-            {**TARGETS, "mc2_targets": {"choices": ["No", "Yes"], "labels": [1, 1]}},
-            "truthfulqa",
-            "expected one true answer among MC1's .*found 1 of 2 and 2 of 2",
-        ),
-        (
-            {**TARGETS, "mc1_targets": {"choices": ["No", "Yes"], "labels": [1, 1]}},
-            "truthfulqa",
-            "expected one true answer among MC1's .*found 2 of 2 and 2 of 4",
-        ),
-        ({**CSV, "Incorrect Answers": ""}, "truthfulqa", "field 'incorrect_answers' is empty"),
+        ({**HUB_ARC, "answerKey": "D"}, "arc"),
+        ({**HUB_ARC, "choices": {"text": ["ice"], "label": ["A", "B"]}}, "arc"),
+        ({**HUB_ARC, "choices": ["ice", "iron"]}, "arc"),
+        ({**HUB_ARC, "choices": {"text": ["ice", " "], "label": ["A", "B"]}}, "arc"),
+        ({"instruction": "Which?", "answer": "answer1"}, "arc"),
+        ({**LOCAL_ARC, "answer": "answer4"}, "arc"),
+        ({"question": "?"}, "generic"),
+        ({**GENERIC, "answer": 2}, "generic"),
+        ({**GENERIC, "answer": True}, "generic"),
+        ({**GENERIC, "answer": "1"}, "generic"),
+        ({**GENERIC, "choices": ["one"]}, "generic"),
+        ({**GENERIC, "question": " "}, "generic"),
+        ({**MMLU, "subject": ""}, "mmlu"),
+        ({**TARGETS, "mc1_targets": [1]}, "truthfulqa"),
+        ({**TARGETS, "mc1_targets": {"choices": ["No", "Yes"], "labels": [1]}}, "truthfulqa"),
+        ({**TARGETS, "mc2_targets": {"choices": ["No", "Yes"], "labels": [1, 1]}}, "truthfulqa"),
+        ({**TARGETS, "mc1_targets": {"choices": ["No", "Yes"], "labels": [1, 1]}}, "truthfulqa"),
+        ({**CSV, "Incorrect Answers": ""}, "truthfulqa"),
     ],
 )
-def test_a_record_that_does_not_fit_is_named(fields: dict[str, Any], form: Any, message: str) -> None:
-    with pytest.raises(UserError, match=r"a\.jsonl:3.*" + message):
-        ask(fields, form)
+def test_a_record_that_does_not_fit_is_named(refused: Refused, fields: dict[str, Any], form: Any) -> None:
+    refused(ask, fields, form)
 
 
 def test_all_of_arc_easy_is_understood(shared_data: Path) -> None:

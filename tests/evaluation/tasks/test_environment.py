@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from align.config.stages.evaluation.tasks import EnvironmentTaskConfig
 from align.environments.episode import CallRecord, Episode, PolicyTurn
-from align.errors import UserError
 from align.evaluation.answers import EpisodeSet
 from align.evaluation.tasks import build_task, task_identities
 from align.evaluation.tasks.environment import EnvironmentTask, pass_at, powers_of_two
 from tests.support.evaluation.tasks.respondents import NoModelContext, task_inputs
+from tests.support.refusals import Refused
 
 BUTTONS = {"class": "tests.support.environments.buttons:Buttons", "max_tokens": 60}
 ROWS = [{"id": "one", "prompt": "go"}, {"id": "two", "prompt": "go on"}]
@@ -50,25 +49,24 @@ def failed() -> Episode:
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    "fields",
     [
-        ({"rows": None}, "there are no rows to play; name `rows`"),
-        ({"files": ["a.jsonl"], "rows": "data"}, "it has rows, so 'files' has no effect"),
-        ({"columns": {"prompt": "question"}}, "columns map the columns of files"),
-        ({"samples": 4}, "samples above 1 would be identical at temperature 0"),
-        ({"success": ""}, "success"),
-        ({"success": "0.5"}, "success"),
-        ({"environment": {"max_tokens": 60}}, "exactly one of them"),
-        ({"rows": None, "dataset": "a/b"}, "the commit of a/b on the Hub"),
-        ({"rows": None, "header": ["id"]}, "header is about files"),
+        {"rows": None},
+        {"files": ["a.jsonl"], "rows": "data"},
+        {"columns": {"prompt": "question"}},
+        {"samples": 4},
+        {"success": ""},
+        {"success": "0.5"},
+        {"environment": {"max_tokens": 60}},
+        {"rows": None, "dataset": "a/b"},
+        {"rows": None, "header": ["id"]},
     ],
 )
-def test_wrong_settings_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        EnvironmentTaskConfig(**{"rows": "data", "environment": BUTTONS} | fields)
+def test_wrong_settings_are_refused(refused: Refused, fields: dict[str, Any]) -> None:
+    refused(EnvironmentTaskConfig, **{"rows": "data", "environment": BUTTONS} | fields)
 
 
-def test_every_set_of_k_samples_counts_once_in_pass_at_k() -> None:
+def test_every_set_of_k_samples_counts_once_in_pass_at_k(refused: Refused) -> None:
     for samples in range(1, 7):
         for successes in range(samples + 1):
             outcomes = [True] * successes + [False] * (samples - successes)
@@ -77,8 +75,7 @@ def test_every_set_of_k_samples_counts_once_in_pass_at_k() -> None:
                 assert pass_at(k, samples, successes) == pytest.approx(sum(map(any, sets)) / len(sets))
     # 1 - (4/6 * 3/5): neither of two drawn from six, two of which are right
     assert pass_at(2, 6, 2) == pytest.approx(0.6)
-    with pytest.raises(ValueError, match="not defined"):
-        pass_at(3, 2, 1)
+    refused(pass_at, 3, 2, 1)
 
 
 def test_k_is_a_power_of_two_within_the_samples() -> None:
@@ -133,14 +130,12 @@ def test_a_part_of_the_score_may_decide(tmp_path: Path) -> None:
     assert task.score_episodes(episodes, NoModelContext())["sft"].values["success"] == [[0], [1]]
 
 
-def test_unknown_success_part_is_refused_after_first_system(tmp_path: Path) -> None:
+def test_unknown_success_part_is_refused_after_first_system(refused: Refused, tmp_path: Path) -> None:
     task = make_task(tmp_path, success="rigth")
     performer: Any = Playing(play(1.0, parts={"right": 1.0}), failed())
-    with pytest.raises(UserError, match=r"tasks\.buttons: success 'rigth' is no part .* Did you mean 'right'"):
-        task.play(performer)
+    refused(task.play, performer)
     performer = Playing(play(1.0), play(2.0))
-    with pytest.raises(UserError, match="It has no parts; name a number"):
-        task.play(performer)
+    refused(task.play, performer)
     performer = Playing(failed(), failed())
     assert task.play(performer)  # nothing was scored, so nothing is known
 
@@ -165,22 +160,20 @@ def test_rows_reach_the_environment_with_messages_and_an_id(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    "row",
     [
-        ({"prompt": 3}, "rows.jsonl:1: field 'prompt' holds int"),
-        ({"prompt": []}, "field 'prompt' holds an empty list; expected text or messages"),
-        ({"prompt": [{"role": "user"}]}, "expected text or messages, each with role and content"),
-        ({"prompt": "go", "limit": math.nan}, "field 'limit' holds float .nan.; expected a value that JSON has"),
+        {"prompt": 3},
+        {"prompt": []},
+        {"prompt": [{"role": "user"}]},
+        {"prompt": "go", "limit": math.nan},
     ],
 )
-def test_rows_that_no_environment_could_get_are_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        make_task(tmp_path, [row])
+def test_rows_that_no_environment_could_get_are_refused(refused: Refused, tmp_path: Path, row: dict[str, Any]) -> None:
+    refused(make_task, tmp_path, [row])
 
 
-def test_an_environment_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"environment\.class .*Butons"):
-        make_task(tmp_path, environment=BUTTONS | {"class": "tests.support.environments.buttons:Butons"})
+def test_an_environment_that_cannot_be_opened_is_refused(refused: Refused, tmp_path: Path) -> None:
+    refused(make_task, tmp_path, environment=BUTTONS | {"class": "tests.support.environments.buttons:Butons"})
 
 
 def test_the_code_of_the_environment_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,12 @@ import pytest
 
 from align.config.stages.evaluation.benchmarks import RewardBench2Config
 from align.data.rows import Message, user
-from align.errors import UserError
 from align.evaluation.answers import Answers, Measured
 from align.evaluation.tasks import build_task
 from align.evaluation.tasks.generative_reward import RewardBench2Task, ranking_prompt, read_best
 from tests.support.evaluation.judged_harness import Scripted, parts, task_inputs, write_lines
 from tests.support.evaluation.tasks.respondents import NoModelContext
+from tests.support.refusals import Refused
 
 
 def record(subset: str, id: str, chosen: list[str], rejected: list[str]) -> dict[str, Any]:
@@ -152,8 +152,7 @@ def test_verdict_is_one_letter(text: str, best: int | None) -> None:
     assert read_best(text, 4) == best
 
 
-def test_prompt_with_two_good_answers_needs_ratings(tmp_path: Path) -> None:
+def test_prompt_with_two_good_answers_needs_ratings(refused: Refused, tmp_path: Path) -> None:
     records = [record("Math", "7", ["good", "fine"], ["bad"])]
-    with pytest.raises(UserError, match=r"prompt '7' has 2 good and 1 bad answers; .* Set `mode: ratings`"):
-        make_task(tmp_path, records)
+    refused(make_task, tmp_path, records)
     assert len(make_task(tmp_path, records, mode="ratings").items) == 1

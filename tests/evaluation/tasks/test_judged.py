@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from align.config.stages.evaluation.tasks import JudgedConfig
 from align.data.rows import Message
-from align.errors import UserError
 from align.evaluation.tasks import build_task, task_identities
 from align.evaluation.tasks.records import record_source
 from tests.support.evaluation.judged_harness import Scripted, answers_of, make_task, task_inputs, write_lines
 from tests.support.inference.fake_chat import FakeChat, completion
+from tests.support.refusals import Refused
 
 REWARD = {"reward": True}
 
@@ -168,81 +167,67 @@ def test_rows_with_messages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    "record",
     [
-        ({"text": "x"}, r"questions\.jsonl.*no field holds a question; expected one of turns, instruction"),
-        ({"prompt": " "}, r"field 'prompt' is empty"),
-        ({"turns": ["a", " "]}, r"field 'turns'.*texts that are not blank"),
-        ({"turns": []}, r"field 'turns' holds an empty list"),
-        ({"prompt": [{"role": "assistant", "content": "x"}]}, r"the user's is the last"),
-        ({"prompt": 3}, r"field 'prompt' holds int"),
-        ({"turns": ["a"], "reference": [None]}, r"field 'reference'"),
+        {"text": "x"},
+        {"prompt": " "},
+        {"turns": ["a", " "]},
+        {"turns": []},
+        {"prompt": [{"role": "assistant", "content": "x"}]},
+        {"prompt": 3},
+        {"turns": ["a"], "reference": [None]},
     ],
 )
-def test_records_that_hold_no_question(tmp_path: Path, record: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        make_task(tmp_path, records=[record], judge=REWARD)
+def test_records_that_hold_no_question(refused: Refused, tmp_path: Path, record: dict[str, Any]) -> None:
+    refused(make_task, tmp_path, records=[record], judge=REWARD)
 
 
-def test_what_presets_and_opponents_need_of_records(tmp_path: Path, fake: FakeChat) -> None:
-    with pytest.raises(UserError, match="'category'"):
-        make_task(tmp_path, records=[{"turns": ["a"]}], preset="mt_bench", judge=_at(fake))
-    with pytest.raises(UserError, match="there is no field 'output'"):
-        make_task(tmp_path, records=[{"instruction": "a"}], against="file", judge=REWARD)
-    with pytest.raises(UserError, match="output.*NoneType"):
-        make_task(tmp_path, records=[{"instruction": "a", "output": None}], against="file", judge=REWARD)
-    with pytest.raises(UserError, match="2 turns and one output"):
-        make_task(tmp_path, records=[{"turns": ["a", "b"], "output": "x"}], against="file", judge=REWARD)
+def test_what_presets_and_opponents_need_of_records(refused: Refused, tmp_path: Path, fake: FakeChat) -> None:
+    refused(lambda: make_task(tmp_path, records=[{"turns": ["a"]}], preset="mt_bench", judge=_at(fake)))
+    refused(make_task, tmp_path, records=[{"instruction": "a"}], against="file", judge=REWARD)
+    refused(make_task, tmp_path, records=[{"instruction": "a", "output": None}], against="file", judge=REWARD)
+    refused(make_task, tmp_path, records=[{"turns": ["a", "b"], "output": "x"}], against="file", judge=REWARD)
     assert make_task(tmp_path, records=[{"turns": ["a"], "output": "x"}], against="file", judge=REWARD).turns == 1
 
 
-def test_references_that_do_not_fit(tmp_path: Path, fake: FakeChat) -> None:
+def test_references_that_do_not_fit(refused: Refused, tmp_path: Path, fake: FakeChat) -> None:
     questions = [{"question_id": 1, "turns": ["a"], "category": "math"}]
 
     def build(*references: dict[str, Any]) -> Any:
         path = write_lines(tmp_path / "references.jsonl", references)
         return make_task(tmp_path, records=questions, preset="mt_bench", judge=_at(fake), references_files=[path])
 
-    with pytest.raises(UserError, match="none of 1 references has the id of a question; the questions' are 1"):
-        build({"question_id": 9, "reference": "x"})
-    with pytest.raises(UserError, match=r"references\.jsonl.*'choices'.*as FastChat writes it"):
-        build({"question_id": 1, "choices": []})
-    with pytest.raises(UserError, match="there is no reference answer"):
-        build({"question_id": 1, "answer": "x"})
-    with pytest.raises(UserError, match="no field 'question_id'"):
-        build({"reference": "x"})
+    refused(build, {"question_id": 9, "reference": "x"})
+    refused(build, {"question_id": 1, "choices": []})
+    refused(build, {"question_id": 1, "answer": "x"})
+    refused(build, {"reference": "x"})
     assert build({"question_id": 1, "reference": "x"}, {"question_id": 9, "reference": "y"}).items[0].data[
         "references"
     ] == ["x"]
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    "settings",
     [
-        ({"judge": {}}, "name the judge"),
-        ({"judge": {"reward": True, "endpoint": {"url": "http://127.0.0.1:1/v1", "model": "m"}}}, "name the judge"),
-        ({"judge": {"reward": True, "rubric": "x"}}, "does not use rubric"),
-        ({"judge": REWARD, "mode": "grade"}, "not grades from 1 to 10"),
-        ({"judge": REWARD, "preset": "mt_bench"}, "not grades from 1 to 10"),
-        ({"judge": REWARD, "references_files": ["x"]}, "a reward model reads none"),
-        (
-            {"judge": {"endpoint": {"url": "http://127.0.0.1:1/v1", "model": "m"}}, "mode": "grade", "against": "base"},
-            "this task grades",
-        ),
-        ({"judge": REWARD, "preset": "arena"}, "preset"),
+        {"judge": {}},
+        {"judge": {"reward": True, "endpoint": {"url": "http://127.0.0.1:1/v1", "model": "m"}}},
+        {"judge": {"reward": True, "rubric": "x"}},
+        {"judge": REWARD, "mode": "grade"},
+        {"judge": REWARD, "preset": "mt_bench"},
+        {"judge": REWARD, "references_files": ["x"]},
+        {"judge": {"endpoint": {"url": "http://127.0.0.1:1/v1", "model": "m"}}, "mode": "grade", "against": "base"},
+        {"judge": REWARD, "preset": "arena"},
     ],
 )
-def test_settings_that_contradict(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        JudgedConfig(files=["q.jsonl"], **settings)
+def test_settings_that_contradict(refused: Refused, settings: dict[str, Any]) -> None:
+    refused(JudgedConfig, files=["q.jsonl"], **settings)
 
 
-def test_alpaca_eval_has_no_place_on_the_hub_that_could_be_read() -> None:
-    with pytest.raises(ValidationError, match="give its files"):
-        JudgedConfig(preset="alpaca_eval", judge=REWARD, revision="0" * 40)
+def test_alpaca_eval_has_no_place_on_the_hub_that_could_be_read(refused: Refused) -> None:
+    refused(JudgedConfig, preset="alpaca_eval", judge=REWARD, revision="0" * 40)
 
 
-def test_the_judge_and_the_files_contents_enter_the_key(tmp_path: Path) -> None:
+def test_the_judge_and_the_files_contents_enter_the_key(refused: Refused, tmp_path: Path) -> None:
     files = [write_lines(tmp_path / "q.jsonl", [{"prompt": "a"}])]
     references = [write_lines(tmp_path / "r.jsonl", [{"id": "1", "reference": "a"}])]
 
@@ -258,9 +243,16 @@ def test_the_judge_and_the_files_contents_enter_the_key(tmp_path: Path) -> None:
     assert identities(at={"model": "n"})["judge"] != before["judge"]
     write_lines(tmp_path / "r.jsonl", [{"id": "1", "reference": "b"}])
     assert identities()["references: r.jsonl"] != before["references: r.jsonl"]
-    with pytest.raises(UserError, match="references_files: "):
-        task_identities(JudgedConfig(files=files, judge={"endpoint": {"url": "https://j.example/v1", "model": "m"}},
-                     references_files=["none.jsonl"]), tmp_path)  # fmt: skip
+    refused(
+        lambda: task_identities(
+            JudgedConfig(
+                files=files,
+                judge={"endpoint": {"url": "https://j.example/v1", "model": "m"}},
+                references_files=["none.jsonl"],
+            ),
+            tmp_path,
+        )
+    )
 
 
 def test_nothing_listening_is_a_warning_at_the_start(tmp_path: Path, fake: FakeChat) -> None:

@@ -23,6 +23,7 @@ from align.data.rows import user
 from align.errors import UserError
 from align.evaluation.tasks import build_task
 from tests.support.evaluation.tasks.respondents import task_inputs
+from tests.support.refusals import Refused
 
 
 def put(path: Path, records: list[Any]) -> list[str]:
@@ -92,15 +93,13 @@ def test_bbh_under_its_key(tmp_path: Path) -> None:
     assert found == [("Question: not ( True ) is\nAnswer:", ("True", "False"), "False")]
 
 
-def test_numbers_that_count_from_one_are_found_out(tmp_path: Path) -> None:
+def test_numbers_that_count_from_one_are_found_out(refused: Refused, tmp_path: Path) -> None:
     records = [{"question": f"q{i}", "choices": ["a", "b", "c"], "answer": 1 + i % 2} for i in range(20)]
     files = put(tmp_path / "a.jsonl", records)
-    with pytest.raises(UserError, match="none of 20 answers is 0, so the numbers seem to count from 1. Write "):
-        questions_of(tmp_path, files=files)
+    refused(questions_of, tmp_path, files=files)
     assert questions_of(tmp_path, files=files, first_choice=1)[1][2] == "b"
     put(tmp_path / "a.jsonl", [{"question": "q", "choices": ["a", "b"], "answer": 2}])
-    with pytest.raises(UserError, match="the number of a choice from 0 to 1, .* say so: first_choice: 1 .or 0."):
-        questions_of(tmp_path, files=files)
+    refused(questions_of, tmp_path, files=files)
 
 
 def test_svamp_as_gsm8k(tmp_path: Path) -> None:
@@ -127,16 +126,19 @@ def test_pairs_by_a_label(tmp_path: Path) -> None:
     assert [comparison.chosen for comparison in scored.comparisons] == [["good"], ["bad"]]
 
 
-def test_other_tasks_and_wrong_names(tmp_path: Path) -> None:
+def test_other_tasks_and_wrong_names(refused: Refused, tmp_path: Path) -> None:
     files = put(tmp_path / "a.jsonl", [{"body": "A long text.", "n": 1}])
     task = build_task("text", PerplexityConfig(files=files, columns={"text": "{body} {n}"}), task_inputs(tmp_path))
     assert task.documents[0].text == "A long text. 1"
-    with pytest.raises(UserError, match="columns.question names the column 'bodi', which none of its 1 records has"):
-        build_task("quiz", MultipleChoiceConfig(files=files, columns={"question": "bodi"}), task_inputs(tmp_path))
-    with pytest.raises(UserError, match="columns.questoin: no format reads a field 'questoin'. Did you mean 'quest"):
-        validate(MultipleChoiceConfig, {"files": ["a"], "columns": {"questoin": "x"}}, "suite.yaml")
-    with pytest.raises(UserError, match="columns.chosen: no format reads a field 'chosen'"):
-        validate(JudgedConfig, {"files": ["a"], "columns": {"chosen": "x"}, "judge": {"reward": True}}, "suite.yaml")
+    refused(
+        lambda: build_task(
+            "quiz", MultipleChoiceConfig(files=files, columns={"question": "bodi"}), task_inputs(tmp_path)
+        )
+    )
+    refused(validate, MultipleChoiceConfig, {"files": ["a"], "columns": {"questoin": "x"}}, "suite.yaml")
+    refused(
+        validate, JudgedConfig, {"files": ["a"], "columns": {"chosen": "x"}, "judge": {"reward": True}}, "suite.yaml"
+    )
 
 
 def test_ifbench_runs_with_the_checkers_that_are_installed(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import pytest
 from align.config.base import Config
 from align.config.stages.evaluation.tasks import MultipleChoiceConfig
 from align.config.validation import validate
-from align.errors import UserError
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.tasks import build_task, task_identities
 from align.evaluation.tasks import multiple_choice as module
@@ -23,6 +20,7 @@ from align.evaluation.tasks.choice_formats import Question
 from align.evaluation.tasks.multiple_choice import MultipleChoiceTask, is_tie, score
 from align.evaluation.tasks.records import record_source
 from tests.support.evaluation.tasks.readers import ModelReader, RuleReader
+from tests.support.refusals import Refused
 
 ARC = [
     {"question": f"Which {word}?", "choices": {"text": ["ice", "iron"], "label": ["A", "B"]}, "answerKey": key}
@@ -227,10 +225,9 @@ def test_long_context_loses_its_beginning_and_is_counted(tmp_path: Path) -> None
     assert "Question: Which melts?\nAnswer:".endswith(context)
 
 
-def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_numbers_that_are_none_are_refused(refused: Refused, tmp_path: Path) -> None:
     task = build(tmp_path, ARC)
-    with pytest.raises(RuntimeError, match=r"quiz: 'sft' gives probabilities that are not numbers"):
-        task.read(RuleReader(lambda context, answer: math.nan))
+    refused(lambda: task.read(RuleReader(lambda context, answer: math.nan)))
 
 
 def test_questions_are_none_of_the_examples(tmp_path: Path) -> None:
@@ -246,47 +243,39 @@ def test_a_question_that_is_there_twice_has_two_ids(tmp_path: Path) -> None:
     assert ids[1] == f"{ids[0]}-2"
 
 
-def test_too_few_examples_are_an_error_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"quiz: 4 examples are to be shown and there are 3 that are no question"):
-        build(tmp_path, ARC, SOLVED, shots=4)
-    with pytest.raises(UserError, match=r"2 examples are to be shown and there are 1 about maths"):
-        build(tmp_path, MMLU, DEV[:3], shots=2)
+def test_too_few_examples_are_an_error_before_anything_is_read(refused: Refused, tmp_path: Path) -> None:
+    refused(build, tmp_path, ARC, SOLVED, shots=4)
+    refused(lambda: build(tmp_path, MMLU, DEV[:3], shots=2))
     task = build(tmp_path, ARC)
     for ask in (
         lambda: task.read(RuleReader(lambda context, answer: 0.0, prompted(1))),
         lambda: task.check(prompted(1)),
     ):
-        with pytest.raises(UserError, match=r"1 examples are to be shown and there are 0 .*examples_files"):
-            ask()
+        refused(ask)
     task.check(prompted())
     build(tmp_path, ARC, chat=True).check(prompted(1))  # in a conversation, the system may have its own
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    "settings",
     [
-        ({"files": ["a.jsonl"], "shots": 1}, "shots is 1 and there are no examples"),
-        ({"files": ["a"], "examples_split": "dev"}, "a split of a dataset of the Hub; with files, name examples_files"),
-        (
-            {"format": "mmlu", "revision": "0" * 40, "examples_split": "dev", "examples_files": ["b"]},
-            "examples_files and examples_split; drop one",
-        ),
-        ({"files": ["a"], "format": "truthfulqa", "shots": 1}, "six examples already; drop shots"),
-        ({"files": ["a"], "format": "ark"}, "'ark' is none of .*Did you mean 'arc'"),
-        ({"shots": 0}, "give its files, or its dataset and revision"),
-        ({"format": "mmlu"}, "the commit of cais/mmlu on the Hub"),
+        {"files": ["a.jsonl"], "shots": 1},
+        {"files": ["a"], "examples_split": "dev"},
+        {"format": "mmlu", "revision": "0" * 40, "examples_split": "dev", "examples_files": ["b"]},
+        {"files": ["a"], "format": "truthfulqa", "shots": 1},
+        {"files": ["a"], "format": "ark"},
+        {"shots": 0},
+        {"format": "mmlu"},
     ],
 )
-def test_settings_that_cannot_be_meant_are_explained(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_be_meant_are_explained(refused: Refused, settings: dict[str, Any]) -> None:
     config: type[Config] = MultipleChoiceConfig
-    with pytest.raises(UserError, match=message):
-        validate(config, settings, "e.yaml: tasks.quiz")
+    refused(validate, config, settings, "e.yaml: tasks.quiz")
 
 
-def test_shots_for_truthfulqa_that_auto_finds_are_refused_too(tmp_path: Path) -> None:
+def test_shots_for_truthfulqa_that_auto_finds_are_refused_too(refused: Refused, tmp_path: Path) -> None:
     record = {"question": "Is it?", "best_answer": "No", "correct_answers": ["No"], "incorrect_answers": ["Yes"]}
-    with pytest.raises(UserError, match="quiz: TruthfulQA's prompt has six examples already"):
-        build(tmp_path, [record], [{**record, "question": "Was it?"}], shots=1)
+    refused(build, tmp_path, [record], [{**record, "question": "Was it?"}], shots=1)
 
 
 def test_the_hub_s_usual_places() -> None:
@@ -319,12 +308,6 @@ def test_settings_say_how_it_was_asked(tmp_path: Path, capsys: pytest.CaptureFix
     assert settings["asked_as"] == "plain text"
     assert settings["first_context"] == "Question: What 0?\nAnswer: ice\n\nQuestion: Which melts?\nAnswer:"
     assert json.dumps(settings)
-
-
-def test_settings_need_no_torch() -> None:
-    code = "import sys, align.evaluation.tasks.multiple_choice; "
-    check = code + "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), sorted(sys.modules)"
-    subprocess.run([sys.executable, "-c", check], check=True)
 
 
 def test_two_hundred_questions_of_arc_easy(shared_data: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +14,13 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from align.config.stages.evaluation.tasks import PerplexityConfig
-from align.errors import UserError
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.tasks import build_task, task_identities
 from align.evaluation.tasks import perplexity as module
 from align.evaluation.tasks.base import TaskInputs
 from align.evaluation.tasks.perplexity import Document, PerplexityTask, describe, divide, read_documents
 from tests.support.evaluation.tasks.readers import ModelReader, RuleReader
+from tests.support.refusals import Refused
 
 
 def task_inputs(base: Path, messages: list[str] | None = None) -> TaskInputs:
@@ -191,25 +189,23 @@ def test_few_documents_are_said_to_be_few(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content"),
     [
-        ("a.jsonl", b'{"text": " "}\n', "no text in the 1 documents"),
-        ("a.jsonl", b'{"words": "x"}\n', r"a.jsonl:1: no field looks like text; there are words.*fields: \[words\]"),
-        ("a.jsonl", b'{"messages": "x", "text": 3}\n{"prompt": 3}\n', r"a.jsonl:2: field 'prompt' holds int \(3\)"),
-        ("a.txt", b"\xff\xfe", "a.txt: not UTF-8 text"),
-        ("b.jsonl", b"", "no file matches 'a.*'"),
+        ("a.jsonl", b'{"text": " "}\n'),
+        ("a.jsonl", b'{"words": "x"}\n'),
+        ("a.jsonl", b'{"messages": "x", "text": 3}\n{"prompt": 3}\n'),
+        ("a.txt", b"\xff\xfe"),
+        ("b.jsonl", b""),
     ],
 )
-def test_files_that_do_not_serve_are_explained(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_files_that_do_not_serve_are_explained(refused: Refused, tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read_documents(PerplexityConfig(files=["a.*"]), task_inputs(tmp_path))
+    refused(lambda: read_documents(PerplexityConfig(files=["a.*"]), task_inputs(tmp_path)))
 
 
-def test_a_named_field_that_is_missing_is_explained(tmp_path: Path) -> None:
+def test_a_named_field_that_is_missing_is_explained(refused: Refused, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", {"response": "x"})
-    with pytest.raises(UserError, match=r"no field 'respnse'; there are response. Did you mean 'response'"):
-        texts(tmp_path, files=["a.jsonl"], fields=["respnse"])
+    refused(texts, tmp_path, files=["a.jsonl"], fields=["respnse"])
 
 
 def test_long_documents_are_cut_or_divided(tmp_path: Path) -> None:
@@ -255,19 +251,11 @@ def test_equal_documents_have_distinct_ids_and_long_ones_are_cut() -> None:
     assert items[2].prompt[0]["content"] == "x" * 500 + " …"
 
 
-def test_text_without_tokens_and_nan_are_refused() -> None:
+def test_text_without_tokens_and_nan_are_refused(refused: Refused) -> None:
     reader = RuleReader(lambda context, answer: math.nan)
-    with pytest.raises(RuntimeError, match="general: 'sft' gives probabilities that are not numbers"):
-        of("ab").read(reader)
+    refused(lambda: of("ab").read(reader))
     reader.tokenizer = SimpleNamespace(encode=lambda text, **_: [], bos_token_id=1, eos_token_id=2)
-    with pytest.raises(UserError, match="general: 'sft' has no token for a document that begins 'ab'"):
-        of("ab").read(reader)
-
-
-def test_settings_need_no_torch() -> None:
-    code = "import sys, align.evaluation.tasks.perplexity; "
-    check = code + "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), sorted(sys.modules)"
-    subprocess.run([sys.executable, "-c", check], check=True)
+    refused(lambda: of("ab").read(reader))
 
 
 def test_dolly_as_held_out_text(shared_data: Path) -> None:

@@ -14,13 +14,13 @@ from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.evaluation.tasks import PerplexityConfig
 from align.config.validation import validate
 from align.data.rows import write_rows
-from align.errors import UserError
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.tasks import build_task
 from align.evaluation.tasks.base import TaskInputs
 from align.models.loading import load_policy, load_tokenizer
 from align.store.artifacts import Artifact, Kind
 from tests.support.evaluation.tasks.readers import ModelReader
+from tests.support.refusals import Refused
 
 TRAIN = [f"The {word} is on the table. It is {word}." for word in ("lamp", "book", "cup", "pen")]
 TEST = ["The plate is on the table. It is plate.", "The fork is on the table.", *(f"Number {n}." for n in range(9))]
@@ -107,7 +107,9 @@ def test_a_prompted_system_never_reads_more_than_a_window(tiny_model: Path, tmp_
 
 
 @pytest.mark.parametrize("max_length", range(2, 30))
-def test_every_window_has_room_for_a_target_or_is_refused(max_length: int, tiny_model: Path, tmp_path: Path) -> None:
+def test_every_window_has_room_for_a_target_or_is_refused(
+    refused: Refused, max_length: int, tiny_model: Path, tmp_path: Path
+) -> None:
     config = PerplexityConfig(texts="books", max_length=max_length)
     task = build_task("domain", config, task_inputs(tmp_path / "data"))
     reader: Any = ModelReader(tiny_model)
@@ -116,33 +118,28 @@ def test_every_window_has_room_for_a_target_or_is_refused(max_length: int, tiny_
     if max_length > 6:
         assert task.read(reader).notes["tokens"] == sum(map(len, TEST))
         return
-    with pytest.raises(UserError, match=f"half of a window of {max_length} or more"):
-        task.read(reader)
+    refused(task.read, reader)
 
 
-def test_there_must_be_enough_to_show_and_room_for_it(tiny_model: Path, tmp_path: Path) -> None:
+def test_there_must_be_enough_to_show_and_room_for_it(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
     task = build_task("domain", PerplexityConfig(texts="books", max_length=60), task_inputs(tmp_path / "data"))
-    with pytest.raises(UserError, match="baseline 'shown' shows 5 texts, and there are 4"):
-        task.check(SystemInfo("shown", "model", "prompted", "k", shots=5))
+    refused(lambda: task.check(SystemInfo("shown", "model", "prompted", "k", shots=5)))
     tokenizer, info = load_tokenizer(tiny_model), SystemInfo("shown", "model", "prompted", "k", shots=4)
-    with pytest.raises(UserError, match="half of a window of 60 or more. Lower shots"):
-        task.check_reading(info, tokenizer, 2048)
-    with pytest.raises(UserError, match="half of a window of 20 or more"):
-        task.check_reading(replace(info, shots=1), tokenizer, 20)  # the model reads fewer
+    refused(task.check_reading, info, tokenizer, 2048)
+    refused(lambda: task.check_reading(replace(info, shots=1), tokenizer, 20))
     task.check_reading(replace(info, shots=0), tokenizer, 20)
 
 
 @pytest.mark.parametrize(
-    ("task", "message"),
+    "task",
     [
-        ({"texts": "book"}, r"tasks\.domain: texts 'book' is none of the stage's texts \(books\)"),
-        ({"text": "books"}, "Did you mean 'texts'"),
-        ({"texts": "books", "files": ["a.txt"]}, "it has texts, so 'files' has no effect"),
-        ({}, "give its files, or its dataset"),
+        {"texts": "book"},
+        {"text": "books"},
+        {"texts": "books", "files": ["a.txt"]},
+        {},
     ],
 )
-def test_mistakes_are_named(task: dict[str, Any], message: str) -> None:
+def test_mistakes_are_named(refused: Refused, task: dict[str, Any]) -> None:
     block = {"policies": ["model"], "reference": "model", "texts": ["books"]}
     block["tasks"] = {"domain": {"task": "perplexity", **task}}
-    with pytest.raises(UserError, match=message):
-        validate(EvaluateConfig, block, "p.yaml: stages.evaluate")
+    refused(validate, EvaluateConfig, block, "p.yaml: stages.evaluate")

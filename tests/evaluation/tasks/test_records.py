@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from pydantic import ValidationError
 
 from align.config.stages.evaluation.task_fields import RecordFields, TaskConfig
-from align.errors import UserError
 from align.evaluation.tasks.records import (
     TaskRecord,
     describe_records,
@@ -21,6 +17,7 @@ from align.evaluation.tasks.records import (
     load_records,
     record_source,
 )
+from tests.support.refusals import Refused
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -98,62 +95,48 @@ def test_a_known_benchmark_needs_only_a_commit_of_the_hub(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "message"),
+    ("kind", "settings"),
     [
-        (Homemade, {}, "give its files, or its dataset and revision"),
-        (Gsm8kLike, {}, "the commit of openai/gsm8k"),
-        (Homemade, {"dataset": "a/b"}, "the commit of a/b"),
-        (Homemade, {"files": ["a.jsonl"], "dataset": "a/b", "revision": COMMIT}, "so 'dataset' has no effect"),
-        (Gsm8kLike, {"files": ["a.jsonl"], "revision": COMMIT}, "so 'revision' has no effect"),
-        (Homemade, {"files": ["a.jsonl"], "split": "test"}, "so 'split' has no effect"),
-        (Gsm8kLike, {"revision": "main"}, "revision"),
-        (Homemade, {"files": []}, "files"),
-        (Homemade, {"files": ["a.jsonl"], "max_items": 0}, "max_items"),
+        (Homemade, {}),
+        (Gsm8kLike, {}),
+        (Homemade, {"dataset": "a/b"}),
+        (Homemade, {"files": ["a.jsonl"], "dataset": "a/b", "revision": COMMIT}),
+        (Gsm8kLike, {"files": ["a.jsonl"], "revision": COMMIT}),
+        (Homemade, {"files": ["a.jsonl"], "split": "test"}),
+        (Gsm8kLike, {"revision": "main"}),
+        (Homemade, {"files": []}),
+        (Homemade, {"files": ["a.jsonl"], "max_items": 0}),
     ],
 )
 def test_settings_that_name_no_one_place_are_refused(
-    kind: type[RecordFields], settings: dict[str, object], message: str
+    refused: Refused, kind: type[RecordFields], settings: dict[str, object]
 ) -> None:
-    with pytest.raises(ValidationError, match=message):
-        kind.model_validate(settings)
+    refused(kind.model_validate, settings)
 
 
-def test_files_that_hold_nothing_usable_are_named(tmp_path: Path) -> None:
+def test_files_that_hold_nothing_usable_are_named(refused: Refused, tmp_path: Path) -> None:
     write(tmp_path, 1, "questions.jsonl")
     missing = Homemade(files=["question.jsonl"])
     for attempt in (lambda: load_records(missing, tmp_path, 0), lambda: file_identities(missing, tmp_path)):
-        with pytest.raises(UserError, match=r"no file matches 'question.jsonl'.*Did you mean 'questions.jsonl'"):
-            attempt()
+        refused(attempt)
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match=r"empty.jsonl: there are no records"):
-        load_records(Homemade(files=["empty.jsonl"]), tmp_path, 0)
+    refused(lambda: load_records(Homemade(files=["empty.jsonl"]), tmp_path, 0))
     (tmp_path / "broken.jsonl").write_text('{"question": "q"}\n{"question": \n')
-    with pytest.raises(UserError, match=r"broken.jsonl:2: not valid JSON"):
-        load_records(Homemade(files=["broken.jsonl"], max_items=1), tmp_path, 0)
+    refused(lambda: load_records(Homemade(files=["broken.jsonl"], max_items=1), tmp_path, 0))
 
 
-def test_missing_or_wrong_field_error_names_line() -> None:
+def test_missing_or_wrong_field_error_names_line(refused: Refused) -> None:
     record = TaskRecord("a.jsonl:7", {"question": "q", "answers": [], "n": 3, "blank": " ", "list": ["a", None]})
     assert record["n"] == 3
     assert record.get("gone") is None
     assert record.text("question") == "q"
     assert TaskRecord("x", {"list": ["a"]}).texts("list") == ["a"]
-    with pytest.raises(UserError, match=r"a.jsonl:7: there is no field 'questions'; there are .*Did you mean 'quest"):
-        record["questions"]
+    refused(lambda: record["questions"])
     assert (record.text("n"), TaskRecord("x", {"list": ["a", 1.5]}).texts("list")) == ("3", ["a", "1.5"])
-    with pytest.raises(UserError, match=r"a.jsonl:7: field 'list' holds list .*; expected text"):
-        record.text("list")
-    with pytest.raises(UserError, match=r"a.jsonl:7: field 'blank' is empty"):
-        record.text("blank")
-    with pytest.raises(UserError, match=r"a.jsonl:7: field 'answers' holds an empty list; expected a list of texts"):
-        record.texts("answers")
-    with pytest.raises(UserError, match=r"field 'list' holds list \(\['a', None\]\)"):
-        record.texts("list")
-
-
-def test_settings_are_read_without_torch() -> None:
-    code = "import sys, align.evaluation.tasks.records; sys.exit(bool({'torch', 'datasets'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    refused(record.text, "list")
+    refused(record.text, "blank")
+    refused(record.texts, "answers")
+    refused(record.texts, "list")
 
 
 def test_item_ids_are_distinct_fields_or_file_and_line(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from align.config.stages.evaluate import TASK_CONFIGS, AnyTask, EvaluateConfig, add_task_kinds
 
@@ -42,15 +42,13 @@ def test_settings_read_back_are_the_settings(kind):
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_a_misspelled_setting_is_refused(kind):
-    with pytest.raises(ValidationError, match="Extra inputs"):
-        TypeAdapter(AnyTask).validate_python(BLOCKS[kind] | {"task": kind, "max_itms": 3})
+def test_a_misspelled_setting_is_refused(refused, kind):
+    refused(lambda: TypeAdapter(AnyTask).validate_python(BLOCKS[kind] | {"task": kind, "max_itms": 3}))
 
 
-def test_a_name_is_the_kind_unless_it_says_another():
+def test_a_name_is_the_kind_unless_it_says_another(refused):
     assert add_task_kinds({"ifeval": {}, "mine": {"task": "gsm8k"}}) == {
         "ifeval": {"task": "ifeval"},
         "mine": {"task": "gsm8k"},
     }
-    with pytest.raises(ValueError, match="'ifevl' is not a kind of task. Did you mean 'ifeval'"):
-        add_task_kinds({"ifevl": {}})
+    refused(add_task_kinds, {"ifevl": {}})

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
 from align.config.stages.evaluation.tasks import RewardPairsConfig
-from align.errors import UserError
 from align.evaluation.comparisons import Resampling
 from align.evaluation.reward_accuracy import SCORE, pair_accuracy
 from align.evaluation.scorecard import SystemInfo
@@ -110,14 +108,13 @@ def test_every_pair_has_its_numbers_and_its_texts(tmp_path):
     json.dumps([answers, task.item_values()], allow_nan=False)
 
 
-def test_a_category_may_stand_in_any_field(tmp_path):
+def test_a_category_may_stand_in_any_field(refused, tmp_path):
     task = make_task(
         tmp_path, [{**record, "topic": f"t{index % 2}"} for index, record in enumerate(PAIRS)], category="topic"
     )
     task.score({}, Shelf(length))
     assert {name: entry["n"] for name, entry in task.reports[0]["by_source"].items()} == {"t0": 2, "t1": 1}
-    with pytest.raises(UserError, match=r"mine\.jsonl:1: there is no field 'topic'"):
-        make_task(tmp_path, PAIRS, category="topic")
+    refused(make_task, tmp_path, PAIRS, category="topic")
 
 
 def test_every_file_is_a_category(tmp_path):
@@ -232,38 +229,27 @@ def test_what_makes_no_pair_is_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("records", "more", "words"),
+    ("records", "more"),
     [
-        ([{"prompt": "x", "responses": [{"content": "a", "score": 1}]}], {}, "no chosen and rejected|no format"),
-        ([{"question": "x", "answer": "y"}], {}, "finds no format"),
-        ([{"prompt": "x", "chosen": "a", "rejected": "a"}], {}, "none of 1 records makes a pair"),
-        (
-            [bench_record("hep-gp", "a", "b")],
-            {"layout": "reward_bench"},
-            "'hep-gp' is no subset.*mean 'hep-go'",
-        ),
-        (PAIRS, {"layout": "reward_bench"}, r"mine.jsonl:1: there is no field 'subset'"),
-        (PAIRS, {"layout": "reward_bench_2"}, r"mine.jsonl:1: there is no field 'subset'"),
-        (
-            [{**BEST[0], "chosen": "text"}],
-            {"layout": "reward_bench_2"},
-            "'chosen' holds str .*a list of texts",
-        ),
-        ([{**BEST[0], "rejected": []}], {"layout": "reward_bench_2"}, "'rejected' holds an empty list"),
-        ([best_of("Ties", "4", ["a"], ["b"])], {}, "'id' holds str .*expected tied:N or ref:N"),
-        ([BEST[3], BEST[3]], {}, "mine.jsonl:2: 'tied:4' of the Ties subset is there twice"),
+        ([{"prompt": "x", "responses": [{"content": "a", "score": 1}]}], {}),
+        ([{"question": "x", "answer": "y"}], {}),
+        ([{"prompt": "x", "chosen": "a", "rejected": "a"}], {}),
+        ([bench_record("hep-gp", "a", "b")], {"layout": "reward_bench"}),
+        (PAIRS, {"layout": "reward_bench"}),
+        (PAIRS, {"layout": "reward_bench_2"}),
+        ([{**BEST[0], "chosen": "text"}], {"layout": "reward_bench_2"}),
+        ([{**BEST[0], "rejected": []}], {"layout": "reward_bench_2"}),
+        ([best_of("Ties", "4", ["a"], ["b"])], {}),
+        ([BEST[3], BEST[3]], {}),
     ],
 )
-def test_records_of_another_kind_are_refused(tmp_path, records, more, words):
-    with pytest.raises(UserError, match=words):
-        make_task(tmp_path, records, **more)
+def test_records_of_another_kind_are_refused(refused, tmp_path, records, more):
+    refused(make_task, tmp_path, records, **more)
 
 
-def test_settings_that_are_refused():
-    with pytest.raises(ValidationError, match="give its files, or its dataset"):
-        RewardPairsConfig()
-    with pytest.raises(ValidationError, match="Input should be 'auto'"):
-        RewardPairsConfig(files=["x"], layout="rewardbench")
+def test_settings_that_are_refused(refused):
+    refused(RewardPairsConfig)
+    refused(RewardPairsConfig, files=["x"], layout="rewardbench")
     source = record_source(RewardPairsConfig(dataset="allenai/reward-bench", revision="a" * 40))
     assert source.split == "filtered"
     assert record_source(RewardPairsConfig(dataset="allenai/reward-bench-2", revision="a" * 40)).split == "test"

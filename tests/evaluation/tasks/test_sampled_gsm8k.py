@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 from hypothesis import given as for_all
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from align.config.stages.evaluation.tasks import MAX_EXAMPLES, Gsm8kConfig
 from align.data.final_answers import last_number, marked_number
 from align.data.rows import normalized
-from align.errors import UserError
 from align.evaluation.tasks import task_identities
 from align.evaluation.tasks.records import examples_source
 from align.evaluation.tasks.sampled import Gsm8kTask
 from tests.support.evaluation.tasks.respondents import NoModelContext, Scripted, answered, make_gsm8k_task
+from tests.support.refusals import Refused
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -232,23 +231,21 @@ def test_an_example_that_is_also_a_question_is_passed_over(tmp_path: Path) -> No
     assert not shown & questions(task)
 
 
-def test_shots_without_enough_examples_are_an_error(tmp_path: Path) -> None:
+def test_shots_without_enough_examples_are_an_error(refused: Refused, tmp_path: Path) -> None:
     write(tmp_path, 3, "few.jsonl", start=50)
-    with pytest.raises(UserError, match=r"4 shots need as many solved problems, and there are 3"):
-        make_gsm8k_task(tmp_path, files=[write(tmp_path, 5)], examples_files=["few.jsonl"], shots=4)
+    refused(lambda: make_gsm8k_task(tmp_path, files=[write(tmp_path, 5)], examples_files=["few.jsonl"], shots=4))
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    "settings",
     [
-        ({"files": ["a"], "shots": 2}, "shots need solved problems"),
-        ({"files": ["a"], "examples_split": "train"}, "use examples_files"),
-        ({"revision": COMMIT, "examples_split": "train", "examples_files": ["a"]}, "drop one of them"),
+        {"files": ["a"], "shots": 2},
+        {"files": ["a"], "examples_split": "train"},
+        {"revision": COMMIT, "examples_split": "train", "examples_files": ["a"]},
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        Gsm8kConfig(**settings)
+def test_settings_that_contradict_each_other_are_refused(refused: Refused, settings: dict[str, Any]) -> None:
+    refused(Gsm8kConfig, **settings)
 
 
 def test_examples_of_the_hub_come_from_their_own_split() -> None:
@@ -273,18 +270,17 @@ def test_example_files_are_part_of_the_identity(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    "record",
     [
-        ({"question": "q"}, "there is no field 'answer'"),
-        ({"question": "q", "answer": "It is 3."}, "no number behind ####"),
-        ({"question": "q", "answer": "It is 3.\n#### three"}, "no number behind ####"),
-        ({"question": [5], "answer": "#### 3"}, "field 'question' holds list"),
+        {"question": "q"},
+        {"question": "q", "answer": "It is 3."},
+        {"question": "q", "answer": "It is 3.\n#### three"},
+        {"question": [5], "answer": "#### 3"},
     ],
 )
-def test_incomplete_records_are_named_by_line(tmp_path: Path, record: Any, message: str) -> None:
+def test_incomplete_records_are_named_by_line(refused: Refused, tmp_path: Path, record: Any) -> None:
     (tmp_path / "a.jsonl").write_text('{"question": "q0", "answer": "#### 1"}\n' + json.dumps(record) + "\n")
-    with pytest.raises(UserError, match=r"a.jsonl:2: .*" + message):
-        make_gsm8k_task(tmp_path, files=["a.jsonl"])
+    refused(make_gsm8k_task, tmp_path, files=["a.jsonl"])
 
 
 def test_the_real_problems_have_answers_that_score_as_right(shared_data: Path) -> None:

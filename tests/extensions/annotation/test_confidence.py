@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from align.extensions.annotation.confidence import bet_sizes, confidence_sequence, log_capital
+from tests.support.refusals import Refused
 
 
 def test_first_bets_follow_the_formula() -> None:
@@ -48,9 +49,8 @@ def test_intervals_only_shrink_and_contain_a_constant() -> None:
 
 
 @pytest.mark.parametrize("values", [[1.5], [-0.1], [math.nan], [[0.5]]])
-def test_values_outside_zero_to_one_are_refused(values: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"numbers in \[0, 1\]"):
-        confidence_sequence(values)
+def test_values_outside_zero_to_one_are_refused(refused: Refused, values: list[float]) -> None:
+    refused(confidence_sequence, values)
 
 
 @pytest.mark.parametrize(("mean", "ties"), [(0.5, 0.0), (0.5, 0.4), (0.6, 0.2), (0.9, 0.0)])

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from align.errors import UserError
 from align.extensions.annotation.pairs import names_of, read_artifact_pairs, read_file_pairs
+from tests.support.refusals import Refused
 
 PROMPT = [{"role": "user", "content": "Name a color."}]
 
@@ -63,12 +63,10 @@ def test_systems_of_an_evaluation_are_compared(tmp_path: Path) -> None:
     assert names_of([pair]) == ["ppo", "sft"]
 
 
-def test_artifact_without_usable_samples_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="pairs come from a `sample`"):
-        read_artifact_pairs(tmp_path)
+def test_artifact_without_usable_samples_is_refused(refused: Refused, tmp_path: Path) -> None:
+    refused(read_artifact_pairs, tmp_path)
     write(tmp_path / "samples.jsonl", [{"prompt": PROMPT, "texts": ["a", "a"]}])
-    with pytest.raises(UserError, match="no prompt has two different answers"):
-        read_artifact_pairs(tmp_path)
+    refused(read_artifact_pairs, tmp_path)
 
 
 def test_file_of_pairs_is_read_in_both_spellings(tmp_path: Path) -> None:
@@ -83,32 +81,27 @@ def test_file_of_pairs_is_read_in_both_spellings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    "line",
     [
-        ({"prompt": "p", "a": "x"}, "1: a pair has prompt, and a and b"),
-        ({"prompt": "p", "a": "x", "b": "x "}, "1: both answers are equal"),
-        ({"prompt": "p", "a": "x", "b": 3}, "1: b is neither a text nor a list"),
-        ({"prompt": [], "a": "x", "b": "y"}, "1: prompt is neither a text nor"),
-        ({"prompt": "p", "a": "x", "b": "y", "gold": "left"}, "1: systems is a list .* gold is a, b, tie"),
-        ({"prompt": "p", "a": "x", "b": "y", "scores": {"r": [1]}}, "1: systems is a list of two names"),
-        ({"prompt": "p", "a": "x", "b": "y", "label": "a"}, "1: the field of the right answer is named gold"),
+        {"prompt": "p", "a": "x"},
+        {"prompt": "p", "a": "x", "b": "x "},
+        {"prompt": "p", "a": "x", "b": 3},
+        {"prompt": [], "a": "x", "b": "y"},
+        {"prompt": "p", "a": "x", "b": "y", "gold": "left"},
+        {"prompt": "p", "a": "x", "b": "y", "scores": {"r": [1]}},
+        {"prompt": "p", "a": "x", "b": "y", "label": "a"},
     ],
 )
-def test_wrong_lines_are_refused_with_their_place(tmp_path: Path, line: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        read_file_pairs(write(tmp_path / "pairs.jsonl", [line]))
+def test_wrong_lines_are_refused_with_their_place(refused: Refused, tmp_path: Path, line: dict[str, Any]) -> None:
+    refused(lambda: read_file_pairs(write(tmp_path / "pairs.jsonl", [line])))
 
 
-def test_missing_empty_and_broken_files_are_refused(tmp_path: Path) -> None:
+def test_missing_empty_and_broken_files_are_refused(refused: Refused, tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
-    with pytest.raises(UserError, match="no such file"):
-        read_file_pairs(path)
+    refused(read_file_pairs, path)
     path.write_text("")
-    with pytest.raises(UserError, match="has no pairs"):
-        read_file_pairs(path)
+    refused(read_file_pairs, path)
     path.write_text("{\n")
-    with pytest.raises(UserError, match="pairs.jsonl:1 is not JSON"):
-        read_file_pairs(path)
+    refused(read_file_pairs, path)
     path.write_bytes(b"\xff\n")
-    with pytest.raises(UserError, match="is not UTF-8 text"):
-        read_file_pairs(path)
+    refused(read_file_pairs, path)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from align.errors import UserError
 from align.extensions.annotation.questions import GAP, Question, QuestionQueue, rank_pairs
 from align.store.annotations import Answer, Pair, Settings, pair_id
+from tests.support.refusals import Refused
 
 
 def make_pairs(count: int, **fields: Any) -> dict[str, Pair]:
@@ -137,9 +137,8 @@ def test_disagreement_asks_models_that_contradict_first() -> None:
 
 
 @pytest.mark.parametrize("order", ["closeness", "disagreement"])
-def test_order_by_scores_without_scores_is_refused(order: Any) -> None:
-    with pytest.raises(UserError, match=f"--order {order} needs pairs with scores"):
-        QuestionQueue("s", make_pairs(3), Settings(order=order), "ann")
+def test_order_by_scores_without_scores_is_refused(refused: Refused, order: Any) -> None:
+    refused(lambda: QuestionQueue("s", make_pairs(3), Settings(order=order), "ann"))
 
 
 def test_skipped_pairs_wait_for_another_session() -> None:

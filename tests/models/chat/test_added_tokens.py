@@ -10,12 +10,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.config.tuning import LoraTuning
-from align.errors import UserError
 from align.models.built_in import make_tiny_tokenizer
 from align.models.chat.special_tokens import add_tokens
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tuning.apply import apply_tuning, initial_policy, load_for_tuning, save_tuned
 from align.models.tuning.peft_layers import merged_weights
+from tests.support.refusals import Refused
 
 NEW = ("<|call|>", "<|result|>")
 IDS = torch.tensor([[5, 6, 260, 7, 261, 8]])
@@ -125,14 +125,11 @@ def test_the_saved_adapter_goes_on_its_base(extended: Path, tmp_path: Path) -> N
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
 
 
-def test_unknown_tokens_and_doubled_settings_are_refused(tiny_model: Path) -> None:
+def test_unknown_tokens_and_doubled_settings_are_refused(refused: Refused, tiny_model: Path) -> None:
     tuning = LoraTuning(train_tokens=["<|im_strat|>"])
-    with pytest.raises(UserError, match=r"no token '<\|im_strat\|>'. Did you mean '<\|im_start\|>'.*add_tokens"):
-        load_for_tuning(tiny_model, tuning)
-    with pytest.raises(UserError, match=r"not loaded from a checkpoint with a tokenizer.json"):
-        apply_tuning(load_policy(tiny_model), LoraTuning(train_tokens=["<|im_end|>"]), 0)
-    with pytest.raises(ValueError, match="save_modules trains all embeddings already"):
-        LoraTuning(train_tokens=["<|im_end|>"], save_modules=["embed_tokens"])
+    refused(load_for_tuning, tiny_model, tuning)
+    refused(lambda: apply_tuning(load_policy(tiny_model), LoraTuning(train_tokens=["<|im_end|>"]), 0))
+    refused(LoraTuning, train_tokens=["<|im_end|>"], save_modules=["embed_tokens"])
 
 
 def test_a_stage_that_trains_no_tokens_keeps_its_key() -> None:

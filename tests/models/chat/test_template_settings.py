@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from align.errors import UserError
 from align.models.chat.chat_template import render_text
 from align.models.chat.template_settings import TemplateSettings, stored_settings, thinking_state, thinking_switch
 from tests.support.chat_templates import THINKING
+from tests.support.refusals import Refused
 
 QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "Why?"}]
 EMPTY = "<think>\n\n</think>\n\n"
@@ -66,14 +66,13 @@ def test_settings_change_every_named_template() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "settings", "message"),
+    ("template", "settings"),
     [
-        (EFFORT, TemplateSettings("off"), "thinking: the chat template has no switch .* variables are effort"),
-        (EFFORT, TemplateSettings(None, {"efort": "low"}), "does not read 'efort'. Did you mean 'effort'"),
-        (EFFORT, TemplateSettings(None, {"role": "low"}), "does not read 'role'"),
-        ("plain", TemplateSettings(None, {"effort": "low"}), "It has no variables"),
+        (EFFORT, TemplateSettings("off")),
+        (EFFORT, TemplateSettings(None, {"efort": "low"})),
+        (EFFORT, TemplateSettings(None, {"role": "low"})),
+        ("plain", TemplateSettings(None, {"effort": "low"})),
     ],
 )
-def test_setting_without_variable_is_refused(template: str, settings: TemplateSettings, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        settings.write(template)
+def test_setting_without_variable_is_refused(refused: Refused, template: str, settings: TemplateSettings) -> None:
+    refused(settings.write, template)

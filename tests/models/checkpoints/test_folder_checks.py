@@ -25,6 +25,7 @@ from align.models.checkpoints.folder_checks import ADAPTER_CODE, check_adapter, 
 from align.models.checkpoints.source import identity, resolve
 from align.models.pretrained import open_tokenizer
 from tests.support.models.small_gguf import small_gguf
+from tests.support.refusals import Refused
 
 Change = Callable[[Path], None]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -371,11 +372,10 @@ def gguf_header(count: int) -> bytes:
     [b"", b"GGUF", b"pickle", gguf_header(2**60), gguf_header(1) + bytes(99)],
     ids=["empty", "cut", "another format", "endless counts", "zeros"],
 )
-def test_a_damaged_gguf_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_gguf_is_refused(refused: Refused, content: bytes, tmp_path: Path) -> None:
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.gguf: .*Fetch it again"):
-        convert_gguf(gguf, tmp_path / "out")
+    refused(convert_gguf, gguf, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -401,11 +401,12 @@ def test_a_damaged_gguf_is_refused(content: bytes, tmp_path: Path) -> None:
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
-def test_plan_refuses_a_gguf_whose_header_is_not_true(content: bytes, message: str, tmp_path: Path) -> None:
+def test_plan_refuses_a_gguf_whose_header_is_not_true(
+    refused: Refused, content: bytes, message: str, tmp_path: Path
+) -> None:
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(content)
-    with pytest.raises(UserError, match=rf"source: .*model\.gguf: .*{message}.*Fetch it again"):
-        identity(str(gguf), None, tmp_path)
+    refused(lambda: identity(str(gguf), None, tmp_path))
 
 
 def test_plan_accepts_a_small_gguf(tmp_path: Path) -> None:
@@ -414,7 +415,7 @@ def test_plan_accepts_a_small_gguf(tmp_path: Path) -> None:
     assert identity(str(gguf), None, tmp_path).startswith("gguf:")
 
 
-def test_what_lies_beside_a_gguf_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_beside_a_gguf_is_not_read(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(small_gguf())
     (tmp_path / SETTINGS).write_text('{"auto_map": {"AutoTokenizer": ["m.T", null]}}')
@@ -425,23 +426,20 @@ def test_what_lies_beside_a_gguf_is_not_read(tmp_path: Path, monkeypatch: pytest
         raise ValueError("no more is needed")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", listing)
-    with pytest.raises(UserError, match="no more is needed"):
-        convert_gguf(gguf, tmp_path / "out")
+    refused(convert_gguf, gguf, tmp_path / "out")
     assert listings == [["model.gguf"]]
 
 
 @pytest.mark.parametrize("field", ADAPTER_CODE)
-def test_an_adapter_that_names_code_or_files_is_refused(field: str, tmp_path: Path) -> None:
+def test_an_adapter_that_names_code_or_files_is_refused(refused: Refused, field: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", field: {"x": 1}}))
-    with pytest.raises(UserError, match=f"{field} names code or files"):
-        check_adapter(tmp_path)
+    refused(check_adapter, tmp_path)
 
 
-def test_adapter_of_other_adapters_is_refused(tmp_path: Path) -> None:
+def test_adapter_of_other_adapters_is_refused(refused: Refused, tmp_path: Path) -> None:
     """peft would open the folders, and unpickle what is in them."""
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "XLORA"}))
-    with pytest.raises(UserError, match="peft_type XLORA loads adapters of other folders"):
-        check_adapter(tmp_path)
+    refused(check_adapter, tmp_path)
 
 
 def test_path_fields_of_peft_are_refused() -> None:
@@ -464,41 +462,35 @@ def link_to(target: str) -> Callable[[Path], None]:
     return lambda file: file.symlink_to(target)
 
 
-SPECIAL: dict[str, tuple[Callable[[Path], None], str]] = {
-    "device": (link_to("/dev/zero"), "is a device or socket, or a link to one"),
-    "pipe": (lambda file: os.mkfifo(file), "is a pipe, or a link to one"),
-    "dangling": (link_to("gone"), "is a link to a missing file"),
-    "large": (make_large, "has 1099511627776 bytes"),
+SPECIAL: dict[str, Callable[[Path], None]] = {
+    "device": link_to("/dev/zero"),
+    "pipe": lambda file: os.mkfifo(file),
+    "dangling": link_to("gone"),
+    "large": make_large,
 }
 
 
 @pytest.mark.parametrize("name", [TOKENIZER, GENERATION, TEMPLATE, "vocab.txt"])
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_special_file_is_refused_before_opening(name: str, kind: str, folder: Path) -> None:
-    create, finding = SPECIAL[kind]
+def test_special_file_is_refused_before_opening(refused: Refused, name: str, kind: str, folder: Path) -> None:
     (folder / name).unlink(missing_ok=True)
-    create(folder / name)
-    with pytest.raises(UserError, match=f"{name}: {finding}"):
-        resolve(str(folder), None, folder.parent)
+    SPECIAL[kind](folder / name)
+    refused(lambda: resolve(str(folder), None, folder.parent))
     (folder / CONFIG).rename(folder / "other")  # a folder with a tokenizer only
-    with pytest.raises(UserError, match=f"{name}: {finding}"):
-        open_tokenizer(folder)
+    refused(open_tokenizer, folder)
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_special_adapter_config_is_refused(kind: str, tmp_path: Path) -> None:
-    create, finding = SPECIAL[kind]
-    create(tmp_path / "adapter_config.json")
-    with pytest.raises(UserError, match=finding):
-        check_adapter(tmp_path)
+def test_special_adapter_config_is_refused(refused: Refused, kind: str, tmp_path: Path) -> None:
+    SPECIAL[kind](tmp_path / "adapter_config.json")
+    refused(check_adapter, tmp_path)
 
 
-def test_an_adapter_with_pickled_weights_alone_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_with_pickled_weights_alone_is_refused(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     (tmp_path / "other.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="only pickled weights"):
-        check_adapter(tmp_path)
+    refused(check_adapter, tmp_path)
 
 
 def test_the_layout_of_the_hubs_cache_is_read(tiny_model: Path, tmp_path: Path) -> None:
@@ -553,8 +545,7 @@ def test_a_chat_with_a_damaged_folder_ends_with_code_2(folder: Path, capsys: pyt
     assert f"{folder / WEIGHTS}: has" in capsys.readouterr().err
 
 
-def test_model_stage_refuses_a_stored_adapter(folder: Path) -> None:
+def test_model_stage_refuses_a_stored_adapter(refused: Refused, folder: Path) -> None:
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter.json").write_text("{}")
-    with pytest.raises(UserError, match="stage: artifact"):
-        resolve(str(folder), None, folder.parent)
+    refused(lambda: resolve(str(folder), None, folder.parent))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 
-from align.errors import UserError
 from align.models.checkpoints.sharding import separate_shared_parameters
+from tests.support.refusals import Refused
 
 
 def two() -> tuple[nn.Module, list[nn.Module]]:
@@ -28,7 +27,6 @@ def test_a_frozen_weight_of_two_layers_becomes_two() -> None:
     assert model[0].weight is model[3].weight  # one group
 
 
-def test_a_trained_one_is_refused() -> None:
+def test_a_trained_one_is_refused(refused: Refused) -> None:
     model, layers = two()
-    with pytest.raises(UserError, match="two layers share weight of Linear, which is trained; use ddp"):
-        separate_shared_parameters(model, layers)
+    refused(separate_shared_parameters, model, layers)

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
-from align.errors import UserError
 from align.models.checkpoints.source import Origin, identity, resolve
 from tests.support.models.small_gguf import small_gguf
+from tests.support.refusals import Refused
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.mark.parametrize(
-    ("source", "revision", "message"),
+    ("source", "revision"),
     [
-        ("smolm2-135m-instruct", None, "Did you mean 'smollm2-135m-instruct'"),
-        ("HuggingFaceTB/SmolLM2-135M", None, "'HuggingFaceTB/SmolLM2-135M' is not in the Hub's cache"),
-        ("HuggingFaceTB/SmolLM2-135M", "two words", "revision: 'two words' is not a branch, tag or commit"),
-        ("tiny", COMMIT, "leave revision out"),
-        ("./nowhere", None, "there is no"),
-        ("nowhere.gguf", None, "there is no"),
-        ("empty", None, "no config.json"),
-        ("pickled", None, "pickled weights (pytorch_model.bin)"),
-        ("pickled/config.json", None, "no .gguf"),
+        ("smolm2-135m-instruct", None),
+        ("HuggingFaceTB/SmolLM2-135M", None),
+        ("HuggingFaceTB/SmolLM2-135M", "two words"),
+        ("tiny", COMMIT),
+        ("./nowhere", None),
+        ("nowhere.gguf", None),
+        ("empty", None),
+        ("pickled", None),
+        ("pickled/config.json", None),
     ],
 )
-def test_mistakes(tmp_path: Path, source: str, revision: str | None, message: str) -> None:
+def test_mistakes(refused: Refused, tmp_path: Path, source: str, revision: str | None) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "pickled").mkdir()
     for name in ("config.json", "pytorch_model.bin"):
         (tmp_path / "pickled" / name).write_text("{}")
-    with pytest.raises(UserError, match=re.escape(message)):
-        resolve(source, revision, tmp_path)
+    refused(resolve, source, revision, tmp_path)
 
 
 def test_forms(tiny_model: Path, tmp_path: Path) -> None:

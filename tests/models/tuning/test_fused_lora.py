@@ -15,6 +15,7 @@ from torch import nn
 
 from align.models.tuning import peft_layers as fused_lora
 from align.models.tuning.peft_layers import FusedLoraLinear, fuse_lora
+from tests.support.refusals import Refused
 
 
 class Net(nn.Module):
@@ -197,13 +198,12 @@ def test_values_that_are_swapped_do_not_reach_an_older_graph() -> None:
     assert torch.equal(torch.autograd.grad(output.sum(), x)[0], expected)
 
 
-def test_second_derivatives_are_refused(calls: list[str]) -> None:
+def test_second_derivatives_are_refused(refused: Refused, calls: list[str]) -> None:
     model = make_adapted()
     fuse_lora(model)
     x = torch.randn(4, 12, requires_grad=True)
     (gradient,) = torch.autograd.grad((model(x) ** 2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+    refused(lambda: gradient.sum().backward())
 
 
 def test_a_weight_that_is_shared_out_takes_pefts_way(calls: list[str]) -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from align.config.tuning import LoraTuning
-from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tuning.apply import apply_tuning, save_tuned
 from align.models.tuning.peft_layers import merged_weights
 from tests.support.models.tuning.tuning_cases import ROWS, logits, push
+from tests.support.refusals import Refused
 
 
 def test_adapters_from_weights_do_not_change_shared_tensors(tiny_model: Path) -> None:
@@ -38,7 +38,7 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny_model: Path) -> None:
     assert scales == [2.0, 8.0]
 
 
-def test_eva_spans_what_the_inputs_vary_in(tiny_model: Path) -> None:
+def test_eva_spans_what_the_inputs_vary_in(refused: Refused, tiny_model: Path) -> None:
     """The first adapter's rows are the largest right singular vectors of its inputs on the rows it was shown."""
     model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4, init="eva"), 0, rows=ROWS)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
@@ -53,8 +53,7 @@ def test_eva_spans_what_the_inputs_vary_in(tiny_model: Path) -> None:
     remaining = (varied @ spanned.T).square().sum() / varied.square().sum()
     random = torch.linalg.qr(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)))[0]
     assert remaining > 1.5 * (varied @ random).square().sum() / varied.square().sum()
-    with pytest.raises(UserError, match="eva reads training rows, and this stage has none"):
-        apply_tuning(load_policy(tiny_model), LoraTuning(init="eva"), 0)
+    refused(lambda: apply_tuning(load_policy(tiny_model), LoraTuning(init="eva"), 0))
 
 
 def test_adapter_from_weights_is_saved_with_twice_the_rank(tiny_model: Path, tmp_path: Path) -> None:
@@ -76,17 +75,18 @@ def test_saved_modules_stay_tied(tiny_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    "fields",
     [
-        ({"targets": ["q_proj", "up_porj"]}, r"tuning\.targets: 'up_porj' fits no module .* Did you mean 'up_proj'\?"),
-        ({"save_modules": ["embed_token"]}, r"tuning\.save_modules: 'embed_token' .* Did you mean 'embed_tokens'\?"),
-        ({"targets": ["lm_head"]}, "tied to its embeddings"),
-        ({"targets": ["embed_tokens"]}, "tied to its embeddings"),
+        {"targets": ["q_proj", "up_porj"]},
+        {"save_modules": ["embed_token"]},
+        {"targets": ["lm_head"]},
+        {"targets": ["embed_tokens"]},
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(fields: dict[str, list[str]], message: str, tiny_model: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        apply_tuning(load_policy(tiny_model), LoraTuning.model_validate(fields), 0)
+def test_what_does_not_fit_the_model_is_refused(
+    refused: Refused, fields: dict[str, list[str]], tiny_model: Path
+) -> None:
+    refused(lambda: apply_tuning(load_policy(tiny_model), LoraTuning.model_validate(fields), 0))
 
 
 def test_adapters_of_the_last_layers_are_there_alone(tiny_model: Path) -> None:
@@ -100,13 +100,12 @@ def test_adapters_of_the_last_layers_are_there_alone(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    "fields",
     [
-        ({"last_layers": 3}, "tuning.last_layers is 3, and this model has 2 layers"),
-        ({"last_layers": 1, "targets": ["q_proj", "lm_head"]}, "'lm_head' fits no matrix of the last 1 layers"),
-        ({"last_layers": 1, "targets": ["layers.0.self_attn.q_proj"]}, "fits no matrix of the last 1 layers"),
+        {"last_layers": 3},
+        {"last_layers": 1, "targets": ["q_proj", "lm_head"]},
+        {"last_layers": 1, "targets": ["layers.0.self_attn.q_proj"]},
     ],
 )
-def test_last_layers_that_there_are_not_are_refused(fields: dict[str, Any], message: str, tiny_model: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        apply_tuning(load_policy(tiny_model), LoraTuning(**fields), 0)
+def test_last_layers_that_there_are_not_are_refused(refused: Refused, fields: dict[str, Any], tiny_model: Path) -> None:
+    refused(lambda: apply_tuning(load_policy(tiny_model), LoraTuning(**fields), 0))

@@ -9,32 +9,30 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.config.tuning import Ia3Tuning, PeftTuning
-from align.errors import UserError
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
 from tests.support.models.tuning.tuning_cases import logits
+from tests.support.refusals import Refused
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
          "num_key_value_heads": 2, "intermediate_size": 48, "pad_token_id": 0}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options",
     [
-        ({"type": "c3a", "options": {"block_size": 7}}, r"tuning\.options: c3a does not fit this model"),
-        ({"type": "vera", "options": {"target_modules": ["q_prj"]}}, r"target_modules: 'q_prj' .* mean 'q_proj'"),
-        ({"type": "vera", "options": {"target_modules": ["lm_head"]}}, "tied to its embeddings"),
+        {"type": "c3a", "options": {"block_size": 7}},
+        {"type": "vera", "options": {"target_modules": ["q_prj"]}},
+        {"type": "vera", "options": {"target_modules": ["lm_head"]}},
     ],
 )
-def test_options_that_do_not_fit_are_the_users_error(options: Any, message: str, tiny_model: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        apply_tuning(load_policy(tiny_model), PeftTuning.model_validate(options), 0)
+def test_options_that_do_not_fit_are_the_users_error(refused: Refused, options: Any, tiny_model: Path) -> None:
+    refused(lambda: apply_tuning(load_policy(tiny_model), PeftTuning.model_validate(options), 0))
 
 
-def test_method_that_cannot_be_merged_is_refused(tiny_model: Path) -> None:
+def test_method_that_cannot_be_merged_is_refused(refused: Refused, tiny_model: Path) -> None:
     unknown = PeftTuning.model_construct(type="lily", options={})
-    with pytest.raises(UserError, match="cannot be merged into the weights.*run in no engine"):
-        apply_tuning(load_policy(tiny_model), unknown, 0)
+    refused(lambda: apply_tuning(load_policy(tiny_model), unknown, 0))
 
 
 @pytest.mark.parametrize("kind", ["c3a", "fourierft"])

@@ -1,7 +1,7 @@
 """A stage's process reads its tuning back from JSON, every default written out: nothing may be refused then."""
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from align.config.base import Config
 from align.config.tuning import Tuning
@@ -42,13 +42,12 @@ def test_what_a_record_holds_is_read_back_the_same(block):
 
 
 @pytest.mark.parametrize(
-    ("block", "message"),
+    "block",
     [
-        ({"method": "adapters", "tokens": 4}, "'tokens' has no effect with kind bottleneck"),
-        ({"method": "adapters", "kind": "llama_adapter", "size": 16}, "'size' has no effect with kind llama_adapter"),
-        ({"method": "adapters", "after": ["attention"]}, "'after' is for a sequential bottleneck"),
+        {"method": "adapters", "tokens": 4},
+        {"method": "adapters", "kind": "llama_adapter", "size": 16},
+        {"method": "adapters", "after": ["attention"]},
     ],
 )
-def test_a_field_of_the_other_kind_is_refused(block, message):
-    with pytest.raises(ValidationError, match=message):
-        ADAPTER.validate_python(block)
+def test_a_field_of_the_other_kind_is_refused(refused, block):
+    refused(ADAPTER.validate_python, block)

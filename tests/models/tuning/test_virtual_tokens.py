@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from align.config.tuning import LoraTuning, PrefixTuning, PromptTuning, PTuning
-from align.errors import UserError
 from align.models.chat.render import render_conversation, render_prompt
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.tuning.apply import apply_tuning, initial_policy, load_for_tuning, save_tuned
 from align.models.tuning.virtual_tokens import virtual_mass
 from tests.support.models.tuning.confident_model import confident_copy, tuned
+from tests.support.refusals import Refused
 
 TALK = [{"role": "user", "content": "hello you"}]
 METHODS = {
@@ -173,27 +173,24 @@ def test_only_they_are_trained(base: Path) -> None:
     }
 
 
-def test_model_that_samples_virtual_tokens_is_refused(tiny_model: Path, base: Path) -> None:
-    with pytest.raises(UserError, match=r"gives its 5 new tokens 0\.\d+ of the probability, and 0\.001 is the limit"):
-        tuned(tiny_model, METHODS["prompt"])
+def test_model_that_samples_virtual_tokens_is_refused(refused: Refused, tiny_model: Path, base: Path) -> None:
+    refused(lambda: tuned(tiny_model, METHODS["prompt"]))
     model, tokenizer = tuned(base, METHODS["prompt"])
     ids = list(range(260, 265))
     assert 0 < virtual_mass(model, tokenizer, ids) < 1e-3
     with torch.no_grad():
         model.model.norm.weight /= 8
     assert virtual_mass(model, tokenizer, ids) > 1e-3
-    with pytest.raises(UserError, match="tuning.method: prompt, after training: this model gives"):
-        save_tuned(model, tokenizer, Path("/nonexistent"))
+    refused(lambda: save_tuned(model, tokenizer, Path("/nonexistent")))
 
 
-def test_a_stage_without_their_tokenizer_is_refused(base: Path) -> None:
+def test_a_stage_without_their_tokenizer_is_refused(refused: Refused, base: Path) -> None:
     for tuning in (METHODS["prompt"], PrefixTuning(tokens=5)):
         model = load_for_tuning(base, tuning)
-        with pytest.raises(UserError, match=f"does not support the virtual tokens of {tuning.method}"):
-            apply_tuning(model, tuning, 1, tokenizer=load_tokenizer(base))
+        refused(apply_tuning, model, tuning, 1, tokenizer=load_tokenizer(base))
 
 
-def test_tokenizer_that_splits_text_differently_is_refused(base: Path, tmp_path: Path) -> None:
+def test_tokenizer_that_splits_text_differently_is_refused(refused: Refused, base: Path, tmp_path: Path) -> None:
     folder = confident_copy(base, tmp_path / "metaspace")
     file = folder / "tokenizer.json"
     # marks the beginning of a text, and of nothing that stands behind a special token
@@ -202,11 +199,10 @@ def test_tokenizer_that_splits_text_differently_is_refused(base: Path, tmp_path:
     file.write_text(json.dumps(parsed), encoding="utf-8")
     template = folder / "chat_template.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}", encoding="utf-8")
-    with pytest.raises(UserError, match="tuning.method: prompt: with 5 new tokens in front, this tokenizer splits"):
-        load_tokenizer(folder, METHODS["prompt"])
+    refused(lambda: load_tokenizer(folder, METHODS["prompt"]))
 
 
-def test_an_embedding_that_scales_is_refused(base: Path) -> None:
+def test_an_embedding_that_scales_is_refused(refused: Refused, base: Path) -> None:
     class Scaled(torch.nn.Embedding):
         pass
 
@@ -214,8 +210,7 @@ def test_an_embedding_that_scales_is_refused(base: Path) -> None:
     model.get_input_embeddings().__class__ = Scaled
     from align.models.tuning.virtual_tokens import add_embedding_rows
 
-    with pytest.raises(UserError, match="not Scaled"):
-        add_embedding_rows(model, [260, 261])
+    refused(add_embedding_rows, model, [260, 261])
 
 
 def test_positions_that_are_learned_are_those_of_the_text(base: Path, tmp_path: Path) -> None:
