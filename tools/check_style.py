@@ -49,7 +49,7 @@ SIZES = {
     "lines of core code": 82806,
     "lines of extensions' code": 5666,
     "lines of JavaScript, styles and templates": 10250,
-    "lines of tests' code": 82227,
+    "lines of tests' code": 82142,
     "words of documents": 149165,
 }
 """Size -> highest number, without docstrings, comments and blank lines of Python. It is only ever lowered, to what was

@@ -19,12 +19,10 @@ from align.cli.lineage import find_scorecard, lineage, pipeline_of
 from align.cli.main import main
 from align.errors import StageFailed
 from align.export import verify
-from align.export.export import prepare, push
 from align.models.loading import load_reward
 from tests.support.cli.example_store import LICENSES, ExampleStore, add_scorecard, make_store
 from tests.support.data.hub import TOKEN, Hub, hub, online, operations
 from tests.support.fork_server import Forking
-from tests.support.refusals import Refused
 from tests.support.report.example_card import full_card
 
 __all__ = ["hub", "online"]  # fixtures
@@ -340,27 +338,6 @@ def test_private_weights_do_not_go_to_a_public_repository(
     assert export("22222222", "--push", "me/set", "--private") == 2
     assert "is there already, and public" in capsys.readouterr().err
     assert on_hub.commits == []
-
-
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_refusal_never_shows_the_token(
-    refused: Refused, status: int, hub: Hub, online: None, tiny_model: Path
-) -> None:
-    from align.data.card import License
-
-    hub.refuse = status
-    upload = prepare(tiny_model, "me/set", License(("mit",), ""), None, private=True)
-    refused(lambda: push(upload, "x", HfApi(endpoint=hub.address)))
-
-
-def test_a_hub_that_is_away_is_a_failure(refused: Refused, hub: Hub, online: None, tiny_model: Path) -> None:
-    from align.data.card import License
-
-    address = hub.address
-    hub.shutdown()
-    hub.server_close()
-    upload = prepare(tiny_model, "me/set", License(("mit",), ""), None, private=False)
-    refused(lambda: push(upload, "x", HfApi(endpoint=address)))
 
 
 def test_the_current_folder_is_not_replaced(

@@ -119,16 +119,6 @@ def test_key_has_weights_and_arguments_but_no_judge_rate() -> None:
     assert len(keys) == 8
 
 
-def test_evaluate_leaves_a_judge_s_rate_out_of_its_key_too() -> None:
-    def key(**endpoint: Any) -> str:
-        block = {"policies": ["model"], "reference": "model", "prompts": "data"}
-        judge = {"endpoint": ENDPOINT | endpoint}
-        return pipeline("gold", evaluate=block | {"score": [{"judge": judge}]}).nodes["evaluate"].key
-
-    assert key() == key(concurrency=2)
-    assert key() != key(model="larger")
-
-
 def test_a_reward_stage_in_the_list_is_an_input_of_the_stage(refused: Refused) -> None:
     reward = {"model": "model", "data": "pairs", "learning_rate": 1e-3}
     sample = {"stage": "sample", "policy": "model", "prompts": "data"}

@@ -80,10 +80,3 @@ def test_a_sweep_and_a_suite_start_at_their_folder(project: Path) -> None:
     assert load_sweep(project / "s.yaml").pipeline == str(project / "p.yaml")
     (project / "suite.yaml").write_text("prompts: recipes/r.yaml\n")
     assert load_suite(str(project / "suite.yaml")).rows["prompts"] == str(project / "recipes" / "r.yaml")
-
-
-def test_functions_beside_the_file_are_imported(project: Path) -> None:
-    (project / "beside_the_file.py").write_text("def length(row, response):\n    return len(response)\n")
-    text = PIPELINE + "  sample: {policy: model, prompts: data, score: 'beside_the_file:length', max_tokens: 4}\n"
-    (project / "p.yaml").write_text(text)
-    assert "sample" in Pipeline.load(project / "p.yaml").nodes

@@ -115,10 +115,6 @@ def test_key_has_content_and_not_path_of_an_evaluation_set(here: Path) -> None:
     assert identities_of("eval.jsonl") != first
 
 
-def test_a_missing_recipe(refused: Refused, here: Path) -> None:
-    refused(lambda: makes(DataConfig(recipe="embeded.yaml")))
-
-
 def test_a_broken_line_writes_nothing(refused: Refused, here: Path) -> None:
     with (here / "a.jsonl").open("a") as file:
         file.write("{broken\n")

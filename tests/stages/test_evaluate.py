@@ -10,12 +10,6 @@ GOOD = {"policies": ["model", "sft"], "reference": "sft", "prompts": "data"}
 FILES = {"files": ["x.jsonl"]}
 
 
-def test_a_minimal_config_is_enough():
-    config = EvaluateConfig(**GOOD)
-    assert config.samples_per_prompt == 1
-    assert config.score is None
-
-
 @pytest.mark.parametrize(
     "change",
     [

@@ -67,10 +67,6 @@ def test_a_name_in_a_loop_means_every_round_unless_one_is_named() -> None:
     }  # fmt: skip
 
 
-def test_a_runtime_without_stages_is_itself() -> None:
-    assert Runtime(threads=2).for_stage("any") == Runtime(threads=2)
-
-
 def test_a_deterministic_run_samples_with_transformers() -> None:
     assert Runtime().engine.name == "auto"
     deterministic = Runtime.model_validate({"deterministic": True, "engine": {"batch_size": 4}})

@@ -16,7 +16,7 @@ from align.data.builds.ledger import Counts, summary_lines
 from align.data.builds.shards import is_stored
 from align.data.builds.workers import BuildResources
 from align.data.checkers import gsm8k_answer
-from align.data.rows import Row, assistant, prompt_key, read_rows, user, write_rows
+from align.data.rows import Row, assistant, read_rows, user, write_rows
 from align.data.steps.split import group
 from align.store.fingerprint import digest
 from align.store.json_files import write_sealed
@@ -284,17 +284,6 @@ def test_files_hold_so_many_rows_at_most(make, tmp_path: Path, monkeypatch: pyte
 def test_an_empty_split_says_where_the_rows_went(refused: Refused, make, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": ""}])
     refused(make, [source])
-
-
-def test_hh_transcripts_become_pairs_and_single_replies(make, shared_data: Path) -> None:
-    source = {"type": "files", "paths": ["hh-rlhf/*.jsonl.gz"], "format": "hh_rlhf"}
-    dataset = make([source], "preferences", base=shared_data)
-    assert dataset.ledger["rows_in"] == 4666
-    for row in dataset.train:
-        assert row["prompt"][-1]["role"] == "user"
-        assert row["chosen"][0]["content"].strip() != row["rejected"][0]["content"].strip()
-        assert "\n\nHuman:" not in prompt_key(row)
-    assert len(make([source], base=shared_data).train) > 3500
 
 
 def test_gsm8k_rows_check_their_own_answers(make, shared_data: Path) -> None:

@@ -14,7 +14,6 @@ from align.data.builds.dataset_recipe import dataset_recipe, guess, sources_of
 from tests.support.refusals import Refused
 
 COMMIT = "0" * 40
-TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
 def test_splits_with_slices(refused: Refused) -> None:
@@ -34,17 +33,8 @@ def test_splits_with_slices(refused: Refused) -> None:
     ("record", "form", "kind"),
     [
         ({"prompt": "q", "completion": "a"}, "prompt_completion", "instructions"),
-        (
-            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-            "messages",
-            "instructions",
-        ),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preferences", "preferences"),
-        ({"prompt": "q", "completion": "a", "label": True}, "unpaired", "unpaired"),
-        ({"prompt": "q"}, "prompt", "prompts"),
-        ({"text": "words"}, "text", "texts"),
         ({"instruction": "q", "input": "", "output": "a"}, "alpaca", "instructions"),
-        ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 0]}, "scored", "preferences"),
     ],
 )
 def test_format_and_kind_come_from_the_columns(tmp_path: Path, record: dict[str, Any], form: str, kind: str) -> None:

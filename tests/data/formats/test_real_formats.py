@@ -137,14 +137,6 @@ def test_stack_exchange_pairs(shared_data: Path) -> None:
     assert [row["chosen"][0]["content"] for row in rows] == [record["response_j"] for record in document]
 
 
-def test_gsm8k(shared_data: Path) -> None:
-    form, rows, dropped = converted(shared_data, "gsm8k/train.jsonl", "instructions")
-    assert (form, len(rows), dropped) == ("gsm8k", 7473, {})
-    assert not any("<<" in row["completion"][0]["content"] for row in rows)
-    lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()
-    assert [row["prompt"][0]["content"] for row in rows] == [json.loads(line)["question"] for line in lines]
-
-
 def test_llms_from_scratch(refused: Refused, shared_data: Path) -> None:
     folder = shared_data / "llms-from-scratch"
     form, rows, _ = converted(folder, "instruction-data.json", "instructions")

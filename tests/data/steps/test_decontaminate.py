@@ -319,11 +319,7 @@ def test_identity_is_the_content_of_the_files_not_their_folder(tmp_path: Path) -
     "name, file, count",
     [
         ("ifeval", "ifeval/input_data.jsonl", 541),
-        ("mt_bench", "mt-bench/question.jsonl", 80),
         ("truthfulqa", "truthfulqa/TruthfulQA.csv", 817),
-        ("xstest", "xstest/xstest_prompts.csv", 450),
-        ("arc_easy", "arc/ARC-Easy.test.json", 2376),
-        ("gsm8k", "gsm8k/train.jsonl", 7473),
     ],
 )
 def test_real_sets_are_read_whole(name: str, file: str, count: int, shared_data: Path) -> None:
