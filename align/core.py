@@ -63,10 +63,6 @@ STAGES = (
         headline={"train_pairs": "pairs", "train_mean_score": "mean score", "engine": "engine"},
     ),
     Stage(
-        "synthesize", 6, None, "align.config.stages.synthesize:SynthesizeConfig", "align.synthesis.run:synthesize",
-        "make instructions, responses or pairs with a model or an endpoint", samples=True, estimator=SAMPLING,
-    ),
-    Stage(
         "reward", 7, Kind.REWARD, "align.config.stages.reward:RewardConfig", "align.stages.reward:run",
         "train a reward model on pairs", distributed=True, estimator=TRAINING,
         headline={"test_accuracy_after": "held-out accuracy", "test_accuracy_true_after": "on true labels"},

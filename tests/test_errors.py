@@ -124,7 +124,10 @@ def test_a_step_names_its_extra_before_the_build(
 
 @pytest.mark.parametrize(
     ("package", "module", "extra"),
-    [("optuna", "align.extensions.sweep.study", "sweep"), ("rapidfuzz", "align.synthesis.instructions", "data")],
+    [
+        ("optuna", "align.extensions.sweep.study", "sweep"),
+        ("rapidfuzz", "align.extensions.synthesis.instructions", "data"),
+    ],
 )
 def test_a_module_names_its_extra(monkeypatch: pytest.MonkeyPatch, package: str, module: str, extra: str) -> None:
     monkeypatch.delitem(sys.modules, module, raising=False)

@@ -1,4 +1,4 @@
-"""Memory of sample, synthesize and evaluate, counted from the config. Never imports torch.
+"""Memory of sample and evaluate, counted from the config. Never imports torch.
 
 Models that servers hold are named and not counted.
 """
@@ -19,7 +19,7 @@ from align.capacity.sampling import (
     user_of,
 )
 from align.config.environment import EnvironmentConfig
-from align.config.runtime.rollouts import EPISODES_TOGETHER, READ_TOKENS, SAMPLE_CHUNK, SYNTHESIS_CHUNK
+from align.config.runtime.rollouts import EPISODES_TOGETHER, READ_TOKENS, SAMPLE_CHUNK
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.evaluation.task_fields import TaskConfig
 from align.config.stages.evaluation.tasks import (
@@ -32,27 +32,25 @@ from align.config.stages.evaluation.tasks import (
     RewardPairsConfig,
 )
 from align.config.stages.sample import SampleConfig
-from align.config.stages.synthesize import InstructionsTask, SynthesizeConfig
 from align.models.compute.architecture import Architecture
 from align.models.compute.costs import resolved
 
 Models = Mapping[str, Sequence[Architecture]]
 
 
-def inference(config: SampleConfig | SynthesizeConfig | EvaluateConfig, models: Models) -> Inference:
+def inference(config: SampleConfig | EvaluateConfig, models: Models) -> Inference:
     """Return the load of a stage that samples or scores."""
     if isinstance(config, SampleConfig):
         return _sample(config, models)
-    if isinstance(config, SynthesizeConfig):
-        return _synthesize(config, models)
     return _evaluate(config, models)
 
 
-def _rewards(models: Models) -> Sequence[Architecture]:
+def reward_models(models: Models) -> Sequence[Architecture]:
+    """Return the reward models of a stage that samples."""
     return (*models.get("reward", ()), *models.get("score.reward", ()))
 
 
-def _user_notes(environment: EnvironmentConfig | None) -> list[str]:
+def user_notes(environment: EnvironmentConfig | None) -> list[str]:
     """Return a note on the model that plays the user of episodes; empty without one."""
     user = None if environment is None else environment.user
     if user is None:
@@ -80,55 +78,8 @@ def _sample(config: SampleConfig, models: Models) -> Inference:
     return Inference(
         precision=resolved(config.precision),
         sampling=(load,),
-        scoring=tuple(reward_scoring("reward", model, load.length) for model in _rewards(models)),
-        notes=tuple(_user_notes(config.environment)),
-    )
-
-
-# ---- synthesize ----
-
-
-def _synthesize(config: SynthesizeConfig, models: Models) -> Inference:
-    """Return the answers, the reward models that score them, and the checkpoint that compares them."""
-    call = SYNTHESIS_CHUNK if config.environment is None else EPISODES_TOGETHER
-    if isinstance(config.task, InstructionsTask):
-        call = min(SYNTHESIS_CHUNK, config.task.at_once)
-    answering = [
-        SamplingLoad(
-            name="model",
-            model=model,
-            prompt_tokens=config.max_prompt_tokens,
-            response_tokens=config.max_tokens,
-            call=call,
-            uses_top_p=config.top_p < 1,
-            user=user_load(config.environment, user_of(models), config.max_prompt_tokens),
-        )
-        for model in models.get("model", ())
-    ]
-    judging = [
-        SamplingLoad(
-            name="judge",
-            model=model,
-            prompt_tokens=config.max_prompt_tokens,
-            response_tokens=0 if config.judge is None else config.judge.max_tokens,
-            call=SYNTHESIS_CHUNK,
-            # A process of vLLM holds one architecture, so a judge of another architecture samples with transformers.
-            needs_transformers=any(model != load.model for load in answering),
-        )
-        for model in models.get("judge_model", ())
-    ]
-    length = config.max_prompt_tokens + config.max_tokens
-    duties = {"answers": config.endpoint, "judges": None if config.judge is None else config.judge.endpoint}
-    servers = [f"{server.model}, a server, {duty}" for duty, server in duties.items() if server is not None]
-    scoring = tuple(reward_scoring("reward", model, length) for model in _rewards(models))
-    is_counted = bool(answering or judging or scoring)
-    notes = [f"{server}; that is not counted." for server in servers if is_counted]
-    return Inference(
-        precision=resolved(config.precision),
-        sampling=(*answering, *judging),
-        scoring=scoring,
-        external=", and ".join(servers),
-        notes=(*_user_notes(config.environment), *notes),
+        scoring=tuple(reward_scoring("reward", model, load.length) for model in reward_models(models)),
+        notes=tuple(user_notes(config.environment)),
     )
 
 
@@ -258,7 +209,7 @@ class _Evaluation:
     def _add_episodes(self, name: str, task: EnvironmentTaskConfig) -> None:
         """Add every system's episodes, each as one answer of ``max_tokens``; best-of-N systems play none."""
         user = task.environment.user
-        self.notes += [f"{name}: {note}" for note in _user_notes(task.environment)]
+        self.notes += [f"{name}: {note}" for note in user_notes(task.environment)]
         tokens = task.environment.max_tokens
         prompt_tokens = max(1, self.config.max_context - tokens)
         checkpoint = None if user is None or user.model is None else self.users[user.model]

@@ -3,7 +3,7 @@
 A request's key is the sha256 of its canonical JSON: model, messages, sampling, seed, and its number among several
 samples. The cache is an append-only file with one sealed JSON line per write. A process killed in the middle of a write
 loses that line, and a line that was changed is ignored. Torch-free. Leaves out who answers (``endpoint_client.py``,
-``align.synthesis.local_model``) and what it costs (``cached_client.py``).
+``align.extensions.synthesis.local_model``) and what it costs (``cached_client.py``).
 """
 
 from __future__ import annotations

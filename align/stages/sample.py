@@ -24,11 +24,11 @@ from align.models.compute.processes import use_threads
 from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext
 from align.scoring.score import WeightedSum, open_score
+from align.stages.prompt_responses import write_lines, write_table
 from align.stages.sample_episodes import LateEngine, SampledSplit, sample_episodes
 from align.stages.sample_rollouts import SampledRollouts
 from align.store.fingerprint import digest
 from align.store.json_files import read_entry, write_entry
-from align.synthesis.selection import write_lines, write_table
 from align.training.rows import refuse_long_rows
 from align.verifiers.verdict import explain_low_scores
 

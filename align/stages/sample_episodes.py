@@ -11,10 +11,9 @@ from align.inference.engine import open_engine
 from align.inference.protocol import RolloutEngine
 from align.pipeline.context import StageContext
 from align.scoring.score import WeightedSum
+from align.stages.prompt_episodes import EpisodeParts, Policy, episode_rates, report_failures
+from align.stages.prompt_responses import PromptResponses, pair_responses, score_all
 from align.stages.sample_rollouts import SampledRollouts
-from align.synthesis.episodes import EpisodeParts, Policy, episode_rates, report_failures
-from align.synthesis.pairing import pair_responses
-from align.synthesis.selection import PromptResponses, score_all
 
 COUNTS = ("prompts_too_few", "compared", "identical", "tied", "pairs", "flipped")
 """Counts of ``make_pairs`` that hold for episodes."""

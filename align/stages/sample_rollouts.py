@@ -17,9 +17,9 @@ from align.inference.protocol import Response
 from align.models.chat.token_texts import TokenTexts
 from align.pipeline.context import StageContext
 from align.rl.rollout_tables import episode_columns
+from align.stages.prompt_responses import PromptResponses
 from align.store.rollout_writer import intact_files, read_tables, resume_manifest, write_file, write_manifest
 from align.store.rollouts import ROLLOUTS, SCHEMA, RolloutFile, encode_value, identify_prompt, is_kept, make_table
-from align.synthesis.selection import PromptResponses
 from align.training.sampled_answers import response_columns
 from align.verifiers.verdict import reasons_in
 

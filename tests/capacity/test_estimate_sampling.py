@@ -14,7 +14,8 @@ from align.config.runtime import Runtime
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.policy_gradient import GrpoConfig
 from align.config.stages.sample import SampleConfig
-from align.config.stages.synthesize import SynthesizeConfig
+from align.extensions.synthesis import estimate
+from align.extensions.synthesis.config import SynthesizeConfig
 from tests.support.capacity.models import TOY
 
 ENVIRONMENT: dict[str, Any] = {"class": "a:B", "max_tokens": 60}
@@ -71,7 +72,7 @@ def inference_of(stage: str, with_user: bool) -> Any:
             "task": {"type": "responses", "n": 2},
             **block,
         }
-        return estimate_sampling.inference(SynthesizeConfig(**content), {"model": [TOY], **models})  # type: ignore[arg-type]
+        return estimate.inference(SynthesizeConfig(**content), {"model": [TOY], **models})  # type: ignore[arg-type]
     task = {"max_items": 8, "rows": "d", **block}
     lists: Any = {"users": ["sft"]} if with_user else {}
     content = {"policies": ["p"], "reference": "p", "rows": ["d"], "tasks": {"environment": task}, "max_context": 160}

@@ -11,7 +11,7 @@ from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.policy_gradient import GrpoConfig
 from align.config.stages.sample import SampleConfig
 from align.config.stages.sft import DistillConfig
-from align.config.stages.synthesize import SynthesizeConfig
+from align.extensions.synthesis.config import SynthesizeConfig
 from tests.support.refusals import Refused
 
 SAMPLE: dict[str, Any] = {"policy": "sft", "prompts": "data", "max_tokens": 64}

@@ -144,7 +144,7 @@ def test_every_kind_has_a_config_class_and_a_run_file(kind):
     assert "`align/core.py`" in PAGE
     stage = STAGES[kind]
     assert isinstance(stage, Stage) and stage.kind == kind
-    assert stage.config.startswith("align.config.stages.")
+    assert stage.config.startswith(("align.config.stages.", "align.extensions."))
     # Import paths lead to what the record says they are.
     assert stage.config_class().__module__ == stage.config.partition(":")[0]
     assert callable(stage.runner())

@@ -13,16 +13,16 @@ import pytest
 from align.config.runtime import Runtime
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.sample import SampleConfig
-from align.config.stages.synthesize import SynthesizeConfig
 from align.data.rows import read_rows, user, write_rows
 from align.evaluation import systems
+from align.extensions.synthesis import local_model
+from align.extensions.synthesis.config import SynthesizeConfig
+from align.extensions.synthesis.run import synthesize
 from align.inference import engine
 from align.models.built_in import make_tiny
 from align.pipeline.context import StageContext
 from align.stages import evaluate, sample
 from align.store.artifacts import Artifact, Kind
-from align.synthesis import local_model
-from align.synthesis.run import synthesize
 from tests.support.inference.fake_server import info
 from tests.support.inference.model_server import ModelServer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from align.config.runtime import EngineConfig, Runtime
-from align.config.stages.synthesize import SynthesizeConfig
 from align.data.rows import user, write_rows
+from align.extensions.synthesis.config import SynthesizeConfig
 from align.pipeline.context import StageContext
 from align.runner.stage_result import write_work
 from align.store.artifacts import Artifact, Kind

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from align.config.stages.synthesize import BestOfTask, PairsTask, ResponsesTask
 from align.data.rows import Message, Row, user
+from align.extensions.synthesis.config import BestOfTask, PairsTask, ResponsesTask
+from align.extensions.synthesis.pairing import Judge, pair_by_judge, pair_by_score
+from align.extensions.synthesis.selection import Ledger, select_all, select_best, split_by_prompt
 from align.inference.requests import Answer
 from align.scoring.functions import FunctionScorer
 from align.scoring.scored import Scored, Scorer
-from align.synthesis.pairing import Judge, pair_by_judge, pair_by_score
-from align.synthesis.selection import Ledger, PromptResponses, score_all, select_all, select_best, split_by_prompt
+from align.stages.prompt_responses import PromptResponses, score_all
 
 CUT = Answer("cut", finished=False)
 EMPTY, REFUSED, FAILED = Answer(" "), Answer("no", refused=True), Answer("", error="status 400")

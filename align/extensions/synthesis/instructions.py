@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from align.config.stages.synthesize import InstructionsTask
 from align.data.rows import Message, Row, user
 from align.errors import UserError, missing_extra
+from align.extensions.synthesis.config import InstructionsTask
+from align.extensions.synthesis.selection import Ledger
 from align.inference.requests import Answer
 from align.store.json_files import numbered_lines
-from align.synthesis.selection import Ledger
 
 LEVEL = "candidates"
 SOURCE = "synthetic/instructions"

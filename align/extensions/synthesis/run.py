@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from align.config.endpoint import EndpointConfig
-from align.config.stages.synthesize import BestOfTask, InstructionsTask, PairsTask, ResponsesTask
 from align.data.rows import Message, Row, read_rows, user
 from align.environments.episode import Episode, sampled_tokens
 from align.environments.player import play_in_parts
 from align.environments.user_models import check_user_rows
 from align.errors import UserError
+from align.extensions.synthesis import instructions, pairing, selection
+from align.extensions.synthesis.config import BestOfTask, InstructionsTask, PairsTask, ResponsesTask
+from align.extensions.synthesis.selection import Ledger, split_by_prompt
 from align.inference.cached_client import Backend, CachedClient, Prices
 from align.inference.endpoint_client import Endpoint
 from align.inference.requests import Answer, Request, RequestCache
@@ -22,11 +24,10 @@ from align.inference.thoughts import check_stage_room
 from align.models.chat.template_settings import TemplateSettings
 from align.pipeline.context import StageContext
 from align.scoring.score import open_score
+from align.stages.prompt_episodes import EndpointEpisodes, EpisodeParts, Policy, episode_rates, report_failures
+from align.stages.prompt_responses import PromptResponses, score_all, write_lines, write_table
 from align.store.fingerprint import canonical
 from align.store.json_files import write_text_atomically
-from align.synthesis import instructions, pairing, selection
-from align.synthesis.episodes import EndpointEpisodes, EpisodeParts, Policy, episode_rates, report_failures
-from align.synthesis.selection import Ledger, PromptResponses, split_by_prompt, write_lines, write_table
 
 SPLITS = ("train", "test")
 COLUMNS = {"instructions": (), "pairs": ("chosen", "rejected")}
@@ -93,8 +94,8 @@ class _Synthesis:
         if endpoint is not None:
             return Endpoint(endpoint, drop=self.config.on_error == "drop", place=place)
         # Imported late, since they import torch.
+        from align.extensions.synthesis.local_model import Engines, LocalModel
         from align.models.compute.processes import use_threads
-        from align.synthesis.local_model import Engines, LocalModel
 
         use_threads(self.context.runtime)
         config = self.config
@@ -178,7 +179,7 @@ class _Synthesis:
             self.engines.close()  # frees memory for the reward model
         # 2. Scores of both splits in one call, so a reward model fills its batches.
         if self.scorer is not None or self.config.environment is not None:
-            selection.score_all([*responses["train"], *responses["test"]], self.scorer)
+            score_all([*responses["train"], *responses["test"]], self.scorer)
         # 3. Rows, split by split.
         output = _Output({}, [], [] if isinstance(self.config.task, PairsTask) else None)
         for split in SPLITS:
@@ -233,7 +234,7 @@ class _Synthesis:
                 use_threads(self.context.runtime)
             return EndpointEpisodes(self.context, model.identity, lambda requests: self.client.ask(model, requests))
         # Imported late, since it imports torch.
-        from align.synthesis.local_model import LocalModel
+        from align.extensions.synthesis.local_model import LocalModel
 
         assert isinstance(model, LocalModel)
         limit = config.max_prompt_tokens

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from align import Pipeline
-from align.config.stages.synthesize import SynthesizeConfig
+from align.extensions.synthesis.config import SynthesizeConfig
 from align.store.artifacts import Kind
 from tests.support.refusals import Refused
 from tests.support.stages.synthesis_harness import (

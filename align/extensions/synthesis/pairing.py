@@ -10,22 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from align.config.stages.synthesize import PairsTask
 from align.data.rows import Message, Row, kept_columns
-from align.data.steps.pairs import make_pairs
+from align.extensions.synthesis.config import PairsTask
+from align.extensions.synthesis.selection import ANSWERS, OTHER_BEGINNINGS, ROWS, Ledger, drop_prompt, usable_places
 from align.inference.requests import Answer
 from align.judges.prompts import Outcome, Verdict, combine_verdicts, fill_rubric, pair_prompt, read_verdict
-from align.synthesis.selection import (
-    ANSWERS,
-    OTHER_BEGINNINGS,
-    ROWS,
-    Ledger,
-    PromptResponses,
-    drop_prompt,
-    pair_sides,
-    prompt_fields,
-    usable_places,
-)
+from align.stages.prompt_responses import PromptResponses, pair_responses
 
 COMPARED = "comparisons"
 UNDECIDED: dict[Outcome, str] = {"tie": "tie", "disagreement": "orders disagree", "unreadable": "verdict not readable"}
@@ -199,34 +189,6 @@ def _count_pairs(responses: PromptResponses, usable: list[int], pairs: list[Row]
     else:
         reason = "fewer than two answers of use" if len(usable) < 2 else "no answer better than another"
         ledger.drop(ROWS, reason, responses.row["id"])
-
-
-def pair_responses(
-    responses: PromptResponses,
-    scores: dict[int, float],
-    how: Literal["best_worst", "all"],
-    seed: int,
-    *,
-    noise: float = 0.0,
-    ties: list[Row] | None = None,
-) -> tuple[list[Row], dict[str, int]]:
-    """Pair the responses that have a score; the others are blanked, since empty texts make no pair."""
-    places = range(len(responses.answers))
-    texts = [responses.content(place) if place in scores else "" for place in places]
-    values = [scores.get(place, 0.0) for place in places]
-    are_finished = [place in scores and responses.ended(place) for place in places]
-    answers = [pair_sides(responses, place) for place in places] if responses.episodes else None
-    return make_pairs(
-        [prompt_fields(responses, min(scores, default=0))],
-        [texts],
-        [values],
-        how,
-        noise=noise,
-        seed=seed,
-        finished=[are_finished],
-        answers=None if answers is None else [answers],
-        ties=ties,
-    )
 
 
 def _tie_row(responses: PromptResponses, pair: Row, why: str, *, scored: bool) -> Row:

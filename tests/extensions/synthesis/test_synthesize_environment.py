@@ -12,14 +12,14 @@ import pytest
 
 from align.config.environment import USER_INPUT
 from align.config.stages.sft import SftConfig
-from align.config.stages.synthesize import SynthesizeConfig
 from align.data.rows import assistant, read_rows, user, write_rows
 from align.environments.chat_episodes import ChatSession
+from align.extensions.synthesis.config import SynthesizeConfig
+from align.extensions.synthesis.run import synthesize
 from align.inference import endpoint_client
 from align.models.loading import load_tokenizer
 from align.stages import sft
 from align.store.artifacts import Artifact, Kind
-from align.synthesis.run import synthesize
 from align.training.rows import MASKED, encode_supervised
 from tests.support.environments.buttons import FORMAT, make_presser
 from tests.support.inference.fake_chat import FakeChat, completion

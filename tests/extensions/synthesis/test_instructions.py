@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from align.config.stages.synthesize import InstructionsTask
 from align.data.rows import Message, user
 from align.errors import UserError
-from align.inference.requests import Answer
-from align.synthesis.instructions import (
+from align.extensions.synthesis.config import InstructionsTask
+from align.extensions.synthesis.instructions import (
     Nearest,
     Pool,
     Seed,
@@ -25,7 +24,8 @@ from align.synthesis.instructions import (
     rouge_words,
     seeds_from_prompts,
 )
-from align.synthesis.selection import Ledger
+from align.extensions.synthesis.selection import Ledger
+from align.inference.requests import Answer
 
 SEEDS = [
     Seed(f"Explain topic {word} in plain words")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from align.data.rows import read_rows, user, write_rows
+from align.extensions.synthesis.run import synthesize
 from align.inference import endpoint_client
 from align.models.loading import load_tokenizer
-from align.synthesis.run import synthesize
 from tests.support.inference.fake_chat import FakeChat
 from tests.support.refusals import Refused
 from tests.support.stages.synthesis_harness import (

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from align.extensions.synthesis.run import synthesize
 from align.inference import endpoint_client
 from align.inference.requests import RequestCache
 from align.pipeline.context import StageContext
-from align.synthesis.run import synthesize
 from tests.support.inference.fake_chat import FakeChat
 from tests.support.stages.synthesis_harness import (
     digests,
@@ -106,8 +106,8 @@ def test_repeated_kills_give_the_same_bytes(fake: FakeChat, tmp_path: Path, kind
 def test_a_killed_checkpoint_run_comes_to_the_same_bytes(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from align.extensions.synthesis import local_model
     from align.inference.transformers import TransformersEngine
-    from align.synthesis import local_model
 
     monkeypatch.setattr(local_model, "SYNTHESIS_CHUNK", 4)
     config: dict[str, Any] = {

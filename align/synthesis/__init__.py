@@ -1,1 +1,0 @@
-"""Synthetic data: new instructions, responses, the best of several, and on-policy pairs."""
