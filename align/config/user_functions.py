@@ -153,29 +153,45 @@ class Parameters:
     takes_any: bool
     """True with ``**options``."""
 
-    def check(self, arguments: Collection[str], function: str, place: str, field: str = "function") -> None:
+    def check(
+        self,
+        arguments: Collection[str],
+        function: str,
+        place: str,
+        field: str = "function",
+        provided: Collection[str] | None = None,
+    ) -> None:
         """Raise ``UserError``, which begins with ``place``, for an unknown argument and for a missing argument.
 
-        ``field`` is the YAML's field that names the function, or the class.
+        ``field`` is the YAML's field that names the function, or the class. The YAML has the arguments in a block
+        ``arguments``, or, if ``provided`` is not None, next to that field. ``provided`` are passed by the stage.
         """
+        block = ".arguments" if provided is None else ""
         for name in arguments:
             if name not in self.names and not self.takes_any:
                 remedy = suggest(name, self.names) or " It takes none that a YAML could set."
-                raise UserError(f"{place}.arguments: {function} has no argument '{name}'.{remedy}")
-        missing = sorted(self.required - set(arguments))
+                raise UserError(f"{place}{block}: {function} has no argument '{name}'.{remedy}")
+        missing = sorted(self.required - set(arguments) - set(provided or ()))
         if missing:
+            written = f"{missing[0]}: ..." if provided is not None else f"arguments: {{{missing[0]}: ...}}"
             raise UserError(
-                f"{place}: {function} needs {', '.join(missing)}; write `arguments: {{{missing[0]}: ...}}` next to "
-                f"`{field}:`, or give it a default."
+                f"{place}: {function} needs {', '.join(missing)}; write `{written}` next to `{field}:`, or give it a "
+                "default."
             )
 
 
-def check_arguments(path: str, arguments: Mapping[str, Any], place: str, positional: int = POSITIONAL) -> None:
+def check_arguments(
+    path: str,
+    arguments: Mapping[str, Any],
+    place: str,
+    positional: int = POSITIONAL,
+    provided: Collection[str] | None = None,
+) -> None:
     """Check a function's arguments as far as its source shows them.
 
     A missing module is reported when it is imported. ``positional`` is the number of parameters that the caller passes
-    by position. Raises ``UserError``, which begins with ``place``, for a function that is not in its module, an unknown
-    argument, and a missing argument.
+    by position, ``provided`` as in ``Parameters.check``. Raises ``UserError``, which begins with ``place``, for a
+    function that is not in its module, an unknown argument, and a missing argument.
     """
     module, _, name = full_path(path, place).partition(":")
     tree = read_module(module, path, place)
@@ -184,7 +200,7 @@ def check_arguments(path: str, arguments: Mapping[str, Any], place: str, positio
     definition = _find_definition(tree, name)
     if definition is not None:
         if not definition.decorator_list:
-            parameters_of(definition.args, positional).check(arguments, name, place)
+            parameters_of(definition.args, positional).check(arguments, name, place, provided=provided)
         return
     names = top_level_names(tree)
     if names is not None and name not in names:
@@ -216,6 +232,7 @@ def check_call(
     place: str,
     positional: int = POSITIONAL,
     field: str = "function",
+    provided: Collection[str] | None = None,
 ) -> None:
     """Check the arguments of an imported function, or class; raise ``UserError`` as ``check_arguments`` does."""
     try:
@@ -230,7 +247,7 @@ def check_call(
         names=tuple(parameter.name for parameter in by_name),
         required=frozenset(parameter.name for parameter in by_name if parameter.default is inspect.Parameter.empty),
         takes_any=any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters),
-    ).check(arguments, name, place, field)
+    ).check(arguments, name, place, field, provided)
 
 
 def parameters_of(arguments: ast.arguments, positional: int) -> Parameters:

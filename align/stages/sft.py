@@ -18,8 +18,11 @@ from typing import Any
 from datasets import Dataset
 from trl.trainer.sft_config import SFTConfig as Arguments
 
+from align.config.own_function import OwnFunction
 from align.config.stages.sft import SftConfig
 from align.lint.trainer import Split, lint_stage
+from align.methods.call import Method
+from align.methods.contract import ANSWERS, check
 from align.models.compute.processes import use_threads
 from align.models.tuning.apply import apply_tuning
 from align.pipeline.context import StageContext
@@ -29,9 +32,9 @@ from align.training.fit import fit
 from align.training.fused_head import use_blockwise_head
 from align.training.input_checks import check_ends, encode_splits, load_model
 from align.training.packing import FlatCollator, check_separate, enable_flat, fill_ratio, pack_rows, packing_form
-from align.training.rows import counts, encode_answers, encode_supervised, read_splits
+from align.training.rows import counts, encode_answers, encode_supervised, number_rows, read_splits
 from align.training.save import save
-from align.training.sft_trainer import check_kernels, lint_rows, noisy
+from align.training.sft_trainer import AnswerCollator, check_kernels, lint_rows, noisy
 from align.training.thoughts import check_thoughts, thought_facts
 from align.training.trainers import PreparedSFT
 
@@ -46,6 +49,8 @@ def run(context: StageContext) -> dict[str, Any]:
     config: SftConfig = context.config
     # Before anything is loaded: kernels that are not installed are refused at once.
     check_kernels(context.name, config.trainer, context.runtime)
+    place = f"{context.name}.loss"
+    own_loss = Method.own(config.loss, place) if isinstance(config.loss, OwnFunction) else None
     tokenizer, model = load_model(context)
     stored = read_splits(context)
     check_thoughts(context.name, tokenizer, stored["train"])
@@ -53,10 +58,15 @@ def run(context: StageContext) -> dict[str, Any]:
     splits = encode_splits(context, stored, lambda rows, _: encode(tokenizer, rows, config.max_length))
     train = splits["train"]
     check_ends(context.name, train, tokenizer)
+    sources = []
+    if own_loss is not None:
+        sources = number_rows(splits, as_list=True)
+        check(own_loss, ANSWERS, place, sources)
     sequences = [row["input_ids"] for row in train.rows]
     model = apply_tuning(model, config.tuning, context.seed, tokenizer=tokenizer, rows=sequences)
     rows = pack_rows(train, config.max_length) if config.packing else train.rows
     trainer = _make_trainer(context, model, tokenizer, rows)
+    trainer.own_loss, trainer.sources = own_loss, sources
     linted = {name: Split(stored[name], splits[name]) for name in splits}
     lint_stage(context, lint_rows(trainer, train), linted, supervise=config.supervise)
     facts: dict[str, Any] = {"rows": len(train.rows), **counts(splits, "rows")}
@@ -79,10 +89,12 @@ def _make_trainer(context: StageContext, model: Any, tokenizer: Any, rows: list[
     form = packing_form(model) if context.config.packing or context.config.padding_free else None
     if form is not None:
         enable_flat(model, form)
+    numbered = AnswerCollator(tokenizer.pad_token_id) if isinstance(context.config.loss, OwnFunction) else None
+    collator = numbered if form is None else FlatCollator(form)
     trainer = PreparedSFT(
         model=model,
         args=training_arguments(Arguments, context, len(rows), router_aux_loss_coef=None),
-        data_collator=None if form is None else FlatCollator(form),
+        data_collator=collator,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )

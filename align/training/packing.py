@@ -28,7 +28,7 @@ from align.models.fast.ragged_rows import NotRaggedError, enable_ragged, make_la
 from align.models.fast.real_tokens import can_compute_real_tokens
 from align.models.fast.stateful_layers import carries_state
 from align.patches.transformers import attention_name
-from align.training.rows import MASKED, Encoded
+from align.training.rows import MASKED, ROW, Encoded, collate_numbers
 
 Form = Literal["ragged", "flash", "blocks"]
 PROBE = 48
@@ -73,6 +73,7 @@ def pack_rows(encoded: Encoded, capacity: int) -> list[dict[str, list[int]]]:
                 "input_ids": [token for row in rows for token in row["input_ids"]],
                 "labels": [label for row in rows for label in [MASKED, *row["labels"][1:]]],
                 "seq_lengths": [len(row["input_ids"]) for row in rows],
+                **({ROW: [number for row in rows for number in row[ROW]]} if ROW in rows[0] else {}),
             }
         )
     return packs
@@ -145,6 +146,7 @@ class FlatCollator:
             "labels": torch.tensor([labels]),
             "position_ids": torch.tensor([[place for size in lengths for place in range(size)]]),
         }
+        batch |= collate_numbers(rows)
         if self.form == "ragged":
             batch["layout"] = make_layout(lengths)
         # Flash attention reads the rows' offsets instead of a mask.

@@ -9,8 +9,9 @@ when an upgrade changes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -19,9 +20,12 @@ from peft import PeftModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference, KTOTrainer
 
+from align.methods.call import Method, Result
+from align.methods.pairs import LOSSES
+from align.methods.records import PairLogprobs
 from align.training.held_out import scoring
 from align.training.order import by_length
-from align.training.rows import Encoded
+from align.training.rows import ROW, Encoded, Row, collate_numbers
 from align.training.trainers import SCORING_TOKENS, Prepared
 from align.training.unpaired import GroupOrder
 
@@ -40,7 +44,7 @@ class PairCollator(DataCollatorForPreference):  # type: ignore[misc]
         chosen, rejected = batch["completion_mask"].chunk(2)
         _add_gaps(chosen, examples, "chosen_mask")
         _add_gaps(rejected, examples, "rejected_mask")
-        return batch
+        return batch | collate_numbers(examples)
 
 
 @dataclass
@@ -102,7 +106,7 @@ class ScoredByReference(Prepared):
         # Columns that are not named here would be removed from the rows.
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()  # type: ignore[misc]
-            self._signature_columns = [*(self._signature_columns or []), *MASKS]
+            self._signature_columns = [*(self._signature_columns or []), *MASKS, ROW]
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         self.beta = self._beta_at(self.state.global_step)
@@ -110,8 +114,121 @@ class ScoredByReference(Prepared):
         return super().compute_loss(*args, **kwargs)  # type: ignore[misc]
 
 
+@dataclass(frozen=True)
+class WeightedLoss:
+    """One term of DPO's loss."""
+
+    loss: Method
+    weight: float
+
+
 class PreparedDPO(ScoredByReference, DPOTrainer):  # type: ignore[misc]
-    """Rows: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``ref_chosen_logps``, ``ref_rejected_logps``."""
+    """Rows: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``ref_chosen_logps``, ``ref_rejected_logps``.
+
+    The loss is the weighted sum of ``losses``, functions of ``PairLogprobs``. ``fields`` are values that a function
+    gets if it has parameters of these names, next to ``beta``. ``sources`` are the rows that ``row`` numbers.
+    """
+
+    losses: Sequence[WeightedLoss] = (WeightedLoss(Method(LOSSES["sigmoid"]), 1.0),)
+    fields: Mapping[str, float] = MappingProxyType({})
+    divergence: Callable[[torch.Tensor], torch.Tensor] | None = None
+    sources: Sequence[Row] = ()
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        outputs, pairs = self._pair_logprobs(model, inputs)
+        loss = torch.zeros((), device=pairs.chosen_logprobs.device)
+        when = f"at step {self.state.global_step + 1}"
+        for term in self.losses:
+            result = term.loss(pairs, (len(pairs),), when, beta=self.beta, **self.fields)
+            loss = loss + (self._weighted(result, outputs, pairs).mean() * term.weight)
+            for name, value in result.metrics.items():
+                self._metrics[self._mode][name].append(value)
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+            self._append("aux_loss", outputs.aux_loss)
+        self._log_pairs(outputs, pairs, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _pair_logprobs(self, model: Any, inputs: Any) -> tuple[Any, PairLogprobs]:
+        """Return the model's outputs, and the log-probabilities of the batch's pairs by policy and reference."""
+        mask = inputs["completion_mask"]
+        columns = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", ROW}
+        model_inputs = {name: value for name, value in inputs.items() if name not in columns}
+        if self.aux_loss_enabled:
+            model_inputs["output_router_logits"] = True
+        labels = inputs["input_ids"].masked_fill(mask == 0, -100)
+        outputs = model(**model_inputs, use_cache=False, labels=labels, fused_lm_head=True)
+        # Methods with virtual tokens return more positions than the row has.
+        tokens = outputs.log_probs[:, -(mask.shape[1] - 1) :]  # (2 B, T), chosen above rejected
+        chosen_mask, rejected_mask = mask[:, 1:].bool().chunk(2)
+        chosen, rejected = tokens.chunk(2)
+        shared = torch.minimum(chosen_mask.sum(dim=1), rejected_mask.sum(dim=1))
+        return outputs, PairLogprobs(
+            chosen_logprobs=self._sum(chosen, chosen_mask, shared),
+            rejected_logprobs=self._sum(rejected, rejected_mask, shared),
+            ref_chosen_logprobs=inputs["ref_chosen_logps"],
+            ref_rejected_logprobs=inputs["ref_rejected_logps"],
+            chosen_token_logprobs=chosen,
+            rejected_token_logprobs=rejected,
+            chosen_mask=chosen_mask,
+            rejected_mask=rejected_mask,
+            rows=[self.sources[row] for row in inputs[ROW].tolist()] if ROW in inputs else (),
+            **({} if self.divergence is None else {"divergence": self.divergence}),
+        )
+
+    def _sum(self, logprobs: torch.Tensor, mask: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+        """Return the sum (B,) over tokens (B, T); those beyond ``shared`` (B,) count ``ld_alpha`` (LD-DPO)."""
+        if self.ld_alpha is None:
+            return logprobs.sum(dim=1)
+        place = mask.cumsum(dim=1)
+        in_shared = (place > 0) & (place <= shared[:, None])
+        return (logprobs * in_shared).sum(dim=1) + self.ld_alpha * (logprobs * (place > shared[:, None])).sum(dim=1)
+
+    def _weighted(self, result: Result, outputs: Any, pairs: PairLogprobs) -> torch.Tensor:
+        """Return losses (B,) times the pairs' probability under the policy, if WPO weights them (arXiv 2406.11827)."""
+        if not self.use_weighting:
+            return result.values
+        with torch.no_grad():
+            mask = torch.cat([pairs.chosen_mask, pairs.rejected_mask])
+            tokens = torch.cat([pairs.chosen_token_logprobs, pairs.rejected_token_logprobs])
+            aligned = (tokens - outputs.log_sum_sq_probs[:, -mask.shape[1] :]) * mask
+            chosen, rejected = torch.exp(aligned.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).chunk(2)
+        return result.values * (chosen * rejected)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _append(self, name: str, values: torch.Tensor) -> None:
+        """Add the mean of values, over all processes, to a metric."""
+        self._metrics[self._mode][name].append(self.accelerator.gather_for_metrics(values.detach()).mean().item())
+
+    def _append_per_token(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add the mean of the masked values (B, T), over all processes, to a metric."""
+        gather = self.accelerator.gather_for_metrics
+        total, count = gather(values.detach()[mask].sum()).sum(), gather(mask.sum()).sum()
+        self._metrics[self._mode][name].append((total / count.clamp(min=1)).item())
+
+    def _log_pairs(self, outputs: Any, pairs: PairLogprobs, inputs: Any) -> None:
+        """Add the metrics of a micro-batch, under trl's names."""
+        width = pairs.chosen_mask.shape[1]
+        chosen_logits, rejected_logits = outputs.mean_logits[:, -width:].chunk(2)
+        entropy, is_top1 = outputs.entropy[:, -width:], outputs.is_top1[:, -width:].chunk(2)[0]
+        self._append_per_token("entropy", entropy, torch.cat([pairs.chosen_mask, pairs.rejected_mask]))
+        self._append_per_token("logits/chosen", chosen_logits, pairs.chosen_mask)
+        self._append_per_token("logits/rejected", rejected_logits, pairs.rejected_mask)
+        self._append_per_token("mean_token_accuracy", is_top1.float(), pairs.chosen_mask)
+        if self.model.training:
+            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += int(tokens)
+        self._metrics[self._mode]["num_tokens"] = [self._total_train_tokens]
+        chosen, rejected = self.beta * pairs.chosen_logratios, self.beta * pairs.rejected_logratios
+        self._append("rewards/chosen", chosen)
+        self._append("rewards/rejected", rejected)
+        self._append("rewards/accuracies", (chosen > rejected).float())
+        self._append("rewards/margins", chosen - rejected)
+        self._append("logps/chosen", pairs.chosen_logprobs)
+        self._append("logps/rejected", pairs.rejected_logprobs)
 
 
 BetaSchedule = Literal["constant", "linear", "cosine"]

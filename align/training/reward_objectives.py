@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from align.config.own_function import OwnFunction
 from align.data.rows import is_finished
 from align.errors import UserError, with_article
+from align.methods.call import Method
+from align.methods.contract import SCORES, check
 from align.models.chat.render import render_answered
 from align.models.reward import Steps, tokenize_steps
 from align.pipeline.context import StageContext
 from align.store.artifacts import Kind
 from align.training import held_out, reward_trainer
 from align.training.input_checks import check_encoded
-from align.training.reward_trainer import NumberCollator, NumberReward, PairReward
-from align.training.rows import TOO_LONG, Encoded, Row, encode_conversations, read_splits
+from align.training.reward_trainer import NumberCollator, NumberReward, PairReward, RewardCollator
+from align.training.rows import TOO_LONG, Encoded, Row, encode_conversations, number_rows, read_splits
 
 if TYPE_CHECKING:
     from align.config.stages.reward import RewardConfig
@@ -113,6 +116,17 @@ class Pairs(Objective):
     lint = "reward"
     kinds = (Kind.PREFERENCES,)
 
+    def __init__(self, context: StageContext, tokenizer: Any) -> None:
+        loss = context.config.loss
+        self.own_loss: Method | None = None
+        if isinstance(loss, OwnFunction):
+            self.own_loss = Method.own(loss, f"{context.name}.loss")
+        super().__init__(context, tokenizer)
+        self.sources: list[Row] = []
+        if self.own_loss is not None:
+            self.sources = number_rows(self.splits)
+            check(self.own_loss, SCORES, f"{context.name}.loss", self.sources)
+
     @property
     def center_rewards(self) -> float | None:
         return self.config.center_rewards or None
@@ -131,8 +145,12 @@ class Pairs(Objective):
         return [row["chosen_ids"], row["rejected_ids"]]
 
     def trainer(self, **options: Any) -> Any:
-        trainer = PairReward(**options)
-        trainer.label_smoothing = self.config.label_smoothing
+        if self.own_loss is None:
+            trainer = PairReward(**options)
+            trainer.label_smoothing = self.config.label_smoothing
+            return trainer
+        trainer = PairReward(data_collator=RewardCollator(self.tokenizer.pad_token_id), **options)
+        trainer.pair_loss, trainer.sources = self.own_loss, self.sources
         return trainer
 
     def held_out(self, trainer: Any, split: str) -> dict[str, float]:

@@ -1,46 +1,74 @@
-"""trl's RewardTrainer with label smoothing and margins, a variant that predicts numbers, and its held-out scores.
+"""trl's RewardTrainer with losses of ``align.methods``, a variant that predicts numbers, and its held-out scores.
 
-The loss on pairs is trl's own; smoothing adds one term. Private methods of trl are overridden in ``trainers.py``.
+Private methods of trl are overridden in ``trainers.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from trl.trainer.reward_trainer import RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from align.evaluation.calibration import ranks
+from align.methods.call import Method
+from align.methods.pairs import bradley_terry
+from align.methods.records import PairScores
 from align.models.reward import Aggregate, combine_steps
 from align.training.held_out import pair_accuracy, row_batches, scoring
-from align.training.rows import Encoded, pad_right
+from align.training.rows import ROW, Encoded, Row, collate_numbers, pad_right
 from align.training.trainers import PreparedReward
 
 ScoreLoss = Literal["mse", "bce"]
 
 
-class _SmoothedPairs(RewardTrainer):  # type: ignore[misc]
+@dataclass
+class RewardCollator(DataCollatorForPreference):  # type: ignore[misc]
+    """Collates pairs, chosen answers above rejected answers, and the rows' numbers if an own loss needs them."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return trl's batch with the rows' numbers."""
+        batch: dict[str, Any] = super().torch_call(examples)
+        return batch | collate_numbers(examples)
+
+
+class _PairLoss(RewardTrainer):  # type: ignore[misc]
+    model: Any
+    args: Any
+    _signature_columns: Any
+    pair_loss: Method = Method(bradley_terry)
     label_smoothing: float = 0.0
+    sources: Sequence[Row] = ()
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.label_smoothing:
-            # trl stacks the chosen sides above the rejected sides.
-            chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-            gap = chosen - rejected - inputs.get("margin", 0.0)
-            # (1 - e) -log s(x) + e -log s(-x) = -log s(x) + e x
-            loss = loss + self.label_smoothing * gap.mean()
+        """Return the mean of the pairs' losses, and the term that centers scores; trl's part logs its metrics."""
+        rows = [self.sources[row] for row in inputs.pop(ROW).tolist()] if ROW in inputs else []
+        _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # trl stacks the chosen sides above the rejected sides.
+        chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+        pairs = PairScores(chosen, rejected, inputs.get("margin", torch.zeros_like(chosen)), rows)
+        when = f"at step {self.state.global_step + 1}"
+        result = self.pair_loss(pairs, (len(pairs),), when, label_smoothing=self.label_smoothing)
+        for name, value in result.metrics.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+        loss = result.values.mean()
+        if self.args.center_rewards_coefficient is not None:
+            loss = loss + self.args.center_rewards_coefficient * ((chosen + rejected) ** 2).mean()
         return (loss, outputs) if return_outputs else loss
 
 
-class PairReward(PreparedReward, _SmoothedPairs):  # type: ignore[misc]
-    """Rows: ``chosen_ids``, ``rejected_ids`` and optionally ``margin``. Loss: Bradley-Terry with a ``margin`` (arXiv
-    2307.09288, eq. 2) and a share ``label_smoothing`` of wrong labels (2403.00409).
-    """
+class PairReward(PreparedReward, _PairLoss):  # type: ignore[misc]
+    """Rows: ``chosen_ids``, ``rejected_ids`` and optionally ``margin``. The loss is ``pair_loss``."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = [*(self._signature_columns or []), ROW]
 
 
 class _Numbers(RewardTrainer):  # type: ignore[misc]

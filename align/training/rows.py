@@ -39,6 +39,8 @@ MESSAGES = ("prompt", "completion", "chosen", "rejected")
 """Fields of a row that have messages."""
 MASKED = -100
 """Label of a token without a loss; torch's and trl's convention."""
+ROW = "row_number"
+"""Column with a row's number among the sources, for an own loss, which gets the rows."""
 KEPT_SHARE = 0.95
 """Share of the rows that the length in an error keeps."""
 NO_ROOM = "skipped: the prompt alone fills max_length"
@@ -83,6 +85,26 @@ class Encoded:
         # Cut rows are among ``lengths`` as well, where none is longer.
         kept = sorted(self.lengths)
         return [*kept[: len(kept) - self.counts.get(CUT, 0)], *self.long]
+
+
+def number_rows(splits: Mapping[str, Encoded], *, as_list: bool = False) -> list[Row]:
+    """Number the encoded rows of all splits in the column ``ROW``; return the rows they were made from, by number."""
+    sources: list[Row] = []
+    for encoded in splits.values():
+        for row, source in zip(encoded.rows, encoded.sources, strict=True):
+            row[ROW] = [len(sources)] if as_list else len(sources)  # type: ignore[assignment]
+            sources.append(source)
+    return sources
+
+
+def collate_numbers(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Return the numbers of the rows (B,) as an input of the loss; nothing if the rows have none."""
+    import torch
+
+    if not rows or ROW not in rows[0]:
+        return {}
+    numbers = [row[ROW] for row in rows]
+    return {ROW: torch.tensor([number for item in numbers for number in (item if isinstance(item, list) else [item])])}
 
 
 def refuse_long_rows(stage: str, setting: str, limit: int, lengths: Sequence[int], noun: str) -> None:

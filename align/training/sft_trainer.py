@@ -16,13 +16,25 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from align.config.runtime import Runtime
 from align.errors import UserError
 from align.models.checkpoints.conversion import plain_of
 from align.models.compute.processes import device_of
 from align.models.fast.real_tokens import compute_real_tokens, computes_real_tokens
-from align.training.rows import Encoded
+from align.training.rows import Encoded, collate_numbers
+from align.training.trainers import row_lengths
+
+
+@dataclass
+class AnswerCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]
+    """Collates padded rows, and the numbers of the rows if an own loss needs them."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return trl's batch with the rows' numbers."""
+        batch: dict[str, Any] = super().torch_call(examples)
+        return batch | collate_numbers(examples)
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,8 @@ class NoisyEmbeddings:
         mask = kwargs.get("attention_mask")
         # Packed rows: positions restart at each row. Padded rows: the mask counts their tokens.
         if kwargs.get("position_ids") is not None and ids is not None and ids.shape[0] == 1:
-            self.lengths = row_lengths(kwargs["position_ids"])
+            lengths = torch.tensor(row_lengths(kwargs["position_ids"]))
+            self.lengths = torch.repeat_interleave(lengths, lengths)[None]
         elif mask is not None and mask.dim() == 2:
             self.lengths = mask.sum(dim=1, keepdim=True)
         elif ids is not None:
@@ -108,11 +121,3 @@ class NoisyEmbeddings:
         bound = self.alpha / (self.lengths.to(output.device) * output.shape[-1]).float().sqrt()  # (B, 1) or (1, N)
         noise = torch.empty_like(output, dtype=torch.float32).uniform_(-1, 1) * bound[..., None]
         return output + noise.to(output.dtype)
-
-
-def row_lengths(position_ids: torch.Tensor) -> torch.Tensor:
-    """Return the length of each token's row from positions that restart with every row; both of shape (1, N)."""
-    # A row starts at position 0.
-    starts = (position_ids[0] == 0).nonzero()[:, 0]
-    ends = torch.cat([starts[1:], starts.new_tensor([position_ids.shape[1]])])
-    return torch.repeat_interleave(ends - starts, ends - starts)[None]

@@ -6,6 +6,7 @@ They override private methods of trl and transformers, which ``align.patches.tra
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 from align.config.runtime.launch import rank, world_size
+from align.methods.call import Method
+from align.methods.records import AnswerTokens
 from align.models.checkpoints.conversion import plain_of
 from align.models.compute.precision import low_residual
 from align.models.compute.processes import all_gather
@@ -27,6 +30,7 @@ from align.training.arguments import ROUTER_LOSS
 from align.training.micro_batches import SHARE, StepMemory, StepRows, gather_uneven, is_copy, step_loader
 from align.training.order import GroupedOrder
 from align.training.row_history import Continuation, ContinuedOrder
+from align.training.rows import ROW, Row
 from align.training.sharded import ShardingTrainer, shard_model
 
 ROUTER_FIELDS = ("output_router_logits", ROUTER_LOSS)
@@ -279,8 +283,63 @@ def _without_labels(batch: Any) -> Any:
     return {**batch, **{name: torch.full_like(batch[name], -100) for name in COUNTED if name in batch}}
 
 
-class PreparedSFT(Prepared, SFTTrainer):  # type: ignore[misc]
-    """Rows: ``input_ids``, ``labels``."""
+class _OwnTokenLoss(SFTTrainer):  # type: ignore[misc]
+    model: Any
+    _signature_columns: Any
+    own_loss: Method | None = None
+    sources: Sequence[Row] = ()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return trl's loss, which sums ``-log_probs`` over the step's tokens; an own loss takes their place."""
+        method = self.own_loss
+        if method is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        rows = [self.sources[row] for row in inputs.pop(ROW).tolist()]
+
+        def model_of_losses(**inputs: Any) -> Any:
+            outputs = model(**inputs)
+            lengths = row_lengths(inputs["position_ids"]) if "attention_mask" not in inputs else None
+            tokens = AnswerTokens(_unflatten(outputs.log_probs, lengths), _unflatten(outputs.label_mask, lengths), rows)
+            result = method(tokens, tuple(tokens.mask.shape), f"at step {self.state.global_step + 1}")
+            for name, value in result.metrics.items():
+                self._metrics["train" if self.model.training else "eval"][name].append(value)
+            outputs.log_probs = -_flatten(result.values * tokens.mask, lengths)
+            return outputs
+
+        return super().compute_loss(model_of_losses, inputs, return_outputs, num_items_in_batch)
+
+
+def row_lengths(position_ids: torch.Tensor) -> list[int]:
+    """Return the lengths of concatenated rows from positions (1, N) that restart with every row."""
+    starts = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), position_ids.shape[1]]
+    return [end - start for start, end in itertools.pairwise(starts)]
+
+
+def _unflatten(values: torch.Tensor, lengths: Sequence[int] | None) -> torch.Tensor:
+    """Return values of next tokens, (1, N - 1) of concatenated rows, as (B, T); those of padded rows as they are."""
+    if lengths is None:
+        return values
+    # The last value of a row belongs to the first token of the next row, which has no label.
+    flat = torch.nn.functional.pad(values[0], (0, 1))
+    return torch.nn.utils.rnn.pad_sequence(list(flat.split(list(lengths))), batch_first=True)
+
+
+def _flatten(values: torch.Tensor, lengths: Sequence[int] | None) -> torch.Tensor:
+    """Undo ``_unflatten``."""
+    if lengths is None:
+        return values
+    return torch.cat([row[:length] for row, length in zip(values, lengths, strict=True)])[None, :-1]
+
+
+class PreparedSFT(Prepared, _OwnTokenLoss):  # type: ignore[misc]
+    """Rows: ``input_ids``, ``labels``, and for an own loss ``row_number``, a list: a pack has several rows."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = [*(self._signature_columns or []), ROW]
 
 
 class PreparedReward(Prepared, RewardTrainer):  # type: ignore[misc]

@@ -20,7 +20,7 @@ COPIED = {"index.md": "README.md", "development.md": "CONTRIBUTING.md", "changel
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Start": ("index", "getting_started", "concepts", "tasks", "pipelines", "python", "commands"),
     "Data": ("data", "data_*", "synthesis", "annotation", "lint"),
-    "Training": ("methods", "methods_*", "models", "thinking", "rewards", "environments", "ppo", "ppo_*", "rl", "rl_*"),
+    "Training": ("methods*", "own_methods", "models", "thinking", "rewards", "environments", "ppo*", "rl", "rl_*"),
     "Evaluation": ("evaluation", "evaluation_*", "reporting", "export", "studio", "rollouts", "mcp"),
     "Running at scale": ("cluster", "slurm", "ray", "distributed", "scaling", "gpu"),
     "Operations": ("store", "security"),

@@ -20,7 +20,7 @@ from tests.support.documents import ROOT, Block, Reader, answer, read_blocks, sm
 from tests.support.environments.talker import make_talker
 from tests.support.inference.fake_chat import FakeChat
 
-GUIDES = ("getting_started", "tasks", "rewards", "environments", "python")
+GUIDES = ("getting_started", "tasks", "rewards", "environments", "python", "own_methods")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in GUIDES))
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
 NOT_RUN = [block for block in BLOCKS if block.reason]

@@ -12,7 +12,8 @@ from align.config.tuning import LoraTuning
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
 from align.training.packing import FlatCollator, enable_flat
-from align.training.sft_trainer import NoisyEmbeddings, row_lengths
+from align.training.sft_trainer import NoisyEmbeddings
+from align.training.trainers import row_lengths
 
 
 def embedded(model: object, **batch: torch.Tensor) -> torch.Tensor:
@@ -66,4 +67,4 @@ def test_rows_in_one_line_have_their_own_noise(tiny_model: Path) -> None:
 
 
 def test_lengths_are_read_from_positions() -> None:
-    assert row_lengths(torch.tensor([[0, 1, 2, 0, 0, 1]])).tolist() == [[3, 3, 3, 1, 2, 2]]
+    assert row_lengths(torch.tensor([[0, 1, 2, 0, 0, 1]])) == [3, 1, 2]

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from align.config.base import stage_input
 from align.config.options import OWNED
+from align.config.own_function import OwnFunction, own_or
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import PeakRates, TrainingFields
 from align.store.artifacts import GENERATORS, Kind
@@ -109,6 +110,9 @@ Loss = Literal[
 ]
 """trl's loss types."""
 
+PROVIDED = ("beta",)
+"""Fields that an own loss gets if it has parameters of these names."""
+
 DIFFERENCES = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop", "sft"})
 """Losses of the difference between the two sides, in which terms that depend only on the prompt cancel."""
 
@@ -121,13 +125,14 @@ class DpoConfig(ReferenceFields):
 
     data: stage_input(Kind.PREFERENCES)  # type: ignore[valid-type]
     """Stage with the pairs; best if sampled from ``policy`` itself."""
-    loss: Loss = "sigmoid"
+    loss: own_or(Loss) = "sigmoid"  # type: ignore[valid-type]
     """``sigmoid`` is DPO; ``sigmoid_norm`` the same per token, against growing length; ``hinge`` is SLiC
     (2305.10425); ``ipo`` (2310.12036) aims at a fixed margin per token; ``robust`` (2403.00409) corrects for known
     label noise; ``exo_pair`` 2402.00856; ``nca_pair`` 2402.05369; ``bco_pair`` 2404.04656; ``sppo_hard`` 2405.00675;
     ``aot`` and ``aot_unpaired`` (2406.05882) compare sorted micro-batches; ``apo_zero`` and ``apo_down`` (2408.06266)
     are for chosen answers better, or worse, than the policy's; ``discopop`` 2406.08414; ``sft`` the chosen answers'
-    loss."""
+    loss. Or an own function of ``align.methods.records.PairLogprobs``: ``"my_methods:my_dpo"``, or
+    ``{function: "my_methods:my_dpo", margin: 0.5}`` with its options (docs/own_methods.md)."""
     losses: dict[Loss, float] = Field(default_factory=dict)
     """Weighted sum of losses, instead of ``loss``: ``{sigmoid: 1.0, bco_pair: 0.3, sft: 0.2}``."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
@@ -154,9 +159,15 @@ class DpoConfig(ReferenceFields):
         "padding_free": "pairs are always padded",
     }
 
+    def identities(self, base: Path) -> dict[str, str]:
+        """Return the identity of an own loss, for the stage's key."""
+        return {"loss": self.loss.identity("loss", PROVIDED)} if isinstance(self.loss, OwnFunction) else {}
+
     @property
     def terms(self) -> dict[str, float]:
         """Every loss with its weight."""
+        if isinstance(self.loss, OwnFunction):
+            return {"own": 1.0} | ({"sft": self.sft_weight} if self.sft_weight else {})
         weights = {str(name): weight for name, weight in self.losses.items()} or {str(self.loss): 1.0}
         return weights | ({"sft": self.sft_weight} if self.sft_weight else {})
 
@@ -168,6 +179,9 @@ class DpoConfig(ReferenceFields):
     @model_validator(mode="after")
     def _check_losses(self) -> Self:
         terms = self.terms
+        if isinstance(self.loss, OwnFunction):
+            for name in self.changed("label_smoothing", "discopop_tau"):
+                raise ValueError(f"{name} is of the shipped losses; give the own loss an option of its name instead.")
         if self.losses and self.loss != "sigmoid":
             raise ValueError("set either loss or losses: a single one with weight 1, or several by weight.")
         if any(weight <= 0 for weight in self.losses.values()):
@@ -196,7 +210,8 @@ class DpoConfig(ReferenceFields):
     @model_validator(mode="after")
     def _check_losses_fit_reference(self) -> Self:
         # Losses of single sides: what the reference says of a prompt does not cancel in them.
-        beyond = sorted(set(self.terms) - DIFFERENCES)
+        # What an own loss compares is not known.
+        beyond = sorted(set(self.terms) - DIFFERENCES - {"own"})
         if self.f_divergence_type != "reverse_kl" and beyond:
             raise ValueError(
                 f"f_divergence_type {self.f_divergence_type} has no {', '.join(beyond)}: only what compares the two "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from align.config.base import Config, stage_input
 from align.config.options import OWNED
+from align.config.own_function import OwnFunction, own_or
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import TrainingFields
 from align.store.artifacts import GENERATORS, Kind
@@ -37,6 +39,9 @@ class RewardConfig(TrainingFields):
     objective: Literal["pairs", "regression", "process"] = "pairs"
     """``pairs``: which of two answers is better (Bradley-Terry). ``regression``: the answer's score itself.
     ``process``: whether each step is right (arXiv 2305.20050)."""
+    loss: own_or(Literal["bradley_terry"]) = "bradley_terry"  # type: ignore[valid-type]
+    """Loss of pairs. ``bradley_terry``, or an own function of ``align.methods.records.PairScores``:
+    ``"my_methods:my_pairwise"``, or ``{function: ..., OPTION: ...}`` (docs/own_methods.md)."""
     margin: float = Field(0.0, ge=0)
     """Margin of the chosen answer, per unit of difference between the pair's scores (2307.09288, eq. 2); needs scored
     pairs. In most data good and bad answers differ by about 1, so 1 is a strong setting."""
@@ -55,11 +60,16 @@ class RewardConfig(TrainingFields):
     """Lint of the rows' tokens before the first step: findings to accept (docs/lint.md)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
+    keyed_when_set: ClassVar[frozenset[str]] = TrainingFields.keyed_when_set | {"loss"}
     has_vocabulary: ClassVar[bool] = False
     trainer_class: ClassVar[str] = "trl.trainer.reward_config:RewardConfig"
     owned_options: ClassVar[dict[str, str]] = OWNED | {
         "center_rewards_coefficient": "set 'center_rewards' next to 'trainer'"
     }
+
+    def identities(self, base: Path) -> dict[str, str]:
+        """Return the identity of an own loss, for the stage's key."""
+        return {"loss": self.loss.identity("loss")} if isinstance(self.loss, OwnFunction) else {}
 
     @property
     def rows_add_up(self) -> bool:
@@ -82,6 +92,16 @@ class RewardConfig(TrainingFields):
     def loss_of_numbers(self) -> Literal["mse", "bce"]:
         """The loss of regression and process."""
         return "bce" if self.objective == "process" else self.score_loss
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        if not isinstance(self.loss, OwnFunction):
+            return self
+        if self.objective != "pairs":
+            raise ValueError(f"loss is for pairs, and objective is {self.objective}; leave it out.")
+        if self.label_smoothing:
+            raise ValueError("label_smoothing is of bradley_terry; give the own loss an option of its name instead.")
+        return self
 
     @model_validator(mode="after")
     def _check_objective_fields(self) -> Self:

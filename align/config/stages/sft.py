@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from align.config.base import stage_input
 from align.config.chat_template import ThinkingBudget, check_thinking_budget
 from align.config.options import OWNED
+from align.config.own_function import OwnFunction, own_or
 from align.config.stages.lint import LintSettings
 from align.config.stages.stored_rollouts import StoredRollouts
 from align.config.stages.teacher import TeacherConfig, check_teachers
@@ -40,12 +41,17 @@ class SftConfig(TrainingFields):
     """Pack short rows into rows of ``max_length`` tokens, without attention between them (best fit decreasing)."""
     padding_free: bool = False
     """Concatenate a micro-batch's rows instead of padding them; ``packing`` always does."""
+    loss: own_or(Literal["nll"]) = "nll"  # type: ignore[valid-type]
+    """``nll``: the answers' negative log-likelihood per token. Or an own function of
+    ``align.methods.records.AnswerTokens``: ``"my_methods:weighted_tokens"``, or ``{function: ..., OPTION: ...}``
+    (docs/own_methods.md). Held-out losses stay ``nll``."""
     neftune: float | None = Field(None, gt=0, le=100)
     """Noise on the embeddings in training, NEFTune's alpha (2310.05914); 5 is usual."""
     lint: LintSettings = LintSettings()
     """Lint of the rows' tokens before the first step: findings to accept (docs/lint.md)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
+    keyed_when_set: ClassVar[frozenset[str]] = TrainingFields.keyed_when_set | {"loss"}
     trainer_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
     owned_options: ClassVar[dict[str, str]] = OWNED | {
         "neftune_noise_alpha": "set 'neftune' next to 'trainer'",
@@ -54,6 +60,17 @@ class SftConfig(TrainingFields):
         "eval_packing": "held-out rows are scored one by one",
         "packing_strategy": "packs are filled with whole rows, best fit decreasing",
     }
+
+    def identities(self, base: Path) -> dict[str, str]:
+        """Return the identity of an own loss, for the stage's key."""
+        return {"loss": self.loss.identity("loss")} if isinstance(self.loss, OwnFunction) else {}
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> SftConfig:
+        other = {"loss_type", "label_smoothing_factor"} & set(self.trainer)
+        if isinstance(self.loss, OwnFunction) and other:
+            raise ValueError(f"trainer.{min(other)} is another loss than the own function; remove one of them.")
+        return self
 
     @model_validator(mode="after")
     def _check_packing(self) -> SftConfig:

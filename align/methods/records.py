@@ -1,0 +1,127 @@
+"""The input of a method's function: a micro-batch's log-probabilities or scores, and the rows behind them.
+
+Log-probabilities are in nats. A mask is True on the tokens that are learned. Only values of the trained model have a
+gradient. ``align`` sums what the function returns and divides by the counts of the whole optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+Row = Mapping[str, Any]
+
+
+def _unchanged(logratios: torch.Tensor) -> torch.Tensor:
+    return logratios
+
+
+@dataclass(frozen=True)
+class PairLogprobs:
+    """Both answers of B pairs, for a loss that returns one number per pair, (B,)."""
+
+    chosen_logprobs: torch.Tensor
+    """Sum of the policy's log-probabilities over the tokens of each chosen answer, (B,)."""
+    rejected_logprobs: torch.Tensor
+    """The same of the rejected answers, (B,)."""
+    ref_chosen_logprobs: torch.Tensor
+    """The reference's sum over the chosen answer, (B,)."""
+    ref_rejected_logprobs: torch.Tensor
+    """The reference's sum over the rejected answer, (B,)."""
+    chosen_token_logprobs: torch.Tensor
+    """The policy's log-probability of each token, 0 outside the mask, (B, T)."""
+    rejected_token_logprobs: torch.Tensor
+    """The same of the rejected answers, (B, T)."""
+    chosen_mask: torch.Tensor
+    """True on the tokens of the chosen answers, (B, T)."""
+    rejected_mask: torch.Tensor
+    """True on the tokens of the rejected answers, (B, T)."""
+    rows: Sequence[Row] = ()
+    """The rows of the pairs, with the columns that the recipe keeps. Shipped losses get none."""
+    divergence: Callable[[torch.Tensor], torch.Tensor] = _unchanged
+    """Derivative of the f-divergence of ``f_divergence_type``, as a function of log-ratios."""
+
+    def __len__(self) -> int:
+        return len(self.chosen_logprobs)
+
+    @cached_property
+    def chosen_logratios(self) -> torch.Tensor:
+        """Log of the policy's probability over the reference's, (B,); beta times it is DPO's implicit reward."""
+        return self.chosen_logprobs - self.ref_chosen_logprobs
+
+    @cached_property
+    def rejected_logratios(self) -> torch.Tensor:
+        """The same of the rejected answers, (B,)."""
+        return self.rejected_logprobs - self.ref_rejected_logprobs
+
+    @cached_property
+    def chosen_scores(self) -> torch.Tensor:
+        """``chosen_logratios`` under the divergence, which for the reverse KL are the log-ratios themselves, (B,)."""
+        return self.divergence(self.chosen_logratios)
+
+    @cached_property
+    def rejected_scores(self) -> torch.Tensor:
+        """``rejected_logratios`` under the divergence, (B,)."""
+        return self.divergence(self.rejected_logratios)
+
+    @cached_property
+    def margins(self) -> torch.Tensor:
+        """Chosen minus rejected scores, (B,)."""
+        return self.chosen_scores - self.rejected_scores
+
+    @cached_property
+    def mean_margins(self) -> torch.Tensor:
+        """The margins of scores per token, (B,)."""
+        chosen = self.chosen_scores / self.chosen_lengths.clamp(min=1.0)
+        return chosen - self.rejected_scores / self.rejected_lengths.clamp(min=1.0)
+
+    @property
+    def chosen_lengths(self) -> torch.Tensor:
+        """Tokens of each chosen answer, (B,)."""
+        return self.chosen_mask.sum(dim=1)
+
+    @property
+    def rejected_lengths(self) -> torch.Tensor:
+        """Tokens of each rejected answer, (B,)."""
+        return self.rejected_mask.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """A reward model's scores of B pairs, for a loss that returns one number per pair, (B,)."""
+
+    chosen_scores: torch.Tensor
+    """Scores of the chosen answers, (B,)."""
+    rejected_scores: torch.Tensor
+    """Scores of the rejected answers, (B,)."""
+    margins: torch.Tensor
+    """Margin that each pair should have by the field ``margin``; 0 without one, (B,)."""
+    rows: Sequence[Row] = ()
+    """The rows of the pairs. Shipped losses get none."""
+
+    def __len__(self) -> int:
+        return len(self.chosen_scores)
+
+
+@dataclass(frozen=True)
+class AnswerTokens:
+    """B answers of supervised fine-tuning, for a loss that returns one number per token, (B, T)."""
+
+    logprobs: torch.Tensor
+    """The model's log-probability of each token, 0 outside the mask, (B, T)."""
+    mask: torch.Tensor
+    """True on the tokens of answers, (B, T)."""
+    rows: Sequence[Row] = ()
+    """The rows of the answers. Shipped losses get none."""
+
+    def __len__(self) -> int:
+        return len(self.logprobs)
+
+    @property
+    def position(self) -> torch.Tensor:
+        """Number of each learned token within its answer, 0 for the first, (B, T)."""
+        return (self.mask.cumsum(dim=1) - 1).clamp(min=0)
