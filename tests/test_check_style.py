@@ -50,7 +50,7 @@ def test_size_above_its_cap_fails(
 ) -> None:
     """On a small tree; ``make check`` measures this one."""
     monkeypatch.setattr(check_style, "ROOT", tmp_path)
-    for name, text in {"align/a.py": "x = 1\n", "tests/test_a.py": "x = 1\ny = 2\n", "docs/a.md": "a b c\n"}.items():
+    for name, text in {"align/a.py": "x = 1\n", "tests/test_a.py": "x = 1\ny = 2\n", "docs/data.md": "a b c\n"}.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
     sizes = check_style.measure_sizes()
