@@ -38,7 +38,7 @@ IDIOMS = {
 comments, and of documents."""
 QUESTION = re.compile(r"^(What|Whether|How|Where|Which|Who|Why|When)\b")
 CAPS = {
-    "files": 624,
+    "files": 625,
     "functions over 60 lines": 3,
     "test names over 60 characters": 0,
     "docstrings that begin with a question word": 1,
@@ -46,11 +46,11 @@ CAPS = {
 }
 """Count -> highest number."""
 SIZES = {
-    "lines of core code": 82354,
+    "lines of core code": 82566,
     "lines of extensions' code": 6807,
     "lines of JavaScript, styles and templates": 10250,
-    "lines of tests' code": 82435,
-    "words of documents": 148804,
+    "lines of tests' code": 82571,
+    "words of documents": 149019,
 }
 """Size -> highest number, without docstrings, comments and blank lines of Python. It is only ever lowered, to what was
 reached. A commit that raises it has a line in the change log that says what the user got for it."""
