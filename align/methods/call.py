@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -62,8 +63,16 @@ class Method:
         check_call(function, config.options, name, place, positional=1, provided=provided)
         return cls(function, config.options, config.function)
 
-    def __call__(self, record: Record, shape: tuple[int, ...], when: str = "", **fields: float) -> Result:
-        """Return the function's result for ``record``, which has the ``shape``.
+    def __call__(
+        self,
+        record: Record,
+        shape: tuple[int, ...],
+        when: str = "",
+        *,
+        or_shape: tuple[int, ...] = (),
+        fields: Mapping[str, float] = MappingProxyType({}),
+    ) -> Result:
+        """Return the function's result for ``record``, which has the ``shape``, or ``or_shape`` if there are two.
 
         ``fields`` are values of the stage's fields, passed to a function that has parameters of these names. ``when``
         names the step in errors. Raises ``FunctionFailed`` for an own function.
@@ -79,7 +88,8 @@ class Method:
             detail = f"{type(error).__name__}: {str(error) or 'no message'}"
             raise FunctionFailed(self._explain(detail.rstrip("."), record, when, self._line(error))) from error
         values, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-        problem = _problem(values, shape, self._learns(record)) or _metrics_problem(metrics)
+        shapes = (shape, or_shape) if or_shape else (shape,)
+        problem = _problem(values, shapes, self._learns(record)) or _metrics_problem(metrics)
         if problem:
             raise FunctionFailed(self._explain(problem, record, when))
         return Result(values, {name: _number(value) for name, value in metrics.items()})
@@ -113,12 +123,12 @@ def tensors_of(record: Record) -> dict[str, torch.Tensor]:
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
-def _problem(values: Any, shape: tuple[int, ...], learns: bool) -> str | None:
+def _problem(values: Any, shapes: Sequence[tuple[int, ...]], learns: bool) -> str | None:
     """Return why the numbers that a function returned cannot be a loss; None if they can."""
-    size = str(shape)
+    size = " or ".join(map(str, shapes))
     if not isinstance(values, torch.Tensor):
         return f"it returned a {type(values).__name__}; return a tensor of shape {size}"
-    if tuple(values.shape) != shape:
+    if tuple(values.shape) not in shapes:
         scalar = "; align takes the mean" if values.dim() == 0 else ""
         return f"it returned a tensor of shape {tuple(values.shape)}; return {size}{scalar}"
     if not values.is_floating_point():

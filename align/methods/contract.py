@@ -16,7 +16,7 @@ import torch
 
 from align.errors import UserError
 from align.methods.call import FunctionFailed, Method, Record, tensors_of
-from align.methods.records import AnswerTokens, PairLogprobs, PairScores, Row
+from align.methods.records import AnswerTokens, PairLogprobs, PairScores, ResponseTokens, Row
 
 ITEMS = 6
 """Synthetic items: answers, pairs or responses."""
@@ -66,7 +66,7 @@ def violations(method: Method, form: Form, rows: Sequence[Row], **fields: float)
     record = _sample(form, rows)
 
     def run(items: Record) -> torch.Tensor:
-        values = method(items, form.shape(items), "", **fields).values
+        values = method(items, form.shape(items), fields=fields).values
         # Losses of tokens outside the mask do not count.
         return values * items.mask if form.per_token else values
 
@@ -207,6 +207,27 @@ def sample_answers() -> AnswerTokens:
     return AnswerTokens(logprobs, mask, _rows("prompt", "completion"))
 
 
+def sample_responses() -> ResponseTokens:
+    """Return responses at ratios below and above 1, with advantages of both signs."""
+    generator = _generator()
+    logprobs, mask = _token_logprobs(generator)
+    drift, noise, reference = torch.randn(3, ITEMS, WIDTH, generator=generator) * 0.3 * mask
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])[:, None] * mask
+    return ResponseTokens(
+        new_logprobs=logprobs + drift,
+        logprobs=logprobs,
+        sampler_logprobs=logprobs + 0.01 * noise,
+        ref_logprobs=logprobs + reference,
+        advantages=advantages,
+        entropy=torch.rand(ITEMS, WIDTH, generator=generator) * mask,
+        mask=mask,
+        group=torch.tensor([0, 0, 1, 1, 2, 2]),
+        values=torch.randn(ITEMS, WIDTH, generator=generator) * mask,
+        returns=torch.randn(ITEMS, WIDTH, generator=generator) * mask,
+        rows=_rows("prompt"),
+    )
+
+
 PAIRS = Form(
     "pairs",
     sample_pairs,
@@ -215,3 +236,13 @@ PAIRS = Form(
 )
 SCORES = Form("scores", sample_scores, ("chosen_scores", "rejected_scores"))
 ANSWERS = Form("answers", sample_answers, ("logprobs",), (("logprobs", "mask"),), per_token=True)
+_RESPONSE_MASKS = tuple((name, "mask") for name in ("new_logprobs", "logprobs", "ref_logprobs", "entropy"))
+TOKENS = Form("tokens", sample_responses, ("new_logprobs", "entropy"), _RESPONSE_MASKS, per_token=True)
+RESPONSES = dataclasses.replace(TOKENS, name="responses", per_token=False)
+
+
+def response_form(method: Method) -> Form:
+    """Return the form of a loss of sampled responses, by the shape of its result. Raises ``FunctionFailed``."""
+    record = sample_responses()
+    values = method(record, tuple(record.mask.shape), or_shape=(len(record),)).values
+    return TOKENS if values.dim() == 2 else RESPONSES

@@ -125,3 +125,69 @@ class AnswerTokens:
     def position(self) -> torch.Tensor:
         """Number of each learned token within its answer, 0 for the first, (B, T)."""
         return (self.mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """B sampled responses, for a loss that returns one number per token, (B, T), or one per response, (B,)."""
+
+    new_logprobs: torch.Tensor
+    """Log-probabilities of the policy that is being updated, (B, T)."""
+    logprobs: torch.Tensor
+    """Log-probabilities of the policy that sampled, recomputed by the trainer, (B, T)."""
+    sampler_logprobs: torch.Tensor
+    """Log-probabilities that the engine gave, NaN for tokens without one, (B, T)."""
+    ref_logprobs: torch.Tensor
+    """Log-probabilities of the reference, (B, T)."""
+    advantages: torch.Tensor
+    """Advantage of each token; of methods without a critic the same for all tokens of a response, (B, T)."""
+    entropy: torch.Tensor
+    """Entropy of the updated policy's distribution at each token, in nats, (B, T)."""
+    mask: torch.Tensor
+    """True on tokens that are learned: sampled by the policy, in responses that count, (B, T)."""
+    group: torch.Tensor
+    """Number of each response's prompt, equal for responses to the same prompt, (B,)."""
+    values: torch.Tensor | None = None
+    """The critic's value of the state before each token, (B, T); None without a critic."""
+    returns: torch.Tensor | None = None
+    """The critic's targets, (B, T); None without a critic."""
+    rows: Sequence[Row] = ()
+
+    def __len__(self) -> int:
+        return len(self.new_logprobs)
+
+    @property
+    def ratio(self) -> torch.Tensor:
+        """Probability of each token under the updated policy over the sampling policy, (B, T), 1 outside the mask."""
+        return torch.exp((self.new_logprobs - self.logprobs).masked_fill(~self.mask, 0.0))
+
+    @property
+    def position(self) -> torch.Tensor:
+        """Number of each learned token within its response, 0 for the first, (B, T)."""
+        return (self.mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The n responses to one prompt, for an advantage that returns a number per response, (n,), or per token, (n, T).
+
+    Episodes whose environment failed are not among them.
+    """
+
+    scores: torch.Tensor
+    """Scores after penalties; with ``kl_in: reward`` minus the KL penalty, (n,)."""
+    lengths: torch.Tensor
+    """Tokens that the policy sampled, (n,)."""
+    kl: torch.Tensor
+    """KL to the reference, summed over each response, in nats, (n,)."""
+    finished: torch.Tensor
+    """True if the response ended by itself, (n,)."""
+    mask: torch.Tensor
+    """True on sampled tokens, (n, T)."""
+    parts: Mapping[str, torch.Tensor]
+    """Components of the scores by name, NaN for a response without one, (n,) each."""
+    rows: Sequence[Row] = ()
+    """The prompt's row."""
+
+    def __len__(self) -> int:
+        return len(self.scores)

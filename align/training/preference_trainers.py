@@ -139,7 +139,7 @@ class PreparedDPO(ScoredByReference, DPOTrainer):  # type: ignore[misc]
         loss = torch.zeros((), device=pairs.chosen_logprobs.device)
         when = f"at step {self.state.global_step + 1}"
         for term in self.losses:
-            result = term.loss(pairs, (len(pairs),), when, beta=self.beta, **self.fields)
+            result = term.loss(pairs, (len(pairs),), when, fields={"beta": self.beta, **self.fields})
             loss = loss + (self._weighted(result, outputs, pairs).mean() * term.weight)
             for name, value in result.metrics.items():
                 self._metrics[self._mode][name].append(value)

@@ -53,7 +53,7 @@ class _PairLoss(RewardTrainer):  # type: ignore[misc]
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
         pairs = PairScores(chosen, rejected, inputs.get("margin", torch.zeros_like(chosen)), rows)
         when = f"at step {self.state.global_step + 1}"
-        result = self.pair_loss(pairs, (len(pairs),), when, label_smoothing=self.label_smoothing)
+        result = self.pair_loss(pairs, (len(pairs),), when, fields={"label_smoothing": self.label_smoothing})
         for name, value in result.metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
         loss = result.values.mean()

@@ -144,7 +144,9 @@ def test_options_come_before_the_stages_fields() -> None:
         return pairs.chosen_scores * beta + label_smoothing
 
     scores = PairScores(torch.ones(2), torch.zeros(2), torch.zeros(2))
-    result = Method(loss, {"beta": 3.0})(scores, (2,), beta=0.1, label_smoothing=0.5, discopop_tau=1.0)
+    result = Method(loss, {"beta": 3.0})(
+        scores, (2,), fields={"beta": 0.1, "label_smoothing": 0.5, "discopop_tau": 1.0}
+    )
     assert result.values.tolist() == [3.5, 3.5]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from align.config.own_function import OwnFunction, own_or
 from align.config.runtime.launch import LaunchConfig
 from align.config.runtime.rollouts import RolloutsConfig
 from align.config.stages.rl import RolloutFields
@@ -147,7 +149,7 @@ class PpoConfig(DriftFields):
 
     adam_epsilon: ClassVar[float] = 1e-5
     """AdamW's epsilon for the policy; usual for PPO."""
-    keyed_when_set: ClassVar[frozenset[str]] = DriftFields.keyed_when_set | {"turn_discount"}
+    keyed_when_set: ClassVar[frozenset[str]] = DriftFields.keyed_when_set | {"turn_discount", "loss"}
     has_token_credit: ClassVar[bool] = True
     critic_rates: ClassVar[PeakRates] = PeakRates(5e-4, 1e-4)
     """Values of ``critic_learning_rate: auto``."""
@@ -180,6 +182,9 @@ class PpoConfig(DriftFields):
     """Scale token rewards to variance 1, keeping their mean."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 over the update's tokens."""
+    loss: own_or(Literal["ppo"]) = "ppo"  # type: ignore[valid-type]
+    """``ppo``: the clipped surrogate. Or an own function of ``align.methods.records.ResponseTokens``
+    (docs/own_methods.md). The critic's loss is added to it."""
     clip_range: float = Field(0.2, gt=0, lt=1)
     """Clip range of a token's probability ratio around 1."""
     dual_clip: float | None = Field(None, gt=1)
@@ -205,6 +210,18 @@ class PpoConfig(DriftFields):
     def for_trainer(cls, **settings: Any) -> Self:
         """As for every method; the critic of a script has the policy's rate if none is set."""
         return super().for_trainer(**({"critic_learning_rate": None} | settings))
+
+    def identities(self, base: Path) -> dict[str, str]:
+        """Return the identities of all functions, for the stage's key."""
+        own = {"loss": self.loss.identity("loss")} if isinstance(self.loss, OwnFunction) else {}
+        return super().identities(base) | own
+
+    @model_validator(mode="after")
+    def _check_own_loss(self) -> Self:
+        if isinstance(self.loss, OwnFunction):
+            for name in self.changed("clip_range", "dual_clip", "loss_aggregation"):
+                raise ValueError(f"{name} is of the shipped loss; give the own loss an option of its name instead.")
+        return self
 
     def critic_rate(self, parameters: int) -> float:
         """Return the critic's learning rate for a model of so many parameters."""
@@ -279,12 +296,17 @@ class GrpoConfig(DriftFields):
     """
 
     default_loss_estimator: ClassVar[Literal["k2", "k3"]] = "k3"
+    keyed_when_set: ClassVar[frozenset[str]] = DriftFields.keyed_when_set | {"advantage"}
 
-    loss: GroupLoss = "grpo"
+    loss: own_or(GroupLoss) = "grpo"  # type: ignore[valid-type]
     """``grpo``: every response weighs the same (2402.03300). ``bnpo``: every token of a step does. ``dr_grpo``: token
     sums over ``max_tokens``, scores only centered (2503.20783). ``dapo``: tokens weigh the same, and the ratio may rise
     to 1.28 (2503.14476). ``gspo``: one ratio per response (2507.18071). ``cispo``: the ratio is a capped weight
-    (2506.13585)."""
+    (2506.13585). Or an own function of ``align.methods.records.ResponseTokens``: ``"my_methods:soft_clip"``, or
+    ``{function: "my_methods:soft_clip", low: 0.2}`` with its options (docs/own_methods.md)."""
+    advantage: own_or(None) = None  # type: ignore[valid-type]
+    """Own function of ``align.methods.records.Group`` that returns the advantages of the responses to a prompt, instead
+    of the score above the group's mean (docs/own_methods.md)."""
     samples_per_prompt: int = Field(8, ge=2)
     """Responses to each prompt: the group, whose mean is the baseline."""
     kl_coef: float = Field(0.04, ge=0)
@@ -314,8 +336,25 @@ class GrpoConfig(DriftFields):
 
     @property
     def preset(self) -> Preset:
-        """Parts of the loss variant."""
-        return PRESETS[self.loss]
+        """Parts of the loss variant; those of ``bnpo`` for an own loss."""
+        return PRESETS["bnpo" if isinstance(self.loss, OwnFunction) else self.loss]
+
+    def identities(self, base: Path) -> dict[str, str]:
+        """Return the identities of all functions, for the stage's key."""
+        own = {"loss": self.loss, "advantage": self.advantage}
+        functions = {name: value.identity(name) for name, value in own.items() if isinstance(value, OwnFunction)}
+        return super().identities(base) | functions
+
+    @model_validator(mode="after")
+    def _check_own_functions(self) -> Self:
+        if isinstance(self.loss, OwnFunction):
+            for name in self.changed("clip_range", "clip_range_high"):
+                raise ValueError(f"{name} is of the shipped losses; give the own loss an option of its name instead.")
+        if self.advantage is not None and self.scale_rewards is not None:
+            raise ValueError(
+                "scale_rewards is of the shipped advantages, and advantage is an own function; remove one."
+            )
+        return self
 
     @property
     def clip(self) -> tuple[float, float]:
@@ -349,6 +388,9 @@ class GrpoConfig(DriftFields):
 
 class RlooConfig(DriftFields):
     """The fields of ``ppo`` without its critic. A response is one action, and the KL penalty is part of its score."""
+
+    loss: ClassVar[str] = "rloo"
+    advantage: ClassVar[None] = None
 
     samples_per_prompt: int = Field(4, ge=2)
     """Responses to each prompt. The baseline of each is the mean of the others."""

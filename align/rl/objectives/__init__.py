@@ -5,17 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from align.config.stages.policy_gradient import drift_settings
-from align.rl.losses import Aggregation, aggregate, importance_weights
+from align.rl.losses import Aggregation, LossTerms, aggregate, importance_weights
 from align.rl.metrics import Averages
 from align.rl.packing import Batch
 from align.rl.rewards import KLPenalty, RunningScale, adjust_scores, estimate_kl
 from align.rl.rollout import Rollout
 from align.rl.sampler import RolloutSampler
+
+if TYPE_CHECKING:
+    from align.rl.objectives.own import OwnLoss
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Objective(ABC):
 
     name: ClassVar[str]
     """Kind of the stage, for messages."""
-    loss_inputs: ClassVar[tuple[str, ...]]
+    loss_inputs: tuple[str, ...]
     """Tensors of a rollout that ``loss`` reads, ``learn_mask`` among them."""
     learns_likelihood: ClassVar[bool] = False
     """True for SFT's loss: log-probabilities are then at temperature 1, not at the sampling temperature."""
@@ -45,6 +48,7 @@ class Objective(ABC):
         self.averages = Averages()
         """Metrics that the trainer logs with its own."""
         self.drift = drift_settings(config)
+        self.own_loss: OwnLoss | None = None
         self.scale = RunningScale() if self.drift.normalize_scores else None
 
     def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
@@ -113,6 +117,13 @@ class Objective(ABC):
             drift = estimate_kl(outputs["logprobs"], batch["ref_logprobs"], config.drift_estimator)
             loss = loss + step.penalty.in_loss * aggregate(drift, mask, step.count, aggregation)
         return loss
+
+    def _own_terms(self, loss: OwnLoss, outputs: Batch, batch: Batch, weights: torch.Tensor, step: Step) -> LossTerms:
+        """Return an own loss's terms, and log its metrics."""
+        terms = loss(outputs, batch, weights, step.count, step.update)
+        for name, value in loss.metrics.items():
+            self.averages.add(name, value)
+        return terms
 
     def _log_sums(self, sums: Mapping[str, torch.Tensor], count: torch.Tensor | float) -> None:
         for name, total in sums.items():

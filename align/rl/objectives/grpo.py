@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from align.config.own_function import OwnFunction
 from align.config.stages.policy_gradient import GrpoConfig, RlooConfig
+from align.methods.call import Method
 from align.rl.advantages import (
     group_advantages,
     leave_one_out,
@@ -21,6 +23,7 @@ from align.rl.advantages import (
 )
 from align.rl.losses import Aggregation, RatioLevel, loss_count, policy_loss
 from align.rl.objectives import Objective, Step, mask_to_learn, masked_kl
+from align.rl.objectives.own import OwnLoss, own_advantages
 from align.rl.packing import Batch
 from align.rl.prompts import derive_seed
 from align.rl.rewards import KLPenalty
@@ -31,7 +34,7 @@ from align.rl.sampler import RolloutSampler
 class GroupObjective(Objective):
     """Base of GRPO and RLOO: one advantage per response, a KL penalty in score or loss, a clipped surrogate."""
 
-    loss_inputs: ClassVar[tuple[str, ...]] = (
+    loss_inputs: tuple[str, ...] = (
         "logprobs",
         "sampler_logprobs",
         "ref_logprobs",
@@ -43,6 +46,16 @@ class GroupObjective(Objective):
     ratio_level: RatioLevel
     clips: bool = True
     """False caps the ratio as a weight instead of clipping the surrogate (CISPO)."""
+    own_advantage: Method | None = None
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if isinstance(config.loss, OwnFunction):
+            self.own_loss = OwnLoss(config.loss)
+            self.aggregation = self.own_loss.aggregation
+            self.loss_inputs = (*self.loss_inputs, "group")
+        if config.advantage is not None:
+            self.own_advantage = Method.own(config.advantage, "advantage")
 
     @abstractmethod
     def compare(self, totals: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
@@ -61,14 +74,18 @@ class GroupObjective(Objective):
         kl = masked_kl(rollout)
         # In the reward, a response pays for its whole drift before it is compared with its group.
         totals = scores - penalty.in_reward * kl.sum(dim=1)
-        # Failed episodes move no baseline and no deviation, and have no advantage.
-        judged = rollout.judged
-        relative = torch.zeros_like(totals)
-        if judged.any():
-            relative[judged] = self.compare(totals[judged], torch.tensor(rollout.groups)[judged])
-        advantages = relative[:, None] * mask
+        if self.own_advantage is not None:
+            advantages = own_advantages(self.own_advantage, rollout, totals, kl)
+        else:
+            # Failed episodes move no baseline and no deviation, and have no advantage.
+            judged = rollout.judged
+            relative = torch.zeros_like(totals)
+            if judged.any():
+                relative[judged] = self.compare(totals[judged], torch.tensor(rollout.groups)[judged])
+            advantages = relative[:, None] * mask
         tensors |= {"kl": kl, "rewards": totals, "raw_advantages": advantages, "advantages": advantages}
         tensors["learn_mask"] = mask_to_learn(rollout, self.config.truncated)
+        tensors["group"] = torch.tensor(rollout.groups)[:, None]
         # Log this for the prompts as they came, before any resampling.
         self._log_flat("zero_variance", rollout.candidates or rollout)
 
@@ -85,18 +102,21 @@ class GroupObjective(Objective):
         """Return the surrogate, minus an entropy bonus, plus the KL penalty if it is in the loss; a scalar."""
         mask = batch["learn_mask"]
         weights = self._importance_weights(batch)
-        terms = policy_loss(
-            outputs["logprobs"],
-            batch["logprobs"],
-            batch["advantages"],
-            mask,
-            step.count,
-            clip=self.config.clip,
-            level=self.ratio_level,
-            clips=self.clips,
-            weights=weights,
-            aggregation=self.aggregation,
-        )
+        if self.own_loss is not None:
+            terms = self._own_terms(self.own_loss, outputs, batch, weights, step)
+        else:
+            terms = policy_loss(
+                outputs["logprobs"],
+                batch["logprobs"],
+                batch["advantages"],
+                mask,
+                step.count,
+                clip=self.config.clip,
+                level=self.ratio_level,
+                clips=self.clips,
+                weights=weights,
+                aggregation=self.aggregation,
+            )
         loss = self._regularized(terms.loss, outputs, batch, step, self.aggregation)
         self._log_sums({**terms.sums, "importance_weight": (weights * mask).sum()}, mask.sum())
         return loss
@@ -110,9 +130,10 @@ class GRPOObjective(GroupObjective):
 
     def __init__(self, config: GrpoConfig) -> None:
         super().__init__(config)
-        self.aggregation = config.preset.aggregation
-        self.ratio_level = config.preset.ratio
-        self.clips = config.preset.clips
+        if self.own_loss is None:
+            self.aggregation = config.preset.aggregation
+            self.ratio_level = config.preset.ratio
+            self.clips = config.preset.clips
 
     def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
         """With ``zero_variance: resample``, replace groups without variance by groups of other prompts (DAPO)."""

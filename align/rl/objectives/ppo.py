@@ -6,11 +6,13 @@ from typing import ClassVar
 
 import torch
 
+from align.config.own_function import OwnFunction
 from align.config.stages.policy_gradient import PpoConfig
 from align.rl.advantages import gae
-from align.rl.losses import loss_count, policy_loss, value_loss
+from align.rl.losses import Aggregation, loss_count, policy_loss, value_loss
 from align.rl.masking import whiten
 from align.rl.objectives import Objective, Step, mask_to_learn
+from align.rl.objectives.own import OwnLoss
 from align.rl.packing import Batch
 from align.rl.rewards import KLPenalty, shape_rewards
 from align.rl.rollout import STEP_REWARDS, Rollout
@@ -20,7 +22,7 @@ class PPOObjective(Objective):
     """Every token is an action. Its advantage compares the later rewards with the critic's expectation."""
 
     name: ClassVar[str] = "ppo"
-    loss_inputs: ClassVar[tuple[str, ...]] = (
+    loss_inputs: tuple[str, ...] = (
         "logprobs",
         "sampler_logprobs",
         "ref_logprobs",
@@ -30,6 +32,15 @@ class PPOObjective(Objective):
         "learn_mask",
     )
     config: PpoConfig
+
+    def __init__(self, config: PpoConfig) -> None:
+        super().__init__(config)
+        self.aggregation: Aggregation = config.loss_aggregation
+        if isinstance(config.loss, OwnFunction):
+            self.own_loss = OwnLoss(config.loss)
+            # The value loss is weighed as the policy's.
+            self.aggregation = self.own_loss.aggregation
+            self.loss_inputs = (*self.loss_inputs, "group")
 
     def advantages(self, rollout: Rollout, penalty: KLPenalty) -> None:
         """Add rewards per token, advantages by the critic, and returns, all (B, T), in float32 on the CPU."""
@@ -68,6 +79,7 @@ class PPOObjective(Objective):
         if config.whiten_advantages:
             advantages = whiten(advantages, tensors["learn_mask"], shift_mean=True)
         tensors["advantages"] = advantages
+        tensors["group"] = torch.tensor(rollout.groups)[:, None]
 
     def _early_rewards(self, rollout: Rollout) -> torch.Tensor | None:
         """Return the scores of turns, or of steps, on the running scale, (B, T); None without any."""
@@ -79,9 +91,9 @@ class PPOObjective(Objective):
         return rewards / (self.scale.std or 1.0)
 
     def token_count(self, batches: list[Batch]) -> float:
-        """Return the tokens or responses of an optimizer step, by ``loss_aggregation``."""
+        """Return the tokens or responses of an optimizer step, by the loss's aggregation."""
         masks = [batch["learn_mask"] for batch in batches]
-        return loss_count(masks, self.config.loss_aggregation, self.config.max_tokens)
+        return loss_count(masks, self.aggregation, self.config.max_tokens)
 
     def rests_policy(self, update: int) -> bool:
         """Return True while the critic warms up."""
@@ -115,7 +127,7 @@ class PPOObjective(Objective):
             batch["learn_mask"],
             step.count,
             value_clip_range=self.config.value_clip_range,
-            aggregation=self.config.loss_aggregation,
+            aggregation=self.aggregation,
         )
         return self.config.vf_coef * terms.loss, dict(terms.sums)
 
@@ -128,16 +140,19 @@ class PPOObjective(Objective):
         config = self.config
         mask = batch["learn_mask"]
         weights = self._importance_weights(batch)
-        terms = policy_loss(
-            outputs["logprobs"],
-            batch["logprobs"],
-            batch["advantages"],
-            mask,
-            step.count,
-            clip=(config.clip_range, config.clip_range),
-            dual_clip=config.dual_clip,
-            weights=weights,
-            aggregation=config.loss_aggregation,
-        )
-        loss = self._regularized(terms.loss, outputs, batch, step, config.loss_aggregation)
+        if self.own_loss is not None:
+            terms = self._own_terms(self.own_loss, outputs, batch, weights, step)
+        else:
+            terms = policy_loss(
+                outputs["logprobs"],
+                batch["logprobs"],
+                batch["advantages"],
+                mask,
+                step.count,
+                clip=(config.clip_range, config.clip_range),
+                dual_clip=config.dual_clip,
+                weights=weights,
+                aggregation=self.aggregation,
+            )
+        loss = self._regularized(terms.loss, outputs, batch, step, self.aggregation)
         return loss, terms.sums | {"importance_weight": (weights * mask).sum()}

@@ -25,7 +25,7 @@ class BestOfNObjective(Objective):
     """An update is a round: ``num_epochs`` passes over the best responses, by their likelihood only."""
 
     name: ClassVar[str] = "rejection"
-    loss_inputs: ClassVar[tuple[str, ...]] = ("learn_mask",)
+    loss_inputs = ("learn_mask",)
     learns_likelihood: ClassVar[bool] = True
     config: RejectionConfig
 
@@ -79,7 +79,7 @@ class OnlineDPOObjective(Objective):
     """The best and the worst response to a prompt are a pair for DPO's loss against the reference."""
 
     name: ClassVar[str] = "online_dpo"
-    loss_inputs: ClassVar[tuple[str, ...]] = ("ref_logprobs", "sides", "learn_mask")
+    loss_inputs = ("ref_logprobs", "sides", "learn_mask")
     config: OnlineDpoConfig
 
     def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
