@@ -336,7 +336,7 @@ class GrpoConfig(DriftFields):
 
     @property
     def preset(self) -> Preset:
-        """Parts of the loss variant; those of ``bnpo`` for an own loss."""
+        """Parts of the loss variant. An own loss has the parts of ``bnpo``."""
         return PRESETS["bnpo" if isinstance(self.loss, OwnFunction) else self.loss]
 
     def identities(self, base: Path) -> dict[str, str]:
