@@ -108,7 +108,7 @@ class NoisyEmbeddings:
         mask = kwargs.get("attention_mask")
         # Packed rows: positions restart at each row. Padded rows: the mask counts their tokens.
         if kwargs.get("position_ids") is not None and ids is not None and ids.shape[0] == 1:
-            lengths = torch.tensor(row_lengths(kwargs["position_ids"]))
+            lengths = torch.tensor(row_lengths(kwargs["position_ids"]), dtype=torch.long)
             self.lengths = torch.repeat_interleave(lengths, lengths)[None]
         elif mask is not None and mask.dim() == 2:
             self.lengths = mask.sum(dim=1, keepdim=True)
