@@ -89,7 +89,9 @@ class Method:
             raise FunctionFailed(self._explain(detail.rstrip("."), record, when, self._line(error))) from error
         values, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
         shapes = (shape, or_shape) if or_shape else (shape,)
-        problem = _problem(values, shapes, self._learns(record)) or _metrics_problem(metrics)
+        # Only in training does a part of the record have a gradient.
+        learns = any(tensor.requires_grad for tensor in tensors_of(record).values())
+        problem = _problem(values, shapes, learns) or _metrics_problem(metrics)
         if problem:
             raise FunctionFailed(self._explain(problem, record, when))
         return Result(values, {name: _number(value) for name, value in metrics.items()})
@@ -97,11 +99,6 @@ class Method:
     @cached_property
     def _parameters(self) -> frozenset[str]:
         return frozenset(inspect.signature(self.function).parameters)
-
-    @staticmethod
-    def _learns(record: Record) -> bool:
-        """Return True if a part of the record has a gradient, as in training."""
-        return any(tensor.requires_grad for tensor in tensors_of(record).values())
 
     def _explain(self, problem: str, record: HasRows, when: str, place: str = "") -> str:
         ids = [shorten(str(row.get("id", "?"))) for row in record.rows]

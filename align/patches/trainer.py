@@ -38,6 +38,7 @@ TRAINER = {
 """Methods of ``transformers.Trainer``, with their parameters. Written for transformers 5.17."""
 TRL = (
     "trl.trainer.sft_trainer:SFTTrainer._prepare_dataset",  # rows are tokenized already
+    "trl.trainer.dpo_trainer:DPOTrainer._compute_loss",  # the loss is a function of DPORow
     "trl.trainer.dpo_trainer:DPOTrainer._precompute_ref_logps",  # rows have the reference's log-probabilities
 )
 """Methods of trl that are replaced entirely, whatever their parameters are. Written for trl 1.16."""

@@ -41,6 +41,8 @@ def blocks(
     model: type[Config], path: tuple[tuple[str, dict[str, str]], ...] = ()
 ) -> Iterator[tuple[Any, type[Config]]]:
     """The config and every block inside, each with its path: the keys above and what tells those blocks apart."""
+    if model.model_config.get("extra") == "allow":
+        return  # its keys are the options of an own function
     yield path, model
     for name, field in model.model_fields.items():
         if dict[str, float] in typing.get_args(field.annotation):

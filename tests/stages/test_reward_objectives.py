@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from align.evaluation.calibration import ranks
+from align.methods.pairs import bradley_terry
+from align.methods.records import PairScores
 from align.models.built_in import make_tiny_tokenizer
 from align.models.reward import RewardModel, Steps, combine_steps, tokenize_steps
 from align.pipeline.context import StageContext
 from align.stages.reward import run
 from align.store.artifacts import Kind
 from align.training.held_out import pair_accuracy
-from align.training.reward_trainer import NumberCollator, PairReward, correlation, disjoint_pairs, number_loss
+from align.training.reward_trainer import NumberCollator, correlation, disjoint_pairs, number_loss
 from tests.support.refusals import Refused
 from tests.support.stages.stage_contexts import reward_config, reward_stage
 from tests.support.training.harness import data_artifact, events, losses
@@ -124,26 +126,9 @@ def test_margins_and_smoothing_change_what_is_learned(tiny_model: Path, tmp_path
 
 
 def test_the_loss_of_pairs_by_hand() -> None:
-    class Fixed(PairReward):
-        def __init__(self) -> None:
-            self.label_smoothing, self.terms = 0.1, ()
-
-    class Model(torch.nn.Module):
-        def forward(self, **inputs: Any) -> Any:
-            return type("Out", (), {"logits": torch.tensor([[2.0], [0.5]])})()  # one pair: chosen 2, rejected 0.5
-
-    trainer = Fixed()
-    trainer.model = Model().eval()
-    trainer.args = type("Args", (), {"center_rewards_coefficient": None})()
-    trainer._metrics = {
-        "eval": {name: [] for name in ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")}
-    }
-    trainer._total_train_tokens = 0
-    keep = type("One", (), {"gather": staticmethod(lambda x: x), "gather_for_metrics": staticmethod(lambda x: x)})()
-    trainer.accelerator = keep
-    loss = float(trainer.compute_loss(trainer.model, {"margin": torch.tensor([0.5])}))
+    pairs = PairScores(torch.tensor([2.0]), torch.tensor([0.5]), margins=torch.tensor([0.5]))
     # x = 2 - 0.5 - 0.5 = 1: 0.9 * -log s(1) + 0.1 * -log s(-1) = 0.9 * 0.313262 + 0.1 * 1.313262 = 0.413262
-    assert loss == pytest.approx(0.413262, abs=1e-5)
+    assert float(bradley_terry(pairs, label_smoothing=0.1)) == pytest.approx(0.413262, abs=1e-5)
 
 
 @pytest.mark.parametrize("center_rewards", [0.0, 20.0])
