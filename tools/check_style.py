@@ -46,11 +46,11 @@ CAPS = {
 }
 """Count -> highest number."""
 SIZES = {
-    "lines of core code": 82566,
+    "lines of core code": 82565,
     "lines of extensions' code": 6807,
     "lines of JavaScript, styles and templates": 10250,
-    "lines of tests' code": 82648,
-    "words of documents": 149080,
+    "lines of tests' code": 82645,
+    "words of documents": 143051,
 }
 """Size -> highest number, without docstrings, comments and blank lines of Python. It is only ever lowered, to what was
 reached. A commit that raises it has a line in the change log that says what the user got for it."""

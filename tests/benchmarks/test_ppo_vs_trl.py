@@ -11,7 +11,7 @@ from align.inference.protocol import Response, Sampling
 from benchmarks.ppo_align import FixedLengths
 from benchmarks.ppo_table import efficiency, efficiency_lines, floor_flops, matrix_flops, phases, table, tokens_line
 from benchmarks.ppo_trl import Clock, Cutter
-from benchmarks.ppo_vs_trl import curve_lines, run_module
+from benchmarks.ppo_vs_trl import RunFailed, curve_lines, run_module
 from benchmarks.ppo_work import TRL, Shape, environment, load_work_tokenizer, make_rows, requirements, response_lengths
 
 
@@ -127,10 +127,9 @@ def test_environment_refuses_another_trl(refused, tmp_path):
     refused(environment, tmp_path)
 
 
-def test_a_failed_process_shows_its_last_lines(refused, tmp_path):
-    refused(
-        lambda: run_module(Path(sys.executable), "benchmarks.ppo_work", ["no json", str(tmp_path)], tmp_path / "log")
-    )
+def test_a_failed_process_shows_its_last_lines(tmp_path):
+    with pytest.raises(RunFailed, match=r"exit code 1[\s\S]*JSONDecodeError"):
+        run_module(Path(sys.executable), "benchmarks.ppo_work", ["no json", str(tmp_path)], tmp_path / "log")
 
 
 def test_trl_side_imports_without_trl_and_align():

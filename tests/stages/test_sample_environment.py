@@ -14,6 +14,7 @@ from align.config.runtime import EngineConfig, Runtime
 from align.config.stages.sample import SampleConfig
 from align.data.rows import read_rows, user, write_rows
 from align.environments import player as episode_player
+from align.errors import UserError
 from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
@@ -209,9 +210,10 @@ def test_failed_episodes_make_no_pair_and_are_counted(presser: Path, tmp_path: P
     assert "episodes failed and are left out; the first in call: the machine fell over" in context.events.read_text()
 
 
-def test_episodes_that_begin_differently_are_not_compared(refused: Refused, presser: Path, tmp_path: Path) -> None:
+def test_episodes_that_begin_differently_are_not_compared(presser: Path, tmp_path: Path) -> None:
     environment = ENVIRONMENT | {"class": f"{BUTTONS}:Greeting"}
-    refused(lambda: run(make_context(tmp_path, presser, environment=environment)))
+    with pytest.raises(UserError, match="no train pair came out of 4 prompts"):
+        run(make_context(tmp_path, presser, environment=environment))
     assert (
         "4 of 4 train prompts make no pair, because their episodes begin differently"
         in (tmp_path / "events.jsonl").read_text()
