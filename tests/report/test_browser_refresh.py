@@ -11,16 +11,16 @@ from tests.support.report.browser import console, needs_browser, open_page
 from tests.support.report.example_run import write_artifact
 
 pytestmark = needs_browser
+RUNNING = {"stage": "sft", "message": "runs", "status": "running"}
 
 
 def test_page_of_a_running_run_reloads_and_keeps_folds(driver, tmp_path):
     model = write_artifact(tmp_path, "model", Kind.MODEL)
-    running = {"stage": "sft", "message": "runs", "status": "running"}
-    page = write_report([model], None, tmp_path / "r.html", running, title="before", refresh=1)
+    page = write_report([model], None, tmp_path / "r.html", RUNNING, title="before", refresh=1)
     open_page(driver, page)
     fold = "document.querySelector('#stages details')"
     driver.execute_script(f"{fold}.open = true; document.getElementById('hold').click()")
-    write_report([model], None, page, running, title="after", refresh=1)
+    write_report([model], None, page, RUNNING, title="after", refresh=1)
     driver.execute_async_script("setTimeout(arguments[0], 1300)")
     assert driver.title == "before"  # paused by its button
     driver.find_element("css selector", "#hold").click()
@@ -33,10 +33,7 @@ def test_page_of_a_running_run_reloads_and_keeps_folds(driver, tmp_path):
 
 def test_a_pause_stops_a_reload_that_is_on_its_way(driver, tmp_path):
     model = write_artifact(tmp_path, "model", Kind.MODEL)
-    running = {"stage": "sft", "message": "runs", "status": "running"}
-    page = write_report([model], None, tmp_path / "r.html", running, title="before", refresh=60)
-    open_page(driver, page)
-    write_report([model], None, page, running, title="after", refresh=60)
+    open_outdated(driver, [model], tmp_path)
     driver.execute_script("location.reload(); document.getElementById('hold').click()")
     driver.execute_async_script("setTimeout(arguments[0], 500)")
     assert driver.title == "before"
@@ -47,14 +44,18 @@ def test_a_pause_stops_a_reload_that_is_on_its_way(driver, tmp_path):
 
 def test_similar_folds_differ_after_a_reload(driver, tmp_path):
     stages = [write_artifact(tmp_path, name, Kind.POLICY) for name in ("dpo_1", "dpo_2")]
-    running = {"stage": "evaluate", "message": "runs", "status": "running"}
-    page = write_report(stages, None, tmp_path / "r.html", running, title="before", refresh=60)
-    open_page(driver, page)
-    write_report(stages, None, page, running, title="after", refresh=60)
+    open_outdated(driver, stages, tmp_path)
     folds = "[...document.querySelectorAll('#stages details.stage')]"
     # What is opened while a reload is on its way is open after it.
     driver.execute_script(f"location.reload(); {folds}[1].open = true")
     assert wait_for_page(driver, "after", f"{folds}.map((fold) => fold.open)") == [False, True]
+
+
+def test_fold_is_saved_before_the_page_hides(driver, tmp_path):
+    open_outdated(driver, [write_artifact(tmp_path, "dpo", Kind.POLICY)], tmp_path)
+    driver.execute_script("document.querySelector('#stages details.stage').open = true")
+    stored = driver.execute_async_script("setTimeout(() => arguments[0](Object.values(sessionStorage)), 100)")
+    assert any(json.loads(value) for value in stored)
 
 
 def test_open_answers_stay_open_after_a_reload(driver, full_run, tmp_path):
@@ -67,16 +68,20 @@ def test_open_answers_stay_open_after_a_reload(driver, full_run, tmp_path):
         line["responses"] = {name: answers * 2 for name, answers in line["responses"].items()}
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluate = Artifact(evaluate.stage, evaluate.kind, folder, evaluate.record)
-    running = {"stage": "sft", "message": "runs", "status": "running"}
-    page = write_report([evaluate], card, tmp_path / "r.html", running, title="before", refresh=60)
-    open_page(driver, page)
-    write_report([evaluate], card, page, running, title="after", refresh=60)
+    open_outdated(driver, [evaluate], tmp_path, card)
     folds = "[...document.querySelectorAll('#samples #list details')]"
     count = driver.execute_script(f"{folds}[1].open = true; return {folds}.length")
     assert count > 2
     driver.execute_script("location.reload()")
     is_open = wait_for_page(driver, "after", f"{folds}.map((fold) => fold.open)")
     assert is_open == [index == 1 for index in range(count)]
+
+
+def open_outdated(driver, artifacts, folder, card=None):
+    """Open the page of a run that has written a newer one since, which a reload shows."""
+    page = write_report(artifacts, card, folder / "r.html", RUNNING, title="before", refresh=60)
+    open_page(driver, page)
+    write_report(artifacts, card, page, RUNNING, title="after", refresh=60)
 
 
 def wait_for_page(driver, title, expression):

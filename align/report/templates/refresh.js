@@ -12,17 +12,17 @@
   // Storage may be refused for files; the page then opens as it was written.
   try {
     const open = JSON.parse(sessionStorage.getItem(STORE) || "[]");
-    sessionStorage.removeItem(STORE);
     for (const fold of folds()) if (open.includes(nameOf(fold))) fold.open = true;
   } catch (error) { /* nothing to restore */ }
-  if (!seconds) return;
-
-  // Saved when the page goes, not when its reload is asked for: a busy machine takes a while in between.
-  addEventListener("pagehide", () => {
+  const save = () => {
     try {
       sessionStorage.setItem(STORE, JSON.stringify(folds().filter((fold) => fold.open).map(nameOf)));
     } catch (error) { /* reload without it */ }
-  });
+  };
+  // The next page may load before this one hides, and a fold may open while a reload is on its way.
+  addEventListener("toggle", save, true);
+  addEventListener("pagehide", save);
+  if (!seconds) return;
 
   const button = document.getElementById("hold");
   let paused = false;
@@ -33,8 +33,7 @@
     if (paused) window.stop();  // a reload that was asked for and has not come yet
   });
   const isBusy = () => {
-    const active = document.activeElement;
-    const typing = active && active.matches("input, select, textarea");
+    const typing = document.activeElement?.matches("input, select, textarea");
     return paused || document.hidden || typing || document.querySelector("dialog[open]") !== null;
   };
   setInterval(() => {
