@@ -86,7 +86,6 @@ def job(config: TrainingFields | RolloutFields, models: Models, runtime: Runtime
         row="pairs" if config.sides == 2 else "rows",
         tokens=lambda count: rows_to_tokens(config, count),
         memory=lambda setting: training_memory(config, models, tuning, setting),
-        run_micro_batch=config.micro_batch_of,
         objection=config.model_copy(update={"micro_batch_size": "auto"}).processes_objection,
         # If the losses of micro-batches do not add up, another size would be another training.
         unit=1 if config.rows_add_up else config.micro_batch,
@@ -359,7 +358,6 @@ def _rollout_job(config: RolloutFields, models: Models, runtime: Runtime) -> Job
         # The longest prompts and responses of a micro-batch; a prompt is read once for its responses.
         tokens=lambda count: -(-count // responses_per_prompt) * config.max_prompt_tokens + count * config.max_tokens,
         memory=lambda setting: rollout_memory(config, models, runtime, tuning=tuning, critic=critic, setting=setting),
-        run_micro_batch=config.micro_batch_of,
         objection=config.model_copy(update={"micro_batch_size": "auto"}).processes_objection,
         unit=config.indivisible_responses,
         trained=memory.gradients // FLOAT + (memory.critic - memory.critic_state) // (2 * FLOAT),

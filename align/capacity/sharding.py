@@ -86,8 +86,6 @@ class Job:
     """Return the most tokens that so many rows have in memory."""
     memory: Callable[[Setting], Memory]
     """Return the bytes of one process in a setting."""
-    run_micro_batch: Callable[[int], int]
-    """Return the rows of a micro-batch that the run uses in each of so many processes."""
     objection: Callable[[LaunchConfig], str | None]
     """Return why the stage cannot run in such processes, whatever their micro-batches; None if it can."""
     unit: int = 1

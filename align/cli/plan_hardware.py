@@ -262,10 +262,12 @@ def _settings(plan: StagePlan, hardware: Hardware) -> list[str]:
                 f"  the activations of {job.model.model_type} with {job.tuning.label} have no rule: the peak lacks "
                 "them, and the largest micro-batch is not known"
             )
-        if best.strategy.checkpointing and not job.checkpointing:
-            result.append("  checkpointing is a setting of the stage: gradient_checkpointing: true")
-        if best.batch != job.run_micro_batch(devices):
-            result.append(f"  the micro-batch is a setting of the stage: micro_batch_size: {best.batch}")
+        # A run finds settings that are `auto` by itself.
+        if best.strategy.checkpointing and plan.setup.config.gradient_checkpointing is False:
+            result.append("  the stage has gradient_checkpointing: false; set true or auto")
+        fixed = plan.setup.config.micro_batch_size
+        if fixed != "auto" and best.batch != fixed:
+            result.append(f"  the stage has micro_batch_size: {fixed}; set {best.batch} or auto")
     elif isinstance(best, SamplingWay) and best.batch < best.wanted:
         # The engine fits, but not with all sequences that the settings ask for at once.
         remedy = "vLLM queues the others"

@@ -266,13 +266,17 @@ def test_remedy_of_a_launch_is_another_launch(plan: Any) -> None:
         assert len(actual) == 1 and actual[0]["fits"], remedy
 
 
-def test_other_micro_batch_is_shown_as_a_setting(plan: Any) -> None:
-    words = ["--hardware", "h100", "--set", "stages.sft.tuning={method: lora}"]
-    _, out, _ = plan(MISTRAL, *words)
-    assert "the micro-batch is a setting of the stage: micro_batch_size: 4" in out
-    _, out, _ = plan(MISTRAL, *words, "--set", "stages.sft.micro_batch_size=4")
-    sft = out.split("\nsft: ")[1].split("\nsample: ")[0]
-    assert "the micro-batch is a setting" not in sft
+def test_only_fixed_settings_are_named_to_change(plan: Any) -> None:
+    def suggestions(*words: str) -> str:
+        settings = ["--hardware", "24gb", "--set", "stages.sft.tuning={method: lora}"]
+        out = plan(MISTRAL, *settings, *(part for word in words for part in ("--set", f"stages.sft.{word}")))[1]
+        return "".join(line for line in out.partition("\nsample: ")[0].splitlines() if "; set " in line)
+
+    assert suggestions() == "", "a run finds both"
+    assert suggestions("micro_batch_size=64") == "  the stage has micro_batch_size: 64; set 4 or auto"
+    assert suggestions("micro_batch_size=4") == ""
+    assert suggestions("gradient_checkpointing=false").endswith("gradient_checkpointing: false; set true or auto")
+    assert suggestions("gradient_checkpointing=true") == ""
 
 
 def test_more_processes_than_devices_are_refused(plan: Any) -> None:
