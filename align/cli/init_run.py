@@ -45,8 +45,6 @@ COMMENTS = {
 TUNINGS = {name: f"{{method: {name}, rank: 16, alpha: 32}}" for name in ("lora", "qlora")} | {"full": "{method: full}"}
 FULL_SHARE = 0.5
 """Share of the usable memory up to which SFT trains every weight."""
-ENGINE_SHARE = 0.9
-"""Share of a card for the engine of a stage that only samples."""
 RESPONSE_TOKENS = 1024
 MOST_RECORDS = 10_000
 """Records of a file that are read; the tokens of ``COUNTED_ROWS`` of them are counted."""
@@ -69,18 +67,16 @@ class Choice:
     tuning: str
     percentile: int = 99
     """Percentile of the rows' lengths that limits the length: 95 or 99."""
-    sequences: int = 128
-    """Responses that an engine decodes at a time."""
-    engine_share: float = ENGINE_SHARE
     evaluates: bool = True
 
 
 def write_text(kind: str, options: argparse.Namespace, file: Path) -> tuple[str, str]:
-    """Return the text of the pipeline for ``file``, and its plan in a sentence.
+    """Return the text of the pipeline for ``file``, and its plan, a line for each stage.
 
     Raises ``UserError`` for rows, a model or hardware that do not fit the kind of stage.
     """
-    from align.capacity.hardware import GIB, parse_hardware
+    from align.capacity.hardware import parse_hardware
+    from align.cli.plan_hardware import describe_fit
 
     hardware = parse_hardware(options.hardware)
     if hardware.devices > 1:
@@ -113,9 +109,8 @@ def write_text(kind: str, options: argparse.Namespace, file: Path) -> tuple[str,
         """Return the text with a choice; its paths start at ``base``."""
         blocks = {"model_fields": _lines(model.model_dump(exclude_unset=True), base), "data_fields": _lines(data, base)}
         limits = {"share": choice.percentile, "max_length": round_up(lengths["row"][choice.percentile])}
-        engine = {"sequences": choice.sequences, "engine_share": choice.engine_share}
         text = Template((shipped_root() / TEMPLATES / f"{kind}.yaml").read_text(encoding="utf-8"))
-        filled = text.substitute(values | blocks | limits | engine, tuning=TUNINGS[choice.tuning], plan=plan, rate=rate)
+        filled = text.substitute(values | blocks | limits, tuning=TUNINGS[choice.tuning], plan=plan, rate=rate)
         if choice.evaluates:
             return filled
         training, _, _ = filled.partition("  evaluate:\n")
@@ -125,12 +120,10 @@ def write_text(kind: str, options: argparse.Namespace, file: Path) -> tuple[str,
         )
 
     choice, pipeline, plans = _choose(kind, lambda choice: fill(choice, Path.cwd()), hardware, str(file))
-    usable = (hardware.device.usable + hardware.device.context) / GIB
-    peaks = [f"{plan.name} needs {plan.ways[0].peak / GIB:.1f} ({plan.ways[0].label})" for plan in plans]
-    sentence = f"By `align plan`, of {usable:.1f} GiB usable: {', '.join(peaks)}."
+    lines = [f"By `align plan`, {plan.name} {describe_fit(plan, hardware)}" for plan in plans]
     # The number is written, since a plan without the model's config.json could not find it.
     rate = f"{pipeline.nodes[kind].config.model_dump()['learning_rate']:.1e}".replace("e-0", "e-")
-    return fill(choice, file.parent, sentence, rate), sentence
+    return fill(choice, file.parent, "\n# ".join(lines), rate), "\n".join(lines)
 
 
 def round_up(tokens: int) -> int:
@@ -288,7 +281,7 @@ def choose_verifier(rows: Sequence[Row], options: argparse.Namespace) -> str:
 def _choices(kind: str) -> list[Choice]:
     """Return the settings to try, the best first."""
     if kind == "grpo":
-        return [Choice(tuning, sequences=count) for tuning in ("lora", "qlora") for count in (64, 32, 16, 8)]
+        return [Choice("lora"), Choice("qlora")]
     adapters = [Choice(tuning, percentile) for percentile in (99, 95) for tuning in ("lora", "qlora")]
     # In 4 bits a model trains on a card that cannot sample from it.
     adapters += [replace(choice, evaluates=False) for choice in adapters]
@@ -310,8 +303,6 @@ def _choose(
         plans = plan_hardware(pipeline, store, hardware)
         most = FULL_SHARE * usable if choice.tuning == "full" else usable
         if all(plan.best for plan in plans) and min(way.peak for way in plans[0].ways if way.fits) <= most:
-            if kind == "grpo":
-                choice = replace(choice, engine_share=_engine_share(plans[0], hardware))
             return choice, pipeline, plans
     failed = next(plan for plan in plans if plan.best is None)
     larger = (card for card in hardware.other_cards() if card.device.memory > hardware.device.memory)
@@ -321,16 +312,6 @@ def _choose(
         f"{kind} fits on {hardware.label} with none of the settings that `align init` tries. With the smallest, "
         f"{TUNINGS[choice.tuning]}: {failed.name}: {failed.ways[0].obstacle}. {remedy} smaller model, or shorter rows."
     )
-
-
-def _engine_share(plan: StagePlan, hardware: Hardware) -> float:
-    """Return the share of a card that the stage's engine may have next to what the trainer keeps."""
-    from align.capacity.sharding import Job, Setting
-
-    assert isinstance(plan.load, Job)
-    parts = plan.load.memory(Setting(1, checkpointing=True, gpu=True)).phases(0)["sampling"]
-    kept = sum(parts.values()) - parts["engine"] - parts["kv_cache"]
-    return min(ENGINE_SHARE, int(100 * (hardware.device.usable - kept) / hardware.device.memory) / 100)
 
 
 def _lines(block: Mapping[str, Any], base: Path) -> str:

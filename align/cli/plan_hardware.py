@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from align.capacity.hardware import Hardware, Way
     from align.capacity.memory import Estimate
     from align.capacity.plan import StagePlan
-    from align.capacity.sharding import TrainingWay
     from align.models.compute.architecture import Architecture
     from align.pipeline.pipeline import Pipeline
     from align.store.store import Store
@@ -157,8 +156,6 @@ def hardware_lines(plans: Sequence[StagePlan], hardware: Hardware) -> list[str]:
 
 
 def _stage_lines(plan: StagePlan, hardware: Hardware) -> list[str]:
-    from align.capacity.sharding import TrainingWay
-
     if plan.unknown:
         return [f"{plan.name}: not known: {plan.unknown}; or give one with --model-config STAGE=FILE."]
     notes = [f"  {note}" for note in plan.notes]
@@ -166,8 +163,8 @@ def _stage_lines(plan: StagePlan, hardware: Hardware) -> list[str]:
         return [_heading(plan), *notes]
     fitting = [way for way in plan.ways if way.fits]
     result = [_heading(plan)]
-    if isinstance(plan.best, TrainingWay):
-        result.append(f"  {_choice(plan, plan.best, hardware)}")
+    if plan.best is not None:
+        result.append(f"  {describe_fit(plan, hardware)}")
     if fitting:
         # Ways that fit are a table; each other way follows with its obstacle.
         result += [f"  {line}" for line in _table(plan, fitting[:MAX_SHOWN])]
@@ -197,19 +194,23 @@ def _heading(plan: StagePlan) -> str:
     return f"{plan.name}: {parameters} million parameters, {work}, GiB of a device at its peak"
 
 
-def _choice(plan: StagePlan, best: TrainingWay, hardware: Hardware) -> str:
-    """Return the whole setting of a stage that trains, with its memory and its speed: ``fits: 19.8 of 22.3 GiB; …``."""
-    from align.capacity.sharding import REACHED, Job, tokens_per_second
+def describe_fit(plan: StagePlan, hardware: Hardware) -> str:
+    """Return the whole setting of a stage that fits, with its memory and its speed: ``fits: 19.8 of 22.3 GiB; …``."""
+    from align.capacity.sampling import SamplingWay
+    from align.capacity.sharding import REACHED, Job, TrainingWay, tokens_per_second
 
-    job = plan.load
-    assert isinstance(job, Job)
-    device = hardware.device
+    best, job, device = plan.best, plan.load, hardware.device
+    assert best is not None
+    usable = (device.usable + device.context) / GIB
+    memory = f"fits: {best.peak / GIB:.1f} of {usable:.1f} GiB"
+    if isinstance(best, SamplingWay):
+        return f"{memory}; {best.label}, {best.batch} at once" if best.batch else f"{memory}; {best.label}"
+    assert isinstance(best, TrainingWay) and isinstance(job, Job)
     base = "4-bit" if job.tuning.method == "qlora" else job.tuning.base_type(job.precision)
     words = [job.tuning.label, f"{base} {'weights' if job.tuning.trains_all else 'base'}"]
     words += ["recomputation"] if best.strategy.checkpointing else []
     words += [f"micro-batch {best.batch}", *(f"{part} in host memory" for part in best.strategy.host)]
-    usable = (device.usable + device.context) / GIB
-    parts = [f"fits: {best.peak / GIB:.1f} of {usable:.1f} GiB", ", ".join(words)]
+    parts = [memory, ", ".join(words)]
     speed = tokens_per_second(job, best, device)
     # Sampling, which is slower, has no such estimate.
     if speed and "engine" not in best.parts and job.row != "responses":
