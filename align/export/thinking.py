@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from align.data.final_answers import PAIRS
 from align.models.chat.template_settings import thinking_state, thinking_switch
 
 BY_MODEL_TYPE = {
+    "cohere": "cohere_command3",
     "deepseek_v3": "deepseek_v3",
     "gemma4": "gemma4",
     "glm4": "glm45",
@@ -23,7 +25,8 @@ BY_MODEL_TYPE = {
 """Beginning of ``model_type`` → vLLM 0.31's parser of the family's thoughts."""
 BY_SWITCH = {"enable_thinking": "qwen3", "thinking": "deepseek_v3"}
 """Variable that turns thoughts on and off → parser of other models with ``<think>``."""
-MARKS = ("</think>", "[/THINK]", "<|channel|>")
+TAG = "</think>"
+MARKS = (TAG, *PAIRS.values(), "<|channel|>")
 """Marks of thoughts in the templates of models that think."""
 
 
@@ -36,6 +39,8 @@ def reasoning_parser(tokenizer: Any, model_type: str) -> str | None:
     for beginning, name in BY_MODEL_TYPE.items():
         if model_type.startswith(beginning):
             return name
+    if TAG not in template:
+        return None
     switch = thinking_switch(template)
     if switch is not None:
         return BY_SWITCH[switch]

@@ -9,14 +9,18 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import logging
 import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from align.config.endpoint import EndpointConfig
+from align.config.endpoint import LOCAL, EndpointConfig
 from align.config.validation import suggest
 from align.data.rows import Message
 from align.errors import StageFailed, UserError, printable, redact, shorten
@@ -26,6 +30,8 @@ from align.inference.rate_limits import RateLimit
 from align.inference.requests import Answer, Request
 from align.inference.transport import Outage, Reply, ReplyTooLong, Transport
 from align.pipeline.context import duration
+
+LOG = logging.getLogger(__name__)
 
 COMPLETIONS = "/chat/completions"
 MODELS = "/models"
@@ -105,6 +111,10 @@ class Endpoint:
         self.retried = 0
         self._checked = False
         """True once a request was answered: address, key and model are right."""
+        self._mark_text: Callable[[str], str] | None = None
+        """Writes a thought in ``<think>`` if special tokens mark it, which vLLM omits unless it is asked for them."""
+        self._may_hide_marks = self.path == COMPLETIONS and urlsplit(config.url).hostname in LOCAL
+        """True until the first answer of a server on this machine."""
         self._outage = Outage(config.url, config.patience, f"{place}.patience")
         self._paused_until = 0.0
         """Monotonic time before which no request is sent, because the server asked to wait."""
@@ -257,11 +267,29 @@ class Endpoint:
         body |= {name: json.loads(text) for name, text in optional.items() if text}
         if self.config.send_seed:
             body["seed"] = request.own_seed
+        if self._mark_text is not None:
+            body["skip_special_tokens"] = False
         return body
 
     def parse(self, request: Request, reply: Any) -> Answer:
         """Return the answer in a reply's JSON. Raises ``ValueError`` for anything else."""
-        return read_completion(reply)
+        answer = read_completion(reply)
+        return answer if self._mark_text is None else replace(answer, text=self._mark_text(answer.text))
+
+    async def _find_marks(self, transport: Transport) -> Callable[[str], str] | None:
+        """Return the function of thoughts that a vLLM server on this machine hides; None if it hides none."""
+        seconds = min(MODELS_SECONDS, self.config.timeout)
+        reply = await transport.exchange("GET", MODELS, timeout=seconds, max_bytes=MAX_MODELS_BYTES)
+        folder = _served_folder(reply.data, self.config.model)
+        if folder is None:
+            return None
+        from align.inference.thoughts import hidden_marks
+
+        try:
+            return hidden_marks(folder, self.config.extra.get("chat_template_kwargs"))
+        except UserError as error:
+            LOG.warning("%s: thoughts are read as answers if special tokens mark them: %s", self.place, error)
+            return None
 
     async def _attempt(self, transport: Transport, request: Request, sink: Sink) -> Answer:
         sent = await self.rate_limit.acquire(request)
@@ -270,7 +298,13 @@ class Endpoint:
             "POST", self.path, content, timeout=self.config.timeout, max_bytes=self.max_bytes
         )
         if reply.error is None:
-            return self.rate_limit.correct(sent, await self._read(transport, request, reply))
+            answer = self.rate_limit.correct(sent, await self._read(transport, request, reply))
+            if not self._may_hide_marks:
+                return answer
+            self._may_hide_marks = False
+            self._mark_text = await self._find_marks(transport)
+            # The first answer has no marks: ask again.
+            return answer if self._mark_text is None else await self._attempt(transport, request, sink)
         # No connection was made, so the request was not sent and is not charged.
         if reply.is_unreachable:
             raise _AttemptFailed(self._explain(reply), is_reached=False, is_away=True)
@@ -370,6 +404,18 @@ def _wire_call(call: dict[str, Any]) -> dict[str, Any]:
     arguments = function["arguments"]
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return {**call, "function": {**function, "arguments": text}}
+
+
+def _served_folder(data: bytes, model: str) -> Path | None:
+    """Return the folder of a model in vLLM's list of models; None for other servers, and for a name on the Hub."""
+    try:
+        cards = {card["id"]: card for card in json.loads(data)["data"] if card["owned_by"] == "vllm"}
+        card = cards[model]
+        # An adapter has the tokenizer of its base model.
+        folder = Path(cards.get(card.get("parent"), card)["root"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return folder if folder.is_dir() else None
 
 
 def _first(failures: list[Exception]) -> Exception:

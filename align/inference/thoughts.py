@@ -11,16 +11,18 @@ from __future__ import annotations
 import bisect
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from align.config.chat_template import response_limit
 from align.data.final_answers import PAIRS, TAGS, AnswerText, split_thought
 from align.errors import UserError
 from align.inference.protocol import Progress, Response, RolloutEngine, Sampling, Session, TurnRequest
-from align.models.chat.render import TAG
-from align.models.chat.template_settings import tokenizer_marks
+from align.models.chat.render import TAG, render_prompt
+from align.models.chat.template_settings import QUESTION, store, tokenizer_marks
 from align.pipeline.context import StageContext
 
 _NAMES = "|".join(TAGS)
@@ -74,6 +76,14 @@ class ThoughtReader:
         return replace(
             response, thought_tokens=tokens, thought_end=characters, is_open=answer.is_open, bare_thought=bare
         )
+
+    def mark_text(self, text: str, is_opened: bool) -> str:
+        """Return a text that was decoded with special tokens without them, and with its thought in ``<think>``."""
+        answer = split_thought(text, is_opened, self.marks)
+        thought = answer.thought if self.marks is None else self.marks.remove(answer.thought)
+        names = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+        thought, shown = names.sub("", TAG.sub("", thought)).strip(), names.sub("", answer)
+        return Response([], [], True, shown, is_open=answer.is_open, bare_thought=thought).marked_text
 
     @property
     def hides_marks(self) -> bool:
@@ -281,6 +291,22 @@ def generate(
     finally:
         session.close()
     return [[responses[start + sample] for sample in range(sampling.n)] for start in range(0, total, sampling.n)]
+
+
+def hidden_marks(folder: Path, variables: Mapping[str, Any] | None) -> Callable[[str], str] | None:
+    """Return ``ThoughtReader.mark_text`` of a model whose thoughts are marked by special tokens; None for others.
+
+    ``variables`` are the chat template's, as requests have them. Raises ``UserError`` for a folder that is refused.
+    """
+    from align.models.pretrained import open_tokenizer  # imports torch
+
+    tokenizer = open_tokenizer(folder)
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = store(tokenizer.chat_template, variables or {})
+    reader = ThoughtReader(tokenizer)
+    if not reader.hides_marks:
+        return None
+    return partial(reader.mark_text, is_opened=reader.is_opened_by(render_prompt(tokenizer, QUESTION)))
 
 
 def thought_rates(responses: Sequence[Response]) -> dict[str, float]:

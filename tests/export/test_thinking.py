@@ -35,6 +35,10 @@ def tokenizer_with(template: str, *tokens: str) -> Any:
         (OPENED, (), "llama", None),  # marks of several tokens
         (OPENED, (), "glm4_moe", "glm45"),
         ("{{ '<|channel|>final' }}", (), "gpt_oss", "openai_gptoss"),
+        ("{{ '<|channel>thought\n<channel|>' }}", (), "gemma4_text", "gemma4"),
+        ("{{ '<seed:think></seed:think>' }}", (), "seed_oss", "seed_oss"),
+        ("{{ '<|START_THINKING|><|END_THINKING|>' }}", (), "cohere2", "cohere_command3"),
+        ("{{ '◁think▷◁/think▷' if enable_thinking }}", ("<think>", "</think>"), "kimi_vl", None),
         ("{{ messages[0].content }}", ("<think>", "</think>"), "qwen3", None),  # the template shows no thoughts
     ],
 )

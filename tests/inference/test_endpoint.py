@@ -6,6 +6,7 @@ import email.utils
 import gzip
 import itertools
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from tokenizers import AddedToken
 
 from align.config.endpoint import EndpointConfig
 from align.errors import UserError
@@ -23,6 +25,7 @@ from align.inference.cached_client import CachedClient
 from align.inference.completions import read_completion
 from align.inference.endpoint_client import Endpoint, EndpointLost
 from align.inference.requests import Request, RequestCache
+from align.models.built_in import make_tiny_tokenizer
 from tests.support.inference.fake_chat import FakeChat, completion, echo
 
 KEY = "sk-very-secret"
@@ -506,3 +509,41 @@ def test_server_that_answers_others_is_not_away(fake: FakeChat, tmp_path: Path) 
     with pytest.raises(EndpointLost, match="answered with status 503: .* gave up after"):
         _ask(endpoint, tmp_path, 200)
     assert len(fake.bodies) < 60
+
+
+@pytest.mark.parametrize(
+    ("is_special", "prompt", "text", "read"),
+    [
+        (True, "", "<|channel>thought\n9 or 10\n<channel|>#### 42<|im_end|>", "<think>\n9 or 10\n</think>\n\n#### 42"),
+        (True, "", "<|channel>thought\n9", "<think>\n9"),
+        (True, "<|channel>thought\n", "9 or 10\n<channel|>42", "<think>\n9 or 10\n</think>\n\n42"),
+        (True, "", "42", "42"),
+        (False, "", "<|channel>thought\n9\n<channel|>42", "<|channel>thought\n9\n<channel|>42"),
+    ],
+)
+def test_thoughts_in_special_tokens_are_asked_for(
+    fake: FakeChat, tmp_path: Path, is_special: bool, prompt: str, text: str, read: str
+) -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(mark, special=is_special) for mark in ("<|channel>", "<channel|>")])
+    tokenizer.chat_template += f"{{% if add_generation_prompt and a is not defined %}}{{{{ {prompt!r} }}}}{{% endif %}}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    fake.card = {"owned_by": "vllm", "root": str(tmp_path / "model")}
+
+    def reply(body: dict[str, Any]) -> dict[str, Any]:
+        skips = body.get("skip_special_tokens", True) and is_special
+        return completion(re.sub(r"<\|?(channel|im_end)\|?>", "", text) if skips else text)
+
+    fake.reply = reply
+    assert _ask(_endpoint(fake), tmp_path / "cache", 3) == [read] * 3
+    assert [body.get("skip_special_tokens") for body in fake.bodies] == (
+        [None] + [False] * 3 if is_special else [None] * 3
+    )
+    # A variable of the template may close the thought in the prompt.
+    if prompt:
+        endpoint = _endpoint(fake, extra={"chat_template_kwargs": {"a": 1}})
+        text = "42"
+        assert _ask(endpoint, tmp_path / "cache", 2) == ["42"] * 2
+    fake.card = {"owned_by": "somebody", "root": str(tmp_path / "model")}
+    assert "skip_special_tokens" not in (_ask(_endpoint(fake, name="b"), tmp_path / "cache", 1) and fake.bodies[-1])

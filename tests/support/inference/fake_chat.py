@@ -39,6 +39,7 @@ class FakeChat:
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.models = ["good-model"]
+        self.card: dict[str, str] = {}
         self.under_way = self.most_under_way = 0
         self.lock, self.stopped = threading.Lock(), threading.Event()
         self.http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
@@ -76,7 +77,7 @@ class FakeChat:
                 pass
 
             def do_GET(self) -> None:
-                self._send(200, {"data": [{"id": name} for name in fake.models]}, {})
+                self._send(200, {"data": [{"id": name, **fake.card} for name in fake.models]}, {})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
