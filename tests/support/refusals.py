@@ -26,6 +26,7 @@ CHANGING = {
     r"\b(token|position|answer) \d+": r"\1 N",
     r"\bin \d+ of \d+ answers": "in N of N answers",
     r"\binstead of \d+": "instead of N",
+    r"\bat step \d+ of": "at step N of",
 }
 """What the machine, the order of tests, or a stage's version decides."""
 
