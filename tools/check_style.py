@@ -50,7 +50,7 @@ SIZES = {
     "lines of extensions' code": 6807,
     "lines of JavaScript, styles and templates": 10250,
     "lines of tests' code": 82905,
-    "words of documents": 130976,
+    "words of documents": 126013,
 }
 """Size -> highest number, without docstrings, comments and blank lines of Python. It is only ever lowered, to what was
 reached. A commit that raises it has a line in the change log that says what the user got for it."""
