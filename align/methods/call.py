@@ -42,8 +42,12 @@ class Result:
     """Losses that a function returned."""
 
     values: torch.Tensor
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """Further numbers, which appear as curves."""
+    metrics: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
+    """Further numbers, which appear as curves: a number, or a tensor with one per item or per token, detached."""
+
+    def means(self, mask: torch.Tensor | None = None) -> dict[str, float]:
+        """Return the mean of each metric; of tokens, over those in ``mask`` (B, T)."""
+        return {name: _mean(value, mask) for name, value in self.metrics.items()}
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Method:
         """
         options = {name: value for name, value in fields.items() if name in self._parameters} | dict(self.options)
         if self.path is None:
-            return Result(self.function(record, **options))
+            return Result(*_split(self.function(record, **options)))
         try:
             result = self.function(record, **options)
         except (StageFailed, MemoryError, torch.OutOfMemoryError):
@@ -87,14 +91,14 @@ class Method:
         except Exception as error:
             detail = f"{type(error).__name__}: {str(error) or 'no message'}"
             raise FunctionFailed(self._explain(detail.rstrip("."), record, when, self._line(error))) from error
-        values, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+        values, metrics = _split(result)
         shapes = (shape, or_shape) if or_shape else (shape,)
         # Only in training does a part of the record have a gradient.
         learns = any(tensor.requires_grad for tensor in tensors_of(record).values())
-        problem = _problem(values, shapes, learns) or _metrics_problem(metrics)
+        problem = _problem(values, shapes, learns) or _metrics_problem(metrics, values)
         if problem:
             raise FunctionFailed(self._explain(problem, record, when))
-        return Result(values, {name: _number(value) for name, value in metrics.items()})
+        return Result(values, {name: _detached(value) for name, value in metrics.items()})
 
     @cached_property
     def _parameters(self) -> frozenset[str]:
@@ -139,18 +143,37 @@ def _problem(values: Any, shapes: Sequence[tuple[int, ...]], learns: bool) -> st
     return None
 
 
-def _metrics_problem(metrics: Any) -> str | None:
-    """Return why the second part of a function's result cannot be metrics; None if it can."""
+def _split(result: Any) -> tuple[Any, Any]:
+    """Return the losses of a function's result, and its metrics."""
+    return result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+
+
+def _metrics_problem(metrics: Any, losses: torch.Tensor) -> str | None:
+    """Return why the second part of a function's result cannot be metrics of these losses; None if it can."""
     if not isinstance(metrics, Mapping):
         return f"its metrics are a {type(metrics).__name__}; return (losses, {{name: number}})"
+    shapes = {losses.shape, losses.shape[:1]}
     for name, value in metrics.items():
         if not is_metric_name(name):
             return f"it returned a metric called {shorten(repr(name))}; {NAME_RULE}"
-        is_number = isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-        if not is_number or not math.isfinite(_number(value)):
+        if isinstance(value, torch.Tensor) and value.numel() > 1:
+            if value.shape not in shapes:
+                size = " or ".join(str(tuple(shape)) for shape in sorted(shapes, key=len))
+                return f"its metric '{name}' is a tensor of shape {tuple(value.shape)}; return a number, or {size}"
+        elif not isinstance(value, int | float | torch.Tensor) or not math.isfinite(value):
             return f"it returned {shorten(repr(value))} as the metric '{name}'; return a finite number"
     return None
 
 
-def _number(value: float | torch.Tensor) -> float:
-    return value.detach().item() if isinstance(value, torch.Tensor) else float(value)
+def _detached(value: float | torch.Tensor) -> float | torch.Tensor:
+    """Return a metric without gradient. A tensor of one element is a number."""
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    return value.detach() if value.numel() > 1 else float(value)
+
+
+def _mean(value: float | torch.Tensor, mask: torch.Tensor | None) -> float:
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    chosen = value[mask] if mask is not None and value.shape == mask.shape else value
+    return float(chosen.float().mean()) if chosen.numel() else math.nan

@@ -15,6 +15,9 @@ import torch
 
 Row = Mapping[str, Any]
 
+LOG_RATIO_LIMIT = 20.0
+"""exp(20) is 5e8: far outside any clip range, and still finite in float32 (as in verl and OpenRLHF)."""
+
 
 def _unchanged(logratios: torch.Tensor) -> torch.Tensor:
     return logratios
@@ -156,10 +159,35 @@ class ResponseTokens:
     def __len__(self) -> int:
         return len(self.new_logprobs)
 
-    @property
+    @cached_property
+    def log_ratio(self) -> torch.Tensor:
+        """Log of ``ratio``, (B, T), 0 outside the mask."""
+        return self._gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+    @cached_property
     def ratio(self) -> torch.Tensor:
         """Probability of each token under the updated policy over the sampling policy, (B, T), 1 outside the mask."""
-        return torch.exp((self.new_logprobs - self.logprobs).masked_fill(~self.mask, 0.0))
+        return torch.exp(self.log_ratio)
+
+    @cached_property
+    def response_log_ratio(self) -> torch.Tensor:
+        """Log of each response's probability ratio, (B, 1): the sum over its tokens."""
+        return self._gap.sum(dim=1, keepdim=True).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+    @cached_property
+    def mean_log_ratio(self) -> torch.Tensor:
+        """Mean of a response's log-ratios, (B, 1): the log of the geometric mean of its tokens' ratios."""
+        return (self._gap.sum(dim=1, keepdim=True) / self.lengths).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """Learned tokens of each response, at least 1, (B, 1)."""
+        return self.mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+    @cached_property
+    def _gap(self) -> torch.Tensor:
+        """Differences of log-probabilities without a limit, (B, T), 0 outside the mask."""
+        return torch.where(self.mask, self.new_logprobs - self.logprobs, self.new_logprobs.new_zeros(()))
 
     @property
     def position(self) -> torch.Tensor:

@@ -8,25 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch.nn import functional
 
+from align.methods.records import LOG_RATIO_LIMIT
 from align.rl.masking import masked_sum
 
 Aggregation = Literal["token", "sequence", "constant"]
 """``token``: every token weighs the same, so long responses count more. ``sequence``: every response weighs the same,
 which under-penalizes long bad ones (arXiv 2503.20783). ``constant``: token sums over responses times the maximum
 length. A token then weighs the same in every update, however long the other responses are (same source)."""
-RatioLevel = Literal["token", "sequence", "response"]
-"""Level of the probability ratio. ``token``: per token. ``sequence``: the geometric mean over a response's tokens
-(arXiv 2507.18071, equation 7). ``response``: their product, the response's own probability (arXiv 2402.14740)."""
-PairLoss = Literal["sigmoid", "ipo", "hinge"]
-
-LOG_RATIO_LIMIT = 20.0
-"""exp(20) is 5e8: far outside any clip range, and still finite in float32 (as in verl and OpenRLHF)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +28,8 @@ class LossTerms:
 
     loss: torch.Tensor
     sums: dict[str, torch.Tensor]
+    others: dict[str, tuple[torch.Tensor | float, int]] = field(default_factory=dict)
+    """Metrics of an own loss that are not per token: their sums and counts."""
 
 
 def aggregate(
@@ -85,74 +80,6 @@ def importance_weights(
     return weights.detach()
 
 
-def log_ratios(
-    new_logprobs: torch.Tensor, logprobs: torch.Tensor, mask: torch.Tensor, level: RatioLevel
-) -> torch.Tensor:
-    """Return the log of the probability ratio, new to old: (B, T) for tokens, else (B, 1). All inputs are (B, T)."""
-    gap = torch.where(mask, new_logprobs - logprobs, new_logprobs.new_zeros(()))
-    if level != "token":
-        gap = gap.sum(dim=1, keepdim=True)
-    if level == "sequence":
-        gap = gap / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-
-
-def policy_loss(
-    new_logprobs: torch.Tensor,
-    logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    count: torch.Tensor | float,
-    *,
-    clip: tuple[float, float],
-    dual_clip: float | None = None,
-    level: RatioLevel = "token",
-    clips: bool = True,
-    weights: torch.Tensor | None = None,
-    aggregation: Aggregation = "token",
-) -> LossTerms:
-    """Return PPO's clipped surrogate (arXiv 1707.06347, equation 7): ``-min(A rho, A clip(rho, 1-low, 1+high))``.
-
-    All tensors are (B, T).
-
-    Args:
-        clip: The clip ranges below and above 1, ``(low, high)``.
-        dual_clip: c; if A < 0, the loss is at most ``-c A`` (arXiv 1912.09729), which bounds the loss of a token that
-            the new policy has made very likely.
-        level: Level of the ratio; ``advantages`` are constant over a response unless it is ``token``.
-        clips: False for ``-min(rho, 1 + high) A log pi`` with the ratio as a weight without gradient (CISPO, arXiv
-            2506.13585, equation 4).
-        weights: Factor of each token's loss.
-    """
-    low, high = clip
-    # At sequence and response level there is one ratio per response, (B, 1), which broadcasts over its tokens.
-    log_ratio = log_ratios(new_logprobs, logprobs, mask, level)
-    ratio = torch.exp(log_ratio)
-    if clips:
-        unclipped = -advantages * ratio
-        # The larger loss is pessimistic: clipping removes gain, never loss.
-        per_token = torch.maximum(unclipped, -advantages * ratio.clamp(1.0 - low, 1.0 + high))
-        is_clipped = per_token > unclipped
-    else:
-        # The gradient flows only through log pi, so a capped token keeps the gradient that a clip would remove.
-        per_token = -advantages * ratio.clamp(max=1.0 + high).detach() * new_logprobs
-        is_clipped = (ratio > 1.0 + high).expand_as(mask)
-    if dual_clip is not None:
-        # With a negative advantage the surrogate grows without limit as the ratio does; dual clip bounds it.
-        bounded = torch.minimum(per_token, -dual_clip * advantages)
-        per_token = torch.where(advantages < 0, bounded, per_token)
-    if weights is not None:
-        per_token = per_token * weights
-    with torch.no_grad():
-        sums = {
-            "ratio": masked_sum(ratio.expand_as(mask), mask),
-            "clipfrac": masked_sum(is_clipped.to(ratio.dtype), mask),
-            "approx_kl": masked_sum((log_ratio**2 / 2).expand_as(mask), mask),
-            "policy_loss": masked_sum(per_token, mask),
-        }
-    return LossTerms(aggregate(per_token, mask, count, aggregation), sums)
-
-
 def value_loss(
     new_values: torch.Tensor,
     values: torch.Tensor,
@@ -181,50 +108,3 @@ def value_loss(
             "value_clipfrac": masked_sum((clipped > squared).to(squared.dtype), mask),
         }
     return LossTerms(aggregate(per_token, mask, count, aggregation), sums)
-
-
-def pair_loss(
-    new_logprobs: torch.Tensor,
-    ref_logprobs: torch.Tensor,
-    sides: torch.Tensor,
-    mask: torch.Tensor,
-    count: torch.Tensor | float,
-    *,
-    kind: PairLoss,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> LossTerms:
-    """Return DPO's loss over pairs of neighboring rows (arXiv 2305.18290, equation 7; IPO: 2310.12036).
-
-    Equal to the loss of stage ``dpo`` (trl) on the same numbers. IPO's margin uses means over each response's tokens,
-    so a single target fits all lengths. Its authors computed the paper's results this way, as trl's source says.
-    Log-probabilities and ``mask`` are (B, T). ``sides`` (B, 1) is 1 for the better response, -1 for the worse, 0 for
-    both of a tie, which has no loss. ``count`` and the logged sums are over pairs.
-    """
-    # A row's drift is log pi - log pi_ref of the response, beta times which is DPO's implicit reward.
-    drift = torch.where(mask, new_logprobs - ref_logprobs, new_logprobs.new_zeros(())).sum(dim=1)  # (B,)
-    margins = _margins(drift, sides)
-    is_decided = sides.view(-1, 2).ne(0).all(dim=1)
-    if kind == "sigmoid":
-        right = functional.logsigmoid(beta * margins)
-        wrong = functional.logsigmoid(-beta * margins)
-        # Label smoothing assumes that this share of the pairs has swapped labels.
-        per_pair = -(1 - label_smoothing) * right - label_smoothing * wrong
-    elif kind == "ipo":
-        # Per token, or long responses would need a larger drift for the same margin.
-        mean_drift = drift / mask.sum(dim=1).clamp(min=1)
-        per_pair = (_margins(mean_drift, sides) - 1 / (2 * beta)) ** 2
-    else:
-        per_pair = torch.relu(1 - beta * margins)
-    with torch.no_grad():
-        sums = {
-            "accuracy": masked_sum((margins > 0).float(), is_decided),
-            "margin": masked_sum(beta * margins, is_decided),
-            "pair_loss": masked_sum(per_pair, is_decided),
-        }
-    return LossTerms(masked_sum(per_pair, is_decided) / count, sums)
-
-
-def _margins(values: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
-    """Return the better response's value minus the worse response's, (B / 2,), of (B,) values."""
-    return (sides.squeeze(1) * values).view(-1, 2).sum(dim=1)

@@ -14,7 +14,7 @@ from align.config.own_function import OwnFunction
 from align.config.stages.preference import PROVIDED, DpoConfig
 from align.methods.call import Method
 from align.methods.contract import PAIRS, check
-from align.methods.pairs import LOSSES, alpha_divergence, forward_kl, js_divergence
+from align.methods.losses import PAIR_LOSSES, alpha_divergence, forward_kl, js_divergence
 from align.models.compute.processes import use_threads
 from align.pipeline.context import StageContext
 from align.stages.preference import PreparedPolicy, Reference, beta_of, prepare_policy
@@ -76,9 +76,9 @@ def run(context: StageContext) -> dict[str, Any]:
 def losses_of(config: DpoConfig, stage: str) -> list[WeightedLoss]:
     """Return the terms of the loss, an own loss first. Raises ``UserError`` for an own loss that cannot be called."""
     if not isinstance(config.loss, OwnFunction):
-        return [WeightedLoss(Method(LOSSES[name]), weight) for name, weight in config.terms.items()]
+        return [WeightedLoss(Method(PAIR_LOSSES[name]), weight) for name, weight in config.terms.items()]
     own = Method.own(config.loss, f"{stage}.loss", PROVIDED)
-    supervised = [WeightedLoss(Method(LOSSES["sft"]), config.sft_weight)] if config.sft_weight else []
+    supervised = [WeightedLoss(Method(PAIR_LOSSES["sft"]), config.sft_weight)] if config.sft_weight else []
     return [WeightedLoss(own, 1.0), *supervised]
 
 

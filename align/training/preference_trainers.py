@@ -21,7 +21,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference, KTOTrainer
 
 from align.methods.call import Method, Result
-from align.methods.pairs import LOSSES
+from align.methods.losses import PAIR_LOSSES
 from align.methods.records import PairLogprobs
 from align.training.held_out import scoring
 from align.training.order import by_length
@@ -129,7 +129,7 @@ class PreparedDPO(ScoredByReference, DPOTrainer):  # type: ignore[misc]
     gets if it has parameters of these names, next to ``beta``. ``sources`` are the rows that ``row`` numbers.
     """
 
-    losses: Sequence[WeightedLoss] = (WeightedLoss(Method(LOSSES["sigmoid"]), 1.0),)
+    losses: Sequence[WeightedLoss] = (WeightedLoss(Method(PAIR_LOSSES["sigmoid"]), 1.0),)
     fields: Mapping[str, float] = MappingProxyType({})
     divergence: Callable[[torch.Tensor], torch.Tensor] | None = None
     sources: Sequence[Row] = ()
@@ -141,7 +141,7 @@ class PreparedDPO(ScoredByReference, DPOTrainer):  # type: ignore[misc]
         for term in self.losses:
             result = term.loss(pairs, (len(pairs),), when, fields={"beta": self.beta, **self.fields})
             loss = loss + (self._weighted(result, outputs, pairs).mean() * term.weight)
-            for name, value in result.metrics.items():
+            for name, value in result.means().items():
                 self._metrics[self._mode][name].append(value)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss

@@ -15,7 +15,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from align.evaluation.calibration import ranks
 from align.methods.call import Method
-from align.methods.pairs import bradley_terry
+from align.methods.losses import bradley_terry
 from align.methods.records import PairScores
 from align.models.reward import Aggregate, combine_steps
 from align.training.held_out import pair_accuracy, row_batches, scoring
@@ -54,7 +54,7 @@ class _PairLoss(RewardTrainer):  # type: ignore[misc]
         pairs = PairScores(chosen, rejected, inputs.get("margin", torch.zeros_like(chosen)), rows)
         when = f"at step {self.state.global_step + 1}"
         result = self.pair_loss(pairs, (len(pairs),), when, fields={"label_smoothing": self.label_smoothing})
-        for name, value in result.metrics.items():
+        for name, value in result.means().items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
         loss = result.values.mean()
         if self.args.center_rewards_coefficient is not None:

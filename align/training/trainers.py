@@ -303,7 +303,7 @@ class _OwnTokenLoss(SFTTrainer):  # type: ignore[misc]
             lengths = row_lengths(inputs["position_ids"]) if "attention_mask" not in inputs else None
             tokens = AnswerTokens(_unflatten(outputs.log_probs, lengths), _unflatten(outputs.label_mask, lengths), rows)
             result = method(tokens, tuple(tokens.mask.shape), f"at step {self.state.global_step + 1}")
-            for name, value in result.metrics.items():
+            for name, value in result.means(tokens.mask).items():
                 self._metrics["train" if self.model.training else "eval"][name].append(value)
             outputs.log_probs = -_flatten(result.values * tokens.mask, lengths)
             return outputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 
 from align.errors import UserError
-from align.methods import pairs as pair_losses
 from align.methods.call import FunctionFailed, Method
-from align.methods.contract import ANSWERS, PAIRS, SCORES, Form, check, sample_pairs, violations
+from align.methods.contract import ANSWERS, PAIRS, SCORES, TOKENS, Form, check, sample_pairs, violations
+from align.methods.losses import PAIR_LOSSES, POLICY_LOSSES, bradley_terry
 from align.methods.records import AnswerTokens, PairLogprobs, PairScores
 
 FIELDS = {"beta": 0.1, "label_smoothing": 0.1, "discopop_tau": 0.05}
@@ -20,12 +21,18 @@ FIELDS = {"beta": 0.1, "label_smoothing": 0.1, "discopop_tau": 0.05}
 def test_shipped_losses_keep_the_contract() -> None:
     broken = {
         name: {broken for broken, _ in violations(Method(loss), PAIRS, (), **FIELDS)}
-        for name, loss in pair_losses.LOSSES.items()
+        for name, loss in PAIR_LOSSES.items()
     }
     # The AOT losses sort the micro-batch, and the SFT term is a mean over its tokens.
     batch = {"aot": {"order", "micro-batch"}, "aot_unpaired": {"order", "micro-batch"}, "sft": {"micro-batch"}}
     assert {name: names for name, names in broken.items() if names} == batch
-    assert not list(violations(Method(pair_losses.bradley_terry), SCORES, (), **FIELDS))
+    assert not list(violations(Method(bradley_terry), SCORES, (), **FIELDS))
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_shipped_policy_losses_keep_the_contract(name: str) -> None:
+    options = {"high": 0.2} if name == "cispo" else {"low": 0.2, "high": 0.2}
+    assert not list(violations(Method(POLICY_LOSSES[name], options), TOKENS, ()))
 
 
 def own(function: Callable[..., Any]) -> Method:
@@ -92,6 +99,11 @@ def test_broken_property_is_named(function: Callable[..., Any], name: str, probl
         (lambda pairs: (-pairs.margins, 3), "its metrics are a int"),
         (lambda pairs: (-pairs.margins, {"a b": 1.0}), "a metric called 'a b'"),
         (lambda pairs: (-pairs.margins, {"m": float("nan")}), "nan as the metric 'm'"),
+        (
+            lambda pairs: (-pairs.margins, {"m": torch.ones(2, 3)}),
+            "'m' is a tensor of shape (2, 3); return a number, or",
+        ),
+        (lambda pairs: (-pairs.margins, {"m": "high"}), "'high' as the metric 'm'"),
         (lambda pairs: pairs.nothing, "AttributeError"),
     ],
 )
@@ -153,3 +165,16 @@ def test_options_come_before_the_stages_fields() -> None:
 def test_position_counts_learned_tokens() -> None:
     mask = torch.tensor([[False, True, False, True], [True, True, True, False]])
     assert AnswerTokens(torch.zeros(2, 4), mask).position.tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
+
+
+def test_metrics_of_tokens_are_averaged_over_the_mask() -> None:
+    mask = torch.tensor([[True, False], [True, True]])
+
+    def loss(tokens: AnswerTokens) -> tuple[torch.Tensor, dict[str, Any]]:
+        token = torch.tensor([[1.0, 9.0], [2.0, 3.0]])
+        return -tokens.logprobs, {"token": token, "item": torch.tensor([1.0, 3.0]), "number": 4}
+
+    result = own(loss)(AnswerTokens(torch.zeros(2, 2, requires_grad=True), mask), (2, 2))
+    assert result.means(mask) == {"token": 2.0, "item": 2.0, "number": 4.0}
+    # Without a learned token there is nothing to average.
+    assert math.isnan(result.means(torch.zeros_like(mask))["token"])

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from align.config.stages.policy_gradient import PRESETS
+from align.methods.call import Method
 from align.rl import GrpoConfig
-from align.rl.losses import log_ratios, loss_count, pair_loss, policy_loss
+from align.rl.losses import loss_count
+from align.rl.objectives.selection import ONLINE_LOSSES, pair_loss
+from tests.support.rl.policy_losses import make_tokens, policy_loss
 
 MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, False], [True, True, True]])
 OLD = torch.tensor([[-1.0, -2.0, -0.5], [-1.5, 0.0, 0.0], [-0.7, -2.2, 0.0], [-3.0, -0.2, -1.1]])
@@ -116,11 +119,11 @@ def test_every_variant_is_trl_s_to_the_gradient(loss, clip):
     preset = PRESETS[loss]
 
     def ours(new):
+        tokens = make_tokens(new, OLD, ADVANTAGES[:, None] * MASK, MASK)
         count = loss_count([MASK], preset.aggregation, MAX_TOKENS)
-        return policy_loss(
-            new, OLD, ADVANTAGES[:, None] * MASK, MASK, count, clip=clip, level=preset.ratio, clips=preset.clips,
-            aggregation=preset.aggregation,
-        ).loss  # fmt: skip
+        low, high = clip
+        options = {"high": high} if loss == "cispo" else {"low": low, "high": high}
+        return policy_loss(tokens, count, name=loss, aggregation=preset.aggregation, **options).loss
 
     for actual, expected in zip(with_gradient(ours), with_gradient(lambda new: trl_grpo(loss, clip, new)), strict=True):
         assert torch.allclose(actual, expected, atol=1e-6), (actual, expected)
@@ -128,10 +131,8 @@ def test_every_variant_is_trl_s_to_the_gradient(loss, clip):
 
 def test_rloo_is_trl_s_to_the_gradient():
     def ours(new):
-        advantages = ADVANTAGES[:, None] * MASK
-        return policy_loss(
-            new, OLD, advantages, MASK, 4.0, clip=(0.2, 0.2), level="response", aggregation="sequence"
-        ).loss
+        tokens = make_tokens(new, OLD, ADVANTAGES[:, None] * MASK, MASK)
+        return policy_loss(tokens, 4.0, name="rloo", aggregation="sequence").loss
 
     for actual, expected in zip(with_gradient(ours), with_gradient(lambda new: trl_rloo(0.2, new)), strict=True):
         assert torch.allclose(actual, expected, atol=1e-6), (actual, expected)
@@ -152,13 +153,24 @@ def test_clip_ranges_follow_from_the_variant():
 def test_ratios_of_a_response_leave_padding_out():
     # row 0: 0.5 - 0.4 + 0.1 = 0.2 over 3 tokens; row 1: 0.3 over 1
     new = (OLD + MOVED).masked_fill(~MASK, 9.0)
-    assert log_ratios(new, OLD, MASK, "response")[:2].flatten().tolist() == pytest.approx([0.2, 0.3])
-    assert log_ratios(new, OLD, MASK, "sequence")[:2].flatten().tolist() == pytest.approx([0.2 / 3, 0.3])
+    tokens = make_tokens(new, OLD, ADVANTAGES[:, None] * MASK, MASK)
+    assert tokens.response_log_ratio[:2].flatten().tolist() == pytest.approx([0.2, 0.3])
+    assert tokens.mean_log_ratio[:2].flatten().tolist() == pytest.approx([0.2 / 3, 0.3])
 
 
-def pair(kind, sides=(1.0, -1.0, -1.0, 1.0), count=2.0, **options):
-    new = (OLD + MOVED).masked_fill(~MASK, 5.0)
-    return pair_loss(new, OLD, torch.tensor(sides)[:, None], MASK, count, kind=kind, beta=0.5, **options)
+BETTER_FIRST = [0, 1, 3, 2]
+"""Rows of the pairs, the better one first."""
+
+
+def pair_terms(kind, new, decided=(True, True), count=2.0, **options):
+    rows = [tensor[BETTER_FIRST] for tensor in (new, OLD, MASK)]
+    loss = Method(ONLINE_LOSSES[kind])
+    fields = {"beta": 0.5, "label_smoothing": 0.0} | options
+    return pair_loss(loss, *rows[:2], torch.tensor(decided), rows[2], count, **fields)
+
+
+def pair(kind, **options):
+    return pair_terms(kind, (OLD + MOVED).masked_fill(~MASK, 5.0), **options)
 
 
 def test_pair_losses_by_hand():
@@ -179,8 +191,7 @@ def test_pair_losses_by_hand():
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge"])
 def test_pair_losses_are_those_of_stage_dpo_to_the_gradient(kind):
     def ours(new):
-        sides = torch.tensor([1.0, -1.0, -1.0, 1.0])[:, None]
-        return pair_loss(new, OLD, sides, MASK, 2.0, kind=kind, beta=0.5).loss
+        return pair_terms(kind, new).loss
 
     for computed, expected in zip(with_gradient(ours), with_gradient(lambda new: trl_dpo(kind, new)), strict=True):
         assert torch.allclose(computed, expected, atol=1e-6), (computed, expected)
@@ -188,7 +199,7 @@ def test_pair_losses_are_those_of_stage_dpo_to_the_gradient(kind):
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge"])
 def test_ties_count_for_nothing(kind):
-    single_pair = pair(kind, sides=(0.0, 0.0, -1.0, 1.0), count=1.0)
+    single_pair = pair(kind, decided=(False, True), count=1.0)
     both = pair(kind)
-    first = pair(kind, sides=(1.0, -1.0, 0.0, 0.0), count=1.0)
+    first = pair(kind, decided=(True, False), count=1.0)
     assert both.loss.item() == pytest.approx((single_pair.loss.item() + first.loss.item()) / 2)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from align.rl.losses import aggregate, importance_weights, loss_count, policy_loss, value_loss
+from align.rl.losses import aggregate, importance_weights, loss_count, value_loss
 from align.rl.masking import response_mask
+from tests.support.rl.policy_losses import CLIP, make_tokens, policy_loss
 
 MASK = response_mask([3])
 OLD = torch.zeros(1, 3)
@@ -14,7 +15,7 @@ NEW = torch.tensor([[math.log(1.5), math.log(0.5), math.log(1.1)]])  # ratios 1.
 
 
 def surrogate(advantages, **options):
-    return policy_loss(NEW, OLD, torch.tensor([advantages]), MASK, 3, clip=(0.2, 0.2), **options)
+    return policy_loss(make_tokens(NEW, OLD, torch.tensor([advantages]), MASK), 3, **options)
 
 
 def test_policy_loss_clips_only_what_helps():
@@ -36,15 +37,16 @@ def test_dual_clip_bounds_the_loss_of_negative_advantages():
     new = torch.tensor([[math.log(8.0), 0.0, 0.0]])
     advantages = torch.tensor([[-1.0, 0.0, 1.0]])
     # max(8, 1.2) = 8, bounded by 3;  0;  -1
-    bounded = policy_loss(new, OLD, advantages, MASK, 3, clip=(0.2, 0.2), dual_clip=3.0)
+    tokens = make_tokens(new, OLD, advantages, MASK)
+    bounded = policy_loss(tokens, 3, **CLIP, dual_clip=3.0)
     assert bounded.loss.item() == pytest.approx((3.0 - 1.0) / 3, abs=1e-6)
-    plain = policy_loss(new, OLD, advantages, MASK, 3, clip=(0.2, 0.2))
+    plain = policy_loss(tokens, 3)
     assert plain.loss.item() == pytest.approx((8.0 - 1.0) / 3, abs=1e-5)
 
 
 def test_gradient_raises_the_probability_of_good_tokens():
     new = torch.zeros(1, 3, requires_grad=True)
-    policy_loss(new, OLD, torch.tensor([[1.0, -1.0, 0.0]]), MASK, 3, clip=(0.2, 0.2)).loss.backward()
+    policy_loss(make_tokens(new, OLD, torch.tensor([[1.0, -1.0, 0.0]]), MASK), 3).loss.backward()
     # d(-A rho)/d logp = -A at rho = 1
     assert new.grad[0].tolist() == pytest.approx([-1 / 3, 1 / 3, 0.0])
 
@@ -94,13 +96,12 @@ def test_micro_batches_add_up_to_the_whole():
     new, old, advantages = (torch.randn(4, 5) for _ in range(3))
     mask = response_mask([5, 2, 3, 1], 5)
     for kind, count in (("token", mask.sum()), ("sequence", 4)):
-        options = {"clip": (0.2, 0.2), "aggregation": kind}
-        full = policy_loss(new, old, advantages, mask, count, **options).loss
+        full = policy_loss(make_tokens(new, old, advantages, mask), count, aggregation=kind).loss
         parts = [
-            policy_loss(new[i : i + 1], old[i : i + 1], advantages[i : i + 1], mask[i : i + 1], count, **options).loss
+            policy_loss(make_tokens(*(tensor[[i]] for tensor in (new, old, advantages, mask))), count, aggregation=kind)
             for i in range(4)
         ]
-        assert torch.allclose(full, sum(parts), atol=1e-6)
+        assert torch.allclose(full, sum(part.loss for part in parts), atol=1e-6)
 
 
 def test_responses_that_another_policy_wrote_are_dropped_whole():
@@ -131,7 +132,7 @@ def test_ratios_of_policies_far_apart_stay_finite():
     of 0."""
     new = torch.tensor([[500.0, -500.0, 500.0]])
     advantages = torch.tensor([[-1.0, 1.0, 0.0]])
-    terms = policy_loss(new, OLD, advantages, MASK, 1, clip=(0.2, 0.2))
+    terms = policy_loss(make_tokens(new, OLD, advantages, MASK), 1)
     # max(e^20, 1.2) + max(-e^-20, -0.8) + 0
     assert terms.loss.item() == pytest.approx(math.exp(20), rel=1e-5)
     assert terms.sums["approx_kl"].item() == pytest.approx(3 * 20**2 / 2)

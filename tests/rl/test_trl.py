@@ -27,11 +27,12 @@ import torch
 from align.rl import PpoConfig
 from align.rl.advantages import gae
 from align.rl.arguments import rollout_arguments
-from align.rl.losses import policy_loss, value_loss
+from align.rl.losses import value_loss
 from align.rl.masking import last_index, response_mask, whiten
 from align.rl.packing import pack
 from align.rl.rewards import adjust_scores, estimate_kl, shape_rewards
 from tests.support.rl.make_trl_fixture import PAD
+from tests.support.rl.policy_losses import make_tokens, policy_loss
 from tests.support.rl.trl_runs import fill, of, ours, read_fixture, theirs
 
 
@@ -190,10 +191,8 @@ def test_an_update_with_early_ends_is_the_same_by_parts(trl, tmp_path):
             assert out["logprobs"].shape == mask[rows].shape  # each micro-batch has a response of full length
             close(out["logprobs"][mask[rows]], actual[f"{index}/new_logprobs"][mask[rows]], "new log-probabilities")
             close(out["values"][:, :-1], actual[f"{index}/new_values"], "new values")
-            policy = policy_loss(
-                *(out["logprobs"], t["logprobs"][rows], advantages[rows], mask[rows], mask[rows].sum()),
-                clip=(s["cliprange"], s["cliprange"]),
-            )
+            tokens = make_tokens(out["logprobs"], t["logprobs"][rows], advantages[rows], mask[rows])
+            policy = policy_loss(tokens, mask[rows].sum(), low=s["cliprange"], high=s["cliprange"])
             value = value_loss(  # over the slots too: difference 2
                 *(out["values"][:, :-1], t["values"][rows, :-1], t["returns"][rows], slot[rows], slot[rows].sum()),
                 value_clip_range=s["cliprange_value"],

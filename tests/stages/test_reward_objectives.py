@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from align.evaluation.calibration import ranks
-from align.methods.pairs import bradley_terry
+from align.methods.losses import bradley_terry
 from align.methods.records import PairScores
 from align.models.built_in import make_tiny_tokenizer
 from align.models.reward import RewardModel, Steps, combine_steps, tokenize_steps

@@ -16,7 +16,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from align.config.stages.preference import DIFFERENCES, DpoConfig, Loss
 from align.config.tuning import LoraTuning
 from align.methods.call import Method
-from align.methods.pairs import LOSSES, alpha_divergence, forward_kl, js_divergence
+from align.methods.losses import PAIR_LOSSES, alpha_divergence, forward_kl, js_divergence
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tuning.apply import apply_tuning
 from align.store.artifacts import Kind
@@ -109,11 +109,11 @@ def test_every_loss_is_what_its_paper_writes(tiny_model: Path, tmp_path: Path) -
     assert len(names) == 15
     trainer.fields = {"label_smoothing": 0.1, "discopop_tau": 0.05}
     for name in names:
-        trainer.losses = [WeightedLoss(Method(LOSSES[name]), 1.0)]
+        trainer.losses = [WeightedLoss(Method(PAIR_LOSSES[name]), 1.0)]
         with torch.no_grad():
             actual = float(trainer.compute_loss(trainer.model, batch))
         assert actual == pytest.approx(expected(name, parts), rel=2e-4, abs=2e-4), name
-    trainer.losses = [WeightedLoss(Method(LOSSES["sigmoid"]), 2.0), WeightedLoss(Method(LOSSES["sft"]), 0.25)]
+    trainer.losses = [WeightedLoss(Method(PAIR_LOSSES["sigmoid"]), 2.0), WeightedLoss(Method(PAIR_LOSSES["sft"]), 0.25)]
     with torch.no_grad():
         actual = float(trainer.compute_loss(trainer.model, batch))
     assert actual == pytest.approx(2 * expected("sigmoid", parts) + 0.25 * expected("sft", parts), rel=2e-4)
@@ -153,7 +153,7 @@ def test_losses_and_metrics_equal_trl(
         # trl 1.16 multiplies in place, which fails after relu and expand. The AOT losses have no pairs.
         names = [name for name in names if name not in ("hinge", "sft", "aot", "aot_unpaired")]
     for name in names:
-        trainer.losses, trainer.loss_types = [WeightedLoss(Method(LOSSES[name]), 0.75)], [name]
+        trainer.losses, trainer.loss_types = [WeightedLoss(Method(PAIR_LOSSES[name]), 0.75)], [name]
         trainer.loss_weights = [0.75]
         results = []
         for compute in (DPOTrainer._compute_loss, PreparedDPO._compute_loss):

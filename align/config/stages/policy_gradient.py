@@ -258,23 +258,19 @@ class PpoConfig(DriftFields):
 
 GroupLoss = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"]
 Scale = Literal["group", "batch", "none"]
-Ratio = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Parts of a loss variant. The clip ranges and ``scale_rewards`` are defaults that a field of that name replaces.
+    """Defaults of a loss variant, whose function is in ``align.methods.losses``.
 
-    ``ratio``: one probability ratio per token, or one per response (the geometric mean over its tokens).
-    ``aggregation``: as PPO's ``loss_aggregation``. ``clips``: clip the surrogate (PPO), or only cap the ratio's weight.
+    ``aggregation``: as PPO's ``loss_aggregation``. A field replaces the value of its name among the others.
     """
 
     aggregation: Literal["token", "sequence", "constant"]
     scale_rewards: Scale = "group"
     clip_range: float = 0.2
     clip_range_high: float | None = None
-    ratio: Ratio = "token"
-    clips: bool = True
 
 
 PRESETS: dict[GroupLoss, Preset] = {
@@ -282,8 +278,8 @@ PRESETS: dict[GroupLoss, Preset] = {
     "bnpo": Preset("token"),
     "dr_grpo": Preset("constant", scale_rewards="none"),
     "dapo": Preset("token", clip_range_high=0.28),
-    "gspo": Preset("sequence", clip_range=3e-4, clip_range_high=4e-4, ratio="sequence"),
-    "cispo": Preset("token", clip_range_high=4.0, clips=False),
+    "gspo": Preset("sequence", clip_range=3e-4, clip_range_high=4e-4),
+    "cispo": Preset("token", clip_range_high=4.0),
 }
 """Loss variant -> its parts. Sources: ``GrpoConfig.loss``."""
 
@@ -361,9 +357,15 @@ class GrpoConfig(DriftFields):
         """Clip range of the ratio below and above 1. If only ``clip_range`` is set, it applies to both."""
         low = self.preset.clip_range if self.clip_range is None else self.clip_range
         high = self.clip_range_high
-        if high is None and (self.clip_range is None or not self.preset.clips):
+        if high is None and self.clip_range is None:
             high = self.preset.clip_range_high
         return low, low if high is None else high
+
+    @property
+    def loss_options(self) -> dict[str, float]:
+        """Arguments of the shipped loss."""
+        low, high = self.clip
+        return {"high": high} if self.loss == "cispo" else {"low": low, "high": high}
 
     @property
     def scale(self) -> Scale:

@@ -5,20 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from align.config.stages.policy_gradient import drift_settings
-from align.rl.losses import Aggregation, LossTerms, aggregate, importance_weights
 from align.rl.metrics import Averages
 from align.rl.packing import Batch
 from align.rl.rewards import KLPenalty, RunningScale, adjust_scores, estimate_kl
 from align.rl.rollout import Rollout
 from align.rl.sampler import RolloutSampler
-
-if TYPE_CHECKING:
-    from align.rl.objectives.own import OwnLoss
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,6 @@ class Objective(ABC):
         self.averages = Averages()
         """Metrics that the trainer logs with its own."""
         self.drift = drift_settings(config)
-        self.own_loss: OwnLoss | None = None
         self.scale = RunningScale() if self.drift.normalize_scores else None
 
     def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
@@ -94,36 +89,6 @@ class Objective(ABC):
             length_penalty=self.config.length_penalty,
             lengths=tensors["response_mask"].sum(dim=1),
         )
-
-    def _importance_weights(self, batch: Batch) -> torch.Tensor:
-        """Return the weights (B, T) that correct the engine's rounding, capped as the settings say."""
-        return importance_weights(
-            batch["logprobs"],
-            batch["sampler_logprobs"],
-            batch["learn_mask"],
-            self.config.importance_cap,
-            self.config.importance_sequence_cap,
-        )
-
-    def _regularized(
-        self, loss: torch.Tensor, outputs: Batch, batch: Batch, step: Step, aggregation: Aggregation
-    ) -> torch.Tensor:
-        """Return a surrogate minus the entropy bonus, plus the KL penalty if it is in the loss; a scalar."""
-        config = self.config
-        mask = batch["learn_mask"]
-        if config.entropy_coef:
-            loss = loss - config.entropy_coef * aggregate(outputs["entropy"], mask, step.count, aggregation)
-        if step.penalty.in_loss:
-            drift = estimate_kl(outputs["logprobs"], batch["ref_logprobs"], config.drift_estimator)
-            loss = loss + step.penalty.in_loss * aggregate(drift, mask, step.count, aggregation)
-        return loss
-
-    def _own_terms(self, loss: OwnLoss, outputs: Batch, batch: Batch, weights: torch.Tensor, step: Step) -> LossTerms:
-        """Return an own loss's terms, and log its metrics."""
-        terms = loss(outputs, batch, weights, step.count, step.update)
-        for name, value in loss.metrics.items():
-            self.averages.add(name, value)
-        return terms
 
     def _log_sums(self, sums: Mapping[str, torch.Tensor], count: torch.Tensor | float) -> None:
         for name, total in sums.items():

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from align.config.own_function import OwnFunction
 from align.config.stages.policy_gradient import GrpoConfig, RlooConfig
 from align.methods.call import Method
 from align.rl.advantages import (
@@ -21,9 +20,8 @@ from align.rl.advantages import (
     whiten_responses,
     without_variance,
 )
-from align.rl.losses import Aggregation, RatioLevel, loss_count, policy_loss
-from align.rl.objectives import Objective, Step, mask_to_learn, masked_kl
-from align.rl.objectives.own import OwnLoss, own_advantages
+from align.rl.objectives import Step, mask_to_learn, masked_kl
+from align.rl.objectives.policy import PolicyObjective, choose_loss, own_advantages
 from align.rl.packing import Batch
 from align.rl.prompts import derive_seed
 from align.rl.rewards import KLPenalty
@@ -31,29 +29,14 @@ from align.rl.rollout import Rollout, join_rollouts
 from align.rl.sampler import RolloutSampler
 
 
-class GroupObjective(Objective):
-    """Base of GRPO and RLOO: one advantage per response, a KL penalty in score or loss, a clipped surrogate."""
+class GroupObjective(PolicyObjective):
+    """Base of GRPO and RLOO: one advantage per response, and a KL penalty in score or loss."""
 
-    loss_inputs: tuple[str, ...] = (
-        "logprobs",
-        "sampler_logprobs",
-        "ref_logprobs",
-        "advantages",
-        "learn_mask",
-    )
     config: Any
-    aggregation: Aggregation
-    ratio_level: RatioLevel
-    clips: bool = True
-    """False caps the ratio as a weight instead of clipping the surrogate (CISPO)."""
     own_advantage: Method | None = None
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        if isinstance(config.loss, OwnFunction):
-            self.own_loss = OwnLoss(config.loss)
-            self.aggregation = self.own_loss.aggregation
-            self.loss_inputs = (*self.loss_inputs, "group")
         if config.advantage is not None:
             self.own_advantage = Method.own(config.advantage, "advantage")
 
@@ -94,31 +77,10 @@ class GroupObjective(Objective):
         judged = rollout.judged
         self.averages.add(name, (_is_flat(rollout) & judged).sum(), judged.sum())
 
-    def token_count(self, batches: list[Batch]) -> float:
-        """Return the tokens or responses of an optimizer step, by the loss's aggregation."""
-        return loss_count([batch["learn_mask"] for batch in batches], self.aggregation, self.config.max_tokens)
-
     def loss(self, outputs: Batch, batch: Batch, step: Step) -> torch.Tensor:
-        """Return the surrogate, minus an entropy bonus, plus the KL penalty if it is in the loss; a scalar."""
-        mask = batch["learn_mask"]
-        weights = self._importance_weights(batch)
-        if self.own_loss is not None:
-            terms = self._own_terms(self.own_loss, outputs, batch, weights, step)
-        else:
-            terms = policy_loss(
-                outputs["logprobs"],
-                batch["logprobs"],
-                batch["advantages"],
-                mask,
-                step.count,
-                clip=self.config.clip,
-                level=self.ratio_level,
-                clips=self.clips,
-                weights=weights,
-                aggregation=self.aggregation,
-            )
-        loss = self._regularized(terms.loss, outputs, batch, step, self.aggregation)
-        self._log_sums({**terms.sums, "importance_weight": (weights * mask).sum()}, mask.sum())
+        """Return the policy's loss, a scalar."""
+        loss, sums = self.policy_terms(outputs, batch, step)
+        self._log_sums(sums, batch["learn_mask"].sum())
         return loss
 
 
@@ -130,10 +92,7 @@ class GRPOObjective(GroupObjective):
 
     def __init__(self, config: GrpoConfig) -> None:
         super().__init__(config)
-        if self.own_loss is None:
-            self.aggregation = config.preset.aggregation
-            self.ratio_level = config.preset.ratio
-            self.clips = config.preset.clips
+        self.policy_loss = choose_loss(config.loss, config.preset.aggregation, **config.loss_options)
 
     def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
         """With ``zero_variance: resample``, replace groups without variance by groups of other prompts (DAPO)."""
@@ -214,8 +173,11 @@ class RLOOObjective(GroupObjective):
 
     name: ClassVar[str] = "rloo"
     config: RlooConfig
-    aggregation: Aggregation = "sequence"
-    ratio_level: RatioLevel = "response"
+
+    def __init__(self, config: RlooConfig) -> None:
+        super().__init__(config)
+        low, high = config.clip
+        self.policy_loss = choose_loss(config.loss, "sequence", low=low, high=high)
 
     def compare(self, totals: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         """Return ``totals`` minus the mean of the other responses, (B,)."""

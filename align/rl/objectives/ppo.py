@@ -6,41 +6,28 @@ from typing import ClassVar
 
 import torch
 
-from align.config.own_function import OwnFunction
 from align.config.stages.policy_gradient import PpoConfig
 from align.rl.advantages import gae
-from align.rl.losses import Aggregation, loss_count, policy_loss, value_loss
+from align.rl.losses import value_loss
 from align.rl.masking import whiten
-from align.rl.objectives import Objective, Step, mask_to_learn
-from align.rl.objectives.own import OwnLoss
+from align.rl.objectives import Step, mask_to_learn
+from align.rl.objectives.policy import PolicyObjective, choose_loss
 from align.rl.packing import Batch
 from align.rl.rewards import KLPenalty, shape_rewards
 from align.rl.rollout import STEP_REWARDS, Rollout
 
 
-class PPOObjective(Objective):
+class PPOObjective(PolicyObjective):
     """Every token is an action. Its advantage compares the later rewards with the critic's expectation."""
 
     name: ClassVar[str] = "ppo"
-    loss_inputs: tuple[str, ...] = (
-        "logprobs",
-        "sampler_logprobs",
-        "ref_logprobs",
-        "values",
-        "advantages",
-        "returns",
-        "learn_mask",
-    )
+    loss_inputs: tuple[str, ...] = (*PolicyObjective.loss_inputs, "values", "returns")
     config: PpoConfig
 
     def __init__(self, config: PpoConfig) -> None:
         super().__init__(config)
-        self.aggregation: Aggregation = config.loss_aggregation
-        if isinstance(config.loss, OwnFunction):
-            self.own_loss = OwnLoss(config.loss)
-            # The value loss is weighed as the policy's.
-            self.aggregation = self.own_loss.aggregation
-            self.loss_inputs = (*self.loss_inputs, "group")
+        clip = {"low": config.clip_range, "high": config.clip_range}
+        self.policy_loss = choose_loss(config.loss, config.loss_aggregation, **clip, dual_clip=config.dual_clip)
 
     def advantages(self, rollout: Rollout, penalty: KLPenalty) -> None:
         """Add rewards per token, advantages by the critic, and returns, all (B, T), in float32 on the CPU."""
@@ -90,11 +77,6 @@ class PPOObjective(Objective):
         # Only divided, not shifted: the whole score is shifted once, and the end gets the rest.
         return rewards / (self.scale.std or 1.0)
 
-    def token_count(self, batches: list[Batch]) -> float:
-        """Return the tokens or responses of an optimizer step, by the loss's aggregation."""
-        masks = [batch["learn_mask"] for batch in batches]
-        return loss_count(masks, self.aggregation, self.config.max_tokens)
-
     def rests_policy(self, update: int) -> bool:
         """Return True while the critic warms up."""
         return bool(update < self.config.critic_warmup_updates)
@@ -110,7 +92,7 @@ class PPOObjective(Objective):
         if "values" in outputs:
             loss, sums = self._critic_loss(outputs, batch, step)
         if "logprobs" in outputs:
-            policy_part, policy_sums = self._policy_loss(outputs, batch, step)
+            policy_part, policy_sums = self.policy_terms(outputs, batch, step)
             # The term is multiplied by 0.0, not skipped: under DDP every parameter must get a gradient.
             loss = loss + (0.0 if self.rests_policy(step.update) else 1.0) * policy_part
             sums |= policy_sums
@@ -127,32 +109,7 @@ class PPOObjective(Objective):
             batch["learn_mask"],
             step.count,
             value_clip_range=self.config.value_clip_range,
-            aggregation=self.aggregation,
+            # Weighed as the policy's.
+            aggregation=self.policy_loss.aggregation,
         )
         return self.config.vf_coef * terms.loss, dict(terms.sums)
-
-    def _policy_loss(self, outputs: Batch, batch: Batch, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return policy loss - entropy_coef x entropy (+ KL penalty), and its sums to log.
-
-        At the rollout's weights the gradient of the KL term equals the gradient of the KL (k2). It is an approximation
-        after steps away from them.
-        """
-        config = self.config
-        mask = batch["learn_mask"]
-        weights = self._importance_weights(batch)
-        if self.own_loss is not None:
-            terms = self._own_terms(self.own_loss, outputs, batch, weights, step)
-        else:
-            terms = policy_loss(
-                outputs["logprobs"],
-                batch["logprobs"],
-                batch["advantages"],
-                mask,
-                step.count,
-                clip=(config.clip_range, config.clip_range),
-                dual_clip=config.dual_clip,
-                weights=weights,
-                aggregation=self.aggregation,
-            )
-        loss = self._regularized(terms.loss, outputs, batch, step, self.aggregation)
-        return loss, terms.sums | {"importance_weight": (weights * mask).sum()}

@@ -7,18 +7,25 @@ of the policy's own responses, ranked by the scorer in every update.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
 
 from align.config.stages.best_of_n import OnlineDpoConfig, RejectionConfig
-from align.rl.losses import aggregate, loss_count, pair_loss
+from align.methods.call import Method
+from align.methods.losses import cdpo, hinge, ipo
+from align.methods.records import PairLogprobs
+from align.rl.losses import LossTerms, aggregate, loss_count
 from align.rl.masking import masked_sum
 from align.rl.objectives import Objective, Step, mask_to_learn, masked_kl
 from align.rl.packing import Batch, group_members
 from align.rl.rewards import KLPenalty
 from align.rl.rollout import Rollout
 from align.rl.sampler import RolloutSampler
+
+ONLINE_LOSSES: Mapping[str, Callable[..., torch.Tensor]] = {"sigmoid": cdpo, "ipo": ipo, "hinge": hinge}
+"""The losses of ``OnlineDpoConfig.loss``. IPO's margin is per token, so that one target fits all lengths."""
 
 
 class BestOfNObjective(Objective):
@@ -79,19 +86,19 @@ class OnlineDPOObjective(Objective):
     """The best and the worst response to a prompt are a pair for DPO's loss against the reference."""
 
     name: ClassVar[str] = "online_dpo"
-    loss_inputs = ("ref_logprobs", "sides", "learn_mask")
+    loss_inputs = ("ref_logprobs", "decided", "learn_mask")
     config: OnlineDpoConfig
 
     def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
-        """Return the best and the worst of each group, one after the other, and their ``sides`` (B, 1).
+        """Return the best and the worst of each group, one after the other.
 
-        A side is 1 for the better, -1 for the worse, and 0 for both if all score the same.
+        ``decided`` (B, 1) is False for both if all score the same.
         """
         scores = self.adjusted_scores(rollout).tolist()
         judged = rollout.judged.tolist()
         groups = group_members(rollout.groups)
         selected: list[int] = []
-        sides: list[float] = []
+        decided: list[bool] = []
         pairs_judged = ties = 0
         for members in groups:
             # Failed episodes only fill up a pair, which then has no loss.
@@ -102,11 +109,11 @@ class OnlineDPOObjective(Objective):
             selected += [best, worst]
             is_judged = judged[best] and judged[worst]
             is_decided = is_judged and scores[best] > scores[worst]
-            sides += [1.0, -1.0] if is_decided else [0.0, 0.0]
+            decided += [is_decided] * 2
             pairs_judged += is_judged
             ties += is_judged and not is_decided
         pairs = rollout.subset(selected)
-        pairs.tensors["sides"] = torch.tensor(sides)[:, None]
+        pairs.tensors["decided"] = torch.tensor(decided)[:, None]
         self.averages.add("tied_pairs", ties, pairs_judged)
         return pairs
 
@@ -116,19 +123,58 @@ class OnlineDPOObjective(Objective):
 
     def token_count(self, batches: list[Batch]) -> float:
         """Return the number of pairs of an optimizer step that are not ties."""
-        return float(sum(int(batch["sides"].ne(0).sum()) for batch in batches)) / 2
+        return float(sum(int(batch["decided"].sum()) for batch in batches)) / 2
 
     def loss(self, outputs: Batch, batch: Batch, step: Step) -> torch.Tensor:
         """Return the loss of the pairs, a scalar. ``accuracy``: the share that the policy ranks as the scorer does."""
+        is_decided = batch["decided"][0::2, 0]
         terms = pair_loss(
+            Method(ONLINE_LOSSES[self.config.loss]),
             outputs["logprobs"],
             batch["ref_logprobs"],
-            batch["sides"],
+            is_decided,
             batch["learn_mask"],
             step.count,
-            kind=self.config.loss,
             beta=self.config.beta,
             label_smoothing=self.config.label_smoothing,
         )
-        self._log_sums(terms.sums, batch["sides"].ne(0).sum() / 2)
+        self._log_sums(terms.sums, is_decided.sum())
         return terms.loss
+
+
+def pair_loss(
+    method: Method,
+    new_logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    is_decided: torch.Tensor,
+    mask: torch.Tensor,
+    count: torch.Tensor | float,
+    **fields: float,
+) -> LossTerms:
+    """Return a preference loss over pairs of neighboring rows, the better response first.
+
+    Equal to the loss of stage ``dpo`` on the same numbers. Log-probabilities and ``mask`` are (B, T). ``is_decided``
+    (B / 2,) is False for a tie, which has no loss. ``count`` and the logged sums are over pairs. ``fields``, ``beta``
+    among them, are parameters of the loss.
+    """
+    # The sum of differences has fewer rounding errors than the difference of two long sums.
+    drift = torch.where(mask, new_logprobs - ref_logprobs, new_logprobs.new_zeros(())).sum(dim=1)
+    nothing = torch.zeros_like(drift[0::2])
+    pairs = PairLogprobs(
+        chosen_logprobs=drift[0::2],
+        rejected_logprobs=drift[1::2],
+        ref_chosen_logprobs=nothing,
+        ref_rejected_logprobs=nothing,
+        chosen_token_logprobs=new_logprobs[0::2],
+        rejected_token_logprobs=new_logprobs[1::2],
+        chosen_mask=mask[0::2],
+        rejected_mask=mask[1::2],
+    )
+    per_pair = method(pairs, (len(pairs),), fields=fields).values
+    with torch.no_grad():
+        sums = {
+            "accuracy": masked_sum((pairs.margins > 0).float(), is_decided),
+            "margin": masked_sum(fields["beta"] * pairs.margins, is_decided),
+            "pair_loss": masked_sum(per_pair, is_decided),
+        }
+    return LossTerms(masked_sum(per_pair, is_decided) / count, sums)

@@ -16,17 +16,17 @@ CONFIG = OnlineDpoConfig.for_trainer(learning_rate=1e-6, beta=0.5)
 
 
 def make_batch() -> dict[str, torch.Tensor]:
-    """Return two pairs and a tie; responses have two tokens, of which the fourth response's last is padding."""
+    """Return two pairs and a tie; responses have two tokens, of which the third response's last is padding."""
     return {
         "ref_logprobs": torch.zeros(6, 2),
-        "sides": torch.tensor([1.0, -1.0, -1.0, 1.0, 0.0, 0.0])[:, None],
-        "learn_mask": torch.tensor([[1, 1], [1, 1], [1, 1], [1, 0], [1, 1], [1, 1]]).bool(),
+        "decided": torch.tensor([True] * 4 + [False] * 2)[:, None],
+        "learn_mask": torch.tensor([[1, 1], [1, 1], [1, 0], [1, 1], [1, 1], [1, 1]]).bool(),
     }
 
 
 def test_logged_values_are_means_over_pairs() -> None:
     objective = OnlineDPOObjective(CONFIG)
-    logprobs = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 2.0], [-1.0, 9.0], [5.0, 5.0], [0.0, 0.0]])
+    logprobs = torch.tensor([[1.0, 1.0], [0.0, 0.0], [-1.0, 9.0], [1.0, 2.0], [5.0, 5.0], [0.0, 0.0]])
     batch = make_batch()
     step: Any = SimpleNamespace(count=objective.token_count([batch]))
     assert step.count == 2
@@ -59,5 +59,5 @@ def test_best_and_worst_of_each_group_are_a_pair() -> None:
     pairs = objective.select(rollout, sampler=None)  # type: ignore[arg-type]
     assert pairs.texts[:2] == ["1", "2"] and pairs.texts[4:] == ["7", "8"]
     assert set(pairs.texts[2:4]) <= {"3", "4", "5"} and pairs.texts[2] != pairs.texts[3]
-    assert pairs.tensors["sides"].flatten().tolist() == [1.0, -1.0, 0.0, 0.0, 1.0, -1.0]
+    assert pairs.tensors["decided"].flatten().tolist() == [True, True, False, False, True, True]
     assert objective.averages.means(lambda totals: totals) == {"tied_pairs": pytest.approx(1 / 3)}

@@ -218,7 +218,7 @@ def test_best_and_worst_are_a_pair_and_ties_have_no_loss(make_online):
     trainer.objective.select = lambda rollout, sampler: calls.append((rollout, select(rollout, sampler))) or calls[0][1]
     trainer.train()
     draws, pairs = calls[0]
-    assert pairs.tensors["sides"].flatten().tolist() == [1.0, -1.0, 0.0, 0.0]
+    assert pairs.tensors["decided"].flatten().tolist() == [True, True, False, False]
     assert pairs.responses[:2] == [draws.responses[1], draws.responses[0]]
     (entry,) = updates(trainer)
     assert entry["tied_pairs"] == 0.5 and entry["episodes"] == 8

@@ -1,7 +1,6 @@
-"""Losses over pairs of answers: DPO (arXiv 2305.18290) and its relatives. Each returns one number per pair, (B,).
+"""The shipped losses, one function for each method: of sampled responses, of pairs of answers, of reward models.
 
-A function's keyword arguments are the stage's fields of these names. ``pairs.margins`` is the difference of the two
-answers' log-ratios between policy and reference, in nats.
+Keyword arguments are values of the stage's fields. ``align`` takes the mean over the optimizer step.
 """
 
 from __future__ import annotations
@@ -12,7 +11,99 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.nn.functional import logsigmoid
 
-from align.methods.records import PairLogprobs, PairScores
+from align.methods.records import PairLogprobs, PairScores, ResponseTokens
+
+# ---- losses of sampled responses: a number per token, (B, T), and metrics ------------------------------------------
+#
+# The methods differ in four places: the ratio that is clipped, the clip range, the divisor of the sum over tokens, and
+# the advantage. The first two are here; ``align.config.stages.policy_gradient.PRESETS`` has the divisors and
+# ``align.rl.advantages`` the advantages. ``low`` and ``high`` are the clip ranges below and above a ratio of 1.
+
+TokenLosses = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""Losses of tokens, (B, T), and metrics of tokens, (B, T) each."""
+
+
+def ppo(tokens: ResponseTokens, *, low: float, high: float, dual_clip: float | None = None) -> TokenLosses:
+    """PPO: the clipped ratio of each token, with a critic's advantage (arXiv 1707.06347, equation 7).
+
+    ``dual_clip`` c bounds the loss by ``-c A`` if A < 0 (arXiv 1912.09729, equation 5). Without it, the loss of a token
+    that the new policy has made very likely grows as the ratio does.
+    """
+    losses, metrics = _clipped(tokens, tokens.log_ratio, low, high)
+    if dual_clip is not None:
+        bounded = torch.minimum(losses, -dual_clip * tokens.advantages)
+        losses = torch.where(tokens.advantages < 0, bounded, losses)
+    return losses, metrics
+
+
+def grpo(tokens: ResponseTokens, *, low: float, high: float) -> TokenLosses:
+    """GRPO: PPO's surrogate, in which every response weighs the same (arXiv 2402.03300, equation 3)."""
+    return _clipped(tokens, tokens.log_ratio, low, high)
+
+
+def bnpo(tokens: ResponseTokens, *, low: float, high: float) -> TokenLosses:
+    """GRPO in which every token of the optimizer step weighs the same (the variant of this name in trl)."""
+    return _clipped(tokens, tokens.log_ratio, low, high)
+
+
+def dr_grpo(tokens: ResponseTokens, *, low: float, high: float) -> TokenLosses:
+    """Dr. GRPO: sums of tokens over a constant, without a bias by length or deviation (arXiv 2503.20783, figure 1)."""
+    return _clipped(tokens, tokens.log_ratio, low, high)
+
+
+def dapo(tokens: ResponseTokens, *, low: float, high: float) -> TokenLosses:
+    """DAPO: tokens weigh the same, and ``high`` is larger than ``low`` (arXiv 2503.14476, equation 8)."""
+    return _clipped(tokens, tokens.log_ratio, low, high)
+
+
+def gspo(tokens: ResponseTokens, *, low: float, high: float) -> TokenLosses:
+    """GSPO: the geometric mean of a response's ratios in the place of each (arXiv 2507.18071, equations 5 and 7)."""
+    return _clipped(tokens, tokens.mean_log_ratio, low, high)
+
+
+def rloo(tokens: ResponseTokens, *, low: float, high: float) -> TokenLosses:
+    """RLOO: a response is one action, whose ratio is the product of its tokens' ratios (arXiv 2402.14740)."""
+    return _clipped(tokens, tokens.response_log_ratio, low, high)
+
+
+def cispo(tokens: ResponseTokens, *, high: float) -> TokenLosses:
+    """CISPO: the capped ratio is a weight of the policy gradient (arXiv 2506.13585, equation 4).
+
+    The gradient flows only through log pi, so a capped token keeps the gradient that a clip would remove.
+    """
+    ratio = torch.exp(tokens.log_ratio)
+    losses = -tokens.advantages * ratio.clamp(max=1.0 + high).detach() * tokens.new_logprobs
+    return losses, _metrics(tokens, tokens.log_ratio, ratio > 1.0 + high)
+
+
+def _clipped(tokens: ResponseTokens, log_ratio: torch.Tensor, low: float, high: float) -> TokenLosses:
+    """Return PPO's surrogate, ``-min(A rho, A clip(rho, 1 - low, 1 + high))``.
+
+    ``log_ratio``, the log of rho, is (B, T), or (B, 1) for one ratio per response.
+    """
+    ratio = torch.exp(log_ratio)
+    plain = -tokens.advantages * ratio
+    # The larger loss is pessimistic: clipping removes gain, never loss.
+    losses = torch.maximum(plain, -tokens.advantages * ratio.clamp(1.0 - low, 1.0 + high))
+    return losses, _metrics(tokens, log_ratio, losses > plain)
+
+
+@torch.no_grad()
+def _metrics(tokens: ResponseTokens, log_ratio: torch.Tensor, is_clipped: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the ratio, whether it is clipped, and the KL to the sampling policy to second order, (B, T) each."""
+    metrics = {"ratio": torch.exp(log_ratio), "clipfrac": is_clipped.to(log_ratio.dtype), "approx_kl": log_ratio**2 / 2}
+    return {name: values.expand_as(tokens.mask) for name, values in metrics.items()}
+
+
+POLICY_LOSSES: Mapping[str, Callable[..., TokenLosses]] = {
+    loss.__name__: loss for loss in (ppo, grpo, bnpo, dr_grpo, dapo, gspo, rloo, cispo)
+}
+"""The losses that ``loss`` of grpo names, and the losses of ppo and rloo."""
+
+
+# ---- losses of pairs, DPO (arXiv 2305.18290) and its relatives: a number per pair, (B,) -----------------------------
+#
+# ``pairs.margins`` is the difference of the two answers' log-ratios between policy and reference, in nats.
 
 
 def sigmoid(pairs: PairLogprobs, *, beta: float) -> torch.Tensor:
@@ -104,19 +195,25 @@ def sft(pairs: PairLogprobs) -> torch.Tensor:
     return (-pairs.chosen_token_logprobs[pairs.chosen_mask].mean()).expand(len(pairs))
 
 
+def cdpo(pairs: PairLogprobs, *, beta: float, label_smoothing: float) -> torch.Tensor:
+    """Conservative DPO: a share of the labels is flipped (E. Mitchell's note on cDPO, 2023). Stage ``online_dpo``'s."""
+    right, wrong = logsigmoid(beta * pairs.margins), logsigmoid(-beta * pairs.margins)
+    return -(1 - label_smoothing) * right - label_smoothing * wrong
+
+
 def _smoothed(margins: torch.Tensor, beta: float, label_smoothing: float) -> torch.Tensor:
     """Return the logistic loss with a share of the labels flipped, (B,)."""
     return -logsigmoid(beta * margins) * (1 - label_smoothing) - logsigmoid(-beta * margins) * label_smoothing
 
 
-LOSSES: Mapping[str, Callable[..., torch.Tensor]] = {
+PAIR_LOSSES: Mapping[str, Callable[..., torch.Tensor]] = {
     loss.__name__: loss
     for loss in (
         sigmoid, sigmoid_norm, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired,
         apo_zero, apo_down, discopop, sft,
     )
 }  # fmt: skip
-"""The losses that the field ``loss`` names."""
+"""The losses that ``loss`` of dpo names."""
 
 
 # ---- losses of reward models: their scores instead of log-probabilities --------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ import torch
 def clip(tokens, low=0.2, high=0.2):
     ratio = tokens.ratio
     clipped = ratio.clamp(1 - low, 1 + high)
-    return torch.maximum(-tokens.advantages * ratio, -tokens.advantages * clipped), {"own_ratio": ratio.detach().max()}
+    losses = torch.maximum(-tokens.advantages * ratio, -tokens.advantages * clipped)
+    return losses, {"own_ratio": ratio.detach().max(), "token_ratio": ratio, "length": tokens.mask.sum(dim=1)}
 
 def of_responses(tokens):
     lengths = tokens.mask.sum(dim=1)
@@ -108,9 +110,10 @@ def test_own_loss_equals_the_shipped_surrogate() -> None:
     own = learn(objective)
     assert own[0] == pytest.approx(shipped[0], rel=1e-6)
     assert torch.allclose(own[1], shipped[1])
-    assert objective.averages.means(lambda totals: totals)["own_ratio"] == pytest.approx(
-        float(torch.exp(torch.tensor(0.5)))
-    )
+    means = objective.averages.means(lambda totals: totals)
+    assert means["own_ratio"] == pytest.approx(math.exp(0.5))
+    # A metric of tokens is a mean over the learned tokens, a metric of responses over the responses.
+    assert means["token_ratio"] == pytest.approx(means["ratio"]) and means["length"] == 9 / 4
 
 
 def test_loss_of_responses_weighs_responses_alike() -> None:
