@@ -160,7 +160,7 @@ def _metrics_problem(metrics: Any, losses: torch.Tensor) -> str | None:
             if value.shape not in shapes:
                 size = " or ".join(str(tuple(shape)) for shape in sorted(shapes, key=len))
                 return f"its metric '{name}' is a tensor of shape {tuple(value.shape)}; return a number, or {size}"
-        elif not isinstance(value, int | float | torch.Tensor) or not math.isfinite(value):
+        elif not isinstance(value, int | float | torch.Tensor) or not math.isfinite(_detached(value)):
             return f"it returned {shorten(repr(value))} as the metric '{name}'; return a finite number"
     return None
 
