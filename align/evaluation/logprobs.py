@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.config.base import Precision
 from align.config.runtime.rollouts import READ_TOKENS
@@ -24,6 +24,10 @@ from align.models.chat.render import (
     split_turns,
 )
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
 HEAD_ROWS = 256
 """Positions whose logits are converted to float32 at a time."""
 OnProgress = Callable[[int, int], None]
@@ -34,7 +38,7 @@ LogprobsOf = Callable[[list[list[int]], list[list[int]]], list[list[float]]]
 
 
 def response_logprobs(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     *,
@@ -91,7 +95,7 @@ class _Reading:
             self.on_progress(self.done, len(self.prompts))
 
 
-def _can_share(model: Any) -> bool:
+def _can_share(model: PreTrainedModel) -> bool:
     """Prepare the model to read several rows in one line of tokens; return False if it cannot."""
     from align.models.fast.ragged_rows import can_run_ragged, enable_ragged
 
@@ -200,7 +204,7 @@ def _predict(reading: _Reading, inputs: tuple[Any, Any, Any], keep: Any, targets
     return _chosen_logprobs(logits, targets, reading.temperature, rows)
 
 
-def _has_plain_head(model: Any) -> bool:
+def _has_plain_head(model: nn.Module) -> bool:
     """Return True for a model type whose logits are known to be its head's product with the trunk's states."""
     from align.models.fast.shared_parts import SPLITTABLE
 

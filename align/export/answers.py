@@ -9,11 +9,14 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from align.config.runtime import Runtime
 from align.config.validation import validate_plain
 from align.export.export import Source, load_source, round_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Engine = Literal["transformers", "vllm", "llama.cpp"]
 FLOAT32_GPU_SHARE = 0.9
@@ -147,7 +150,7 @@ def answer_rows(job: Job) -> JobResult:
         engine.close()
 
 
-def _prepare_model(model: Any, job: Job) -> Any:
+def _prepare_model(model: PreTrainedModel, job: Job) -> Any:
     """Return the model with the job's adapter, rounded weights and rounded activations."""
     from align.export.export import round_activations
     from align.models.checkpoints.conversion import attach

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.data.card import License
 from align.data.push import Part, Upload, check_repo, hub_errors, make_repository
@@ -21,6 +21,10 @@ from align.export.thinking import serving_advice
 from align.models.checkpoints.conversion import CLASSIFIER, tokenizer_folder
 from align.models.checkpoints.files import ADAPTER_CONFIG
 from align.models.checkpoints.folder_checks import check_adapter, check_folder
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
 STORED = Path("adapter", "adapter.json")
 """In a model folder, the description of an inserted adapter (``align.models.tuning.stored``)."""
@@ -218,7 +222,7 @@ def stored_type(folder: Path) -> str:
     return dtype if dtype in ("float32", "bfloat16", "float16") else "float32"
 
 
-def round_weights(model: Any, dtype: str) -> Any:
+def round_weights(model: nn.Module, dtype: str) -> Any:
     """Round ``model``'s weights to ``dtype`` in place, keeping their type; they then equal a written file's weights.
 
     ``model.to`` would also round tensors that are not saved: rotary frequencies, which shifts log-probabilities by
@@ -233,7 +237,7 @@ def round_weights(model: Any, dtype: str) -> Any:
     return model
 
 
-def round_activations(model: Any, kind: str) -> None:
+def round_activations(model: PreTrainedModel, kind: str) -> None:
     """Round the inputs of linear layers to int8 or float8, with one scale per token, as vLLM does for these formats.
 
     The output head is not quantized, so its input is not rounded.

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from align.config.runtime.launch import rank
 from align.inference.protocol import RolloutEngine, Sampling
@@ -54,7 +57,7 @@ class RemoteRankEngine:
         """Do nothing: this process holds no engine."""
 
 
-def policy_weights(model: Any) -> Weights:
+def policy_weights(model: PreTrainedModel | PeftModel) -> Weights:
     """Return a live policy's weights for ``load_weights``: base and adapter for plain LoRA on matrices, else merged.
 
     Rows and modules that are trained in full are part of the adapter. The tensors are the model's own where possible.
@@ -121,7 +124,7 @@ class Parity:
 
 def probe(
     engine: RolloutEngine,
-    model: Any,
+    model: nn.Module,
     prompts: list[list[int]],
     *,
     temperature: float = 1.0,
@@ -149,7 +152,7 @@ def probe(
     return parity
 
 
-def compare_experts(engine: Any, model: Any, rows: list[list[int]]) -> float | None:
+def compare_experts(engine: Any, model: nn.Module, rows: list[list[int]]) -> float | None:
     """Return the share of choices with other experts in the engine than in ``model``.
 
     None for a model without experts and for an engine that cannot be observed, such as a server.
@@ -164,7 +167,7 @@ def compare_experts(engine: Any, model: Any, rows: list[list[int]]) -> float | N
     return None if theirs is None else router_disagreement(theirs, ours)
 
 
-def tolerance_of(engine: Any, model: Any) -> float:
+def tolerance_of(engine: Any, model: nn.Module) -> float:
     """Return the tolerance of the least exact type among the engine's, the model's and an active autocast's."""
     device = next(model.parameters()).device.type
     types = {getattr(engine, "dtype", torch.float32), next(model.parameters()).dtype}
@@ -175,7 +178,7 @@ def tolerance_of(engine: Any, model: Any) -> float:
 
 @torch.no_grad()
 def trainer_logprobs(
-    model: Any, prompts: list[list[int]], responses: list[list[int]], temperature: float
+    model: nn.Module, prompts: list[list[int]], responses: list[list[int]], temperature: float
 ) -> torch.Tensor:
     """Return the log-probabilities (N,) of all N response tokens, one after another, in float32.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from align.errors import UserError
 from align.inference.protocol import Progress, Response, Sampling, TurnRequest, Watchdog
@@ -212,7 +213,7 @@ class TransformersEngine:
 class LiveEngine(TransformersEngine):
     """Samples from a model that is being trained: it has no copy, so there are no weights to load."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, watchdog: Watchdog) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, *, batch_size: int, watchdog: Watchdog) -> None:
         require_cache(model, "evaluate", "Use tasks that read, such as multiple_choice.")
         self.watchdog = watchdog
         self.tokenizer = tokenizer
@@ -225,7 +226,7 @@ class LiveEngine(TransformersEngine):
         self.pad = int(tokenizer.pad_token_id)
 
 
-def require_cache(model: Any, place: str, remedy: str) -> None:
+def require_cache(model: PreTrainedModel, place: str, remedy: str) -> None:
     """Raise ``UserError`` for a model without a cache of keys and values."""
     if not hasattr(model.config.get_text_config(), "num_attention_heads"):
         raise UserError(

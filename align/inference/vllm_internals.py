@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
 
 from align.config.runtime import EngineConfig
 from align.config.tuning import AdaptersTuning, PrefixTuning
@@ -135,7 +137,7 @@ def model_runner(llm: Any) -> Any:
 
 
 @contextlib.contextmanager
-def record_experts(model: Any) -> Iterator[dict[int, list[torch.Tensor]]]:
+def record_experts(model: nn.Module) -> Iterator[dict[int, list[torch.Tensor]]]:
     """Yield lists that get the sorted experts of a step's tokens, (N, k), by the number of the layer.
 
     vLLM returns routes (``enable_return_routed_experts``) only from its second model runner, which CPUs do not use.
@@ -242,7 +244,7 @@ def why_unsupported(model_dir: Path, config: EngineConfig, server: bool = False)
 class Adapter:
     """The adapter of a checkpoint in the live model of vLLM."""
 
-    def __init__(self, model: Any, model_dir: Path, dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, model_dir: Path, dtype: torch.dtype) -> None:
         """Register the hooks. Raises ``AttributeError`` if the model lacks the modules that ``KINDS`` have."""
         description = json.loads((model_dir / FOLDER / DESCRIPTION).read_text(encoding="utf-8"))
         self.tuning = stored_tuning(model_dir)

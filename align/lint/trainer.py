@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
@@ -27,6 +27,10 @@ from align.pipeline.context import StageContext
 from align.store.json_files import write_text_atomically
 from align.training.rows import Encoded
 from align.training.unpaired import unpair
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ def model_limits(model: Any, max_length: int | None) -> Limits:
     return Limits(max_length, context if isinstance(context, int) else None, int(embeddings))
 
 
-def generation_ends(model: Any) -> frozenset[int]:
+def generation_ends(model: nn.Module) -> frozenset[int]:
     """Return the ids at which the model's generation config stops."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ends is None:
@@ -87,7 +91,7 @@ def lint_stage(
 
 
 def lint_prompts(
-    context: StageContext, tokenizer: Any, model: Any, splits: Mapping[str, Split], max_length: int
+    context: StageContext, tokenizer: Any, model: PreTrainedModel, splits: Mapping[str, Split], max_length: int
 ) -> list[Finding]:
     """Lint prompts of at most ``max_length`` tokens, which ``model`` will answer; else as :func:`lint_stage`."""
     started = time.perf_counter()
@@ -97,7 +101,7 @@ def lint_prompts(
     return _report(context, linter, started)
 
 
-def _options(context: StageContext, kind: str, model: Any, max_length: int) -> Options:
+def _options(context: StageContext, kind: str, model: PreTrainedModel, max_length: int) -> Options:
     """Return the linter's options for a stage that trains ``model`` on rows of at most ``max_length`` tokens."""
     settings: LintSettings = context.config.lint
     return Options(

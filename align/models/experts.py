@@ -48,14 +48,14 @@ def return_router_logits(model: PreTrainedModel) -> None:
             return
 
 
-def mixture_blocks(model: Any) -> Iterator[tuple[str, Any]]:
+def mixture_blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield name and module of each feed-forward block with experts."""
     for name, module in model.named_modules():
         if isinstance(getattr(module, EXPERTS, None), nn.Module):
             yield name, module
 
 
-def routers(model: Any) -> dict[str, nn.Parameter]:
+def routers(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of all routers by name."""
     parameters: dict[str, nn.Parameter] = {}
     for block, module in mixture_blocks(model):
@@ -66,7 +66,7 @@ def routers(model: Any) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def expert_matrices(model: Any) -> list[str]:
+def expert_matrices(model: nn.Module) -> list[str]:
     """Return the names, from ``experts`` on, of the parameters with three dimensions, as peft's targets name them."""
     names = {
         f"{EXPERTS}.{name}"
@@ -77,7 +77,7 @@ def expert_matrices(model: Any) -> list[str]:
     return sorted(names)
 
 
-def default_targets(model: Any) -> str | list[str]:
+def default_targets(model: PreTrainedModel) -> str | list[str]:
     """Return the modules that ``all-linear`` adapts: all matrices but the head if the model allows it.
 
     A mixture's experts, routers and feed-forward layers are skipped. So are matrices that the fused kernels of
@@ -101,7 +101,7 @@ def default_targets(model: Any) -> str | list[str]:
 
 
 @contextlib.contextmanager
-def record_experts(model: Any) -> Iterator[list[torch.Tensor]]:
+def record_experts(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Yield a list that gets the experts of all tokens, sorted: (N, k) for each mixture block in each call.
 
     Blocks call their ``experts`` with the states, the chosen experts and their weights.
@@ -120,7 +120,7 @@ def record_experts(model: Any) -> Iterator[list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def token_experts(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def token_experts(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Return the sorted experts of each row's tokens, (L, T, k) for L layers, computed one row at a time."""
     device = next(model.parameters()).device
     experts = []
@@ -137,7 +137,7 @@ def router_disagreement(first: Sequence[torch.Tensor], second: Sequence[torch.Te
     return float(torch.cat(differs).float().mean())
 
 
-def freeze_routers(model: Any) -> int:
+def freeze_routers(model: nn.Module) -> int:
     """Freeze the routers of a mixture of experts and return the number of their parameters."""
     parameters = list(routers(model).values())
     for parameter in parameters:

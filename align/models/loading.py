@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 from align.errors import UserError
 from align.models.chat.render import require_chat_template
@@ -88,7 +89,7 @@ def load_rounded_reward(model_dir: Path) -> Any:
     return model
 
 
-def round_reward(model: Any) -> None:
+def round_reward(model: PreTrainedModel) -> None:
     """Keep the matrices of a frozen reward model's trunk in bfloat16, in place."""
     cast_frozen_to_bf16(getattr(model, model.base_model_prefix))
     # The head still belongs to the memory-mapped file, which would stay in memory as a whole.

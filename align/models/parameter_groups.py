@@ -13,9 +13,10 @@ import fnmatch
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from align.errors import UserError
 
@@ -23,7 +24,7 @@ ParameterGroup = int | Literal["embeddings", "norm", "head", "score"]
 """Index of a layer, counted from the input; or the name of a part before (``embeddings``) or after the layers."""
 
 
-def layer_stack(model: Any) -> tuple[str, nn.ModuleList]:
+def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Return name and modules of the stack of layers; ``UserError`` unless exactly one has the config's length."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
@@ -42,7 +43,7 @@ def _inside_a_list(name: str) -> bool:
     return any(part.isdigit() for part in name.split("."))
 
 
-def parameter_groups(model: Any) -> dict[str, ParameterGroup]:
+def parameter_groups(model: PreTrainedModel) -> dict[str, ParameterGroup]:
     """Return the group of every parameter of a causal model or sequence classifier, by the parameter's name.
 
     A head that is tied to the embeddings is the same tensor, and belongs to the embeddings.
@@ -69,7 +70,7 @@ def parameter_groups(model: Any) -> dict[str, ParameterGroup]:
     return groups
 
 
-def has_tied_head(model: Any) -> bool:
+def has_tied_head(model: PreTrainedModel) -> bool:
     """Return True if the vocabulary head is the embeddings' tensor."""
     output = model.get_output_embeddings()
     return output is not None and output.weight is model.get_input_embeddings().weight
@@ -79,7 +80,7 @@ BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def freeze(model: Any, patterns: Sequence[str]) -> list[str]:
+def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]:
     """Freeze every parameter that any of ``patterns`` matches, and return their names.
 
     A pattern matches a parameter, or a module and thus all parameters below it. Raises ``UserError`` for a pattern
@@ -124,7 +125,7 @@ def _choices(inside: str) -> list[str]:
     return [str(number) for number in range(first, last + 1)]
 
 
-def _nearest(model: Any, pattern: str, names: list[str]) -> str:
+def _nearest(model: PreTrainedModel, pattern: str, names: list[str]) -> str:
     modules = {name for name, _ in model.named_modules() if name}
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None and "head" in pattern and not any(matches(pattern, name) for name in names):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.patches.signatures import private_name
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def replace_lora_linear(model: Any, replacement: type) -> None:
+
+def replace_lora_linear(model: nn.Module, replacement: type) -> None:
     """Compute the LoRA layers of ``model`` on matrices by a subclass of peft's layer, in place.
 
     Swaps ``__class__`` of each ``peft.tuners.lora.layer.Linear``, so names, saving and merging stay peft's. peft's

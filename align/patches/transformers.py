@@ -53,7 +53,7 @@ def save_only(model: Any, trained: Collection[str], save: Callable[..., None]) -
     model.save_pretrained = types.MethodType(save, model)
 
 
-def save_everything(model: Any, write: Callable[..., None], **options: Any) -> None:
+def save_everything(model: PreTrainedModel, write: Callable[..., None], **options: Any) -> None:
     """Call transformers' own ``save_pretrained`` of a model that ``save_only`` changed.
 
     Replaces ``transformers.modeling_utils.safe_save_file`` meanwhile: safetensors reads all tensors of a file into
@@ -77,7 +77,7 @@ def save_everything(model: Any, write: Callable[..., None], **options: Any) -> N
         model._keys_to_ignore_on_save = ignored
 
 
-def revert_conversion(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+def revert_conversion(model: nn.Module, tensors: dict[str, Any]) -> dict[str, Any]:
     """Return tensors of ``model``, by their names in memory, as ``save_pretrained`` names and shapes them.
 
     Calls ``transformers.core_model_loading.revert_weight_conversion``; transformers has no public function for it. The

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from align.errors import UserError
 from align.patches.signatures import private_name
@@ -126,7 +127,7 @@ def draw_once_per_row(runner: Any, pick: Pick) -> None:
 
 
 @contextmanager
-def repack_experts(model: Any) -> Iterator[None]:
+def repack_experts(model: nn.Module) -> Iterator[None]:
     """Inside, let a reload of weights pack the experts of ``model`` for the kernels of CPUs.
 
     Clears ``moe_kernel`` of ``UnquantizedFusedMoEMethod``. While a layer has its kernel, ``_setup_kernel`` copies new
@@ -153,7 +154,7 @@ def repack_experts(model: Any) -> Iterator[None]:
                 method.moe_kernel = kernel
 
 
-def copy_convolutions(model: Any) -> None:
+def copy_convolutions(model: nn.Module) -> None:
     """Copy convolutions that a reload of weights has changed to where ``MambaMixer2`` reads them.
 
     Writes ``MambaMixer2.conv_weights``, a view of ``conv1d.weight``. The first load on a CPU with bfloat16 replaces
@@ -172,14 +173,14 @@ def copy_convolutions(model: Any) -> None:
 
 
 @contextmanager
-def reload_on_cpu(model: Any) -> Iterator[None]:
+def reload_on_cpu(model: nn.Module) -> Iterator[None]:
     """Inside, let a reload of weights reach everything that the kernels of CPUs read."""
     with repack_experts(model):
         yield
     copy_convolutions(model)
 
 
-def flatten_rotary(model: Any) -> None:
+def flatten_rotary(model: nn.Module) -> None:
     """Have the rotary embeddings of ``model`` on a CPU get queries and keys of shape (N, heads * D).
 
     Replaces ``_forward_method`` of the ``RotaryEmbedding`` modules. The CPU kernel rotates queries of shape

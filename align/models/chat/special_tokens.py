@@ -12,16 +12,19 @@ average, and no draw decides them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
 from align.models.chat.render import MAX_TRAILING, explain_refusal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREFERRED_PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>", "[UNK]")
 """Special tokens to pad with, by preference: meant for it, or never part of a conversation."""
 
 
-def unify_special_tokens(tokenizer: Any, model: Any, warn: Callable[[str], None]) -> None:
+def unify_special_tokens(tokenizer: Any, model: PreTrainedModel, warn: Callable[[str], None]) -> None:
     """Make the end-of-turn token the eos everywhere, and choose a pad token that is not it.
 
     ``tokenizer`` must have a chat template. ``model`` gets its config and generation config set, and one more row of
@@ -108,7 +111,7 @@ def choose_pad(tokenizer: Any, model: Any) -> None:
         model.resize_token_embeddings(len(tokenizer))
 
 
-def add_tokens(tokenizer: Any, model: Any, tokens: Sequence[str]) -> list[int]:
+def add_tokens(tokenizer: Any, model: PreTrainedModel, tokens: Sequence[str]) -> list[int]:
     """Register ``tokens`` as special tokens of ``tokenizer``; return the ids of those that were not in its vocabulary.
 
     Both change in place. A model with more rows than its tokenizer has tokens gives the new ones spare rows, which are

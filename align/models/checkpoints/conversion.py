@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from align.errors import UserError
 from align.models.chat.named_templates import require_tokens
@@ -22,6 +22,10 @@ from align.models.checkpoints.files import ADAPTER_WEIGHTS, METADATA, read_heade
 from align.models.checkpoints.folder_checks import EMBEDDINGS, FLOATS, require_embeddings, tensor_entries
 from align.models.pretrained import adapter_config, attach_adapter, open_gguf, open_model, open_tokenizer, refusing
 from align.store.json_files import write_text_atomically
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
 LOG = logging.getLogger(__name__)
 
@@ -157,7 +161,7 @@ def merge_adapter(
         remove_code(out_dir)
 
 
-def _apply(changes: Changes, tokenizer: Any, model: Any, source: str) -> None:
+def _apply(changes: Changes, tokenizer: Any, model: PreTrainedModel, source: str) -> None:
     """Apply the template, its settings and the tokens of ``changes``, in place."""
     if changes.chat_template is not None:
         tokenizer.chat_template = changes.chat_template(tokenizer.chat_template)
@@ -170,7 +174,9 @@ def _apply(changes: Changes, tokenizer: Any, model: Any, source: str) -> None:
     require_tokens(changes.template_name, tokenizer.get_vocab(), f"the vocabulary of '{source}'")
 
 
-def write_model(model: Any, tokenizer: Any, out_dir: Path, warn: Callable[[str], None], source: str) -> None:
+def write_model(
+    model: PreTrainedModel, tokenizer: Any, out_dir: Path, warn: Callable[[str], None], source: str
+) -> None:
     """Unify the special tokens and write model and tokenizer, which come from ``source``, to ``out_dir``."""
     unify_special_tokens(tokenizer, model, warn)
     require_finite(model, source)
@@ -194,7 +200,7 @@ def remove_code(out_dir: Path) -> None:
             write_text_atomically(out_dir / name, json.dumps(settings, indent=2) + "\n")
 
 
-def require_finite(model: Any, place: Path | str) -> None:
+def require_finite(model: nn.Module, place: Path | str) -> None:
     """Raise ``UserError`` when a weight is not finite: training would spread it."""
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
@@ -283,9 +289,10 @@ def attach(base: Any, adapter: Path, merge: bool) -> Any:
     return model.eval()
 
 
-def plain_of(model: Any) -> Any:
+def plain_of(model: nn.Module) -> Any:
     """Return the transformers model inside a peft model; another model as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
 
 
 def _untie(base: Any) -> None:

@@ -29,7 +29,7 @@ _SHELLS: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictio
 """Sharded model -> its shell: the same modules, unsharded, over parameters on the meta device."""
 
 
-def is_sharded(model: Any) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Return True if FSDP2 has sharded ``model``."""
     return isinstance(model, FSDPModule)
 
@@ -129,7 +129,7 @@ def load_weights(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
         parameters[name].copy_(local_shard(value, parameters[name]))
 
 
-def reshard(model: Any) -> None:
+def reshard(model: nn.Module) -> None:
     """Free gathered parameters, so each process holds its shard only, as readers and writers of them expect.
 
     Parameters outside the layers stay gathered after a forward pass, for the backward pass that may follow.
@@ -140,7 +140,7 @@ def reshard(model: Any) -> None:
 
 
 @contextmanager
-def full_model(model: Any, store: bool = False) -> Iterator[Any]:
+def full_model(model: nn.Module, store: bool = False) -> Iterator[Any]:
     """Inside, yield ``model`` with all of its weights in every process: itself, or a plain copy on the CPU.
 
     All processes must enter it. With ``store`` changes to the weights are written back to the model.
@@ -175,7 +175,7 @@ def full_model(model: Any, store: bool = False) -> Iterator[Any]:
 
 
 @contextmanager
-def _gather_zero_parameters(model: Any, store: bool) -> Iterator[None]:
+def _gather_zero_parameters(model: nn.Module, store: bool) -> Iterator[None]:
     """Inside, parameters that ZeRO-3 has partitioned are full; with ``store`` the first process's values are kept."""
     partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")] if isinstance(model, nn.Module) else []
     if not partitioned:

@@ -26,6 +26,7 @@ from align.models.compute.costs import ProductSpeed, read_speed, write_speed
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 def autocast(device: Any, precision: Precision) -> Any:
@@ -95,7 +96,7 @@ def low_residual(model: Any) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def _matrices(model: Any) -> list[Any]:
+def _matrices(model: nn.Module) -> list[Any]:
     """Return the linear layers and embeddings of ``model`` whose weights may be rounded before autocast does it.
 
     Embeddings with their own class are omitted: Gemma's scale their rows by a factor that has the type of the
@@ -112,7 +113,7 @@ def _matrices(model: Any) -> list[Any]:
     return [module for module in modules if id(module.weight) not in special]
 
 
-def _frozen_matrices(model: Any) -> list[tuple[Any, str]]:
+def _frozen_matrices(model: nn.Module) -> list[tuple[Any, str]]:
     """Return module and name of each frozen matrix of ``model``; all experts of a layer are one parameter."""
     places = [(module, "weight") for module in _matrices(model)]
     for path, module in model.named_modules():
@@ -122,7 +123,7 @@ def _frozen_matrices(model: Any) -> list[tuple[Any, str]]:
     return [place for place, matrix in matrices if matrix.is_floating_point() and not matrix.requires_grad]
 
 
-def cast_frozen_to_bf16(model: Any, *, experts: bool = False) -> None:
+def cast_frozen_to_bf16(model: nn.Module, *, experts: bool = False) -> None:
     """Keep the frozen matrices of ``model`` in bfloat16, as autocast would cast them in every pass.
 
     Models that share the tensors are rounded as well. Autocast does not reach the experts of a mixture, so rounding
@@ -140,7 +141,7 @@ def cast_frozen_to_bf16(model: Any, *, experts: bool = False) -> None:
             parameter.data = parameter.data.clone()
 
 
-def widen_vectors(model: Any) -> None:
+def widen_vectors(model: nn.Module) -> None:
     """Make everything but the frozen matrices of ``model``, which is in bfloat16, float32: norms, biases, heads."""
     matrices = {id(getattr(*place)) for place in _frozen_matrices(model)}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -148,7 +149,7 @@ def widen_vectors(model: Any) -> None:
             tensor.data = tensor.data.float()
 
 
-def widen_trained(model: Any) -> None:
+def widen_trained(model: nn.Module) -> None:
     """Make trained parameters float32: peft copies modules and rows in the type of the frozen ones."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
@@ -156,7 +157,7 @@ def widen_trained(model: Any) -> None:
 
 
 @contextmanager
-def float32_products(model: Any) -> Iterator[None]:
+def float32_products(model: nn.Module) -> Iterator[None]:
     """Inside, and outside of autocast, a frozen bfloat16 matrix is cast to float32 while its module computes."""
     import torch
 

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from align.config.runtime import Runtime
 from align.config.runtime.launch import local_rank, local_size, rank, world_size
@@ -214,7 +215,7 @@ class RestingWeights:
     of them share stay shared.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         # Vectors are small, and adapters are merged with them on the device.
         self._frozen = [weight for weight in model.parameters() if weight.dim() > 1 and not weight.requires_grad]
         self._on_host: list[torch.Tensor] = []

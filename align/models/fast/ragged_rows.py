@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from align.models.compute.precision import float32_products
 from align.models.fast.attention import FromGroups, HeadGather, ShortAttention, ToGroups
@@ -225,7 +226,7 @@ class NotRaggedError(RuntimeError):
     """A model turned out, while running, to need more of attention than ragged rows offer."""
 
 
-def can_run_ragged(model: Any) -> bool:
+def can_run_ragged(model: PreTrainedModel) -> bool:
     """Return True for a model that looks up its attention in transformers' registry and attends in full everywhere.
 
     Its other layers are those of ``stateful_layers``.
@@ -241,13 +242,13 @@ def can_run_ragged(model: Any) -> bool:
     return bool(model.is_backend_compatible()) and attention_name(config) in ("sdpa", NAME)
 
 
-def enable_ragged(model: Any) -> None:
+def enable_ragged(model: PreTrainedModel) -> None:
     """Let ``model`` accept layouts; without one it works as before. Check ``can_run_ragged`` first."""
     model.set_attn_implementation(NAME)
     enable_rows(model)
 
 
-def try_ragged(model: Any) -> bool:
+def try_ragged(model: PreTrainedModel) -> bool:
     """Enable layouts if ``model`` can run on them, and return whether it can. Some families drop their arguments."""
     if not can_run_ragged(model):
         return False

@@ -18,6 +18,8 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from align.models.checkpoints.conversion import plain_of
 from align.models.compute.precision import float32_products
@@ -38,7 +40,7 @@ TOLERANCE = 2e-2
 than a tenth."""
 
 
-def compute_real_tokens(model: Any, share: bool = True) -> bool:
+def compute_real_tokens(model: nn.Module, share: bool = True) -> bool:
     """Install the hooks on ``model``'s trunk, and return False if the model cannot run this way.
 
     With ``share`` off every row is computed whole, for methods that treat rows as separate (noise on embeddings). The
@@ -58,14 +60,14 @@ def compute_real_tokens(model: Any, share: bool = True) -> bool:
     return True
 
 
-def can_compute_real_tokens(model: Any) -> bool:
+def can_compute_real_tokens(model: PreTrainedModel) -> bool:
     """Return True for a transformers model with full attention from the registry, and without attention dropout."""
     config = model.config.get_text_config()
     has_dropout = any(getattr(config, name, None) for name in ATTENTION_DROPOUTS)
     return not has_dropout and can_run_ragged(model)
 
 
-def computes_real_tokens(model: Any) -> bool:
+def computes_real_tokens(model: nn.Module) -> bool:
     """Return True if the hooks are installed."""
     return hasattr(plain_of(model).base_model, "real_token_hooks")
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 MIXERS = {
     "bamba": "mamba",
@@ -49,7 +50,7 @@ def carries_state(config: Any) -> bool:
     return any(name.startswith(("mamba_", "ssm_", "state_size")) for name in vars(text))
 
 
-def stateful_layers(model: Any) -> list[tuple[Any, Any]]:
+def stateful_layers(model: PreTrainedModel) -> list[tuple[Any, Any]]:
     """Return the decoder layers with a stateful part, and this part; empty for a family that is not in ``MIXERS``."""
     name = MIXERS.get(model.config.get_text_config().model_type, "")
     # Nemotron-H calls the main part of every layer its mixer, and the layers tell their type.
@@ -62,7 +63,7 @@ def stateful_layers(model: Any) -> list[tuple[Any, Any]]:
     return [(layer, mixer) for layer, mixer in pairs if isinstance(mixer, nn.Module)]
 
 
-def enable_rows(model: Any) -> None:
+def enable_rows(model: PreTrainedModel) -> None:
     """Let the stateful layers of ``model`` compute lines with a layout; a second call has no effect."""
     for layer, mixer in stateful_layers(model):
         if not hasattr(mixer, "row_hooks"):

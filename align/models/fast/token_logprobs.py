@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 TOKENS = 1024
 """Tokens per pass through the head."""
@@ -285,7 +286,7 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap")
 """Fields with a soft cap (Gemma, RecurrentGemma)."""
 
 
-def logit_transform(model: Any) -> LogitTransform:
+def logit_transform(model: PreTrainedModel) -> LogitTransform:
     """Return the transform that the config of ``model`` asks for."""
     config = model.config.get_text_config()
     scale = _first_set(config, MULTIPLIERS)

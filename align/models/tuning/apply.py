@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from align.config.base import Precision
 from align.config.tuning import (
@@ -127,7 +130,7 @@ def frozen_dtype(source: Path, base_type: Precision) -> torch.dtype:
     return torch.bfloat16 if base_type == "bfloat16" and stored_types(source) == {"BF16"} else torch.float32
 
 
-def freeze_in_bf16(model: Any, source: Path) -> None:
+def freeze_in_bf16(model: nn.Module, source: Path) -> None:
     """Freeze ``model``, loaded from ``source``, and keep its matrices in bfloat16, in place.
 
     Norms, biases and a score head stay in float32. A matrix whose file is wider is read again to be folded into.
@@ -145,7 +148,7 @@ def freeze_in_bf16(model: Any, source: Path) -> None:
         cast_frozen_to_bf16(model, experts=True)
 
 
-def stored_base(model: Any) -> dict[str, torch.Tensor]:
+def stored_base(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
     """Return the weights to fold adapters into by plain name; empty if they are the live weights of ``model``.
 
     They are read from the checkpoint's files when they are used.
@@ -167,7 +170,7 @@ def stored_base(model: Any) -> dict[str, torch.Tensor]:
 
 
 def apply_tuning(
-    model: Any,
+    model: PreTrainedModel,
     tuning: TuningBase,
     seed: int,
     *,
@@ -214,21 +217,18 @@ def initial_policy(model: Any) -> Iterator[Any]:
         yield model
 
 
-def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
+def save_tuned(model: PreTrainedModel | PeftModel, tokenizer: Any, out_dir: Path) -> None:
     """Write ``model`` (a policy or a reward model) to ``out_dir`` as a plain folder, adapters folded in float32.
 
     The sums are rounded once, to the type of the files that a frozen base comes from. The live model does not change. A
     bare adapter goes to ``adapter/`` next to ``out_dir``, and into ``out_dir`` if it cannot be folded (``stored.py``).
     """
-    from peft import PeftModel
-
     # Merging needs float32 copies of matrices, one at a time, so return what training has freed.
     trim_malloc()
-    inner = model
+    inner: PreTrainedModel = plain_of(model)
     # The bare adapter is kept next to the merged model.
     if isinstance(model, PeftModel):
         save_adapter(model, out_dir.parent / "adapter")
-        inner = model.get_base_model()
     dtype: torch.dtype = getattr(inner, SAVED_TYPE, torch.float32)
     out_dir.mkdir(parents=True, exist_ok=True)
     weights = _folded(model, dtype, out_dir)
@@ -261,7 +261,7 @@ def _on_disk(tensor: torch.Tensor, file: Path) -> torch.Tensor:
     return copy
 
 
-def _folded(model: Any, dtype: torch.dtype, scratch: Path) -> dict[str, torch.Tensor]:
+def _folded(model: PreTrainedModel | PeftModel, dtype: torch.dtype, scratch: Path) -> dict[str, torch.Tensor]:
     """Return all weights of ``model`` with its adapters folded, rounded once to ``dtype``; a score head is not rounded.
 
     A tensor that is not the model's own is in a deleted file in the folder ``scratch``: saving needs no second model in
@@ -298,7 +298,7 @@ GRADIENT_AND_ADAMW = 12
 """Bytes per trained weight in float32 for its gradient and AdamW's two averages."""
 
 
-def parameter_counts(model: Any) -> tuple[int, int]:
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Return the trained and the total number of parameters; a matrix in 4 bits counts its unpacked weights."""
     trained = total = 0
     for parameter in model.parameters():
@@ -309,7 +309,7 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     return trained, total
 
 
-def weight_bytes(model: Any) -> int:
+def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of all weights, trained or not, in the types they are kept in."""
     total = 0
     for parameter in model.parameters():
@@ -322,7 +322,7 @@ def weight_bytes(model: Any) -> int:
 
 
 def notice(
-    model: Any,
+    model: PreTrainedModel,
     tuning: TuningBase,
     precision: Precision,
     *,
@@ -353,7 +353,7 @@ def notice(
     return f"{tuning.label}: {words}; about {needed / unit:.2f} {label} for weights, gradients and AdamW, {activations}"
 
 
-def _activations(model: Any, tuning: TuningBase, precision: Precision, low_residual: bool) -> str:
+def _activations(model: PreTrainedModel, tuning: TuningBase, precision: Precision, low_residual: bool) -> str:
     inner = plain_of(model)
     try:
         sizes = architecture_of(inner.config.to_dict())

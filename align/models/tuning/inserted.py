@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from align.errors import UserError
 from align.models.compute.precision import without_autocast_cache
@@ -67,12 +68,12 @@ class Insertion(nn.Module):
     enabled: bool = True
 
 
-def insertions(model: Any) -> dict[str, Insertion]:
+def insertions(model: nn.Module) -> dict[str, Insertion]:
     """Return the insertions of ``model`` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Insertion)}
 
 
-def inserted_weights(model: Any, keep_vars: bool = False) -> dict[str, torch.Tensor]:
+def inserted_weights(model: nn.Module, keep_vars: bool = False) -> dict[str, torch.Tensor]:
     """Return the insertions' tensors, of any shape, by their names in ``model``; with ``keep_vars`` not detached."""
     weights: dict[str, torch.Tensor] = {}
     for name, module in insertions(model).items():
@@ -111,7 +112,7 @@ def _copy_parameters(insertion: nn.Module) -> None:
                 module.register_parameter(name, nn.Parameter(parameter.detach().clone()))
 
 
-def _save_trained(model: Any, save_directory: Any, **_: Any) -> None:
+def _save_trained(model: nn.Module, save_directory: Any, **_: Any) -> None:
     """Save the trained tensors only; replaces ``save_pretrained``, which the Trainer calls for a checkpoint."""
     from safetensors.torch import save_file
 
@@ -143,7 +144,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATED = ("gate_proj", "up_proj", "down_proj")
 
 
-def decoder_layers(model: Any, method: str) -> list[Any]:
+def decoder_layers(model: PreTrainedModel, method: str) -> list[Any]:
     """Return the layers from first to last. Raises ``UserError`` if they have no ``self_attn`` and ``mlp``."""
     # The trunk itself may be passed as well.
     trunk = getattr(model, model.base_model_prefix, model)
@@ -153,7 +154,7 @@ def decoder_layers(model: Any, method: str) -> list[Any]:
     return layers
 
 
-def attentions(model: Any, method: str) -> list[Any]:
+def attentions(model: PreTrainedModel, method: str) -> list[Any]:
     """Return each layer's attention, with a matrix each for queries, keys, values and output."""
     modules = [layer.self_attn for layer in decoder_layers(model, method)]
     if not all(_has(module, ATTENTION) for module in modules):
@@ -161,7 +162,7 @@ def attentions(model: Any, method: str) -> list[Any]:
     return modules
 
 
-def gated_mlps(model: Any, method: str) -> list[Any]:
+def gated_mlps(model: PreTrainedModel, method: str) -> list[Any]:
     """Return each layer's MLP, made of ``gate_proj``, ``up_proj``, ``down_proj`` and ``act_fn``."""
     modules = [layer.mlp for layer in decoder_layers(model, method)]
     if not all(_has(module, GATED) and hasattr(module, "act_fn") for module in modules):
@@ -173,7 +174,7 @@ def _has(module: Any, names: tuple[str, ...]) -> bool:
     return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
 
-def _unsupported(model: Any, method: str, expected: str) -> UserError:
+def _unsupported(model: PreTrainedModel, method: str, expected: str) -> UserError:
     return UserError(
         f"tuning.method: {method} needs {expected}, which this {model.config.model_type} lacks. Use lora, or a "
         "model of the llama, mistral, qwen2, qwen3 or smollm3 kind."

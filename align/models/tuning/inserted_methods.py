@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from align.config.tuning import AdaptersTuning, PrefixTuning
 from align.errors import UserError
@@ -74,7 +75,7 @@ class Sequential(Insertion):
         return outputs + F.linear(inner, self.up, self.up_bias)
 
 
-def insert_adapters(model: Any, tuning: AdaptersTuning) -> None:
+def insert_adapters(model: PreTrainedModel, tuning: AdaptersTuning) -> None:
     """Insert the modules of ``tuning``, initialized from torch's global generator."""
     if tuning.kind == "llama_adapter":
         _insert_llama_adapter(model, tuning)
@@ -112,18 +113,18 @@ def _apply_sequential(module: Any, inputs: Any, outputs: Any) -> Any:
     return module.bottleneck(outputs)
 
 
-def is_parallel(model: Any) -> bool:
+def is_parallel(model: nn.Module) -> bool:
     """Return True for a model with bottlenecks that can be merged into its MLPs."""
     return any(isinstance(module, Parallel) for module in model.modules())
 
 
-def merged_width(model: Any) -> int:
+def merged_width(model: PreTrainedModel) -> int:
     """Return the width of each MLP with its parallel bottleneck merged."""
     size = next(module.gate.shape[0] for module in model.modules() if isinstance(module, Parallel))
     return int(model.config.get_text_config().intermediate_size) + size
 
 
-def merge_into_mlps(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def merge_into_mlps(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return ``weights`` of ``model`` with each parallel bottleneck merged into its MLP.
 
     ``sum_i down_i act(gate_i x) up_i x`` runs over the features of both: gate and up, shape (inner, hidden), get more
@@ -191,7 +192,7 @@ def _rotated(queries: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor])
     return queries * cos + torch.cat([-second_half, first_half], dim=-1) * sin
 
 
-def _insert_llama_adapter(model: Any, tuning: AdaptersTuning) -> None:
+def _insert_llama_adapter(model: PreTrainedModel, tuning: AdaptersTuning) -> None:
     """Insert the tokens into the last layers."""
     if model.config.model_type not in KINDS:
         raise UserError(
@@ -238,7 +239,7 @@ class Rows(Insertion):
         return torch.where((places >= 0)[..., None], rows, outputs)
 
 
-def wrap(model: Any, tuning: PrefixTuning, seed: int, tokenizer: Any) -> Any:
+def wrap(model: PreTrainedModel, tuning: PrefixTuning, seed: int, tokenizer: Any) -> Any:
     """Return ``model`` with a trained prefix that starts as the keys and values of real tokens."""
     ids = new_tokens(tokenizer, tuning)
     if not hasattr(model.get_input_embeddings(), TOKENS):
@@ -251,7 +252,7 @@ def wrap(model: Any, tuning: PrefixTuning, seed: int, tokenizer: Any) -> Any:
     return train_insertions_only(model)
 
 
-def insert_prefix(model: Any, first: int, rows: list[dict[str, torch.Tensor]]) -> None:
+def insert_prefix(model: PreTrainedModel, first: int, rows: list[dict[str, torch.Tensor]]) -> None:
     """Insert ``rows[layer][matrix]``, shape (tokens, width), into every layer; ``first`` is the first token's id."""
     tokens = Tokens(first, len(rows[0][MATRICES[0]]))
     insert_tokens(model, tokens)
@@ -262,7 +263,7 @@ def insert_prefix(model: Any, first: int, rows: list[dict[str, torch.Tensor]]) -
             matrix.register_forward_hook(_replace)
 
 
-def widths(model: Any) -> list[dict[str, int]]:
+def widths(model: PreTrainedModel) -> list[dict[str, int]]:
     """Return the features of each layer's keys and values."""
     modules = attentions(model, "prefix")
     return [{name: getattr(attention, name).out_features for name in MATRICES} for attention in modules]

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from align.config.tuning import IA3_INPUTS, IA3_OUTPUTS, Ia3Tuning, LowRank, PeftTuning, TuningBase
 from align.config.validation import hint_nearest, nearest
@@ -40,7 +42,7 @@ EVA_BATCH = 8
 """Training rows that EVA reads at most, and rows per batch."""
 
 
-def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] | None = None) -> Any:
+def wrap(model: PreTrainedModel, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] | None = None) -> Any:
     """Return ``model`` with LoRA adapters drawn from ``seed``; ``init: eva`` reads ``rows``, lists of token ids.
 
     A reward model's score head is trained in full and saved with the adapters. The caller's random state and tensors
@@ -84,7 +86,7 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
     return peft_model
 
 
-def _config(model: Any, tuning: LowRank) -> Any:
+def _config(model: PreTrainedModel, tuning: LowRank) -> Any:
     from peft import EvaConfig, LoraConfig, TaskType
 
     classifier = hasattr(model, "score")
@@ -110,7 +112,7 @@ def _config(model: Any, tuning: LowRank) -> Any:
     )
 
 
-def _targets(model: Any, tuning: LowRank) -> str | list[str]:
+def _targets(model: PreTrainedModel, tuning: LowRank) -> str | list[str]:
     """Return the target modules for peft: full names where only the last layers are adapted."""
     if tuning.last_layers is None and isinstance(tuning.targets, list):
         experts = expert_targets(model, tuning)
@@ -138,7 +140,7 @@ def _targets(model: Any, tuning: LowRank) -> str | list[str]:
     return sorted({name for names in chosen.values() for name in names})
 
 
-def expert_targets(model: Any, tuning: LowRank) -> list[str]:
+def expert_targets(model: nn.Module, tuning: LowRank) -> list[str]:
     """Return the targets that name expert matrices, such as ``experts.gate_up_proj``, for peft's target_parameters.
 
     Raises ``UserError`` for settings with which peft cannot adapt them, and for a name that peft would move from a
@@ -162,7 +164,7 @@ def expert_targets(model: Any, tuning: LowRank) -> list[str]:
     return experts
 
 
-def check_names(model: Any, names: Sequence[str], place: str) -> None:
+def check_names(model: nn.Module, names: Sequence[str], place: str) -> None:
     """Raise ``UserError`` for a name that matches no module, nor the end of one after a dot: peft would ignore it."""
     modules = [name for name, _ in model.named_modules() if name]
     for name in names:
@@ -184,7 +186,7 @@ def check_ties(peft_model: Any) -> None:
             raise UserError(f"tuning.targets: {TIED}")
 
 
-def _unshare_matrices(model: Any) -> None:
+def _unshare_matrices(model: PreTrainedModel) -> None:
     """Give matrices new parameters over the same memory: peft replaces their data, which other models may share."""
     embedding = getattr(model.get_input_embeddings(), "weight", None)
     for module in model.modules():
@@ -283,7 +285,7 @@ IDS = "align_token_ids"
 """Attribute of a model: the ids of the tokens to train."""
 
 
-def note_ids(model: Any, source: Path, tuning: TuningBase) -> None:
+def note_ids(model: nn.Module, source: Path, tuning: TuningBase) -> None:
     """Look the tokens of ``tuning`` up in the vocabulary of the checkpoint ``source``, for :func:`rows_by_module`.
 
     Raises ``UserError`` for a token that is not there.
@@ -302,7 +304,7 @@ def note_ids(model: Any, source: Path, tuning: TuningBase) -> None:
     setattr(model, IDS, [ids[token] for token in tuning.train_tokens])
 
 
-def rows_by_module(model: Any, tokens: Sequence[str]) -> dict[str, list[int]] | None:
+def rows_by_module(model: PreTrainedModel, tokens: Sequence[str]) -> dict[str, list[int]] | None:
     """Return, for peft, the rows to train by the names of embedding and untied head; None without tokens."""
     if not tokens:
         return None
@@ -319,7 +321,7 @@ def rows_by_module(model: Any, tokens: Sequence[str]) -> dict[str, list[int]] | 
     return rows
 
 
-def require_plain(model: Any) -> None:
+def require_plain(model: PreTrainedModel) -> None:
     """Raise ``UserError`` for a head with a bias, which peft's layer would leave out."""
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
@@ -344,7 +346,7 @@ WITHOUT_TARGETS = ("ln_tuning",)
 """Methods that do not act on linear layers and choose their modules themselves."""
 
 
-def wrap_method(model: Any, tuning: Ia3Tuning | PeftTuning, seed: int) -> Any:
+def wrap_method(model: nn.Module, tuning: Ia3Tuning | PeftTuning, seed: int) -> Any:
     """Return ``model`` with the method's parameters, drawn from ``seed``; the caller's random state is unchanged.
 
     A reward model's score head is trained in full and saved with them. Raises ``UserError`` for options that conflict
@@ -379,7 +381,7 @@ def wrap_method(model: Any, tuning: Ia3Tuning | PeftTuning, seed: int) -> Any:
     return peft_model
 
 
-def _method_options(model: Any, tuning: Ia3Tuning | PeftTuning) -> dict[str, Any]:
+def _method_options(model: nn.Module, tuning: Ia3Tuning | PeftTuning) -> dict[str, Any]:
     classifier = hasattr(model, "score")
     options: dict[str, Any] = {"task_type": "SEQ_CLS" if classifier else "CAUSAL_LM"}
     if isinstance(tuning, Ia3Tuning):

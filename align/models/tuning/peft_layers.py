@@ -18,8 +18,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora.layer import Linear, ParamWrapper
+from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 from align.models.tuning import HIGH, LOW, SCALE
 from align.models.tuning.stored import plain_weights
@@ -30,7 +33,7 @@ ADAPTER = ".token_adapter"
 """Last part of the name of peft's layer inside the module that it wraps."""
 
 
-def tuner_layers(model: Any) -> dict[str, Any]:
+def tuner_layers(model: nn.Module) -> dict[str, Any]:
     """Return the layers that peft wraps around the model's own, by the plain name of the wrapped module."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -45,14 +48,14 @@ Base = Mapping[str, torch.Tensor]
 """Frozen weights by plain name, to fold adapters into instead of the live weights."""
 
 
-def merged_weights(model: Any, base: Base = MappingProxyType({})) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_weights(
+    model: PreTrainedModel | PeftModel, base: Base = MappingProxyType({})
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield ``(name, tensor)`` for every weight and saved buffer of ``model``, in their shapes without adapters.
 
     A tied head comes under both names. Tensors that no adapter changes are those of ``base``, or the model's own, not
     copies. The others are float32. Raises ``ValueError`` for an adapter that cannot be merged.
     """
-    from peft import PeftModel
-
     if isinstance(model, PeftModel):
         return _weights(model, merge_layer, base)
     return iter(plain_weights(model, base).items())
@@ -60,7 +63,7 @@ def merged_weights(model: Any, base: Base = MappingProxyType({})) -> Iterator[tu
 
 @torch.no_grad()
 def _weights(
-    model: Any,
+    model: nn.Module,
     parts: Callable[[Any, Base], dict[str, torch.Tensor]],
     base: Base = MappingProxyType({}),
     *,
@@ -126,7 +129,7 @@ def is_low_rank(layer: Any) -> bool:
     )
 
 
-def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
+def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return what training changes in a peft model whose layers are low-rank or trained rows, without copies.
 
     Rows and modules that are trained come as whole tensors, matrices as the parts of their update.
@@ -143,7 +146,7 @@ def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
     return dict(_weights(model, parts, adapted_only=True))
 
 
-def frozen_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def frozen_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the weights that ``adapter_tensors`` belong to, as ``merged_weights`` does. Matrices in 4 bits become
     float32."""
 
@@ -330,7 +333,7 @@ class FusedLoraLinear(Linear):
         return None if any(map(has_hooks, (*matrices, dropout))) else name
 
 
-def fuse_lora(model: Any) -> None:
+def fuse_lora(model: nn.Module) -> None:
     """Compute ``model``'s LoRA layers on plain matrices by the fused function, in place."""
     replace_lora_linear(model, FusedLoraLinear)
 

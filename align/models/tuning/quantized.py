@@ -11,6 +11,8 @@ import importlib
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from align.config.tuning import QloraTuning
 from align.errors import UserError
@@ -66,13 +68,13 @@ def wrap(model: Any, tuning: QloraTuning, seed: int, rows: Any = None) -> Any:
     return peft_model
 
 
-def is_quantized(model: Any) -> bool:
+def is_quantized(model: nn.Module) -> bool:
     """Return True for a model with a matrix in 4 bits."""
     return any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 @torch.no_grad()
-def quantize(model: Any, tuning: QloraTuning) -> None:
+def quantize(model: PreTrainedModel, tuning: QloraTuning) -> None:
     """Replace the layers' linear modules with 4-bit ones, in place; a second call has no effect.
 
     Models that share the original tensors keep them. Raises ``UserError`` for a model without linear layers (GPT-2's

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from align.config.tuning import AdaptersTuning, FullTuning, PrefixTuning, PromptTuning, PTuning, Tuning
 from align.errors import UserError
@@ -85,7 +87,7 @@ def apply(model: Any, tuning: Inserted, seed: int, tokenizer: Any) -> Any:
     return model
 
 
-def require_same(model: Any, tuning: Any) -> None:
+def require_same(model: nn.Module, tuning: Any) -> None:
     """Raise ``UserError`` for a model with a stored adapter and a ``tuning`` that is neither its own nor full."""
     carried = getattr(model, "inserted_tuning", None)
     if carried is None or isinstance(tuning, FullTuning):
@@ -118,7 +120,7 @@ def insert_empty(model: Any, tuning: Inserted, first_token: int | None) -> None:
     model.inserted_tuning = tuning
 
 
-def load_adapter(model: Any, model_dir: Path) -> Any:
+def load_adapter(model: PreTrainedModel, model_dir: Path) -> Any:
     """Return ``model``, loaded from ``model_dir``, with the adapter that is stored there, if any.
 
     Raises ``UserError`` for an adapter that is damaged or of another model.
@@ -169,7 +171,7 @@ def write_adapter(model: Any, folder: Path) -> None:
     write_text_atomically(folder / DESCRIPTION, json.dumps(described, indent=1))
 
 
-def plain_weights(model: Any, base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def plain_weights(model: PreTrainedModel, base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return every weight of ``model``, of any shape, by its name in a saved folder and in an engine.
 
     Tensors of ``base`` replace the frozen ones of their names. Insertions are merged where plain weights can hold

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from align.config.tuning import PromptTuning, PTuning, VirtualTokens
 from align.errors import UserError
@@ -241,7 +242,7 @@ def virtual_mass(model: Any, tokenizer: Any, ids: list[int]) -> float:
     return largest
 
 
-def require_small_mass(model: Any, tokenizer: Any, ids: list[int], where: str) -> None:
+def require_small_mass(model: PreTrainedModel, tokenizer: Any, ids: list[int], where: str) -> None:
     """Raise ``UserError`` when virtual tokens would be sampled, as from an untrained model whose logits are near 0."""
     mass = virtual_mass(model, tokenizer, ids)
     if mass > LARGEST_MASS:
@@ -252,14 +253,14 @@ def require_small_mass(model: Any, tokenizer: Any, ids: list[int], where: str) -
         )
 
 
-def learned_tokens(model: Any) -> Tokens | None:
+def learned_tokens(model: PreTrainedModel) -> Tokens | None:
     """Return the virtual tokens of ``model`` whose embeddings are trained, if any."""
     tokens = getattr(model.get_input_embeddings(), NAME, None)
     return tokens if isinstance(tokens, (Prompt, Encoded)) else None
 
 
 @torch.no_grad()
-def merge_into_embedding(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def merge_into_embedding(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return ``weights`` of ``model`` with the learned vectors in its embedding (V, hidden).
 
     A tied head becomes a separate one, whose rows for the virtual tokens stay zero.
