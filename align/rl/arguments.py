@@ -129,7 +129,7 @@ def rollout_arguments(
         "per_device_train_batch_size": micro_batch,
         # One optimizer step learns from one mini-batch, so its micro-batches are accumulated.
         "gradient_accumulation_steps": config.responses_per_step // (world_size() * micro_batch),
-        "gradient_checkpointing": starts_with_recomputation(config, guess),
+        "gradient_checkpointing": starts_with_recomputation(config, guess, options),
         "max_steps": config.updates * steps,
         "logging_steps": steps,
         "save_steps": config.save_updates * steps,

@@ -104,7 +104,6 @@ def offload_options(context: StageContext, on_gpu: bool) -> dict[str, Any]:
         options["optim"] = PAGED[optim]
     if "activations" in parts:
         checkpointing = trainer.get("gradient_checkpointing_kwargs") or {}
-        options["gradient_checkpointing"] = True
         options["gradient_checkpointing_kwargs"] = {**checkpointing, "offload": True}
     return options
 
@@ -143,7 +142,6 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         "logging_nan_inf_filter": False,
         "eval_strategy": "no",
         "include_num_input_tokens_seen": "non_padding",
-        "gradient_checkpointing": starts_with_recomputation(fields, context.guess),
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": on_gpu,
         "disable_tqdm": True,
@@ -154,15 +152,16 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         # SFT overrides this: only the loss that a mixture of experts was pretrained with has the routers' term.
         options[ROUTER_LOSS] = 0.0
     try:
-        arguments = config_class(**{**options, **stage_options, **fields.trainer, **offload_options(context, on_gpu)})
+        options |= {**stage_options, **fields.trainer, **offload_options(context, on_gpu)}
+        options["gradient_checkpointing"] = starts_with_recomputation(fields, context.guess, options)
+        arguments = config_class(**options)
     except (TypeError, ValueError) as error:
         raise UserError(f"{context.name}: trainer: {error}") from None
     arguments.launch = context.runtime.launch
     arguments.precision = context.precision
     arguments.shared_prefixes = shares_prefixes(context)
     arguments.row_group = fields.row_group
-    may_recompute = fields.gradient_checkpointing == "auto"
-    settings = MemorySettings(fields.micro_batch_sizes(world_size()), may_recompute)
+    settings = MemorySettings(fields.micro_batch_sizes(world_size()), fields.gradient_checkpointing == "auto")
     arguments.memory = settings.up_to(context.guess)
     if arguments.deepspeed:
         from align.training.zero import count_micro_batches
@@ -171,10 +170,17 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
     return use_one_device(arguments)
 
 
-def starts_with_recomputation(fields: TrainingFields | RolloutFields, guess: MemoryGuess | None) -> bool:
-    """Return True if activations are recomputed from the first step on, because of the config or the plan's choice."""
+def starts_with_recomputation(
+    fields: TrainingFields | RolloutFields, guess: MemoryGuess | None, options: dict[str, Any]
+) -> bool:
+    """Return True if activations are recomputed from the first step on.
+
+    The reason is the config, the plan's choice, or ``options`` of the trainer that move the inputs of recomputed layers
+    to the machine's memory.
+    """
     is_planned = guess is not None and guess.recomputes
-    return fields.recomputes or (fields.gradient_checkpointing == "auto" and is_planned)
+    moves = bool((options.get("gradient_checkpointing_kwargs") or {}).get("offload"))
+    return fields.recomputes or moves or (fields.gradient_checkpointing == "auto" and is_planned)
 
 
 def shares_prefixes(context: StageContext) -> bool:

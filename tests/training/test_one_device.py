@@ -142,9 +142,17 @@ def test_options_offload_what_the_settings_name() -> None:
     assert options_for("paged_adamw_32bit", "optimizer") == options_for("adamw_8bit") == {}
     recomputed = options_for("adamw_torch", "activations")
     kept = {"every_n_layers": 2, "offload": True}
-    assert recomputed == {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kept}
+    assert recomputed == {"gradient_checkpointing_kwargs": kept}
     assert kept.keys() <= inspect.signature(PreTrainedModel.gradient_checkpointing_enable).parameters.keys()
     assert options_for("adamw_8bit", "optimizer", "activations", "base", on_gpu=False) == {}
+
+
+def test_offloaded_activations_are_recomputed_in_rl(tmp_path: Path) -> None:
+    config = align.rl.GrpoConfig.for_trainer(learning_rate=1e-6, gradient_checkpointing=False)
+    offload = options_for("adamw_torch", "activations")
+    arguments = rollout_arguments(config, output_dir=str(tmp_path), use_cpu=True, report_to="none", **offload)
+    assert arguments.gradient_checkpointing and arguments.gradient_checkpointing_kwargs["offload"]
+    assert not rollout_arguments(config, output_dir=str(tmp_path), use_cpu=True).gradient_checkpointing
 
 
 def test_state_without_pages_is_refused() -> None:
