@@ -363,10 +363,17 @@ def _rollout_job(config: RolloutFields, models: Models, runtime: Runtime) -> Job
         trained=memory.gradients // FLOAT + (memory.critic - memory.critic_state) // (2 * FLOAT),
         gathered=policy.parameters + (critic_base.trunk if critic_base is not None and tuning.trains_all else 0),
         checkpointing=config.recomputes,
+        engine_share=_engine_share(runtime),
         # The base and an engine that sleeps take turns on one GPU.
         **_hosting(config, runtime, rests=runtime.engine_name == "vllm" and runtime.engine.sleep),
         notes=tuple(_rollout_notes(config, runtime)[2:]),
     )
+
+
+def _engine_share(runtime: Runtime) -> float | None:
+    """Return the share of a GPU that the settings give to vLLM in the stage's process; None for ``auto``."""
+    share = runtime.engine.gpu_memory
+    return None if share == "auto" or runtime.engine_name != "vllm" or runtime.rollouts.pooled else share
 
 
 def _rollout_notes(config: RolloutFields, runtime: Runtime) -> list[str]:

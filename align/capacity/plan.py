@@ -43,8 +43,6 @@ from align.store.store import Store
 CHECKPOINTS = (*GENERATORS, Kind.REWARD)
 MACHINE_FACTORS = (2, 4, 8, 16, 32, 64)
 """Factors of the number of machines that a remedy may ask for."""
-LARGE_GPU_MEMORY = 0.9
-"""``gpu_memory`` that a remedy tries."""
 LENGTH_FIELDS = ("max_length", "max_tokens", "max_prompt_tokens", "max_context")
 """Fields of a stage's config that a remedy may shorten."""
 LENGTH_STEP = 32
@@ -311,12 +309,10 @@ def _remedies(setup: Setup, place: str) -> list[str]:
     if setup.requested is not None:
         # The launch also sets the number of devices, so another launch is proposed, and no other hardware.
         return _launch_options(load, hardware) + _smaller_options(setup, place)
-    remedies = []
+    remedies = _engine_options(setup)
     candidates = [hardware.other_cards()]
     if isinstance(load, Job):
         candidates.insert(0, [replace(hardware, nodes=hardware.nodes * factor) for factor in MACHINE_FACTORS])
-    else:
-        remedies = _engine_options(setup)
     for larger in candidates:
         # The fewest machines that are enough, then the smallest other card.
         enough = next((devices for devices in larger if setup.fits(hardware=devices)), None)
@@ -338,9 +334,9 @@ def _engine_options(setup: Setup) -> list[str]:
     """Return settings of the engine with which the stage fits: they are free."""
     engine = setup.runtime.engine
     changes: dict[str, Any] = {}
-    if setup.hardware.device.gpu and engine.gpu_share < LARGE_GPU_MEMORY and engine.gpu_memory != "auto":
-        changes["gpu_memory"] = LARGE_GPU_MEMORY
-    if engine.name == "transformers":
+    if setup.hardware.device.gpu and engine.gpu_memory != "auto":
+        changes["gpu_memory"] = "auto"
+    if isinstance(setup.load, Inference) and engine.name == "transformers":
         changes["name"] = "vllm"
     options = []
     for field, value in changes.items():

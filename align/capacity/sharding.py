@@ -100,6 +100,8 @@ class Job:
     """Parts that the settings keep in the machine's memory; None if these are the plan's choice."""
     host_parts: tuple[HostPart, ...] = ()
     """Parts that the machine's memory can hold, in the order in which they go there."""
+    engine_share: float | None = None
+    """Share of a GPU that the settings give to vLLM in the stage's process; None without vLLM, and for ``auto``."""
     notes: tuple[str, ...] = ()
 
 
@@ -292,11 +294,23 @@ def training_way(job: Job, hardware: Hardware, strategy: Strategy) -> TrainingWa
             obstacle = f"the cache of the engine has no room for one sequence: sampling {needed}"
     elif host > device.host:
         obstacle = f"{host / GIB:.0f} GiB of the machine's memory for each device, of {device.host / GIB:.0f}"
+    obstacle = obstacle or _engine_shortage(job, hardware, strategy, rows)
     way = replace(way, batch=micro_batch, largest=largest, parts=parts, obstacle=obstacle, host_memory=host)
     if memory.activations is None:
         # Activations decide how many rows fit, so the largest micro-batch is not known.
         return replace(way, largest=0, not_counted=("activations",))
     return way
+
+
+def _engine_shortage(job: Job, hardware: Hardware, strategy: Strategy, rows: int) -> str:
+    """Return why vLLM's share of a GPU is too small for its weights and one sequence; empty if it is not."""
+    device = hardware.device
+    if job.engine_share is None or not device.gpu:
+        return ""
+    memory = _process_memory(job, hardware, replace(strategy, cached=1), rows)
+    needed, room = memory.engine + memory.kv_cache + device.context, int(job.engine_share * device.memory)
+    share = f"{room / GIB:.1f} (runtime.engine.gpu_memory {job.engine_share})"
+    return f"one sequence needs {needed / GIB:.1f} GiB, the engine has {share}" if needed > room else ""
 
 
 def beside_engine(job: Job, hardware: Hardware, way: TrainingWay) -> int:

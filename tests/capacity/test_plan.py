@@ -213,7 +213,7 @@ def test_remedies_of_an_engine_that_does_not_fit_work(plan: Any) -> None:
     code, out, err = plan(MISTRAL, *words)
     line = next(line for line in err.splitlines() if "stages.sample fits on a100-40 in no way" in line)
     remedies = stages(out)["sample"]["remedies"]
-    assert code == 2 and remedies[:2] == ["--set runtime.engine.gpu_memory=0.9", "--hardware l40s"]
+    assert code == 2 and remedies[:2] == ["--set runtime.engine.gpu_memory=auto", "--hardware l40s"]
     for remedy in remedies:
         assert remedy in line
         assert stages(plan(MISTRAL, *words, *shlex.split(remedy))[1])["sample"]["options"][0]["fits"], remedy
@@ -372,6 +372,20 @@ def test_models_fit_the_cards_that_people_have(
     assert best["fits"] and best["strategy"] == "single" and best["host"] == host
     assert best["peak"] < {"24gb": 22.33, "80gb": 75.15}[card] * 2**30
     assert bool(best["host_memory"]) == bool(host)
+
+
+def test_share_too_small_for_an_engine_beside_a_trainer_is_told(plan: Any, pipeline: Path) -> None:
+    recipe = Path("data_recipes/embedded.yaml").absolute()
+    pipeline.write_text(CARDS.format(revision="0" * 40, recipe=recipe, stage=GRPO, tuning="{method: lora}"))
+    words = ["--hardware", "24gb", "--set", "runtime.engine.gpu_memory=0.3"]
+    trained = stages(plan(QWEN3_4B, *words, "--json")[1])["trained"]
+    # 7.5 GiB of weights, 0.2 of a cache for 1,536 tokens, 0.7 for the driver; 0.3 of 23.5 is 7.05
+    assert {way["why_not"] for way in trained["options"]} == {
+        "one sequence needs 8.4 GiB, the engine has 7.0 (runtime.engine.gpu_memory 0.3)"
+    }
+    assert trained["remedies"][0] == "--set runtime.engine.gpu_memory=auto"
+    enough = stages(plan(QWEN3_4B, *words[:2], "--set", "runtime.engine.gpu_memory=0.4", "--json")[1])["trained"]
+    assert enough["options"][0]["fits"]
 
 
 def settings_on(
