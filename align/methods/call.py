@@ -46,8 +46,15 @@ class Result:
     """Further numbers, which appear as curves: a number, or a tensor with one per item or per token, detached."""
 
     def means(self, mask: torch.Tensor | None = None) -> dict[str, float]:
-        """Return the mean of each metric; of tokens, over those in ``mask`` (B, T)."""
-        return {name: _mean(value, mask) for name, value in self.metrics.items()}
+        """Return the mean of each metric; of tokens, over those in ``mask`` (B, T), and none if there are none."""
+        means = {}
+        for name, value in self.metrics.items():
+            values = torch.as_tensor(value, dtype=torch.float32)
+            if mask is not None and values.shape == mask.shape:
+                values = values[mask]
+            if values.numel():
+                means[name] = float(values.mean())
+        return means
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Method:
         problem = _problem(values, shapes, learns) or _metrics_problem(metrics, values)
         if problem:
             raise FunctionFailed(self._explain(problem, record, when))
-        return Result(values, {name: _detached(value) for name, value in metrics.items()})
+        return Result(values, {name: _detached(value, values) for name, value in metrics.items()})
 
     @cached_property
     def _parameters(self) -> frozenset[str]:
@@ -152,28 +159,30 @@ def _metrics_problem(metrics: Any, losses: torch.Tensor) -> str | None:
     """Return why the second part of a function's result cannot be metrics of these losses; None if it can."""
     if not isinstance(metrics, Mapping):
         return f"its metrics are a {type(metrics).__name__}; return (losses, {{name: number}})"
-    shapes = {losses.shape, losses.shape[:1]}
     for name, value in metrics.items():
         if not is_metric_name(name):
             return f"it returned a metric called {shorten(repr(name))}; {NAME_RULE}"
-        if isinstance(value, torch.Tensor) and value.numel() > 1:
-            if value.shape not in shapes:
-                size = " or ".join(str(tuple(shape)) for shape in sorted(shapes, key=len))
+        if isinstance(value, torch.Tensor) and value.numel() != 1:
+            shapes = _metric_shapes(losses)
+            if tuple(value.shape) not in shapes:
+                size = " or ".join(map(str, shapes))
                 return f"its metric '{name}' is a tensor of shape {tuple(value.shape)}; return a number, or {size}"
-        elif not isinstance(value, int | float | torch.Tensor) or not math.isfinite(_detached(value)):
+        elif not isinstance(value, int | float | torch.Tensor) or not math.isfinite(_number(value)):
             return f"it returned {shorten(repr(value))} as the metric '{name}'; return a finite number"
     return None
 
 
-def _detached(value: float | torch.Tensor) -> float | torch.Tensor:
-    """Return a metric without gradient. A tensor of one element is a number."""
-    if not isinstance(value, torch.Tensor):
-        return float(value)
-    return value.detach() if value.numel() > 1 else float(value)
+def _metric_shapes(losses: torch.Tensor) -> list[tuple[int, ...]]:
+    """Return the shapes of a metric per item and per loss."""
+    return list(dict.fromkeys((tuple(losses.shape[:1]), tuple(losses.shape))))
 
 
-def _mean(value: float | torch.Tensor, mask: torch.Tensor | None) -> float:
-    if not isinstance(value, torch.Tensor):
-        return float(value)
-    chosen = value[mask] if mask is not None and value.shape == mask.shape else value
-    return float(chosen.float().mean()) if chosen.numel() else math.nan
+def _detached(value: float | torch.Tensor, losses: torch.Tensor) -> float | torch.Tensor:
+    """Return a metric without gradient: a tensor per item or per loss, also of one element, or a number."""
+    if isinstance(value, torch.Tensor) and tuple(value.shape) in _metric_shapes(losses):
+        return value.detach()
+    return _number(value)
+
+
+def _number(value: float | torch.Tensor) -> float:
+    return value.detach().item() if isinstance(value, torch.Tensor) else float(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,9 @@ from align.errors import UserError
 from align.methods.call import FunctionFailed, Method
 from align.methods.contract import ANSWERS, PAIRS, SCORES, TOKENS, Form, check, sample_pairs, violations
 from align.methods.losses import PAIR_LOSSES, POLICY_LOSSES, bradley_terry
-from align.methods.records import AnswerTokens, PairLogprobs, PairScores
+from align.methods.records import AnswerTokens, PairLogprobs, PairScores, ResponseTokens
+from align.rl.objectives.policy import PolicyLoss
+from tests.support.rl.policy_losses import make_tokens
 
 FIELDS = {"beta": 0.1, "label_smoothing": 0.1, "discopop_tau": 0.05}
 
@@ -177,4 +178,16 @@ def test_metrics_of_tokens_are_averaged_over_the_mask() -> None:
     result = own(loss)(AnswerTokens(torch.zeros(2, 2, requires_grad=True), mask), (2, 2))
     assert result.means(mask) == {"token": 2.0, "item": 2.0, "number": 4.0}
     # Without a learned token there is nothing to average.
-    assert math.isnan(result.means(torch.zeros_like(mask))["token"])
+    assert "token" not in result.means(torch.zeros_like(mask))
+
+
+def test_metric_of_the_only_response_counts_if_it_is_learned() -> None:
+    def loss(tokens: ResponseTokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return -tokens.new_logprobs, {"response": torch.tensor([7.0])}
+
+    nothing = torch.zeros(1, 1)
+    for is_learned in (True, False):
+        mask = torch.tensor([[is_learned]])
+        tokens = make_tokens(nothing.clone().requires_grad_(), nothing, nothing, mask)
+        total, count = PolicyLoss(own(loss), "token")(tokens, 1.0).others["response"]
+        assert (float(total), count) == ((7.0, 1) if is_learned else (0.0, 0))
