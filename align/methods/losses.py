@@ -82,10 +82,10 @@ def _clipped(tokens: ResponseTokens, log_ratio: torch.Tensor, low: float, high: 
     ``log_ratio``, the log of rho, is (B, T), or (B, 1) for one ratio per response.
     """
     ratio = torch.exp(log_ratio)
-    plain = -tokens.advantages * ratio
+    unclipped = -tokens.advantages * ratio
     # The larger loss is pessimistic: clipping removes gain, never loss.
-    losses = torch.maximum(plain, -tokens.advantages * ratio.clamp(1.0 - low, 1.0 + high))
-    return losses, _metrics(tokens, log_ratio, losses > plain)
+    losses = torch.maximum(unclipped, -tokens.advantages * ratio.clamp(1.0 - low, 1.0 + high))
+    return losses, _metrics(tokens, log_ratio, losses > unclipped)
 
 
 @torch.no_grad()

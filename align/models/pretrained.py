@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from align.errors import UserError
 from align.models.checkpoints.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, read_header, refuse_links
@@ -28,9 +28,6 @@ from align.models.checkpoints.folder_checks import (
 from align.models.score_heads import classifier_class
 from align.patches.transformers import revert_conversion
 from align.pipeline.process_limits import resume_collections
-
-if TYPE_CHECKING:
-    pass
 
 Task = Literal["causal", "classifier", "encoder"]
 AUTO_CLASSES: dict[Task, str] = {

@@ -374,7 +374,7 @@ def test_models_fit_the_cards_that_people_have(
     assert bool(best["host_memory"]) == bool(host)
 
 
-def test_share_too_small_for_an_engine_beside_a_trainer_is_told(plan: Any, pipeline: Path) -> None:
+def test_plan_refuses_an_engine_share_that_is_too_small(plan: Any, pipeline: Path) -> None:
     recipe = Path("data_recipes/embedded.yaml").absolute()
     pipeline.write_text(CARDS.format(revision="0" * 40, recipe=recipe, stage=GRPO, tuning="{method: lora}"))
     words = ["--hardware", "24gb", "--set", "runtime.engine.gpu_memory=0.3"]

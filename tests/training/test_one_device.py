@@ -26,7 +26,7 @@ from align.pipeline.registry import STAGES
 from align.rl.arguments import rollout_arguments
 from align.rl.trainer import RLTrainer
 from align.stages import distill, dpo, evaluate, kto, pretrain, reference_free, reward, sft
-from align.training.arguments import offload_options
+from align.training.arguments import offload_options, starts_with_recomputation
 from tests.support.rl import stages as sampled
 from tests.support.stages.evaluation_stage import context, inputs
 from tests.support.training import aimed_stages
@@ -143,6 +143,9 @@ def test_options_offload_what_the_settings_name() -> None:
     recomputed = options_for("adamw_torch", "activations")
     kept = {"every_n_layers": 2, "offload": True}
     assert recomputed == {"gradient_checkpointing_kwargs": kept}
+    config = align.rl.GrpoConfig.for_trainer(learning_rate=1e-6, gradient_checkpointing=False)
+    assert starts_with_recomputation(config, None, recomputed)
+    assert not starts_with_recomputation(config, None, {})
     assert kept.keys() <= inspect.signature(PreTrainedModel.gradient_checkpointing_enable).parameters.keys()
     assert options_for("adamw_8bit", "optimizer", "activations", "base", on_gpu=False) == {}
 

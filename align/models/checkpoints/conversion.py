@@ -291,8 +291,9 @@ def attach(base: Any, adapter: Path, merge: bool) -> Any:
 
 def plain_of(model: nn.Module) -> Any:
     """Return the transformers model inside a peft model; another model as it is."""
-    inner = getattr(model, "get_base_model", None)
-    return model if inner is None else inner()
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _untie(base: Any) -> None:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from align.errors import UserError, with_article
 from align.models.checkpoints.files import (
@@ -35,9 +35,6 @@ from align.models.checkpoints.files import (
     refuse_quantized,
     weight_files,
 )
-
-if TYPE_CHECKING:
-    pass
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
