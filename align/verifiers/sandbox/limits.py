@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # `typing` costs milliseconds in every program
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAPBSET_DROP = 24
+CLONE_NEWUSER = 0x10000000
 
 # ---- system calls that no program may use ----
 
@@ -85,12 +86,18 @@ CALL, ARCHITECTURE, FIRST_ARGUMENT, SECOND_ARGUMENT = 0, 4, 16, 24
 def confine(task: dict[str, Any]) -> None:
     """Apply all limits of a task to this process. They hold until it ends."""
     libc = ctypes.CDLL(None, use_errno=True)
+    # A user of a namespace or of a switch has no other threads.
+    is_separate = task["level"] == "bubblewrap"
     if task["user"] is not None:
-        change_user(task["user"], is_complete=task["level"] == "bubblewrap")
+        change_user(task["user"], is_complete=is_separate)
+        is_separate = os.getresuid()[0] == task["user"]
+    elif task["level"] == "landlock" and libc.unshare(CLONE_NEWUSER) == 0:
+        is_separate = True
+        drop_capabilities(libc)  # which the namespace gave
     if task["level"] != "command":
         # The parent may die first, and a program that sleeps would stay.
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    set_limits(task)
+    set_limits(task, 0 if is_separate else count_threads(os.getresuid()[0]))
     if task["level"] == "unsafe":
         return
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
@@ -129,11 +136,11 @@ def count_threads(user: int) -> int:
     return count
 
 
-def set_limits(task: dict[str, Any]) -> None:
-    """Set the resource limits: processor time, memory, sizes of files, number of descriptors and of threads."""
-    user = os.getresuid()[0]
-    # The kernel counts all threads of a user. Only a user of a namespace or of a switch has none but the program's.
-    others = 0 if task["level"] == "bubblewrap" or user == task["user"] else count_threads(user)
+def set_limits(task: dict[str, Any], others: int) -> None:
+    """Set the resource limits: processor time, memory, sizes of files, number of descriptors and of threads.
+
+    ``others`` is the number of the user's other threads, because the kernel counts all threads of a user.
+    """
     limits = {
         "RLIMIT_AS": task["memory"],
         "RLIMIT_FSIZE": task["file_size"],

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
+import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -283,9 +286,7 @@ def test_memory_of_the_same_user_cannot_be_attached(sandbox: Sandbox) -> None:
         libc.shmctl(segment, 0, None)
 
 
-@pytest.mark.parametrize("before", ["", "import ctypes\nctypes.CDLL(None).setresuid(0, 0, 0)\n"])
-def test_program_has_at_most_32_threads(sandbox: Sandbox, before: str) -> None:
-    program = f"""{before}
+THREADS = """{}
 import threading
 threading.stack_size(1 << 15)
 ended = threading.Event()
@@ -299,5 +300,22 @@ except RuntimeError:
 ended.set()
 print(count)
 """
-    verdict = verify(program, output(str(LIMITS.threads)), sandbox, LIMITS)
+
+
+@pytest.mark.parametrize("before", ["", "import ctypes\nctypes.CDLL(None).setresuid(0, 0, 0)\n"])
+def test_program_has_at_most_32_threads(sandbox: Sandbox, before: str) -> None:
+    verdict = verify(THREADS.format(before), output(str(LIMITS.threads)), sandbox, LIMITS)
     assert verdict.reason == ""
+
+
+def test_threads_of_other_programs_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:  # which would switch to another user for each program
+        start = functools.partial(subprocess.Popen, preexec_fn=lambda: os.setresuid(isolation.FIRST_USER - 1, 0, 0))
+        monkeypatch.setattr(subprocess, "Popen", start)
+        monkeypatch.setattr(os, "geteuid", lambda: 1)
+    if isolation._problem.__wrapped__("landlock", ()):
+        pytest.skip("Landlock does not work here")
+    program = THREADS.format("").replace("ended.set()", "ended.wait(1)\nended.set()")
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(verify, program, output("32"), Sandbox("landlock"), LIMITS) for _ in range(3)]
+    assert [run.result().reason for run in runs] == [""] * 3
