@@ -19,20 +19,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from align.config.base import Precision, PrecisionSetting
 from align.models.compute.costs import ProductSpeed, read_speed, write_speed
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
 
 def autocast(device: Any, precision: Precision) -> Any:
     """Return a context in which a forward pass computes in ``precision``; it has no effect for float32."""
-    import torch
-
     device_type = torch.device(device).type
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
@@ -55,8 +52,6 @@ def without_autocast_cache() -> Iterator[None]:
     For passes with other values in trained matrices. Autocast caches copies by parameter: it would use a copy of the
     earlier values, or leave a copy for later passes.
     """
-    import torch
-
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -70,8 +65,6 @@ def low_residual(model: Any) -> None:
 
     The weights do not change. Without autocast the model stays the same. A second call has no effect.
     """
-    import torch
-
     from align.models.fast.lean_modules import LeanRMSNorm, lean_mlps, lean_norms
 
     if getattr(model, "has_low_residual", False):
@@ -102,8 +95,6 @@ def _matrices(model: nn.Module) -> list[Any]:
     Embeddings with their own class are omitted: Gemma's scale their rows by a factor that has the type of the
     weight. So is a head that shares such a weight.
     """
-    import torch
-
     modules = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))]
     special = {
         id(module.weight)
@@ -129,8 +120,6 @@ def cast_frozen_to_bf16(model: nn.Module, *, experts: bool = False) -> None:
     Models that share the tensors are rounded as well. Autocast does not reach the experts of a mixture, so rounding
     them changes its numbers: only a base that policy and reference share has them rounded (``experts``).
     """
-    import torch
-
     for module, name in _frozen_matrices(model):
         matrix = getattr(module, name)
         if experts or matrix.dim() == 2:
@@ -159,8 +148,6 @@ def widen_trained(model: nn.Module) -> None:
 @contextmanager
 def float32_products(model: nn.Module) -> Iterator[None]:
     """Inside, and outside of autocast, a frozen bfloat16 matrix is cast to float32 while its module computes."""
-    import torch
-
     narrow: dict[Any, dict[str, Any]] = {}
     for module, name in _frozen_matrices(model):
         if getattr(module, name).dtype == torch.bfloat16:
@@ -193,8 +180,6 @@ TYPE_SECONDS = 0.02
 
 def product_speed(device: torch.device) -> ProductSpeed:
     """Return the speed of products on ``device``, measured now if it was not measured on this machine before."""
-    import torch
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     speed = read_speed(name)
     if speed is None:
@@ -205,8 +190,6 @@ def product_speed(device: torch.device) -> ProductSpeed:
 
 def measure(device: torch.device) -> ProductSpeed:
     """Measure products on ``device`` with torch's current threads."""
-    import torch
-
     return ProductSpeed(_speed_in(torch.bfloat16, device), _speed_in(torch.float32, device))
 
 
@@ -217,8 +200,6 @@ def resolve_precision(setting: PrecisionSetting, device: torch.device) -> Precis
 
 def _speed_in(dtype: torch.dtype, device: torch.device) -> float:
     """Return the GFLOP/s of the fastest of several products."""
-    import torch
-
     rows, inputs, outputs = GPU_SHAPE if device.type == "cuda" else CPU_SHAPE
     rows_matrix = torch.ones(rows, inputs, dtype=dtype, device=device)
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
@@ -232,8 +213,6 @@ def _speed_in(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _seconds(rows_matrix: torch.Tensor, weight: torch.Tensor) -> float:
-    import torch
-
     _synchronize(rows_matrix.device)
     start = time.perf_counter()
     torch.nn.functional.linear(rows_matrix, weight)
@@ -243,8 +222,6 @@ def _seconds(rows_matrix: torch.Tensor, weight: torch.Tensor) -> float:
 
 def _synchronize(device: Any) -> None:
     if device.type == "cuda":
-        import torch
-
         torch.cuda.synchronize(device)
 
 
@@ -267,8 +244,6 @@ class TorchSetup:
 
 def torch_setup() -> TorchSetup:
     """Return the installed torch and its devices."""
-    import torch
-
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     properties = [torch.cuda.get_device_properties(index) for index in range(count)]
     return TorchSetup(

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import EvaConfig, LoraConfig, TaskType, get_peft_config, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -49,8 +52,6 @@ def wrap(model: PreTrainedModel, tuning: LowRank, seed: int, rows: Sequence[Sequ
     that ``model`` shares with another model are unchanged. Raises ``UserError`` if the targets match no module or
     are tied to another.
     """
-    from peft import get_peft_model
-
     if tuning.init == "eva" and not rows:
         raise UserError("tuning.init: eva reads training rows, and this stage has none; use another init.")
     experts = expert_targets(model, tuning)
@@ -87,8 +88,6 @@ def wrap(model: PreTrainedModel, tuning: LowRank, seed: int, rows: Sequence[Sequ
 
 
 def _config(model: PreTrainedModel, tuning: LowRank) -> Any:
-    from peft import EvaConfig, LoraConfig, TaskType
-
     classifier = hasattr(model, "score")
     saved = [*tuning.save_modules, *(["score"] if classifier else [])]
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)) and not classifier
@@ -176,8 +175,6 @@ def check_names(model: nn.Module, names: Sequence[str], place: str) -> None:
 
 def check_ties(peft_model: Any) -> None:
     """Refuse an adapter on either of two tied matrices: the saved model has one matrix for both."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     base = peft_model.get_base_model()
     if not getattr(base.config.get_text_config(), "tie_word_embeddings", False) or hasattr(base, "score"):
         return
@@ -209,8 +206,6 @@ def _adapter_weights(peft_model: Any) -> Iterator[tuple[str, torch.nn.Parameter]
 @contextlib.contextmanager
 def at_initial_values(peft_model: Any) -> Iterator[Any]:
     """Inside, the model has its adapters' initial values and the initial modules next to them."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
     saved_modules = [module for module in peft_model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     with swapped_values(dict(_adapter_weights(peft_model)), getattr(peft_model, START)):
         for module in saved_modules:
@@ -253,8 +248,6 @@ def save_adapter(peft_model: Any, folder: Path) -> None:
 
 def _start_from_rows(peft_model: Any, rows: Sequence[Sequence[int]]) -> None:
     """Initialize by EVA: adapters read the directions in which the matrices' inputs vary most on ``rows``."""
-    from peft import initialize_lora_eva_weights
-
     device = next(peft_model.parameters()).device
     was_training = peft_model.training
     peft_model.eval()
@@ -333,8 +326,6 @@ def require_plain(model: PreTrainedModel) -> None:
 
 def prepare(peft_model: Any) -> None:
     """Give wrapped heads the attribute ``bias``, which trl's fused loss and align's losses read and peft hides."""
-    from peft.utils.other import TrainableTokensWrapper
-
     for module in peft_model.modules():
         if isinstance(module, TrainableTokensWrapper):
             module.bias = None  # type: ignore[assignment]
@@ -352,8 +343,6 @@ def wrap_method(model: nn.Module, tuning: Ia3Tuning | PeftTuning, seed: int) -> 
     A reward model's score head is trained in full and saved with them. Raises ``UserError`` for options that conflict
     or do not fit the model, and for a method that cannot be merged.
     """
-    from peft import get_peft_config, get_peft_model
-
     place = "tuning" if isinstance(tuning, Ia3Tuning) else "tuning.options"
     options: dict[str, Any] = {"targets": tuning.targets} if isinstance(tuning, Ia3Tuning) else tuning.options
     for name in ("targets", "target_modules", "modules_to_save"):
