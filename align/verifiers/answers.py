@@ -35,10 +35,10 @@ _TAG = re.compile(r"</?answer>", re.IGNORECASE)
 _LATEX = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|cal)|emph|underline|boldsymbol|bm|mbox)\s*\{([^{}]*)\}"
 )
-_MATH_SIGNS = re.compile(r"\\[()\[\],;! ]|\$|\\(?:quad|bf|rm)\b")
+_MATH_SIGNS = re.compile(r"\s*\\[)\],;!]|\\[(\[ ]|\$\$\n?|\$|\\(?:quad|bf|rm)\b")
 _HEADING = re.compile(
-    r"^[ \t]*(?:#+[ \t]*)?((?:(?:the|my|final|correct|right|best)[ \t]+)*(?:answer|choice|option)(?:[ \t]+is)?)"
-    r"[ \t]*(?::[ \t]*)?\n",
+    r"^[ \t]*(?:#+[ \t]*)?(?:(?:so|thus|therefore|hence),?[ \t]+)?"
+    r"((?:(?:the|my|final|correct|right|best)[ \t]+)*(?:answer|choice|option)(?:[ \t]+is)?)[ \t]*(?::[ \t]*)?\n",
     re.IGNORECASE | re.MULTILINE,
 )
 """A line that says only that the answer follows."""
@@ -82,8 +82,9 @@ _DOUBT = re.compile(r"\b(?:wrong|incorrect|not\s(?:the\s)?(?:right|correct|answe
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 """A comment of HTML, which readers do not see."""
 _AROUND = re.compile(
-    r"(?P<mark>\*{1,3}|_{1,3}|`{1,2}|\$\$?)(?P<shown>[^*_`${}]+)(?P=mark)\Z"
-    r"|\\(?:text|textbf|mathrm|boxed)\{(?P<inner>[^*_`${}]+)\}\Z"
+    r"(?P<mark>\*{1,3}|_{1,3}|`{1,2}|\$\$?)(?P<shown>.+)(?P=mark)|<(?P<tag>b|i|u|em|strong|code)>(?P<tagged>.+)</(?P=tag)>"
+    r"|\\(?:text(?:bf|it)?|math(?:rm|bf)|boxed|underline|emph)\{(?P<inner>[^{}]+)\}|\\[(\[](?P<formula>.+)\\[)\]]",
+    re.DOTALL,
 )
 """Marks around a whole answer."""
 LONGEST_WRAPPED = 200
@@ -179,8 +180,13 @@ def exact(reference: Any, text: str) -> Verdict:
 
 
 def _without_marks_around(answer: str) -> str:
-    match = _AROUND.match(answer)
-    return (match["shown"] or match["inner"]).strip() if match is not None else answer
+    while (match := _AROUND.fullmatch(answer)) is not None:
+        shown = (match["shown"] or match["tagged"] or match["inner"] or match["formula"]).strip()
+        # Two marked pieces, ``*a* b *c*``, are not one text with marks around it.
+        if not shown or (match["mark"] and match["mark"][0] in shown.strip(match["mark"][0])):
+            break
+        answer = shown
+    return answer
 
 
 def _composed(text: str) -> str:

@@ -18,7 +18,14 @@ import functools
 import re
 import unicodedata
 from collections import deque
+from fractions import Fraction
 from typing import Any
+
+import sympy
+from math_verify import parse
+from math_verify import verify as compare
+from math_verify.parser import LatexExtractionConfig
+from sympy.core.relational import Relational
 
 from align.data.final_answers import answer_text
 from align.data.number_forms import unformatted
@@ -49,11 +56,17 @@ _DISPLAY = re.compile(r"\$\$([^$]{1,1000})\$\$|\\\[((?:(?!\\\]).){1,1000})\\\]",
 _AFTER_BOX = re.compile(r"(?:\\[,; ]|[ \t$])*(?:(\\(?:text|mathrm)\s*\{[^{}]*\})|([A-Za-z]{4,})\b)")
 _EXPONENT = re.compile(r"(?<=\d)[eE]([-+]?\d{1,3})(?![\d.^])")
 _TAG = re.compile(r"</?answer>", re.IGNORECASE)
+_REASON = re.compile(r"[ ,]+(?:because|since)\b.*")
+_SET_NUMBER = re.compile(r"\\(?:text|textrm|mathrm|mathbf|textbf)\s*\{\s*(-?\d[\d.,]*)\s*\}")
+_REPEATING = re.compile(r"(-?)(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot)\s*\{(\d{1,20})\}")
+_UNSEEN = re.compile(r"\\(?:[hv]?phantom|[bx]?cancel|sout)\b|\\color(?:\[\w+\])?\{white\}|^-\s*\(?\s*-")
+"""Text that a reader does not see, or sees struck out, and a sign that is left to compute."""
+_NUMBER_FIRST = re.compile(r"[-−(\[{]*\\?\$?\d")
 _GROUPS = re.compile(r"(?<=\d)(?:\\[,! ]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 _FRACTION = re.compile("[¼-¾⅐-⅞]")
 _CALCULUS = re.compile(r"\\(?:int|sum|prod|lim|partial)\b|\\frac\s*\{\s*d\s*\}")
 _FUNCTION = re.compile(
-    r"\\(?:[dt]?binom|gcd|max|min|log|ln|exp|sin|cos|tan|lfloor|lceil|det|bmod|pmod)\b|\\begin\{vmatrix\}"
+    r"\\(?:[dt]?binom|gcd|max|min|log|ln|exp|sin|cos|tan|lfloor|lceil|det|bmod|pmod)(?![A-Za-z])|\\begin\{vmatrix\}"
 )
 """Operations that math-verify performs, and a number does not have."""
 _QUOTIENT = re.compile(r"\\[dt]?frac[\s{(-]*\d|\d\s*/\s*\d")
@@ -80,6 +93,8 @@ def verify(reference: Any, text: str) -> Verdict:
 
 def _compare(gold_text: str, piece: str) -> Verdict:
     """Return the verdict on one place of an answer."""
+    if _TEXT.fullmatch(gold_text) and piece.isalpha():
+        piece = f"\\text{{{piece}}}"  # a word, not a product of its letters
     if len(piece) > LONGEST or (_hides_answer(piece) and not _hides_answer(gold_text)):
         return Verdict(0.0, UNPARSABLE)
     gold_measure, measure = read_measure(gold_text), read_measure(piece)
@@ -99,11 +114,11 @@ def _compare(gold_text: str, piece: str) -> Verdict:
     units = gold_measure.units, measure.units
     if (all(units) and units[0] != units[1]) or (measure.base and measure.base != gold_measure.base):
         return Verdict(0.0, UNEQUAL)
-    from math_verify import verify as compare
-
     gold, parsed = _scaled(gold_measure), _scaled(measure)
     # math-verify rounds to six places: without the second check all numbers near 0 are equal.
-    return equal_or(compare(gold, parsed, timeout_seconds=None) and _are_close(gold[0], parsed[0]))
+    return equal_or(
+        compare(gold, parsed, timeout_seconds=None, allow_set_relation_comp=True) and _are_close(gold[0], parsed[0])
+    )
 
 
 def _scaled(measure: Measure) -> list[Any]:
@@ -114,10 +129,8 @@ def _scaled(measure: Measure) -> list[Any]:
 def _are_close(gold: Any, answer: Any) -> bool:
     """Return False if two numbers, or any numbers at the same place of two lists, differ by more than ``TOLERANCE``.
 
-    Whole numbers must be equal. ``50`` and ``50 %`` may differ by the factor 100.
+    Whole numbers must be equal. ``50`` and ``50 %`` may differ by the factor 100, but not ``0.5`` and ``0.5 %``.
     """
-    import sympy
-
     gold, answer = _right_side(gold), _right_side(answer)
     pairs = [_entries(side) for side in (gold, answer)]
     if pairs[0] and pairs[1]:
@@ -126,14 +139,12 @@ def _are_close(gold: Any, answer: Any) -> bool:
         return True
     tolerance = 0 if gold.is_Integer and answer.is_Integer else TOLERANCE
     values = [sympy.N(side, 30) for side in (gold, answer)]
-    factors = (1, 100, sympy.Rational(1, 100))
+    factors = (1, 100, sympy.Rational(1, 100)) if max(abs(value) for value in values) >= 1 else (1,)
     return any(abs(values[0] * factor - values[1]) <= tolerance * abs(values[1]) for factor in factors)
 
 
 def _entries(expression: Any) -> list[Any]:
     """Return the entries of a tuple, an interval, a set of real numbers or a matrix; none for anything else."""
-    import sympy
-
     if isinstance(expression, sympy.FiniteSet):
         are_real = all(entry.is_number and entry.is_real for entry in expression.args)
         return sorted(expression.args, key=float) if are_real else []
@@ -154,9 +165,7 @@ def _is_computation(gold: Any, gold_text: str, parsed: Any, piece: str) -> bool:
     answer = _right_side(parsed)
     if _is_left_to_compute(answer) and not _is_left_to_compute(_right_side(gold)):
         return True
-    if not getattr(gold, "free_symbols", set()) and not set(_FUNCTION.findall(piece)) <= set(
-        _FUNCTION.findall(gold_text)
-    ):
+    if not getattr(gold, "free_symbols", set()) and not _functions(piece) <= _functions(gold_text):
         return True
     if not _is_value(gold):
         return _has_symbols_below(answer) and not _has_symbols_below(gold)
@@ -166,10 +175,13 @@ def _is_computation(gold: Any, gold_text: str, parsed: Any, piece: str) -> bool:
     return bool(getattr(gold, "is_Integer", False)) and _QUOTIENT.search(piece) is not None
 
 
+def _functions(text: str) -> set[str]:
+    """Return the functions in a text. Logarithms of all bases are one function."""
+    return {"log" if name in ("\\log", "\\ln") else name for name in _FUNCTION.findall(text)}
+
+
 def _is_left_to_compute(expression: Any) -> bool:
     """Return True for an expression in which numbers could be joined: 3 + 4, 3 * 4 x, 2^3, (1 + 3, 2), sin(1)."""
-    import sympy
-
     if isinstance(expression, sympy.MatrixBase):
         return any(_is_left_to_compute(entry) for entry in expression)
     if not isinstance(expression, sympy.Basic):
@@ -192,8 +204,6 @@ def _is_left_to_compute(expression: Any) -> bool:
 
 def _has_symbols_below(expression: Any) -> bool:
     """Return True for an expression that divides by a variable."""
-    import sympy
-
     if not isinstance(expression, sympy.Expr):
         return False
     return any(power.exp.is_negative and power.base.free_symbols for power in expression.atoms(sympy.Pow))
@@ -201,8 +211,6 @@ def _has_symbols_below(expression: Any) -> bool:
 
 def _is_contradiction(parsed: Any) -> bool:
     """Return True for an equation of two different numbers: ``6 = 5``."""
-    import sympy
-
     if not isinstance(parsed, sympy.Eq):
         return False
     left_side, right_side = parsed.args
@@ -217,12 +225,19 @@ def _find_answers(answer: str) -> list[str]:
     marks = {match[1].strip() for match in _MARK.finditer(answer)}
     # 1. Places that are marked as the answer count before any others.
     if boxes or marks:
-        places = sorted(boxes) + sorted(marks)
+        # A number that is stated after the last box corrects it.
+        end = max((match.end() for match in _BOX.finditer(answer)), default=len(answer))
+        later = {_inner(match[1]) for match in _ANSWER.finditer(answer, end) if not _BOX.search(match[1])}
+        places = sorted(boxes) + sorted(marks) + sorted(place for place in later if _NUMBER_FIRST.match(place))
         is_single = len(marks) <= 1 and not any(_BOX.search(box) for box in boxes)
         return [_inner(_unwrap(place)) for place in places] if is_single and all(places) else []
     # 2. Otherwise the last line that states an answer counts, or a text of a single line.
     lines = [line for line in answer.splitlines() if line.strip()]
-    stated = [(index, _inner(match[1])) for index, line in enumerate(lines) for match in _ANSWER.finditer(line)]
+    stated = [
+        (index, _inner(_REASON.sub("", match[1])))
+        for index, line in enumerate(lines)
+        for match in _ANSWER.finditer(line)
+    ]
     if not stated:
         return [_inner(answer)] if len(lines) == 1 else []
     last, place = stated[-1]
@@ -240,7 +255,9 @@ def _unwrap(place: str) -> str:
 def _hides_answer(text: str) -> bool:
     r"""Return True for a second answer or a doubt in a ``\text{}``, which math-verify drops as it drops units."""
     words = [match[1].strip().lower() for match in _TEXT.finditer(text)]
-    return any(_DOUBT.search(word) is not None for word in words if word not in ("or", "and"))
+    return _UNSEEN.search(text) is not None or any(
+        _DOUBT.search(word) is not None for word in words if word not in ("or", "and")
+    )
 
 
 def _boxes(answer: str) -> list[str]:
@@ -296,7 +313,8 @@ def _without_marks(text: str) -> str:
 def _plain_digits(text: str) -> str:
     """Return a text whose digits are ASCII, without separators of thousands, and with LaTeX's fractions."""
     text = "".join(str(unicodedata.decimal(sign)) if sign.isdecimal() else sign for sign in text)
-    text = _EXPONENT.sub(r"\\times 10^{\1}", text)
+    text = _SET_NUMBER.sub(r"\1", _EXPONENT.sub(r"\\times 10^{\1}", text)).replace("\\varnothing", "\\emptyset")
+    text = _REPEATING.sub(_spell_repeating, text)
     return _FRACTION.sub(_spell_fraction, _GROUPS.sub("", text))
 
 
@@ -305,12 +323,17 @@ def _spell_fraction(match: re.Match[str]) -> str:
     return f"\\frac{{{above}}}{{{below}}}"
 
 
+def _spell_repeating(match: re.Match[str]) -> str:
+    r"""Return ``\frac{1}{6}`` for ``0.1\overline{6}``."""
+    sign, whole, before, period = match.groups()
+    scale = 10 ** len(before)
+    value = Fraction(int(whole + before or 0), scale) + Fraction(int(period), scale * (10 ** len(period) - 1))
+    return f"{sign}\\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> list[Any]:
     """Return the expression that a text is as a whole, in a list; an empty list if it is none."""
-    from math_verify import parse
-    from math_verify.parser import LatexExtractionConfig
-
     # Only the box around the text is read, so the text has to be an expression from its beginning to its end.
     config = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
     if not text or text.count("{") != text.count("}"):
@@ -319,20 +342,28 @@ def _parse(text: str) -> list[Any]:
     result: list[Any] = parse(
         f"\\boxed{{{text}}}", [config], fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None
     )
-    return result
+    return [_joined(expression) for expression in result]
+
+
+def _joined(expression: Any) -> Any:
+    """Return the set of the numbers for which one of several inequalities holds: ``x < 1 or x > 2``."""
+    if not isinstance(expression, sympy.FiniteSet) or len(expression.free_symbols) != 1:
+        return expression
+    if any(isinstance(part, sympy.Eq) or not isinstance(part, Relational) for part in expression.args):
+        return expression
+    try:
+        return sympy.Or(*expression.args).as_set()
+    except NotImplementedError:
+        return expression
 
 
 def _right_side(expression: Any) -> Any:
     """Return the right side of an equation; anything else as it is."""
-    import sympy
-
     return expression.rhs if isinstance(expression, sympy.Eq) else expression
 
 
 def _is_value(expression: Any) -> bool:
     """Return True for a number without an operation that is left to do: 5, -1/2, 3 1/2, 50 %, 3 * 10^8."""
-    import sympy
-
     if isinstance(expression, sympy.Add):
         integer, part = expression.as_two_terms()
         return len(expression.args) == 2 and _is_value(integer) and _is_value(part) and _is_mixed(integer, part)
@@ -345,9 +376,9 @@ def _is_value(expression: Any) -> bool:
 
 
 def _is_factor(expression: Any) -> bool:
-    """Return True for a number, a reciprocal of one, and a power of ten."""
-    import sympy
-
+    """Return True for a number, a reciprocal of one, a power of ten, and the 1/100 of a percentage."""
+    if isinstance(expression, sympy.UnevaluatedExpr):
+        return bool(expression.args[0] == sympy.Rational(1, 100))
     if not isinstance(expression, sympy.Pow):
         return isinstance(expression, sympy.Number)
     base, exponent = expression.args

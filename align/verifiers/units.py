@@ -47,6 +47,7 @@ NO_NOUNS = frozenset(
 """Words in ``s`` that name nothing that can be counted."""
 
 _TEXT = r"\\(?:text|mathrm|mbox|textrm|textit|rm)\s*\{([^{}]*)\}"
+_QUOTIENT = re.compile(rf"\\[dt]?frac\s*\{{\s*{_TEXT}\s*\}}\s*\{{\s*{_TEXT}\s*\}}")
 _POWER = r"\^\s*\{?\s*-?\d\s*\}?|[²³]"
 _SPACE = re.compile(r"(?<!\\)\\[,;!: ]|~|\\quad\b")
 _CURRENCY = re.compile(r"\s*(-?)\s*(\\\$|\$|€|£)\s*")
@@ -72,7 +73,7 @@ class Measure:
 
 def read_measure(text: str) -> Measure | None:
     """Return the parts of an answer; None if words that are no unit follow its number."""
-    text = _SPACE.sub(" ", text).strip()
+    text = _QUOTIENT.sub(r"\\text{ \1/\2 }", _SPACE.sub(" ", text).strip())
     units: dict[str, int] = {}
     sign = _CURRENCY.match(text)
     if sign is not None:

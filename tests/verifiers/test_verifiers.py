@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from align.environments.sources import open_environment
 from align.errors import StageFailed, UserError
 from align.scoring.verifiers import open_verifier
 from align.verifiers import answers, mathematics
-from align.verifiers.verdict import PLACES, WHOLE, explain_low_scores, explain_reasons, reasons_in
+from align.verifiers.verdict import PLACES, WHOLE, Verdict, explain_low_scores, explain_reasons, reasons_in
 from align.verifiers.workers import Comparison, Worker
 from tests.support.environments.opened import TOOLS
 
@@ -89,6 +90,63 @@ def test_choice_that_is_given_twice_is_one_answer() -> None:
         0.0,
         0.0,
     ]
+
+
+MARKS = [
+    "{}",
+    "**{}**",
+    "*{}*",
+    "_{}_",
+    "__{}__",
+    "`{}`",
+    "***{}***",
+    "**`{}`**",
+    "_**{}**_",
+    "${}$",
+    "\\({}\\)",
+    "\\[{}\\]",
+    "$$\n{}\n$$",
+    "\\text{{{}}}",
+    "\\textbf{{{}}}",
+    "\\boxed{{{}}}",
+    "$\\boxed{{{}}}$",
+    "**\\boxed{{{}}}**",
+    "$\\mathbf{{{}}}$",
+    "$\\mathrm{{{}}}$",
+    "$\\underline{{{}}}$",
+    "<b>{}</b>",
+    "<u>{}</u>",
+]
+SENTENCES = [
+    "{}",
+    "The answer is {}",
+    "Answer: {}",
+    "#### {}",
+    "Final Answer: {}",
+    "**Answer:** {}",
+    "So, the final answer is: {}",
+    "Therefore the answer is\n{}",
+    "### Final Answer\n\n{}",
+    "The correct answer is {} because of the rule.",
+]
+
+
+@pytest.mark.parametrize(
+    ("verify", "right", "sentences"),
+    [
+        (answers.number, "18", [*SENTENCES, "He makes {} per day."]),
+        (answers.contains, "18", [*SENTENCES, "He makes {} per day."]),
+        (answers.choice, "B", SENTENCES),
+        (answers.exact, "18", SENTENCES[:1]),
+        (mathematics.verify, "18", SENTENCES),
+    ],
+)
+def test_marks_around_an_answer_do_not_count(
+    verify: Callable[[Any, str], Verdict], right: str, sentences: list[str]
+) -> None:
+    texts = [sentence.format(mark.format(right)) for mark in MARKS for sentence in sentences]
+    assert [text for text in texts if verify(right, text).score != 1] == []
+    assert [text for text in texts if verify({"18": "81", "B": "C"}[right], text).score] == []
 
 
 @pytest.mark.parametrize(
