@@ -14,7 +14,7 @@ from align.config.base import Config
 from align.config.endpoint import RewardJudge
 from align.store.fingerprint import canonical
 
-VERSION = 3
+VERSION = 4
 """Increased when an answer gets another verdict than before; part of the key of every stage with a verifier."""
 PROGRAMS = ("math", "number", "choice", "exact", "contains", "regex", "json_schema", "ifeval", "code")
 """Fields that name a program."""

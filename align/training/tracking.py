@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerControl, TrainerState
+
 from align.config.user_paths import user_path
 from align.errors import UserError, redact
 from align.patches.transformers import keep_curve_names, replace_tracker_module, tracker_module
@@ -112,8 +114,6 @@ class _Runs:
     """One run in each tracker."""
 
     def __init__(self, context: StageContext, callbacks: list[Any], arguments: Any) -> None:
-        from transformers import TrainerControl
-
         self.context = context
         self.callbacks = callbacks
         self.control = TrainerControl()
@@ -130,8 +130,6 @@ class _Runs:
         return copied
 
     def begin(self, model: Any, first_step: int) -> None:
-        from transformers import TrainerState
-
         self.first_step = first_step
         for callback in self.callbacks:
             if _name(callback) == "tensorboard":
@@ -151,8 +149,6 @@ class _Runs:
         _remember(self.context, self.callbacks)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        from transformers import TrainerState
-
         if step < self.first_step:  # a resumed PPO validates its checkpoint again; the run has that point
             return
         for callback in list(self.callbacks):
@@ -161,8 +157,6 @@ class _Runs:
                 callback.on_log(self.arguments[callback], state, self.control, logs=dict(metrics))
 
     def end(self, failed: bool) -> None:
-        from transformers import TrainerState
-
         for callback in list(self.callbacks):
             with self._drop_on_failure(callback):
                 # End the run here, or on_train_end would record it as finished.
