@@ -176,14 +176,17 @@ def card_items(machine: Machine) -> list[Item]:
         _card_item(machine, "qwen3-8b", "reward", lora | {"max_length": 2048}),
         _card_item(machine, "qwen3-4b", "grpo", lora | score, "vllm"),
         _card_item(machine, "qwen3-4b", "ppo", lora | score, "vllm"),
+        # More rows than fit, because nothing tells the stage of the smaller memory: its first step is repeated.
+        _card_item(machine, "qwen3-8b", "sft", lora | {"max_length": 2048, "micro_batch_size": "auto"}),
+        _card_item(machine, "qwen3-4b", "grpo", lora | score | {"micro_batch_size": "auto"}, "vllm"),
     ]
 
 
 def _card_item(machine: Machine, shape: str, stage: str, changes: dict[str, Any], package: str | None = None) -> Item:
-    """Return a stage in the memory of a card of 24 GB, in micro-batches of one row."""
+    """Return a stage in the memory of a card of 24 GB, in micro-batches of one row by default."""
     method = changes["tuning"]["method"]
-    fields = _fields(machine, stage, method) | changes
-    fields["micro_batch_size"] = 1
+    fields = _fields(machine, stage, method) | {"micro_batch_size": 1} | changes
+    label = ", memory found" if fields["micro_batch_size"] == "auto" else ""
     if stage in ROLLOUTS:
         fields |= {"updates": 3} if machine.tiny else {"updates": 3, "max_prompt_tokens": 512, "max_tokens": 1024}
         length, rows = fields["max_prompt_tokens"], machine.sizes["rollout"]
@@ -196,7 +199,8 @@ def _card_item(machine: Machine, shape: str, stage: str, changes: dict[str, Any]
     measured = StageItem(
         shape, stage, method, machine.device, machine.tiny, length, rows, fields, engine, card=CARD_GIB
     )
-    return Item(f"{shape} {stage} {method}", measured, obstacle=machine.obstacle(package) if package else None)
+    obstacle = machine.obstacle(package) if package else None
+    return Item(f"{shape} {stage} {method}{label}", measured, obstacle=obstacle)
 
 
 def peer_items(machine: Machine) -> list[Item]:

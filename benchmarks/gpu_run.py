@@ -88,6 +88,8 @@ def measure(item: StageItem, work: Path) -> dict[str, Any]:
         "reserved": watch.reserved(),
         "plan": job.memory(setting).peak(job.tokens(job.micro_batch)),
         "engine": metrics.get("engine"),
+        "micro_batch": metrics.get("micro_batch_size", item.fields["micro_batch_size"]),
+        "repeated_steps": metrics.get("repeated_steps", 0),
         "sampling_share": sampling_share(metrics),
         "sha256": digest,
     }

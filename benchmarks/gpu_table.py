@@ -125,7 +125,7 @@ def _tests(items: dict[str, Result]) -> list[str]:
 
 def _training(items: dict[str, Result]) -> list[str]:
     head = ("model, stage, tuning", "tokens/s", "of the matrix rate", "sampling", "peak, GiB", "reserved, GiB",
-            "plan, GiB", "off", "seconds")  # fmt: skip
+            "plan, GiB", "off", "micro-batch", "repeated steps", "seconds")  # fmt: skip
     rows = [
         (
             name,
@@ -136,6 +136,8 @@ def _training(items: dict[str, Result]) -> list[str]:
             _gib(result["reserved"]),
             _gib(result["plan"]),
             _percent(_error(result), "+"),
+            str(result["micro_batch"]),
+            str(result["repeated_steps"]),
             f"{result['seconds']:.0f}",
         )
         for name, result in _measured(items).items()

@@ -152,6 +152,7 @@ def test_the_table_has_a_section_for_each_part_with_results(tmp_path: Path) -> N
                        "versions": {"torch": "2.11.0"}, "commit": "0123456789abcdef", "tiny": False}  # fmt: skip
     timing = {"seconds": 12.0}
     numbers = {"tokens_per_second": 1234.5, "share": 0.25, "peak": 2**30, "reserved": 2**31, "plan": 2**29,
+               "micro_batch": 4, "repeated_steps": 1,
                "engine": "vllm", "sampling_share": 0.5, "sha256": "ab"} | timing  # fmt: skip
     results.put("training", "qwen2.5-0.5b ppo lora vllm", numbers)
     results.put("training", "qwen2.5-1.5b ppo full", {"failed": "out of memory"} | timing)
@@ -165,7 +166,7 @@ def test_the_table_has_a_section_for_each_part_with_results(tmp_path: Path) -> N
     text = make_table(results.parts)
     for line in (
         "H100, 80.0 GiB, 800 TFLOP/s in a bf16 product; Python 3.12.3, torch 2.11.0; commit 0123456789.",
-        "| qwen2.5-0.5b ppo lora vllm | 1,234 | 25% | 50% | 1.00 | 2.00 | 0.50 | -50% | 12 |",
+        "| qwen2.5-0.5b ppo lora vllm | 1,234 | 25% | 50% | 1.00 | 2.00 | 0.50 | -50% | 4 | 1 | 12 |",
         "- `qwen2.5-1.5b ppo full` failed: out of memory",
         "| sft full | 1.10 | 1.00 | +10% | 2.00 |",
         "1 of 1 are within 15%.",
@@ -179,7 +180,7 @@ def test_the_table_has_a_section_for_each_part_with_results(tmp_path: Path) -> N
 
 def test_figures_are_listed_by_card_and_commit(tmp_path: Path) -> None:
     numbers = {"tokens_per_second": 1.0, "share": None, "sampling_share": None, "peak": 2**30, "reserved": 2**30,
-               "plan": 2**30, "seconds": 1.0}  # fmt: skip
+               "plan": 2**30, "seconds": 1.0, "micro_batch": 4, "repeated_steps": 0}  # fmt: skip
     machine = {"memory": None, "python": "3.12.3", "versions": {"torch": "2.11.0"}, "tiny": False}
     folders = []
     # The second command measures another matrix rate of the same card.

@@ -16,7 +16,7 @@ from benchmarks.gpu_items import Item, Machine
 MACHINE = {"card": "a card", "memory": 2**34, "matrix_rate": 8e14, "python": "3.12.3", "versions": {"torch": "2.11.0"}}
 NUMBERS = {
     "tokens_per_second": 1234.5, "share": 0.25, "peak": 2**30, "reserved": 2**31, "plan": 2**29, "engine": None,
-    "sampling_share": None, "sha256": "ab",
+    "sampling_share": None, "sha256": "ab", "micro_batch": 4, "repeated_steps": 0,
 }  # fmt: skip
 
 
